@@ -1,0 +1,34 @@
+"""Closed-form learning for PyTorch: Gram matrices, proximal steps, solves and weight codecs as fast ops."""
+
+import torch as _torch  # noqa: F401  (the extension needs libtorch in the process)
+
+from . import _library
+from ._version import __version__
+from .errors import CorruptDataError, LinAlgError
+from .gram import GramMoments, gram
+from .proximal import (
+    ProximalStep,
+    proximal_step,
+    proximal_step_,
+    proximal_step_ex,
+    proximal_step_ex_,
+)
+
+_library.load_backends()
+
+from . import config, learn
+
+__all__ = [
+    "CorruptDataError",
+    "GramMoments",
+    "LinAlgError",
+    "ProximalStep",
+    "__version__",
+    "config",
+    "gram",
+    "learn",
+    "proximal_step",
+    "proximal_step_",
+    "proximal_step_ex",
+    "proximal_step_ex_",
+]

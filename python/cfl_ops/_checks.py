@@ -1,0 +1,91 @@
+"""Argument checks: they raise at once, naming the op, the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(op: str, name: str, value: Any, min_ndim: int) -> None:
+    """``value`` is a strided tensor of at least ``min_ndim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"cfl_ops.{op}: {name} must be a tensor, but got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"cfl_ops.{op}: {name} must be a strided tensor, but got layout {value.layout}")
+    if value.ndim < min_ndim:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have at least {min_ndim} dimension{'s' if min_ndim > 1 else ''}, "
+            f"but got shape {tuple(value.shape)}"
+        )
+
+
+def floating(op: str, name: str, value: Any, min_ndim: int) -> None:
+    """``value`` is a float16, bfloat16, float32 or float64 tensor of at least ``min_ndim`` dimensions."""
+    tensor(op, name, value, min_ndim)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"cfl_ops.{op}: {name} must be float16, bfloat16, float32 or float64, but got {value.dtype}"
+        )
+
+
+def same_device(op: str, reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """All of ``others`` are on the device of ``reference``."""
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(
+                f"cfl_ops.{op}: {name} must be on the device of {reference_name} ({reference.device}), "
+                f"but it is on {value.device}"
+            )
+
+
+def size(op: str, name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
+    """``value.shape[dim] == expected``, where ``of`` says where the expectation comes from."""
+    if value.shape[dim] != expected:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have size {expected} in dimension {dim} ({of}), "
+            f"but got shape {tuple(value.shape)}"
+        )
+
+
+def broadcastable(op: str, **batches: torch.Size) -> torch.Size:
+    """The common batch shape, or an error that lists the shapes."""
+    try:
+        return torch.broadcast_shapes(*batches.values())
+    except RuntimeError:
+        listing = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
+        raise ValueError(f"cfl_ops.{op}: the batch dimensions do not broadcast: {listing}") from None
+
+
+def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {value!r}")
+
+
+def coefficient(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """A penalty as a float64 tensor: a number must be finite and >= 0; a tensor is checked by the op.
+
+    A number becomes a CPU tensor, so that a schedule does not recompile and no GPU copy is made.
+    """
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"cfl_ops.{op}: {name} must be a floating-point tensor, but got {value.dtype}")
+        if value.ndim > 0:
+            same_device(op, "the features", torch.empty(0, device=device), **{name: value})
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and (math.isnan(value) or value < 0 or math.isinf(value)):
+        raise ValueError(f"cfl_ops.{op}: {name} must be finite and not negative, but got {value}")
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def sample_weight(op: str, value: Any, rows: int, of: str) -> None:
+    """``value`` holds a floating-point weight for each row; its sign is the op's to check."""
+    floating(op, "sample_weight", value, 1)
+    size(op, "sample_weight", value, -1, rows, of)

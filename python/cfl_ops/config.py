@@ -1,0 +1,105 @@
+"""Which backend serves which op, and what this installation can do."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import _library
+
+__all__ = ["backend_of", "get_backend", "info", "set_backend", "show", "use_backend"]
+
+
+def get_backend() -> str | None:
+    """The backend that is forced (``"python"``, ``"triton"``, ``"native"``), or None for automatic choice."""
+    return _library._overrides.forced
+
+
+def set_backend(backend: str | None) -> None:
+    """Force one backend for every op of this process, or None to choose automatically.
+
+    The environment variable ``CFL_OPS_BACKEND`` does the same at import.
+
+    Args:
+        backend: ``"python"``, ``"triton"``, ``"native"`` or None. An op that the backend cannot serve on
+            the device of its arguments raises ``RuntimeError`` when it is called.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not installed.
+    """
+    _library._overrides.install(backend)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Force a backend inside a ``with`` block (process-wide, so not for threads that differ).
+
+    Example:
+        >>> import cfl_ops
+        >>> with cfl_ops.config.use_backend("python"):
+        ...     cfl_ops.config.backend_of("gram", "cpu")
+        'python'
+    """
+    previous = get_backend()
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def backend_of(op: str, device_type: str) -> str:
+    """The backend that serves ``op`` on ``"cpu"`` or ``"cuda"``; ``"none"`` if the forced one cannot."""
+    return _library._overrides.serving[op, device_type]
+
+
+def info() -> dict[str, Any]:
+    """All that :func:`show` prints, as a dictionary."""
+    import cfl_ops
+
+    report: dict[str, Any] = {
+        "cfl_ops": cfl_ops.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "backend": get_backend() or "automatic",
+    }
+    if _library.extension_available():
+        from . import _C
+
+        report["extension"] = dict(_C.build_info())
+    else:
+        report["extension"] = None
+    if _library.triton_available():
+        from importlib.metadata import version
+
+        report["triton"] = version("triton") + (" (interpreter)" if _library.triton_interpreted() else "")
+    else:
+        report["triton"] = None
+    report["ops"] = {
+        name: {device: backend_of(name, device) for device in _library.DISPATCH_KEYS} for name in _library.OPS
+    }
+    return report
+
+
+def show() -> None:
+    """Print versions, instruction set and, for each op, which backend serves it on which device."""
+    report = info()
+    for key in ("cfl_ops", "python", "torch", "cuda", "device", "threads", "triton", "backend"):
+        print(f"{key:<12}{report[key] if report[key] is not None else '-'}")
+    extension = report["extension"]
+    if extension is None:
+        print(f"{'extension':<12}not installed: the Python fallback serves the CPU")
+    else:
+        text = ", ".join(f"{key} {value}" for key, value in extension.items())
+        print(f"{'extension':<12}{text}")
+    print(f"{'op':<24}{'cpu':<10}{'cuda':<10}")
+    for name, backends in report["ops"].items():
+        print(f"{name:<24}{backends['cpu']:<10}{backends['cuda']:<10}")

@@ -1,0 +1,11 @@
+"""The errors that cfl_ops raises beside Python's and torch's own."""
+
+import torch
+
+__all__ = ["CorruptDataError", "LinAlgError"]
+
+LinAlgError = torch.linalg.LinAlgError
+
+
+class CorruptDataError(ValueError):
+    """Encoded bytes that are damaged, truncated, or were never written by cfl_ops."""

@@ -1,0 +1,373 @@
+"""gram: the moments of features and targets that every closed-form learner starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
+
+__all__ = ["GramMoments", "gram"]
+
+
+class GramMoments(NamedTuple):
+    """The second moments of features ``x (..., B, D)`` and targets ``y (..., B, K)`` with row weights ``s``.
+
+    With ``D' = D + 1`` where a bias column was asked for (a last feature that is 1), else ``D' = D``:
+    """
+
+    gram: Tensor
+    """``(..., D', D')``: sum of s x x^T, exactly symmetric."""
+    cross: Tensor | None
+    """``(..., D', K)``: sum of s x y^T, or None without targets."""
+    target_sum: Tensor | None
+    """``(..., K)``: sum of s y."""
+    target_sq: Tensor | None
+    """``(..., K)``: sum of s y^2."""
+    count: Tensor
+    """``(...)`` float64: sum of s, the number of rows where no weights are given."""
+
+    def __add__(self, other: object) -> GramMoments:  # type: ignore[override]
+        """The moments of both sets of rows together."""
+        if not isinstance(other, GramMoments):
+            return NotImplemented
+        return self._combine(other)
+
+    def _combine(self, other: GramMoments) -> GramMoments:
+        for name, mine, theirs in zip(self._fields, self, other, strict=True):
+            if (mine is None) != (theirs is None):
+                raise ValueError(
+                    f"cfl_ops.GramMoments: cannot add moments with and without targets ({name} is None in one)"
+                )
+            if mine is not None and theirs is not None and mine.shape[-2:] != theirs.shape[-2:]:
+                raise ValueError(
+                    f"cfl_ops.GramMoments: cannot add {name} of shape {tuple(mine.shape)} "
+                    f"and {tuple(theirs.shape)}"
+                )
+        return GramMoments(
+            self.gram + other.gram,
+            None if self.cross is None or other.cross is None else self.cross + other.cross,
+            None
+            if self.target_sum is None or other.target_sum is None
+            else self.target_sum + other.target_sum,
+            None if self.target_sq is None or other.target_sq is None else self.target_sq + other.target_sq,
+            self.count + other.count,
+        )
+
+    def decay(self, rho: float | Tensor) -> GramMoments:
+        """All moments times ``rho``: older rows count less (exponential forgetting)."""
+        if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
+            raise ValueError(
+                f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}"
+            )
+        return GramMoments(*(None if field is None else field * rho for field in self))  # type: ignore[arg-type]
+
+    def to(self, *args: Any, **kwargs: Any) -> GramMoments:
+        """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
+        *fields, count = (None if field is None else field.to(*args, **kwargs) for field in self)
+        assert count is not None
+        return GramMoments(*fields, count.to(torch.float64))  # type: ignore[arg-type]
+
+
+torch.serialization.add_safe_globals([GramMoments])
+
+
+# --- the op -------------------------------------------------------------------------------------------------
+
+# What the info of the op says.
+NOT_FINITE, BAD_CLASS, BAD_WEIGHT = -1, -2, -3
+
+
+def _weighted(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
+    return rows if sample_weight is None else rows * sample_weight.to(rows.dtype).unsqueeze(-1)
+
+
+def _symmetric(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).mT
+
+
+def _gram_python(
+    x: Tensor,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    bias_column: bool,
+    num_classes: int,
+    acc_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """G = X^T S X, C = X^T S Y, with X widened by a column of ones if ``bias_column``."""
+    batch, rows = x.shape[:-2], x.shape[-2]
+    info = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    wide = x.to(acc_dtype)
+    if bias_column:
+        wide = torch.cat([wide, wide.new_ones(*batch, rows, 1)], dim=-1)
+    weighted = _weighted(wide, sample_weight)
+    gram = _symmetric(weighted.mT @ wide)
+    if acc_dtype == torch.float64 and x.dtype != torch.float64:
+        finite = gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        info = torch.where(finite, info, NOT_FINITE)
+    if sample_weight is None:
+        count = torch.full(batch, rows, dtype=torch.float64, device=x.device)
+    else:
+        count = sample_weight.sum(-1, dtype=torch.float64)
+        info = torch.where((sample_weight >= 0).all(-1), info, BAD_WEIGHT)
+
+    if y is None:
+        cross, target_sum = wide.new_zeros(*batch, wide.shape[-1], 0), wide.new_zeros(*batch, 0)
+        return gram, cross, target_sum, target_sum.clone(), count, info
+    if num_classes:
+        outside = (y < 0) | (y >= num_classes)
+        info = torch.where(outside.any(-1), BAD_CLASS, info)
+        label = torch.where(outside, 0, y).unsqueeze(-1)
+        ones = _weighted(wide.new_ones(*batch, rows, 1), sample_weight)
+        one_hot_sum = wide.new_zeros(*batch, num_classes, wide.shape[-1])
+        cross = one_hot_sum.scatter_add(-2, label.expand_as(weighted), weighted).mT.contiguous()
+        target_sum = wide.new_zeros(*batch, num_classes).scatter_add(-1, label.squeeze(-1), ones.squeeze(-1))
+        return gram, cross, target_sum, target_sum.clone(), count, info
+    target = y.to(acc_dtype)
+    cross = weighted.mT @ target
+    weighted_target = _weighted(target, sample_weight)
+    return gram, cross, weighted_target.sum(-2), (weighted_target * target).sum(-2), count, info
+
+
+def _gram_fake(
+    x: Tensor,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    bias_column: bool,
+    num_classes: int,
+    acc_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    batch = x.shape[:-2]
+    features = x.shape[-1] + bias_column
+    targets = 0 if y is None else num_classes or y.shape[-1]
+    return (
+        x.new_empty(*batch, features, features, dtype=acc_dtype),
+        x.new_empty(*batch, features, targets, dtype=acc_dtype),
+        x.new_empty(*batch, targets, dtype=acc_dtype),
+        x.new_empty(*batch, targets, dtype=acc_dtype),
+        x.new_empty(batch, dtype=torch.float64),
+        x.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, sample_weight, bias_column, num_classes, acc_dtype = inputs
+    ctx.save_for_backward(x, y, sample_weight)
+    ctx.bias_column, ctx.num_classes, ctx.acc_dtype = bias_column, num_classes, acc_dtype
+    if isinstance(ctx, torch.autograd.function.FunctionCtx):
+        ctx.mark_non_differentiable(output[5])
+
+
+def _gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    x, y, sample_weight = ctx.saved_tensors
+    acc, features = ctx.acc_dtype, x.shape[-1]
+    g_gram, g_cross, g_sum, g_sq, g_count, _ = grads
+    wide = x.to(acc)
+
+    def apply(matrix: Tensor) -> Tensor:  # [x 1] @ matrix, without the concatenation
+        out = wide @ matrix[..., :features, :]
+        return out + matrix[..., features:, :] if ctx.bias_column else out
+
+    grad_x = grad_y = grad_weight = None
+    row_x = torch.zeros_like(wide)
+    row_weight = wide.new_zeros(wide.shape[:-1])
+    if g_count is not None:
+        row_weight = row_weight + g_count.unsqueeze(-1).to(acc)
+    if g_gram is not None:
+        through = apply(g_gram + g_gram.mT)
+        row_x = row_x + through[..., :features]
+        row_weight = row_weight + 0.5 * (through[..., :features] * wide).sum(-1)
+        if ctx.bias_column:
+            row_weight = row_weight + 0.5 * through[..., features]
+    if y is not None and not ctx.num_classes:
+        target = y.to(acc)
+        row_y = torch.zeros_like(target)
+        if g_cross is not None:
+            row_x = row_x + target @ g_cross[..., :features, :].mT
+            through = apply(g_cross)
+            row_y = row_y + through
+            row_weight = row_weight + (through * target).sum(-1)
+        if g_sum is not None:
+            row_y = row_y + g_sum.unsqueeze(-2)
+            row_weight = row_weight + (target * g_sum.unsqueeze(-2)).sum(-1)
+        if g_sq is not None:
+            row_y = row_y + 2 * target * g_sq.unsqueeze(-2)
+            row_weight = row_weight + (target * target * g_sq.unsqueeze(-2)).sum(-1)
+        grad_y = _weighted(row_y, sample_weight).to(y.dtype)
+    elif y is not None:
+        if g_cross is not None:
+            index = y.unsqueeze(-1).expand(*y.shape, g_cross.shape[-2])
+            of_class = g_cross.mT.gather(-2, index)
+            row_x = row_x + of_class[..., :features]
+            row_weight = row_weight + (of_class[..., :features] * wide).sum(-1)
+            if ctx.bias_column:
+                row_weight = row_weight + of_class[..., features]
+        for grad in (g_sum, g_sq):
+            if grad is not None:
+                row_weight = row_weight + grad.gather(-1, y)
+    grad_x = _weighted(row_x, sample_weight).to(x.dtype)
+    if sample_weight is not None:
+        grad_weight = row_weight.to(sample_weight.dtype)
+    return grad_x, grad_y, grad_weight, None, None, None
+
+
+_GRAM_SCHEMA = (
+    "(Tensor x, Tensor? y, Tensor? sample_weight, bool bias_column, int num_classes, ScalarType acc_dtype)"
+    " -> (Tensor gram, Tensor cross, Tensor target_sum, Tensor target_sq, Tensor count, Tensor info)"
+)
+_DERIVATIVE = Derivative(_gram_setup_context, _gram_backward)
+
+GRAM = define_op(
+    "gram" + _GRAM_SCHEMA,
+    python=_gram_python,
+    fake=_gram_fake,
+    core_dims=lambda args: (2, 1 if args[4] else 2, 1, None, None, None),
+    derivative=_DERIVATIVE,
+    triton="gram:gram",
+)
+
+
+@explains("gram")
+def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    x, target_sum, *others = context
+    index, code, where = first_failure(info)
+    if code == NOT_FINITE:
+        bad = int((~x[index].isfinite()).sum())
+        return ValueError(
+            f"cfl_ops.gram: {where}x has {bad} NaN or Inf value{'s' if bad > 1 else ''}, which the exact mode "
+            "(acc_dtype=torch.float64) refuses"
+        )
+    if code == BAD_WEIGHT:
+        weight = others[-1][index]
+        row = int((~(weight >= 0)).nonzero()[0])
+        return ValueError(
+            f"cfl_ops.gram: {where}sample_weight must not be negative or NaN, but got {float(weight[row])} "
+            f"in row {row}"
+        )
+    y, num_classes = others[0][index], target_sum.shape[-1]
+    row = int(((y < 0) | (y >= num_classes)).nonzero()[0])
+    return IndexError(
+        f"cfl_ops.gram: {where}y must hold class indices from 0 to {num_classes - 1}, but got {int(y[row])} "
+        f"in row {row}"
+    )
+
+
+def gram(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    bias_column: bool = False,
+    sample_weight: Tensor | None = None,
+    num_classes: int | None = None,
+    acc_dtype: torch.dtype | None = None,
+) -> GramMoments:
+    r"""The second moments of features and targets, with one triangle computed and mirrored.
+
+    .. math:: G = X^T S X, \quad C = X^T S Y
+
+    (Closed-Form Last Layer Optimization, the sums of Eq. 2 and Eq. 15.)
+
+    Args:
+        x: features ``(..., B, D)``, float16, bfloat16, float32 or float64, of any strides. ``B = 0`` gives
+            zeros.
+        y: targets ``(..., B, K)``, floating point, or class indices ``(..., B)``, int64, with
+            ``num_classes``: the cross moments are then a segment sum; a one-hot matrix is never formed.
+        bias_column: append a feature that is 1 (never stored): ``D' = D + 1``.
+        sample_weight: ``(..., B)`` weights ``s >= 0`` of the rows.
+        num_classes: K for class indices.
+        acc_dtype: the dtype of accumulation and result: float32 or float64. By default float32 for half
+            inputs, else the dtype of ``x``. float64 for narrower inputs is the *exact mode*.
+
+    Returns:
+        :class:`GramMoments`: ``gram (..., D', D')``, ``cross (..., D', K)``, ``target_sum (..., K)``,
+        ``target_sq (..., K)`` (the three of them None without ``y``) and ``count (...)`` in float64.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or a weight is negative.
+        IndexError: a class index is out of range.
+        ValueError: in exact mode, ``x`` has NaN or Inf (with their number); they propagate otherwise.
+
+    Differentiable (twice) in x, y and sample_weight. Costs ``B D (D + 1) + 2 B D K`` FLOPs.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> cfl_ops.gram(x, bias_column=True).gram
+        tensor([[10., 14.,  4.],
+                [14., 20.,  6.],
+                [ 4.,  6.,  2.]])
+    """
+    args = _gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
+    *out, info = GRAM(*args)
+    x, y, sample_weight, _, classes, acc_dtype = args
+    exact = acc_dtype == torch.float64 and x.dtype != torch.float64
+    if classes or exact or sample_weight is not None:
+        context = [item for item in (x, out[2], y, sample_weight) if item is not None]
+        check_info("gram", info, out, context)
+    if y is None:
+        return GramMoments(out[0], None, None, None, out[4])
+    return GramMoments(*out)
+
+
+def _gram_arguments(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    bias_column: bool,
+    sample_weight: Tensor | None,
+    num_classes: int | None,
+    acc_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool, int, torch.dtype]:
+    """Check the arguments, and bring them to the form the op takes."""
+    _checks.floating(op, "x", x, 2)
+    if acc_dtype is None:
+        acc_dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    elif acc_dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"cfl_ops.{op}: acc_dtype must be torch.float32 or torch.float64, but got {acc_dtype}"
+        )
+    elif acc_dtype == torch.float32 and x.dtype == torch.float64:
+        raise TypeError(f"cfl_ops.{op}: acc_dtype must be torch.float64 for float64 x, but got {acc_dtype}")
+    if y is None and sample_weight is None and num_classes is None:
+        return x, None, None, bias_column, 0, acc_dtype  # the short way for small calls
+
+    classes = 0
+    batches = {"x": x.shape[:-2]}
+    if num_classes is not None:
+        if y is None:
+            raise ValueError(f"cfl_ops.{op}: num_classes is given, but y is not")
+        if num_classes < 1:
+            raise ValueError(f"cfl_ops.{op}: num_classes must be at least 1, but got {num_classes}")
+        _checks.tensor(op, "y", y, 1)
+        if y.dtype != torch.int64:
+            raise TypeError(
+                f"cfl_ops.{op}: y must be int64 class indices where num_classes is given, but got {y.dtype}"
+            )
+        _checks.size(op, "y", y, -1, x.shape[-2], "the rows of x")
+        batches["y"] = y.shape[:-1]
+        classes = num_classes
+    elif y is not None:
+        _checks.tensor(op, "y", y, 2 if y.dtype != torch.int64 else 1)
+        if y.dtype == torch.int64:
+            raise TypeError(f"cfl_ops.{op}: y of class indices (int64) needs num_classes")
+        _checks.floating(op, "y", y, 2)
+        _checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
+        batches["y"] = y.shape[:-2]
+        if y.dtype != x.dtype:  # under autocast features are half and targets float32
+            common = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(common), y.to(common)
+            acc_dtype = torch.promote_types(acc_dtype, common)
+    if sample_weight is not None:
+        _checks.sample_weight(op, sample_weight, x.shape[-2], "the rows of x")
+        batches["sample_weight"] = sample_weight.shape[:-1]
+    _checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
+    batch = _checks.broadcastable(op, **batches)
+    core_dims = (2, 1 if classes else 2, 1)
+    x, y, sample_weight = expand_batch((x, y, sample_weight), core_dims, batch)
+    return x, y, sample_weight, bias_column, classes, acc_dtype

@@ -1,0 +1,168 @@
+"""A linear head that is solved, not descended: Algorithm 1 of Closed-Form Last Layer Optimization."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import _checks
+from ..proximal import proximal_step_
+
+__all__ = ["ClosedFormLinear"]
+
+METHODS = ("proximal", "ridge")
+# Standard deviation of the initial weight, of in_features D and out_features K.
+INITS = {
+    "zeros": lambda d, k: 0.0,
+    "lecun": lambda d, k: math.sqrt(1 / d),
+    "xavier": lambda d, k: math.sqrt(2 / (d + k)),
+    "he": lambda d, k: math.sqrt(2 / d),
+}
+
+
+class ClosedFormLinear(nn.Module):
+    r"""``nn.Linear`` whose weight and bias are set by a closed-form step on each batch.
+
+    Algorithm 1 of the paper is one forward and one backward through the backbone for each batch, with any
+    optimiser for the backbone::
+
+        for x, y in loader:
+            features = backbone(x)
+            loss = head.step(features, y)  # solves the head, then features.backward(...)
+            optimizer.step()  # the backbone's parameters only
+            optimizer.zero_grad()
+
+    The parameters have ``requires_grad=False``, so an optimiser passes over them, and the state_dict is that
+    of ``nn.Linear``. lam and the other options are plain attributes: change ``head.lam`` for a schedule.
+
+    Args:
+        in_features: D, the width of the features.
+        out_features: K, targets or classes.
+        lam: the proximal coefficient (``method="proximal"``), or the ridge coefficient (``method="ridge"``).
+        bias: whether there is a bias.
+        method: ``"proximal"`` stays near the last head (Eq. 13-15); ``"ridge"`` forgets it (Eq. 10-12).
+        ridge: a ridge coefficient beside the proximal one.
+        relative: multiply lam and ridge by trace(Phi^T Phi) / (B D), the mean square of the features, so that
+            they do not depend on the features' scale.
+        reduction: ``"mean"`` or ``"sum"``, see :func:`cfl_ops.proximal_step`.
+        fit_bias: ``"penalized"`` or ``"free"``, likewise.
+        init: ``"zeros"`` (the paper's choice with SGD), ``"lecun"`` (with Adam), ``"xavier"`` or ``"he"``: a
+            normal distribution; the bias starts at zero.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from cfl_ops.learn import ClosedFormLinear
+        >>> backbone, head = torch.nn.Linear(4, 8), ClosedFormLinear(8, 3, lam=0.1)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> loss = head.step(backbone(x), y)
+        >>> backbone.weight.grad.shape, head(backbone(x)).shape
+        (torch.Size([8, 4]), torch.Size([16, 3]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        lam: float | Tensor = 1.0,
+        bias: bool = True,
+        method: str = "proximal",
+        *,
+        ridge: float | Tensor = 0.0,
+        relative: bool = False,
+        reduction: str = "mean",
+        fit_bias: str = "penalized",
+        init: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.choice("learn.ClosedFormLinear", "method", method, METHODS)
+        _checks.choice("learn.ClosedFormLinear", "init", init, tuple(INITS))
+        self.in_features, self.out_features = in_features, out_features
+        self.lam, self.ridge, self.relative = lam, ridge, relative
+        self.method, self.reduction, self.fit_bias, self.init = method, reduction, fit_bias, init
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
+        )
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, device=device, dtype=dtype), requires_grad=False
+            )
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weight again; the bias becomes zero."""
+        with torch.no_grad():
+            if self.init == "zeros" or self.weight.numel() == 0:
+                self.weight.zero_()
+            else:
+                self.weight.normal_(std=INITS[self.init](self.in_features, self.out_features))
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The prediction ``features W^T + b`` of the present head."""
+        return F.linear(features, self.weight, self.bias)
+
+    @torch.no_grad()
+    def update(
+        self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the head on this batch, and leave the backward pass to the caller.
+
+        Args:
+            features: ``(..., D)``; all dimensions but the last are rows.
+            target: ``(..., K)`` floating point, or class indices ``(...)`` int64.
+            sample_weight: ``(...)`` weights of the rows.
+
+        Returns:
+            ``(loss, grad_features)``: the loss at the new head, and its gradient for the features, in their
+            shape: ``features.backward(grad_features)``.
+        """
+        _checks.floating("learn.ClosedFormLinear", "features", features, 1)
+        _checks.size(
+            "learn.ClosedFormLinear", "features", features, -1, self.in_features, "the head's in_features"
+        )
+        rows = features.detach().reshape(-1, self.in_features)
+        target = target.reshape(-1, *(() if target.dtype == torch.int64 else target.shape[-1:]))
+        lam, ridge = self.lam, self.ridge
+        if self.relative:
+            mean_square = rows.double().square().mean() if rows.numel() else torch.tensor(1.0)
+            lam, ridge = lam * mean_square, ridge * mean_square
+        if self.method == "ridge":
+            lam, ridge = 0.0, lam + ridge
+        loss, grad_features = proximal_step_(
+            rows,
+            target,
+            self.weight,
+            self.bias,
+            lam=lam,
+            ridge=ridge,
+            reduction=self.reduction,
+            sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
+            fit_bias=self.fit_bias,
+        )
+        return loss, grad_features.reshape(features.shape)
+
+    def step(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+        """Solve the head on this batch, then backpropagate its gradient into what made the features.
+
+        Takes what :meth:`update` takes, and returns the loss at the new head, without a graph.
+        """
+        loss, grad_features = self.update(features, target, sample_weight=sample_weight)
+        if features.requires_grad:
+            features.backward(grad_features)  # type: ignore[no-untyped-call]
+        return loss
+
+    def extra_repr(self) -> str:
+        """The options, for ``repr``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, lam={self.lam}, "
+            f"bias={self.bias is not None}, method={self.method!r}"
+        )
