@@ -1,0 +1,811 @@
+// The one SIMD source of the Gram kernel, compiled once per instruction set (CFL_ISA_AMX,
+// CFL_ISA_AVX512, CFL_ISA_AVX2, or none of them: SSE2 on x86-64, NEON on aarch64).
+//
+// No C++ standard library here: its inline functions would be compiled with this file's
+// instructions, and the linker could then pick them for code that runs on older machines. For the
+// same reason everything but the entry point lives in an unnamed namespace.
+//
+// Scheme. Columns are cut into panels of NR. For each block of kc rows, a panel is packed (and
+// converted to the accumulation type) as kc runs of NR numbers. The block (strip i, panel p), p >= i,
+// of the output is the product of two packed panels; "strip" is a panel in its role as the left
+// factor. Without weights both roles share one packing. Dense targets are further panels on the
+// right. The lower triangle is written as the transpose of each block after its last row block.
+
+#include "gram_kernel_isa.h"
+
+#include <string.h>
+
+#if defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2) || defined(CFL_ISA_AMX)
+#include <immintrin.h>
+#endif
+
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
+#define CFL_VECTOR_BYTES 64
+#elif defined(CFL_ISA_AVX2)
+#define CFL_VECTOR_BYTES 32
+#else
+#define CFL_VECTOR_BYTES 16
+#endif
+
+#if defined(CFL_ISA_AMX)
+#define CFL_ENTRY kernel_amx
+#elif defined(CFL_ISA_AVX512)
+#define CFL_ENTRY kernel_avx512
+#elif defined(CFL_ISA_AVX2)
+#define CFL_ENTRY kernel_avx2
+#else
+#define CFL_ENTRY kernel_generic
+#endif
+
+#define CFL_INLINE inline __attribute__((always_inline))
+
+namespace cfl::cpu::detail {
+namespace {
+
+// ---- vectors ------------------------------------------------------------------------------------
+
+constexpr int kBytes = CFL_VECTOR_BYTES;
+
+typedef float F32v __attribute__((vector_size(kBytes)));
+typedef double F64v __attribute__((vector_size(kBytes)));
+typedef int32_t I32v __attribute__((vector_size(kBytes)));
+typedef uint32_t U32v __attribute__((vector_size(kBytes)));
+typedef int64_t I64v __attribute__((vector_size(kBytes)));
+typedef float F32h __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t U32h __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t U16h __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t U16q __attribute__((vector_size(kBytes / 4)));
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef F32v type;
+  typedef I32v index;
+  typedef int32_t lane;
+};
+template <>
+struct VecOf<double> {
+  typedef F64v type;
+  typedef I64v index;
+  typedef int64_t lane;
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kBytes / int(sizeof(T));
+
+template <class V>
+CFL_INLINE V load_as(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+CFL_INLINE void store_as(void* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+// Stores past the caches; p is aligned to a vector.
+template <class V>
+CFL_INLINE void stream(void* p, V v) {
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif defined(CFL_ISA_AVX2)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#else
+  store_as(p, v);
+#endif
+}
+CFL_INLINE void stream_fence() {
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
+  _mm_sfence();
+#endif
+}
+
+CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+CFL_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+CFL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- element types ------------------------------------------------------------------------------
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+CFL_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+CFL_INLINE float to_float(float v) { return v; }
+CFL_INLINE double to_float(double v) { return v; }
+CFL_INLINE float to_float(BF16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
+CFL_INLINE float to_float(F16 v) {
+  // Moves exponent and fraction into place and rescales by 2^112, which is right for subnormals
+  // too; an all-ones exponent (Inf, NaN) is set to all ones again.
+  const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13;
+  uint32_t u;
+  const float f = bits_to_float(magnitude) * 0x1p112f;
+  memcpy(&u, &f, 4);
+  if (magnitude >= 0x0f800000u) u |= 0x7f800000u;
+  return bits_to_float(u | uint32_t(v.bits & 0x8000) << 16);
+}
+
+CFL_INLINE F32v widen(const BF16* p) {
+  return (F32v)(__builtin_convertvector(load_as<U16h>(p), U32v) << 16);
+}
+CFL_INLINE F32h widen_half(const BF16* p) {
+  return (F32h)(__builtin_convertvector(load_as<U16q>(p), U32h) << 16);
+}
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
+CFL_INLINE F32v widen(const F16* p) { return (F32v)_mm512_maskz_cvtph_ps(__mmask16(-1), load_as<__m256i>(p)); }
+CFL_INLINE F32h widen_half(const F16* p) { return (F32h)_mm256_cvtph_ps(load_as<__m128i>(p)); }
+#elif defined(CFL_ISA_AVX2)
+CFL_INLINE F32v widen(const F16* p) { return (F32v)_mm256_cvtph_ps(load_as<__m128i>(p)); }
+CFL_INLINE F32h widen_half(const F16* p) {
+  return (F32h)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+#else
+CFL_INLINE F32v widen(const F16* p) {
+  const U32v h = __builtin_convertvector(load_as<U16h>(p), U32v);
+  const U32v magnitude = (h & 0x7fff) << 13;
+  const U32v special = (U32v)(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return (F32v)((U32v)((F32v)magnitude * 0x1p112f) | special | ((h & 0x8000) << 16));
+}
+CFL_INLINE F32h widen_half(const F16* p) {
+  F32h v;
+  for (int i = 0; i < kBytes / 8; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+#endif
+
+// A vector of accumulation type from consecutive elements of any input type.
+template <class T>
+struct Convert;
+template <>
+struct Convert<float> {
+  static CFL_INLINE F32v load(const float* p) { return load_as<F32v>(p); }
+  template <class S>
+  static CFL_INLINE F32v load(const S* p) {
+    return widen(p);
+  }
+};
+template <>
+struct Convert<double> {
+  static CFL_INLINE F64v load(const double* p) { return load_as<F64v>(p); }
+  static CFL_INLINE F64v load(const float* p) {
+    return __builtin_convertvector(load_as<F32h>(p), F64v);
+  }
+  template <class S>
+  static CFL_INLINE F64v load(const S* p) {
+    return __builtin_convertvector(widen_half(p), F64v);
+  }
+};
+
+// ---- transposition ------------------------------------------------------------------------------
+
+// Exchanges bit `s` of the row and the lane number, for every row pair that differs in that bit.
+template <class T, int S>
+CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  typename VecOf<T>::index low, high;
+  for (int l = 0; l < n; ++l) {
+    low[l] = (l & S) ? n + l - S : l;
+    high[l] = (l & S) ? n + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & S) continue;
+    const Vec<T> a = r[i], b = r[i + S];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+template <class T>
+CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  transpose_step<T, 1>(r);
+  if constexpr (n > 2) transpose_step<T, 2>(r);
+  if constexpr (n > 4) transpose_step<T, 4>(r);
+  if constexpr (n > 8) transpose_step<T, 8>(r);
+}
+
+// dst (cols x rows, leading dimension ldd) = transpose of src (rows x cols, lds).
+template <class T, bool kStream>
+void transpose_block(const T* src, int64_t lds, T* dst, int64_t ldd, int64_t rows, int64_t cols) {
+  constexpr int n = kLanes<T>;
+  const int64_t full_rows = rows / n * n, full_cols = cols / n * n;
+  for (int64_t j = 0; j < full_cols; j += n) {
+    for (int64_t i = 0; i < full_rows; i += n) {
+      Vec<T> r[n];
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) r[m] = load_as<Vec<T>>(src + (i + m) * lds + j);
+      transpose<T>(r);
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) {
+        T* d = dst + (j + m) * ldd + i;
+        if constexpr (kStream) {
+          stream(d, r[m]);
+        } else {
+          store_as(d, r[m]);
+        }
+      }
+    }
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    const int64_t begin = j < full_cols ? full_rows : 0;
+    for (int64_t i = begin; i < rows; ++i) dst[j * ldd + i] = src[i * lds + j];
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------------------
+
+// A rectangle of the input: rows x cols elements, all columns present.
+template <class S>
+struct Source {
+  const S* data;
+  int64_t row_stride, col_stride;
+};
+
+// dst[k * kWidth + c] = scale[k] * src(k, c), for c < cols; `scale` may be null.
+template <class T, class S, int kWidth>
+void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* scale, T* dst) {
+  constexpr int n = kLanes<T>;
+  const int64_t full = cols / n * n;
+  int64_t packed = 0;  // columns that a vector loop has dealt with
+  if (src.col_stride == 1) {
+    packed = full;
+    for (int64_t k = 0; k < rows; ++k) {
+      const S* s = src.data + k * src.row_stride;
+      T* d = dst + k * kWidth;
+      // The next panel's part of this row: its rows are too far apart for the hardware to guess.
+      __builtin_prefetch(s + kWidth);
+      __builtin_prefetch(reinterpret_cast<const char*>(s + kWidth) + 64);
+      __builtin_prefetch(reinterpret_cast<const char*>(s + kWidth) + 128);
+      if (scale) {
+        for (int64_t c = 0; c < full; c += n) store_as(d + c, Convert<T>::load(s + c) * scale[k]);
+      } else if (full == kWidth) {
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kWidth; c += n) store_as(d + c, Convert<T>::load(s + c));
+      } else {
+        for (int64_t c = 0; c < full; c += n) store_as(d + c, Convert<T>::load(s + c));
+      }
+    }
+  } else if (src.row_stride == 1) {
+    packed = full;
+    const int64_t full_rows = rows / n * n;
+    for (int64_t c = 0; c < full; c += n) {
+      for (int64_t k = 0; k < full_rows; k += n) {
+        Vec<T> r[n];
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) {
+          r[m] = Convert<T>::load(src.data + (c + m) * src.col_stride + k);
+          if (scale) r[m] *= load_as<Vec<T>>(scale + k);
+        }
+        transpose<T>(r);
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) store_as(dst + (k + m) * kWidth + c, r[m]);
+      }
+      for (int64_t k = full_rows; k < rows; ++k) {
+        for (int m = 0; m < n; ++m) {
+          const T v = to_float(src.data[(c + m) * src.col_stride + k]);
+          dst[k * kWidth + c + m] = scale ? scale[k] * v : v;
+        }
+      }
+    }
+  }
+  if (packed == cols) return;
+  for (int64_t k = 0; k < rows; ++k) {
+    const S* s = src.data + k * src.row_stride;
+    for (int64_t c = packed; c < cols; ++c) {
+      const T v = to_float(s[c * src.col_stride]);
+      dst[k * kWidth + c] = scale ? scale[k] * v : v;
+    }
+  }
+}
+
+template <class T>
+T weight_at(const GramArgs& args, int64_t row) {
+  const int64_t at = row * args.weight_stride;
+  if (args.weight_dtype == DType::kF64) return T(static_cast<const double*>(args.weight)[at]);
+  return T(static_cast<const float*>(args.weight)[at]);
+}
+
+template <class S>
+CFL_INLINE Source<S> x_source(const GramArgs& a, int64_t row, int64_t col) {
+  return {static_cast<const S*>(a.x) + row * a.x_row_stride + col * a.x_col_stride, a.x_row_stride,
+          a.x_col_stride};
+}
+template <class S>
+CFL_INLINE Source<S> y_source(const GramArgs& a, int64_t row, int64_t col) {
+  return {static_cast<const S*>(a.y) + row * a.y_row_stride + col * a.y_col_stride, a.y_row_stride,
+          a.y_col_stride};
+}
+
+// ---- the vector engine --------------------------------------------------------------------------
+
+enum class Update { kStore, kAdd, kScaleAdd };
+
+CFL_INLINE Update update_for(double beta) {
+  return beta == 0 ? Update::kStore : beta == 1 ? Update::kAdd : Update::kScaleAdd;
+}
+
+// Input elements S, accumulation in T.
+template <class T, class S>
+struct VectorEngine {
+  using Acc = T;
+  using Packed = T;
+  using In = S;
+  static constexpr int kVectors = 3;
+  static constexpr int kWidth = kVectors * kLanes<T>;  // NR
+  // 8 x 3 (AVX-512), 4 x 3 (AVX2, SSE2) or 6 x 3 (NEON) accumulators.
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
+  static constexpr int kRows = 8;  // MR; divides NR
+#elif defined(__aarch64__)
+  static constexpr int kRows = 6;
+#else
+  static constexpr int kRows = kLanes<T> == 2 ? 2 : 4;
+#endif
+  static constexpr bool kSharedPacking = true;
+  static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
+  static constexpr int64_t kGroup = 16;                            // panels kept in L2
+
+  static int64_t panel_size(int64_t depth) { return depth * kWidth; }
+
+  // Packs panel p (x, bias and zeros; or targets and zeros) of rows [row, row + depth).
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const T* scale,
+                   T* dst) {
+    const GramArgs& a = plan.args;
+    const bool is_x = p < plan.x_panels;
+    const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
+    const int64_t present = max64(0, min64(kWidth, (is_x ? a.cols : a.targets) - first));
+    pack_columns<T, S, kWidth>(is_x ? x_source<S>(a, row, first) : y_source<S>(a, row, first),
+                               depth, present, scale, dst);
+    if (present == kWidth) return;
+    const bool has_bias = is_x && a.bias && first + present == a.cols;
+    for (int64_t k = 0; k < depth; ++k) {
+      T* d = dst + k * kWidth + present;
+      memset(d, 0, (kWidth - present) * sizeof(T));
+      if (has_bias) d[0] = scale ? scale[k] : T(1);
+    }
+  }
+
+  static void begin_part() {}
+  static void end_part() {}
+
+  // c[kRows][kN vectors] from kRows columns of strip a and kN vectors of panel b.
+  // Not inlined: the accumulators and operands take every vector register.
+  template <int kN>
+  static __attribute__((noinline)) void tile(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, Update update,
+                   T beta) {
+    constexpr int n = kLanes<T>;
+    Vec<T> acc[kRows][kN];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      if (update != Update::kStore) __builtin_prefetch(c + m * ldc, 1);
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<T> bv[kN];
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        Vec<T> av = a[k * kWidth + m] - Vec<T>{};
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; ++v) {
+        T* at = c + m * ldc + v * n;
+        Vec<T> r = acc[m][v];
+        if (update == Update::kAdd) r += load_as<Vec<T>>(at);
+        if (update == Update::kScaleAdd) r += beta * load_as<Vec<T>>(at);
+        store_as(at, r);
+      }
+    }
+  }
+
+  // Micro-rows [r0, r1) of the block (strip a, panel b) at c, which has rows x cols valid entries.
+  // On the diagonal, vectors wholly under it are left alone.
+  static void block(int64_t depth, const T* a, const T* b, int64_t r0, int64_t r1, bool diagonal,
+                    T* c, int64_t ldc, int64_t rows, int64_t cols, double beta) {
+    constexpr int n = kLanes<T>;
+    const Update update = update_for(beta);
+    const int last = int(ceil_div(cols, n));
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t m0 = r * kRows;
+      const int first = diagonal ? int(m0 / n) : 0;
+      const bool whole = m0 + kRows <= rows && last * n <= cols;
+      alignas(64) T edge[kRows * kWidth];
+      T* out = whole ? c + m0 * ldc + first * n : edge;
+      const int64_t ld = whole ? ldc : kWidth;
+      const Update how = whole ? update : Update::kStore;
+      switch (last - first) {
+        case 3: tile<3>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
+        case 2: tile<2>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
+        case 1: tile<1>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
+        default: continue;
+      }
+      if (whole) continue;
+      for (int64_t m = 0; m < min64(kRows, rows - m0); ++m) {
+        T* to = c + (m0 + m) * ldc + first * n;
+        const T* from = edge + m * kWidth;
+        const int64_t count = cols - first * n;
+        if (update == Update::kStore) {
+          for (int64_t j = 0; j < count; ++j) to[j] = from[j];
+        } else {
+          for (int64_t j = 0; j < count; ++j) to[j] = T(beta) * to[j] + from[j];
+        }
+      }
+    }
+  }
+};
+
+// ---- cutting the work ---------------------------------------------------------------------------
+
+template <class E>
+struct Driver {
+  using T = typename E::Acc;
+  using P = typename E::Packed;
+  using S = typename E::In;
+  static constexpr int64_t kWidth = E::kWidth;
+  static constexpr int64_t kStripRows = E::kWidth / E::kRows;  // micro-rows of a strip
+  static constexpr size_t kPackBytes = 6 << 20;
+  static constexpr size_t kPartialBytes = 2 << 20;
+
+  static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t panel) {
+    const int64_t rows = panel < plan.x_panels ? min64((panel + 1) * kWidth, plan.d1) : plan.d1;
+    return ceil_div(rows, E::kRows);
+  }
+  static CFL_INLINE bool is_x(const Plan& plan, int64_t panel) { return panel < plan.x_panels; }
+
+  static int64_t dense_targets(const GramArgs& a) { return a.y ? a.targets : 0; }
+
+  static void shape(Plan* plan, int64_t threads) {
+    const GramArgs& a = plan->args;
+    plan->d1 = a.cols + (a.bias ? 1 : 0);
+    plan->x_panels = ceil_div(plan->d1, kWidth);
+    plan->panels = plan->x_panels + ceil_div(dense_targets(a), kWidth);
+    plan->partial_bytes = size_t(plan->d1) * size_t(plan->d1 + a.targets) * sizeof(T);
+    // Row groups share no packing work, but each costs a pass over the output; bands repeat part
+    // of the packing. A band should stay a few panels wide.
+    int64_t groups = 1;
+    if (threads > 1 && plan->d1 * (plan->d1 + a.targets) <= int64_t(kPartialBytes / sizeof(T))) {
+      groups = min64(threads, a.rows / max64(64, 2 * plan->d1));
+      groups = max64(groups, 1);
+      while (threads % groups) --groups;
+    }
+    plan->row_groups = groups;
+    plan->bands = max64(1, threads / groups);
+  }
+
+  // Cuts the sequence of micro-tiles into bands of about equal numbers of vectors, never inside a
+  // diagonal block, which its owner must mirror as a whole.
+  static void cut(Plan* plan) {
+    const double overhead = 1.0;
+    double total = 0;
+    for (int64_t p = 0; p < plan->panels; ++p) total += double(micro_rows(*plan, p)) * overhead;
+    int64_t band = 0;
+    double before = 0;
+    plan->band_begin[0] = {0, 0};
+    for (int64_t p = 0; p < plan->panels; ++p) {
+      const int64_t rows = micro_rows(*plan, p);
+      while (band + 1 < plan->bands) {
+        const double goal = total * double(band + 1) / double(plan->bands);
+        if (goal >= before + double(rows)) break;
+        int64_t r = int64_t(goal - before);
+        const int64_t diagonal = p * kStripRows;
+        if (is_x(*plan, p) && r > diagonal) r = r - diagonal < rows - r ? diagonal : rows;
+        ++band;
+        plan->band_begin[band] = r < rows ? TilePos{p, r} : TilePos{p + 1, 0};
+      }
+      before += double(rows);
+    }
+    while (band < plan->bands) plan->band_begin[++band] = {plan->panels, 0};
+  }
+
+  // ---- one part ---------------------------------------------------------------------------------
+
+  struct Rows {
+    int64_t begin, end;
+  };
+  // The micro-rows of a panel that belong to a band.
+  static CFL_INLINE Rows rows_of(const Plan& plan, int64_t band, int64_t panel) {
+    const TilePos lo = plan.band_begin[band], hi = plan.band_begin[band + 1];
+    Rows r = {0, micro_rows(plan, panel)};
+    if (panel < lo.panel || panel > hi.panel) return {0, 0};
+    if (panel == lo.panel) r.begin = lo.row;
+    if (panel == hi.panel) r.end = min64(r.end, hi.row);
+    return r;
+  }
+
+  struct Output {
+    T* gram;
+    T* cross;
+    double beta;
+  };
+  static Output output_of(const Plan& plan, int64_t group) {
+    const GramArgs& a = plan.args;
+    if (group == 0) return {static_cast<T*>(a.gram), static_cast<T*>(a.cross), a.beta};
+    T* base = reinterpret_cast<T*>(plan.partial + (group - 1) * plan.partial_bytes);
+    return {base, base + plan.d1 * plan.d1, 0.0};
+  }
+
+  // Writes the transpose of rows [m0, m1) of block (strip, panel).
+  static void mirror(const Plan& plan, int64_t strip, int64_t panel, int64_t m0, int64_t m1) {
+    T* g = static_cast<T*>(plan.args.gram);
+    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    const int64_t cols = min64(kWidth, ld - j0);
+    if (strip != panel) {
+      transpose_block<T, false>(g + (i0 + m0) * ld + j0, ld, g + j0 * ld + i0 + m0, ld, m1 - m0,
+                                cols);
+      return;
+    }
+    for (int64_t i = 0; i < cols; ++i) {
+      for (int64_t j = 0; j < i; ++j) g[(i0 + i) * ld + i0 + j] = g[(i0 + j) * ld + i0 + i];
+    }
+  }
+
+  static void target_stats(const Plan& plan, int64_t panel, int64_t row, int64_t depth,
+                           const T* weight, double* stats) {
+    const GramArgs& a = plan.args;
+    const int64_t first = (panel - plan.x_panels) * kWidth;
+    const int64_t cols = min64(kWidth, a.targets - first);
+    const Source<S> y = y_source<S>(a, row, first);
+    T sum[kWidth] = {}, square[kWidth] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const T s = weight ? weight[k] : T(1);
+      const S* v = y.data + k * y.row_stride;
+      for (int64_t c = 0; c < cols; ++c) {
+        const T t = to_float(v[c * y.col_stride]);
+        sum[c] += s * t;
+        square[c] += s * t * t;
+      }
+    }
+    for (int64_t c = 0; c < cols; ++c) {
+      stats[first + c] += double(sum[c]);
+      stats[a.targets + first + c] += double(square[c]);
+    }
+  }
+
+  static void run(const Plan* plan_ptr, int64_t part) {
+    const Plan& plan = *plan_ptr;
+    const GramArgs& a = plan.args;
+    const int64_t group = part / plan.bands, band = part % plan.bands;
+    const int64_t row_begin = a.rows / plan.row_groups * group +
+                              min64(group, a.rows % plan.row_groups);
+    const int64_t row_end = a.rows / plan.row_groups * (group + 1) +
+                            min64(group + 1, a.rows % plan.row_groups);
+    const Output out = output_of(plan, group);
+    const TilePos lo = plan.band_begin[band], hi = plan.band_begin[band + 1];
+    const int64_t panel_end = hi.row > 0 ? hi.panel + 1 : hi.panel;
+    const bool final_output = plan.row_groups == 1;
+    double* stats = plan.target_stats + group * 2 * a.targets;
+
+    const int64_t rows = row_end - row_begin;
+    const int64_t blocks = ceil_div(rows, E::kDepth);
+    const int64_t depth_max = ceil_div(rows, max64(blocks, 1));
+
+    // Scratch: weights of a row block, packed right-hand panels, packed strips (where the two
+    // differ), and which of them hold the current row block.
+    const int64_t panel_bytes = (E::panel_size(depth_max) * int64_t(sizeof(P)) + 63) / 64 * 64;
+    const bool own_strips = !E::kSharedPacking || a.weight;
+    const int64_t cacheable = int64_t(kPackBytes) / (panel_bytes > 0 ? panel_bytes : 64);
+    const bool cache_all = panel_end * (own_strips ? 2 : 1) <= cacheable;
+    const int64_t slots = cache_all ? panel_end : min64(E::kGroup, panel_end);
+    const int64_t strip_slots = cache_all ? (own_strips ? panel_end : 0) : 1;
+    const int64_t weight_bytes = (depth_max * int64_t(sizeof(T)) + 63) / 64 * 64;
+    const int64_t flag_bytes = (slots + strip_slots + 63) / 64 * 64;
+    char* memory = static_cast<char*>(plan.scratch(
+        size_t(weight_bytes + flag_bytes + (slots + strip_slots) * panel_bytes)));
+    T* weight = a.weight ? reinterpret_cast<T*>(memory) : nullptr;
+    char* right_done = memory + weight_bytes;
+    char* strip_done = right_done + slots;
+    char* right = right_done + flag_bytes;
+    char* strips = right + slots * panel_bytes;
+
+    E::begin_part();
+    for (int64_t kb = 0; kb < blocks; ++kb) {
+      const int64_t row = row_begin + kb * depth_max;
+      const int64_t depth = min64(depth_max, row_end - row);
+      if (depth <= 0) break;
+      const bool last = row + depth == row_end;
+      const double beta = kb == 0 ? out.beta : 1.0;
+      if (weight) {
+        for (int64_t k = 0; k < depth; ++k) weight[k] = weight_at<T>(a, row + k);
+      }
+      memset(right_done, 0, size_t(flag_bytes));
+
+      for (int64_t g0 = lo.panel; g0 < panel_end; g0 += E::kGroup) {
+        const int64_t g1 = min64(g0 + E::kGroup, panel_end);
+        if (!cache_all) memset(right_done, 0, size_t(slots));
+        const int64_t slot0 = cache_all ? 0 : g0;
+        for (int64_t p = g0; p < g1; ++p) {
+          if (!right_done[p - slot0]) {
+            E::pack(plan, p, row, depth, nullptr,
+                    reinterpret_cast<P*>(right + (p - slot0) * panel_bytes));
+            right_done[p - slot0] = 1;
+          }
+          if (!is_x(plan, p) && rows_of(plan, band, p).end == micro_rows(plan, p)) {
+            target_stats(plan, p, row, depth, weight, stats);
+          }
+        }
+        const int64_t strip_end = min64(g1, plan.x_panels);
+        for (int64_t i = 0; i < strip_end; ++i) {
+          const P* left = nullptr;
+          for (int64_t p = max64(g0, is_x(plan, g0) ? i : 0); p < g1; ++p) {
+            if (is_x(plan, p) && p < i) continue;
+            const Rows mine = rows_of(plan, band, p);
+            const int64_t r0 = max64(mine.begin - i * kStripRows, 0);
+            const int64_t r1 = min64(mine.end - i * kStripRows, kStripRows);
+            if (r0 >= r1) continue;
+            if (!left) left = strip(plan, i, row, depth, weight, own_strips, cache_all, slot0, g1,
+                                    panel_bytes, right, right_done, strips, strip_done);
+            const P* b = reinterpret_cast<const P*>(right + (p - slot0) * panel_bytes);
+            const int64_t i0 = i * kWidth;
+            const int64_t block_rows = min64(kWidth, plan.d1 - i0);
+            if (is_x(plan, p)) {
+              const int64_t j0 = p * kWidth;
+              E::block(depth, left, b, r0, r1, p == i, out.gram + i0 * plan.d1 + j0, plan.d1,
+                       block_rows, min64(kWidth, plan.d1 - j0), beta);
+              if (last && final_output) {
+                mirror(plan, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows));
+              }
+            } else {
+              const int64_t j0 = (p - plan.x_panels) * kWidth;
+              E::block(depth, left, b, r0, r1, false, out.cross + i0 * a.targets + j0, a.targets,
+                       block_rows, min64(kWidth, a.targets - j0), beta);
+            }
+          }
+        }
+      }
+    }
+    E::end_part();
+    if (a.labels) class_cross(plan, band, row_begin, row_end, out, stats);
+    if (plan.row_groups > 1 &&
+        __atomic_add_fetch(&plan.band_done[band], 1, __ATOMIC_ACQ_REL) == plan.row_groups) {
+      merge(plan, band);
+    }
+  }
+
+  // The packed strip i: shared with the right-hand panels where it can be, else packed on demand.
+  static const P* strip(const Plan& plan, int64_t i, int64_t row, int64_t depth, const T* weight,
+                        bool own, bool cache_all, int64_t slot0, int64_t slot_end,
+                        int64_t panel_bytes, char* right, char* right_done, char* strips,
+                        char* strip_done) {
+    if (!own && (cache_all || (i >= slot0 && i < slot_end))) {
+      P* at = reinterpret_cast<P*>(right + (i - slot0) * panel_bytes);
+      if (!right_done[i - slot0]) {
+        E::pack(plan, i, row, depth, nullptr, at);
+        right_done[i - slot0] = 1;
+      }
+      return at;
+    }
+    P* at = reinterpret_cast<P*>(strips + (cache_all ? i : 0) * panel_bytes);
+    if (cache_all && strip_done[i]) return at;
+    if (cache_all) strip_done[i] = 1;
+    E::pack(plan, i, row, depth, weight, at);
+    return at;
+  }
+
+  // ---- class indices ----------------------------------------------------------------------------
+
+  // cross[:, k] and the target statistics of one-hot targets, for this band's share of the rows of
+  // `cross`, through a transposed accumulator whose rows are contiguous.
+  static void class_cross(const Plan& plan, int64_t band, int64_t row_begin, int64_t row_end,
+                          const Output& out, double* stats) {
+    constexpr int64_t n = kLanes<T>;
+    const GramArgs& a = plan.args;
+    const int64_t classes = a.targets;
+    const int64_t c_begin = plan.d1 * band / plan.bands, c_end = plan.d1 * (band + 1) / plan.bands;
+    const int64_t fit = int64_t(kPartialBytes / sizeof(T)) / classes / n * n;
+    const int64_t width = min64(max64(fit, n), ceil_div(c_end - c_begin, n) * n);
+    T* sums = static_cast<T*>(plan.scratch(size_t(classes * width) * sizeof(T)));
+    for (int64_t c0 = c_begin; c0 < c_end; c0 += width) {
+      const int64_t cols = min64(width, c_end - c0);
+      const int64_t x_cols = min64(cols, max64(a.cols - c0, 0));
+      const int64_t full = a.x_col_stride == 1 ? x_cols / n * n : 0;
+      memset(sums, 0, size_t(classes * width) * sizeof(T));
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        T* to = sums + a.labels[row * a.label_stride] * width;
+        const T s = a.weight ? weight_at<T>(a, row) : T(1);
+        const Source<S> x = x_source<S>(a, row, c0);
+        for (int64_t c = 0; c < full; c += n) {
+          Vec<T> v = Convert<T>::load(x.data + c);
+          store_as(to + c, load_as<Vec<T>>(to + c) + s * v);
+        }
+        for (int64_t c = full; c < x_cols; ++c) to[c] += s * T(to_float(x.data[c * x.col_stride]));
+        if (x_cols < cols) to[x_cols] += s;
+      }
+      T* c_out = out.cross + c0 * classes;
+      if (out.beta == 0) {
+        transpose_block<T, false>(sums, width, c_out, classes, classes, cols);
+      } else {
+        for (int64_t c = 0; c < cols; ++c) {
+          for (int64_t k = 0; k < classes; ++k) {
+            T& at = c_out[c * classes + k];
+            at = T(out.beta) * at + sums[k * width + c];
+          }
+        }
+      }
+    }
+    if (band != 0) return;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const double s = a.weight ? weight_at<double>(a, row) : 1.0;
+      stats[a.labels[row * a.label_stride]] += s;
+    }
+    memcpy(stats + classes, stats, size_t(classes) * sizeof(double));
+  }
+
+  // ---- row groups -------------------------------------------------------------------------------
+
+  // Adds the partial results of the other row groups in order, and mirrors. Run by the last part
+  // of a band to finish.
+  static void merge(const Plan& plan, int64_t band) {
+    const GramArgs& a = plan.args;
+    const TilePos lo = plan.band_begin[band], hi = plan.band_begin[band + 1];
+    const Output total = output_of(plan, 0);
+    for (int64_t p = lo.panel; p < plan.panels && p <= hi.panel; ++p) {
+      const Rows mine = rows_of(plan, band, p);
+      const int64_t first = mine.begin * E::kRows;
+      const int64_t end = min64(mine.end * E::kRows, plan.d1);
+      const bool x = is_x(plan, p);
+      const int64_t ld = x ? plan.d1 : a.targets;
+      const int64_t j0 = (x ? p : p - plan.x_panels) * kWidth;
+      const int64_t cols = min64(kWidth, ld - j0);
+      for (int64_t g = 1; g < plan.row_groups; ++g) {
+        const Output part = output_of(plan, g);
+        const T* from = (x ? part.gram : part.cross) + j0;
+        T* to = (x ? total.gram : total.cross) + j0;
+        for (int64_t i = first; i < end; ++i) {
+          for (int64_t c = x ? max64(0, i - j0) : 0; c < cols; ++c) {
+            to[i * ld + c] += from[i * ld + c];
+          }
+        }
+      }
+      if (!x) continue;
+      for (int64_t strip = first / kWidth; strip * kWidth < end; ++strip) {
+        const int64_t i0 = strip * kWidth;
+        mirror(plan, strip, p, max64(first - i0, 0), min64(end - i0, kWidth));
+      }
+    }
+    if (!a.labels) return;
+    const int64_t c_begin = plan.d1 * band / plan.bands, c_end = plan.d1 * (band + 1) / plan.bands;
+    for (int64_t g = 1; g < plan.row_groups; ++g) {
+      const T* from = output_of(plan, g).cross;
+      for (int64_t at = c_begin * a.targets; at < c_end * a.targets; ++at) total.cross[at] += from[at];
+    }
+  }
+
+  static constexpr Kernel kKernel = {shape, cut, run};
+};
+
+template <class T, class S>
+const Kernel* vector_kernel() {
+  return &Driver<VectorEngine<T, S>>::kKernel;
+}
+
+}  // namespace
+
+const Kernel* CFL_ENTRY(const GramArgs& args) {
+  const bool wide = args.acc_dtype == DType::kF64;
+  switch (args.x_dtype) {
+    case DType::kF16: return wide ? vector_kernel<double, F16>() : vector_kernel<float, F16>();
+    case DType::kBF16: return wide ? vector_kernel<double, BF16>() : vector_kernel<float, BF16>();
+    case DType::kF32: return wide ? vector_kernel<double, float>() : vector_kernel<float, float>();
+    case DType::kF64: return wide ? vector_kernel<double, double>() : nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace cfl::cpu::detail

@@ -1,0 +1,676 @@
+// proximal_step on the CPU: one chain of BLAS calls on the smaller side of the problem.
+// Semantics and mathematics: python/cfl_ops/proximal.py (the fallback) and its source, formulas 1.2-1.6.
+//
+// With t the total penalty, mu the proximal one and the anchor Wa = (mu / t) W:
+//   dual (B <= D):  A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
+//   primal (B > D): (P^T P + t I) dW^T = (Y^T P - Wa P^T P)^T, W <- Wa + dW, residual recomputed
+// Both are solved in the working precision where that resolves the system, else in float64.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/blas.h"
+#include "cpu/gram_kernel.h"
+#include "cpu/tensor.h"
+
+namespace cfl::cpu {
+namespace {
+
+enum Info : int32_t {
+  kBadFeatures = -1,
+  kBadTarget = -2,
+  kBadWeight = -3,
+  kBadPenalty = -4,
+  kBadSampleWeight = -5,
+};
+
+// A float32 factor is trusted while the pivots spread less than this (an estimate of the condition
+// number from below); past it the system is formed and solved again in float64.
+constexpr double kTrustedSpread = 30.0;
+
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float> ? DType::kF32 : DType::kF64;
+
+template <class T>
+bool all_finite(const T* values, int64_t rows, int64_t cols, int64_t stride) {
+  // The sum of x - x is 0, or NaN as soon as one value is NaN or Inf; no branch, so it vectorises.
+  for (int64_t i = 0; i < rows; ++i) {
+    T sum = 0;
+    for (int64_t j = 0; j < cols; ++j) sum += values[i * stride + j] - values[i * stride + j];
+    if (!(sum == 0)) return false;
+  }
+  return true;
+}
+
+// One head and one batch, all in T, rows contiguous within themselves.
+template <class T>
+struct Problem {
+  int64_t rows, width, targets;
+  const T* phi;
+  int64_t phi_stride;
+  const T* target;  // dense (rows, targets), or null
+  int64_t target_stride;
+  const int64_t* labels;  // or null
+  int64_t label_stride;
+  T* weight;        // (targets, width) contiguous: old in, new out
+  T* bias;          // (targets) or null
+  const T* sample;  // (rows) contiguous weights, or null
+  const T* lam_diag;  // (width) contiguous, or null
+  double lam, ridge;
+  bool mean, free_bias;
+  T* grad;      // (rows, width) contiguous
+  double loss;  // out
+};
+
+// Scratch memory that a thread keeps for its next step, since the same sizes come back every time;
+// blocks past kKept bytes in all are given back.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    size_t kept = 0;
+    auto& blocks = pool();
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      kept += blocks[i].bytes;
+      if (kept > kKept) blocks[i] = Block();
+    }
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
+    auto& blocks = pool();
+    if (used_ == blocks.size()) blocks.emplace_back();
+    Block& block = blocks[used_++];
+    if (block.bytes < bytes) {
+      block.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+      if (!block.memory) throw std::bad_alloc();
+      block.bytes = bytes;
+    }
+    return reinterpret_cast<T*>(block.memory.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  struct Block {
+    std::unique_ptr<char, Free> memory;
+    size_t bytes = 0;
+  };
+  static constexpr size_t kKept = 64 << 20;
+  static std::vector<Block>& pool() {
+    static thread_local std::vector<Block> blocks;
+    return blocks;
+  }
+  size_t used_ = 0;
+};
+
+// max diagonal / min pivot of a system whose Cholesky factor is L: how many digits the factorisation
+// may have lost, at least. Also tells the first pivot that drowned in rounding (order from 1), or 0.
+template <class T>
+double pivot_spread(const T* factor, int64_t order, const std::vector<T>& diagonal, int64_t* lost) {
+  double largest = 0, smallest = std::numeric_limits<double>::infinity();
+  *lost = 0;
+  const double floor = static_cast<double>(order) * std::numeric_limits<T>::epsilon();
+  for (int64_t i = 0; i < order; ++i) {
+    const double pivot = static_cast<double>(factor[i * order + i]) * factor[i * order + i];
+    if (*lost == 0 && !(pivot > floor * static_cast<double>(diagonal[i]))) *lost = i + 1;
+    largest = std::max(largest, static_cast<double>(diagonal[i]));
+    smallest = std::min(smallest, pivot);
+  }
+  return order == 0 ? 1.0 : largest / smallest;
+}
+
+// Factors the system in place; info as LAPACK's, also for a pivot lost in rounding.
+template <class T>
+int64_t factor(T* system, int64_t order, double* spread) {
+  std::vector<T> diagonal(order);
+  for (int64_t i = 0; i < order; ++i) diagonal[i] = system[i * order + i];
+  int64_t info = potrf_lower(order, system, order);
+  int64_t lost = 0;
+  *spread = pivot_spread(system, order, diagonal, &lost);
+  return info != 0 ? info : lost;
+}
+
+// The Gram matrix, in Acc, of the rows (B x B) or columns (D x D) of p (rows x width).
+template <class T, class Acc>
+void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, const T* sample, bool ones,
+               Acc* out, Acc* cross) {
+  GramArgs args;
+  args.rows = of_rows ? pb.width : pb.rows;
+  args.cols = of_rows ? pb.rows : pb.width;
+  args.x = p;
+  args.x_dtype = kDType<T>;
+  args.x_row_stride = of_rows ? 1 : stride;
+  args.x_col_stride = of_rows ? stride : 1;
+  args.weight = sample;
+  args.weight_dtype = kDType<T>;
+  args.bias = ones;
+  args.acc_dtype = kDType<Acc>;
+  args.gram = out;
+  if (cross) {
+    args.targets = pb.targets;
+    args.y = pb.target;
+    args.y_row_stride = pb.target_stride;
+    args.labels = pb.labels;
+    args.label_stride = pb.label_stride;
+    args.cross = cross;
+  }
+  cfl::cpu::gram(args, &cfl::parallel_for, static_cast<int>(torch::stable::get_num_threads()));
+}
+
+struct Penalties {
+  double scale;  // of the loss: the sum of the weights, or 1
+  double mu, t;  // per feature where there is no lam_diag
+  double t_bias;
+  double shrink, shrink_bias;  // anchor = shrink * old
+};
+
+double ratio(double mu, double t) { return t > 0 ? mu / t : 1.0; }
+
+template <class T>
+int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  Scratch scratch;
+  const bool ones = pb.bias && !pb.free_bias, centred = pb.bias && pb.free_bias;
+
+  // q = root (Y - Phi Wa^T - b_a); the anchor's shrinkage rides in alpha where it is one number.
+  T* q = scratch.take<T>(B * K);
+  std::vector<T> anchor_bias(pb.bias ? K : 0);
+  for (int64_t k = 0; pb.bias && k < K; ++k) {
+    anchor_bias[k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
+  }
+  const T* anchor = pb.weight;
+  double anchor_scale = pen.shrink;
+  if (pb.lam_diag && pb.ridge > 0) {
+    T* copy = scratch.take<T>(K * D);
+    const double rho = pen.t - pen.mu;
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t j = 0; j < D; ++j) {
+        copy[k * D + j] = static_cast<T>(pb.weight[k * D + j] * ratio(t_diag[j] - rho, t_diag[j]));
+      }
+    }
+    anchor = copy;
+    anchor_scale = 1.0;
+  }
+  for (int64_t i = 0; i < B; ++i) {
+    for (int64_t k = 0; k < K; ++k) {
+      const T y = pb.target ? pb.target[i * pb.target_stride + k] : T(0);
+      q[i * K + k] = pb.bias ? y - anchor_bias[k] : y;
+    }
+    if (pb.labels) q[i * K + pb.labels[i * pb.label_stride]] += T(1);
+  }
+  gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D, T(1), q, K);
+
+  // P: the features, centred and scaled by the root of the row weights. Most steps need no copy.
+  const T* p = pb.phi;
+  int64_t p_stride = pb.phi_stride;
+  std::vector<T> root(B, T(1)), mean_phi, mean_q;
+  if (pb.sample) {
+    for (int64_t i = 0; i < B; ++i) root[i] = std::sqrt(pb.sample[i]);
+  }
+  if (centred) {
+    std::vector<double> phi_sum(D, 0.0), q_sum(K, 0.0);
+    double total = 0;
+    for (int64_t i = 0; i < B; ++i) {
+      const double s = pb.sample ? static_cast<double>(pb.sample[i]) : 1.0;
+      total += s;
+      for (int64_t j = 0; j < D; ++j) phi_sum[j] += s * pb.phi[i * pb.phi_stride + j];
+      for (int64_t k = 0; k < K; ++k) q_sum[k] += s * q[i * K + k];
+    }
+    mean_phi.resize(D);
+    mean_q.resize(K);
+    for (int64_t j = 0; j < D; ++j) mean_phi[j] = static_cast<T>(phi_sum[j] / total);
+    for (int64_t k = 0; k < K; ++k) mean_q[k] = static_cast<T>(q_sum[k] / total);
+  }
+  if (pb.sample || centred) {
+    T* copy = scratch.take<T>(B * D);
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        const T value = pb.phi[i * pb.phi_stride + j];
+        copy[i * D + j] = root[i] * (centred ? value - mean_phi[j] : value);
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        q[i * K + k] = root[i] * (centred ? q[i * K + k] - mean_q[k] : q[i * K + k]);
+      }
+    }
+    p = copy;
+    p_stride = D;
+  }
+  // With a penalty for each feature, the system is P diag(1/t) P^T + I.
+  const T* pe = p;
+  int64_t pe_stride = p_stride;
+  double t = pen.t, ones_scale = 1.0;
+  T* half = nullptr;  // P diag(t)^-1/2, whose Gram matrix is the system's
+  if (pb.lam_diag) {
+    T* copy = scratch.take<T>(B * D);
+    half = scratch.take<T>(B * D);
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        const double value = p[i * p_stride + j];
+        copy[i * D + j] = static_cast<T>(value / t_diag[j]);
+        half[i * D + j] = static_cast<T>(value / std::sqrt(t_diag[j]));
+      }
+    }
+    pe = copy;
+    pe_stride = D;
+    t = 1.0;
+    ones_scale = 1.0 / pen.t_bias;
+  }
+
+  auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
+    side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system, nullptr);
+    for (int64_t i = 0; i < B; ++i) {
+      if (ones) {
+        for (int64_t j = 0; j < B; ++j) {
+          system[i * B + j] += static_cast<Acc>(ones_scale * root[i] * root[j]);
+        }
+      }
+      // A row of weight zero has nothing to say; without a penalty its pivot would be zero.
+      const bool silent = root[i] == 0 && t == 0;
+      system[i * B + i] += static_cast<Acc>(silent ? 1.0 : t);
+    }
+    const int64_t info = factor(system, B, spread);
+    if (info == 0) potrs_lower(B, K, system, B, rhs, K);
+    return info;
+  };
+
+  double spread = 0;
+  int64_t info = 0;
+  T* alpha = q;
+  bool trusted = std::is_same_v<T, double>;
+  if constexpr (std::is_same_v<T, float>) {
+    T* system = scratch.take<T>(B * B);
+    T* rhs = scratch.take<T>(B * K);
+    std::memcpy(rhs, q, B * K * sizeof(T));
+    info = solve.template operator()<T>(rhs, system, &spread);
+    trusted = info == 0 && spread < kTrustedSpread;
+    if (trusted) alpha = rhs;
+  }
+  if (!trusted || std::is_same_v<T, double>) {
+    double* system = scratch.take<double>(B * B);
+    double* rhs = scratch.take<double>(B * K);
+    for (int64_t i = 0; i < B * K; ++i) rhs[i] = q[i];
+    info = solve.template operator()<double>(rhs, system, &spread);
+    if (info != 0) return info;
+    for (int64_t i = 0; i < B * K; ++i) q[i] = static_cast<T>(rhs[i]);
+    alpha = q;
+  }
+
+  double loss = 0;
+  for (int64_t i = 0; i < B * K; ++i) loss += static_cast<double>(alpha[i]) * alpha[i];
+  pb.loss = loss * t * t / pen.scale;
+  if (!std::isfinite(pb.loss)) return -100;  // the caller finds out why; nothing was written yet
+
+  // W <- anchor + A^T PE
+  if (anchor != pb.weight) std::memcpy(pb.weight, anchor, K * D * sizeof(T));
+  gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), pb.weight, D);
+  for (int64_t k = 0; pb.bias && k < K; ++k) {
+    double change = 0;
+    if (ones) {
+      for (int64_t i = 0; i < B; ++i) change += static_cast<double>(root[i]) * alpha[i * K + k];
+      change *= ones_scale;
+    } else {
+      // A centred fit passes through the means: b = b_a + mean r0 - dW mean phi, dW = A^T PE.
+      change = mean_q[k];
+    }
+    pb.bias[k] = static_cast<T>(anchor_bias[k] + change);
+  }
+  if (centred) {
+    std::vector<double> projection(B, 0.0);
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        projection[i] += static_cast<double>(pe[i * pe_stride + j]) * mean_phi[j];
+      }
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      double change = 0;
+      for (int64_t i = 0; i < B; ++i) change += projection[i] * alpha[i * K + k];
+      pb.bias[k] = static_cast<T>(pb.bias[k] - change);
+    }
+  }
+  // grad = -(2 / scale) root (t A) W_new
+  if (pb.sample) {
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t k = 0; k < K; ++k) alpha[i * K + k] *= root[i];
+    }
+  }
+  gemm(false, false, B, D, K, static_cast<T>(-2.0 * t / pen.scale), alpha, K, pb.weight, D, T(0), pb.grad,
+       D);
+  return 0;
+}
+
+template <class T>
+int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  const int64_t order = D + (pb.bias ? 1 : 0);  // the bias is the weight of a last feature that is 1
+  Scratch scratch;
+  const double rho = pen.t - pen.mu;
+  auto penalty = [&](int64_t j) {
+    if (j == D) return pb.free_bias ? 0.0 : pen.t_bias;
+    return pb.lam_diag ? t_diag[j] : pen.t;
+  };
+
+  // The anchor with its bias, transposed: (order, K).
+  T* anchor = scratch.take<T>(order * K);
+  for (int64_t j = 0; j < D; ++j) {
+    const double t = penalty(j), shrink = ratio(t - rho, t);
+    for (int64_t k = 0; k < K; ++k) anchor[j * K + k] = static_cast<T>(shrink * pb.weight[k * D + j]);
+  }
+  for (int64_t k = 0; pb.bias && k < K; ++k) {
+    anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
+  }
+
+  auto solve = [&]<class Acc>(Acc* system, Acc* rhs, double* spread) -> int64_t {
+    side_gram<T, Acc>(false, pb, pb.phi, pb.phi_stride, pb.sample, pb.bias != nullptr, system, rhs);
+    if constexpr (std::is_same_v<Acc, T>) {
+      gemm(false, false, order, K, order, Acc(-1), system, order, anchor, K, Acc(1), rhs, K);
+    } else {
+      std::vector<Acc> wide(anchor, anchor + order * K);
+      gemm(false, false, order, K, order, Acc(-1), system, order, wide.data(), K, Acc(1), rhs, K);
+    }
+    for (int64_t j = 0; j < order; ++j) system[j * order + j] += static_cast<Acc>(penalty(j));
+    const int64_t info = factor(system, order, spread);
+    if (info == 0) potrs_lower(order, K, system, order, rhs, K);
+    return info;
+  };
+
+  double spread = 0;
+  int64_t info = 0;
+  bool trusted = false;
+  T* change = scratch.take<T>(order * K);
+  if constexpr (std::is_same_v<T, float>) {
+    T* system = scratch.take<T>(order * order);
+    info = solve.template operator()<T>(system, change, &spread);
+    trusted = info == 0 && spread < kTrustedSpread;
+  }
+  if (!trusted) {
+    double* system = scratch.take<double>(order * order);
+    double* rhs = scratch.take<double>(order * K);
+    info = solve.template operator()<double>(system, rhs, &spread);
+    if (info != 0) return info;
+    for (int64_t i = 0; i < order * K; ++i) change[i] = static_cast<T>(rhs[i]);
+  }
+  for (int64_t i = 0; i < order * K; ++i) anchor[i] += change[i];
+  if (!all_finite(anchor, order, K, K)) return -100;
+
+  T* fresh = scratch.take<T>(K * D);
+  for (int64_t j = 0; j < D; ++j) {
+    for (int64_t k = 0; k < K; ++k) fresh[k * D + j] = anchor[j * K + k];
+  }
+  // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
+  constexpr int64_t kBlock = 256;
+  T* residual = scratch.take<T>(std::min(B, kBlock) * K);
+  double loss = 0;
+  for (int64_t begin = 0; begin < B; begin += kBlock) {
+    const int64_t n = std::min(kBlock, B - begin);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = begin + i;
+      for (int64_t k = 0; k < K; ++k) {
+        const T y = pb.target ? pb.target[row * pb.target_stride + k] : T(0);
+        residual[i * K + k] = pb.bias ? y - anchor[D * K + k] : y;
+      }
+      if (pb.labels) residual[i * K + pb.labels[row * pb.label_stride]] += T(1);
+    }
+    const T* phi = pb.phi + begin * pb.phi_stride;
+    gemm(false, false, n, K, D, T(-1), phi, pb.phi_stride, anchor, K, T(1), residual, K);
+    for (int64_t i = 0; i < n; ++i) {
+      const T s = pb.sample ? pb.sample[begin + i] : T(1);
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        sum += static_cast<double>(residual[i * K + k]) * residual[i * K + k];
+        residual[i * K + k] *= s;
+      }
+      loss += s * sum;
+    }
+    gemm(false, false, n, D, K, static_cast<T>(-2.0 / pen.scale), residual, K, fresh, D, T(0),
+         pb.grad + begin * D, D);
+  }
+  pb.loss = loss / pen.scale;
+  if (!std::isfinite(pb.loss)) return -100;
+  std::memcpy(pb.weight, fresh, K * D * sizeof(T));
+  for (int64_t k = 0; pb.bias && k < K; ++k) pb.bias[k] = anchor[D * K + k];
+  return 0;
+}
+
+// Why the arithmetic came out NaN or Inf, in the order in which the fallback reports it.
+template <class T>
+int32_t diagnose(const Problem<T>& pb) {
+  if (!all_finite(pb.phi, pb.rows, pb.width, pb.phi_stride)) return kBadFeatures;
+  if (pb.target && !all_finite(pb.target, pb.rows, pb.targets, pb.target_stride)) return kBadTarget;
+  if (!all_finite(pb.weight, pb.targets, pb.width, pb.width)) return kBadWeight;
+  if (pb.bias && !all_finite(pb.bias, 1, pb.targets, pb.targets)) return kBadWeight;
+  return 1;  // finite data that overflow: no leading minor can be trusted
+}
+
+bool bad_penalty(double value) { return !(value >= 0) || !std::isfinite(value); }
+
+// One step; returns info. On failure nothing but pb.loss and pb.grad is written.
+template <class T>
+int32_t step(Problem<T>& pb) {
+  const int64_t D = pb.width;
+  double total = static_cast<double>(pb.rows);
+  bool bad_sample = false;
+  if (pb.sample) {
+    total = 0;
+    for (int64_t i = 0; i < pb.rows; ++i) {
+      bad_sample |= bad_penalty(pb.sample[i]);
+      total += pb.sample[i];
+    }
+  }
+  Penalties pen{};
+  pen.scale = pb.mean ? total : 1.0;
+  pen.mu = pen.scale * pb.lam;
+  pen.t = pen.t_bias = pen.mu + pen.scale * pb.ridge;
+  pen.shrink = pen.shrink_bias = ratio(pen.mu, pen.t);
+
+  auto fail = [&](int32_t code) {
+    std::fill_n(pb.grad, pb.rows * D, T(0));
+    pb.loss = code == 0 ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+    return code;
+  };
+  if (bad_penalty(pb.lam) || bad_penalty(pb.ridge)) return fail(kBadPenalty);
+  std::vector<double> t_diag;
+  if (pb.lam_diag) {
+    t_diag.resize(D);
+    const double scale = total == 0 && pb.mean ? 1.0 : pen.scale;
+    for (int64_t j = 0; j < D; ++j) {
+      const double unit = pb.lam + pb.ridge + pb.lam_diag[j];
+      if (bad_penalty(pb.lam_diag[j]) || !(unit > 0)) return fail(kBadPenalty);
+      t_diag[j] = scale * unit;
+    }
+    if (pb.bias && !pb.free_bias && !(pb.lam + pb.ridge > 0)) return fail(kBadPenalty);
+  }
+  if (bad_sample) return fail(kBadSampleWeight);
+  if (pb.labels) {
+    for (int64_t i = 0; i < pb.rows; ++i) {
+      const int64_t label = pb.labels[i * pb.label_stride];
+      if (label < 0 || label >= pb.targets) {
+        return fail(all_finite(pb.phi, pb.rows, D, pb.phi_stride) ? kBadTarget : kBadFeatures);
+      }
+    }
+  }
+  if (total == 0) {  // no data: not a step
+    const int32_t code = diagnose(pb);
+    return fail(code == 1 ? 0 : code);
+  }
+
+  const int64_t info = pb.rows <= D ? dual_step(pb, pen, t_diag) : primal_step(pb, pen, t_diag);
+  if (info == 0) return 0;
+  const int32_t cause = diagnose(pb);
+  return fail(cause != 1 || info < 0 ? cause : static_cast<int32_t>(info));
+}
+
+// --- from tensors ------------------------------------------------------------------------------------
+
+double read_scalar(const Tensor& tensor, const Batched& batched, int64_t index) {
+  const int64_t at = tensor.dim() == 0 ? 0 : index;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return *batched.at<double>(at);
+    case ScalarType::Float:
+      return *batched.at<float>(at);
+    case ScalarType::Half:
+      return *batched.at<torch::headeronly::Half>(at);
+    default:
+      return *batched.at<torch::headeronly::BFloat16>(at);
+  }
+}
+
+// `tensor` in `dtype` with rows contiguous within themselves: as it is wherever that is so already.
+Tensor prepared(const Tensor& tensor, ScalarType dtype, int64_t core, bool packed) {
+  Tensor result = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  const int64_t ndim = result.dim();
+  const bool unit = result.size(ndim - 1) <= 1 || result.stride(ndim - 1) == 1;
+  bool rows = true;
+  if (core == 2 && result.size(ndim - 2) > 1) {
+    const int64_t stride = result.stride(ndim - 2), cols = result.size(ndim - 1);
+    rows = packed ? stride == cols : stride >= cols;
+  }
+  return unit && rows ? result : torch::stable::contiguous(result);
+}
+
+template <class T>
+void run(const Tensor& features, const Tensor& target, const Tensor& weight,
+         const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
+         const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight, bool mean,
+         bool free_bias, const Tensor& loss, const Tensor& grad, const Tensor& info) {
+  constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+  const int64_t ndim = features.dim();
+  Problem<T> base{};
+  base.rows = features.size(ndim - 2);
+  base.width = features.size(ndim - 1);
+  base.targets = weight.size(weight.dim() - 2);
+  base.mean = mean;
+  base.free_bias = free_bias;
+  const Tensor phi = prepared(features, kType, 2, false);
+  base.phi_stride = base.rows > 1 ? std::max(phi.stride(ndim - 2), base.width) : base.width;
+  const bool classes = target.scalar_type() == ScalarType::Long;
+  const Tensor y = classes ? target : prepared(target, kType, 2, false);
+  if (classes) {
+    base.label_stride = y.stride(y.dim() - 1);
+  } else {
+    base.target_stride =
+        base.rows > 1 ? std::max(y.stride(y.dim() - 2), base.targets) : base.targets;
+  }
+  std::optional<Tensor> sample, diag;
+  if (sample_weight) sample = prepared(*sample_weight, kType, 1, true);
+  if (lam_diag) diag = prepared(*lam_diag, kType, 1, true);
+  const Batched phis(phi, 2), ys(y, classes ? 1 : 2), weights(weight, 2), lams(lam, 0), grads(grad, 2);
+  const Batched biases = bias ? Batched(*bias, 1) : Batched();
+  const Batched ridges = ridge ? Batched(*ridge, 0) : Batched();
+  const Batched samples = sample ? Batched(*sample, 1) : Batched();
+  const Batched diags = diag ? Batched(*diag, 1) : Batched();
+  const int64_t batches = product(batch_shape(features, 2));
+  for (int64_t i = 0; i < batches; ++i) {
+    Problem<T> pb = base;
+    pb.phi = phis.at<T>(i);
+    (classes ? void(pb.labels = ys.at<int64_t>(i)) : void(pb.target = ys.at<T>(i)));
+    pb.weight = weights.at<T>(i);
+    if (bias) pb.bias = biases.at<T>(i);
+    if (sample) pb.sample = samples.at<T>(i);
+    if (diag) pb.lam_diag = diags.at<T>(i);
+    pb.lam = read_scalar(lam, lams, i);
+    pb.ridge = ridge ? read_scalar(*ridge, ridges, i) : 0.0;
+    pb.grad = grads.at<T>(i);
+    static_cast<int32_t*>(info.data_ptr())[i] = step(pb);
+    static_cast<T*>(loss.data_ptr())[i] = static_cast<T>(pb.loss);
+  }
+}
+
+ScalarType compute_dtype(const Tensor& features, const Tensor& weight) {
+  const bool wide = features.scalar_type() == ScalarType::Double ||
+                    weight.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor like(const Tensor& tensor, ScalarType dtype) {
+  return empty_cpu(batch_shape(tensor, 0), dtype);
+}
+
+using InPlace = std::tuple<Tensor, Tensor, Tensor>;
+
+// `weight` and `bias` are contiguous, of the compute dtype, and updated in place.
+InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weight,
+                const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
+                const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
+                const std::string& reduction, const std::string& fit_bias) {
+  const ScalarType dtype = weight.scalar_type();
+  Tensor loss = empty_cpu(batch_shape(features, 2), dtype);
+  Tensor grad = like(features, dtype);
+  Tensor info = empty_cpu(batch_shape(features, 2), ScalarType::Int);
+  auto go = dtype == ScalarType::Double ? &run<double> : &run<float>;
+  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction == "mean",
+     fit_bias == "free", loss, grad, info);
+  if (features.scalar_type() != dtype) grad = torch::stable::to(grad, features.scalar_type());
+  return {loss, grad, info};
+}
+
+// A contiguous copy in the compute dtype.
+Tensor working_copy(const Tensor& tensor, ScalarType dtype) {
+  Tensor copy = like(tensor, dtype);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
+    const Tensor& features, const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& lam, const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
+    const std::optional<Tensor>& sample_weight, std::string reduction, std::string fit_bias,
+    std::string method) {
+  (void)method;
+  const ScalarType dtype = compute_dtype(features, weight);
+  Tensor new_weight = working_copy(weight, dtype);
+  std::optional<Tensor> new_bias;
+  if (bias) new_bias = working_copy(*bias, dtype);
+  auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
+                                    sample_weight, reduction, fit_bias);
+  if (weight.scalar_type() != dtype) new_weight = torch::stable::to(new_weight, weight.scalar_type());
+  if (bias && bias->scalar_type() != dtype) new_bias = torch::stable::to(*new_bias, bias->scalar_type());
+  if (!bias) new_bias = empty_cpu(batch_shape(features, 2, {0}), weight.scalar_type());
+  return {new_weight, *new_bias, loss, grad, info};
+}
+
+InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const Tensor& lam,
+                       const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
+                       const std::optional<Tensor>& sample_weight, std::string reduction,
+                       std::string fit_bias, std::string method) {
+  (void)method;
+  const ScalarType dtype = compute_dtype(features, weight);
+  auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
+  if (direct(weight) && (!bias || direct(*bias))) {
+    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias);
+  }
+  Tensor new_weight = working_copy(weight, dtype);
+  std::optional<Tensor> new_bias;
+  if (bias) new_bias = working_copy(*bias, dtype);
+  auto result = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight,
+                        reduction, fit_bias);
+  Tensor out = weight;
+  torch::stable::copy_(out, new_weight);
+  if (bias) {
+    Tensor out_bias = *bias;
+    torch::stable::copy_(out_bias, *new_bias);
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace cfl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+  if (!cfl::cpu::blas_available()) return;  // the Python fallback serves instead
+  m.impl("proximal_step", TORCH_BOX(&cfl::cpu::proximal_step));
+  m.impl("proximal_step_", TORCH_BOX(&cfl::cpu::proximal_step_));
+}

@@ -1,0 +1,97 @@
+// Small helpers between torch::stable::Tensor and raw pointers, shared by the CPU bindings.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+namespace cfl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Tests set this: fresh outputs are filled with NaN (all bits one), so that an element which no kernel
+// wrote shows.
+inline bool poison_fresh_memory = false;
+
+// A contiguous CPU tensor, not initialised. (The C shim costs a fraction of a trip through aten::empty.)
+inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
+  std::array<int64_t, 64> strides;
+  int64_t numel = 1;
+  for (int64_t i = ndim - 1; i >= 0; --i) {
+    strides[i] = numel;
+    numel *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  const int32_t shim_dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides.data(), shim_dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
+  if (poison_fresh_memory && result.numel() > 0) {
+    std::memset(result.data_ptr(), 0xff, result.numel() * result.element_size());
+  }
+  return result;
+}
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+// The batch shape of `tensor` (all but its last `core` dimensions) followed by `tail`.
+inline std::vector<int64_t> batch_shape(const Tensor& tensor, int64_t core,
+                                        std::initializer_list<int64_t> tail = {}) {
+  const auto sizes = tensor.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end() - core);
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+// A pointer to one matrix or vector of a batch, walked in step with the batches of other tensors.
+class Batched {
+ public:
+  Batched() = default;
+  // `core` trailing dimensions belong to one element of the batch; a 0-d tensor serves all of them.
+  Batched(const Tensor& tensor, int64_t core)
+      : data_(static_cast<char*>(tensor.data_ptr())), element_size_(tensor.element_size()) {
+    const int64_t dims = tensor.dim() - core;
+    for (int64_t i = 0; i < dims; ++i) {
+      sizes_.push_back(tensor.size(i));
+      strides_.push_back(tensor.stride(i));
+    }
+  }
+  template <class T = char>
+  T* at(int64_t index) const {
+    int64_t offset = 0;
+    for (int64_t i = static_cast<int64_t>(sizes_.size()) - 1; i >= 0; --i) {
+      offset += index % sizes_[i] * strides_[i];
+      index /= sizes_[i];
+    }
+    return reinterpret_cast<T*>(data_ + offset * element_size_);
+  }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  char* data_ = nullptr;
+  int64_t element_size_ = 1;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+inline int64_t product(const std::vector<int64_t>& shape) {
+  int64_t result = 1;
+  for (int64_t size : shape) result *= size;
+  return result;
+}
+
+// torch's parallel_for as a plain function, for kernels that know no torch.
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain,
+                         void (*fn)(int64_t, int64_t, void*), void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, fn, context));
+}
+
+}  // namespace cfl
