@@ -1,3 +1,15 @@
+#ifndef CFL_DEPTH_BYTES
+#define CFL_DEPTH_BYTES 36864
+#endif
+#ifndef CFL_TAIL
+#define CFL_TAIL 32
+#endif
+#ifndef CFL_STREAM
+#define CFL_STREAM (2<<20)
+#endif
+#ifndef CFL_GROUP
+#define CFL_GROUP 24
+#endif
 // The one SIMD source of the Gram kernel, compiled once per instruction set (CFL_ISA_AMX,
 // CFL_ISA_AVX512, CFL_ISA_AVX2, or none of them: SSE2 on x86-64, NEON on aarch64).
 //
@@ -97,15 +109,29 @@ CFL_INLINE void stream(void* p, V v) {
   store_as(p, v);
 #endif
 }
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
+constexpr bool kCanStream = true;
+#else
+constexpr bool kCanStream = false;
+#endif
 CFL_INLINE void stream_fence() {
 #if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
   _mm_sfence();
 #endif
 }
 
-CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-CFL_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-CFL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CFL_INLINE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+CFL_INLINE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+CFL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The next row of a tile. Hidden from the optimiser, which would compute all row addresses before the
+// inner loop and push its operands out of the vector registers to keep them.
+template <class T>
+CFL_INLINE T* next_row(T* at, int64_t ld) {
+  at += ld;
+  asm volatile("" : "+r"(at));
+  return at;
+}
 
 // ---- element types ------------------------------------------------------------------------------
 
@@ -352,8 +378,8 @@ struct VectorEngine {
   static constexpr int kRows = kLanes<T> == 2 ? 2 : 4;
 #endif
   static constexpr bool kSharedPacking = true;
-  static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
-  static constexpr int64_t kGroup = 16;                            // panels kept in L2
+  static constexpr int64_t kDepth = CFL_DEPTH_BYTES / (kWidth * sizeof(T));
+  static constexpr int64_t kGroup = CFL_GROUP;
 
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
 
@@ -385,32 +411,44 @@ struct VectorEngine {
                    T beta) {
     constexpr int n = kLanes<T>;
     Vec<T> acc[kRows][kN];
+    T* at = c;
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      if (update != Update::kStore) __builtin_prefetch(c + m * ldc, 1);
-#pragma GCC unroll 8
-      for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      Vec<T> bv[kN];
-#pragma GCC unroll 8
-      for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        Vec<T> av = a[k * kWidth + m] - Vec<T>{};
-#pragma GCC unroll 8
-        for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
 #pragma GCC unroll 8
       for (int v = 0; v < kN; ++v) {
-        T* at = c + m * ldc + v * n;
+        __builtin_prefetch(at + v * n, 1, 2);
+        acc[m][v] = Vec<T>{};
+      }
+    }
+    int64_t k = 0;
+    for (int64_t stop = depth - CFL_TAIL; stop <= depth; stop += CFL_TAIL) {
+      for (; k < stop; ++k) {
+        Vec<T> bv[kN];
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          const Vec<T> av = a[k * kWidth + m] - Vec<T>{};
+#pragma GCC unroll 8
+          for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
+        }
+      }
+      at = c;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; ++v) __builtin_prefetch(at + v * n, 1);
+      }
+    }
+    at = c;
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; ++v) {
         Vec<T> r = acc[m][v];
-        if (update == Update::kAdd) r += load_as<Vec<T>>(at);
-        if (update == Update::kScaleAdd) r += beta * load_as<Vec<T>>(at);
-        store_as(at, r);
+        if (update == Update::kAdd) r += load_as<Vec<T>>(at + v * n);
+        if (update == Update::kScaleAdd) r += beta * load_as<Vec<T>>(at + v * n);
+        store_as(at + v * n, r);
       }
     }
   }
@@ -462,6 +500,7 @@ struct Driver {
   static constexpr int64_t kStripRows = E::kWidth / E::kRows;  // micro-rows of a strip
   static constexpr size_t kPackBytes = 6 << 20;
   static constexpr size_t kPartialBytes = 2 << 20;
+  static constexpr size_t kStreamBytes = CFL_STREAM;
 
   static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t panel) {
     const int64_t rows = panel < plan.x_panels ? min64((panel + 1) * kWidth, plan.d1) : plan.d1;
@@ -503,7 +542,9 @@ struct Driver {
       while (band + 1 < plan->bands) {
         const double goal = total * double(band + 1) / double(plan->bands);
         if (goal >= before + double(rows)) break;
-        int64_t r = int64_t(goal - before);
+        // Whole vectors of rows, so that a cut never splits a vector of the transpose.
+        constexpr int64_t kStep = max64(1, kLanes<T> / E::kRows);
+        int64_t r = int64_t(goal - before) / kStep * kStep;
         const int64_t diagonal = p * kStripRows;
         if (is_x(*plan, p) && r > diagonal) r = r - diagonal < rows - r ? diagonal : rows;
         ++band;
@@ -541,19 +582,56 @@ struct Driver {
     return {base, base + plan.d1 * plan.d1, 0.0};
   }
 
-  // Writes the transpose of rows [m0, m1) of block (strip, panel).
-  static void mirror(const Plan& plan, int64_t strip, int64_t panel, int64_t m0, int64_t m1) {
+  // Whether finished blocks go to memory past the caches: for a large output of aligned rows.
+  static bool streams_output(const Plan& plan) {
+    const size_t row_bytes = size_t(plan.d1) * sizeof(T);
+    return kCanStream && plan.row_groups == 1 && row_bytes % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(plan.args.gram) % 64 == 0 &&
+           row_bytes * size_t(plan.d1) >= kStreamBytes;
+  }
+
+  // A computed block whose mirror image, and whose own place if it was computed in a staging buffer,
+  // are still to be written. The stores are issued a few at a time between the micro-rows of the next
+  // block: the machine drains about one line in 10 cycles, and a burst would stop the arithmetic.
+  struct Pending {
+    T* from;
+    int64_t ld;  // of `from`
+    int64_t strip, panel, m0, m1;
+    bool stream;
+    int step, end;  // [0, kVectors) transposes a column of vectors, [kVectors, kSteps) copies rows
+  };
+  static constexpr int kSteps = 2 * E::kVectors;
+  static constexpr int64_t kStepsPerRow = ceil_div(kSteps, kStripRows);
+
+  static void write_step(const Plan& plan, Pending* s) {
+    constexpr int64_t n = kWidth / E::kVectors;
     T* g = static_cast<T*>(plan.args.gram);
-    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    const int64_t ld = plan.d1, i0 = s->strip * kWidth, j0 = s->panel * kWidth;
     const int64_t cols = min64(kWidth, ld - j0);
-    if (strip != panel) {
-      transpose_block<T, false>(g + (i0 + m0) * ld + j0, ld, g + j0 * ld + i0 + m0, ld, m1 - m0,
-                                cols);
-      return;
+    const int step = s->step++;
+    const int64_t at = step % E::kVectors * n, end = min64(at + n, cols);
+    if (step >= E::kVectors) {  // only for whole vectors and streams
+      for (int64_t m = max64(at, s->m0); m < min64(at + n, s->m1); ++m) {
+        for (int64_t c = 0; c < cols; c += kLanes<T>) {
+          stream(g + (i0 + m) * ld + j0 + c, load_as<Vec<T>>(s->from + m * s->ld + c));
+        }
+      }
+    } else if (s->strip == s->panel) {  // complete the block itself
+      for (int64_t i = at; i < end; ++i) {
+        for (int64_t j = 0; j < i; ++j) s->from[i * s->ld + j] = s->from[j * s->ld + i];
+      }
+    } else if (at < end) {
+      const T* from = s->from + s->m0 * s->ld + at;
+      T* to = g + (j0 + at) * ld + i0 + s->m0;
+      if (s->stream) {
+        transpose_block<T, true>(from, s->ld, to, ld, s->m1 - s->m0, end - at);
+      } else {
+        transpose_block<T, false>(from, s->ld, to, ld, s->m1 - s->m0, end - at);
+      }
     }
-    for (int64_t i = 0; i < cols; ++i) {
-      for (int64_t j = 0; j < i; ++j) g[(i0 + i) * ld + i0 + j] = g[(i0 + j) * ld + i0 + i];
-    }
+  }
+  static void write_rest(const Plan& plan, Pending* s) {
+    while (s->step < s->end) write_step(plan, s);
   }
 
   static void target_stats(const Plan& plan, int64_t panel, int64_t row, int64_t depth,
@@ -614,6 +692,12 @@ struct Driver {
     char* right = right_done + flag_bytes;
     char* strips = right + slots * panel_bytes;
 
+    // With one row block, each output is written once and never read: from a staging buffer.
+    const bool streams = streams_output(plan);
+    const bool staged = streams && blocks == 1 && a.beta == 0;
+    alignas(64) T stages[2][kWidth * kWidth];
+    T* stage = stages[0];
+    Pending pending = {};
     E::begin_part();
     for (int64_t kb = 0; kb < blocks; ++kb) {
       const int64_t row = row_begin + kb * depth_max;
@@ -656,11 +740,20 @@ struct Driver {
             const int64_t block_rows = min64(kWidth, plan.d1 - i0);
             if (is_x(plan, p)) {
               const int64_t j0 = p * kWidth;
-              E::block(depth, left, b, r0, r1, p == i, out.gram + i0 * plan.d1 + j0, plan.d1,
-                       block_rows, min64(kWidth, plan.d1 - j0), beta);
-              if (last && final_output) {
-                mirror(plan, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows));
+              T* c = staged ? stage : out.gram + i0 * plan.d1 + j0;
+              const int64_t ldc = staged ? kWidth : plan.d1;
+              for (int64_t r = r0; r < r1; ++r) {
+                E::block(depth, left, b, r, r + 1, p == i, c, ldc, staged ? kWidth : block_rows,
+                         staged ? kWidth : min64(kWidth, plan.d1 - j0), beta);
+                for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
+                  write_step(plan, &pending);
+                }
               }
+              if (!last || !final_output) continue;
+              write_rest(plan, &pending);
+              pending = {c, ldc, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows),
+                         streams, 0, staged ? kSteps : E::kVectors};
+              if (staged) stage = stage == stages[0] ? stages[1] : stages[0];
             } else {
               const int64_t j0 = (p - plan.x_panels) * kWidth;
               E::block(depth, left, b, r0, r1, false, out.cross + i0 * a.targets + j0, a.targets,
@@ -670,6 +763,8 @@ struct Driver {
         }
       }
     }
+    write_rest(plan, &pending);
+    if (streams) stream_fence();
     E::end_part();
     if (a.labels) class_cross(plan, band, row_begin, row_end, out, stats);
     if (plan.row_groups > 1 &&
@@ -776,7 +871,9 @@ struct Driver {
       if (!x) continue;
       for (int64_t strip = first / kWidth; strip * kWidth < end; ++strip) {
         const int64_t i0 = strip * kWidth;
-        mirror(plan, strip, p, max64(first - i0, 0), min64(end - i0, kWidth));
+        Pending block = {total.gram + i0 * ld + j0, ld, strip, p, max64(first - i0, 0),
+                         min64(end - i0, kWidth), false, 0, E::kVectors};
+        write_rest(plan, &block);
       }
     }
     if (!a.labels) return;

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,9 +54,10 @@ class Op:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        # register_autograd serves plain autograd and the compiler. Under functorch transforms it raises,
-        # and forward-mode AD would silently see a zero tangent: there the Function takes over.
-        if self.function is not None and _transforming():
+        # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
+        # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
+        # takes over, which serves the first and refuses the second.
+        if self.function is not None and not torch.compiler.is_compiling() and _transforming():
             return self.function.apply(*args)  # type: ignore[no-untyped-call]
         return self.overload(*args)
 
@@ -204,13 +206,18 @@ class _Overrides:
         if self.library is not None:
             self.library._destroy()
         self.library = torch.library.Library(NAMESPACE, "IMPL")
+        with warnings.catch_warnings():  # torch says that a kernel is overridden, which is what we are here for
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            self._put_kernels(self.library, forced)
+
+    def _put_kernels(self, library: torch.library.Library, forced: str | None) -> None:
         self.forced = forced
         for op in OPS.values():
             for device_type, key in DISPATCH_KEYS.items():
                 backend, kernel = _choose(op, device_type, forced)
                 self.serving[op.name, device_type] = backend
                 if kernel is not None:
-                    self.library.impl(op.name, kernel, key, allow_override=True)
+                    library.impl(op.name, kernel, key, allow_override=True)
 
 
 _overrides = _Overrides()

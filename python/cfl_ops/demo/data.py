@@ -43,6 +43,11 @@ class Dataset:
         """The metric's unit, as it follows a number."""
         return " %" if self.classes else ""
 
+    @property
+    def digits(self) -> int:
+        """Digits after the point at which the metric is printed."""
+        return 2 if self.classes else 3
+
     def to(self, device: torch.device) -> Dataset:
         """The same data on a device; the images stay where they are."""
         moved = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
@@ -119,6 +124,4 @@ def validation_split(data: Dataset, share: float = 0.2) -> Dataset:
         stratify=data.train_y if data.classes else None,
         random_state=1,
     )
-    return replace(
-        data, train_x=train_x, train_y=train_y, test_x=valid_x, test_y=valid_y, test_images=None
-    )
+    return replace(data, train_x=train_x, train_y=train_y, test_x=valid_x, test_y=valid_y, test_images=None)
