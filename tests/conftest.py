@@ -40,11 +40,14 @@ def _poison() -> None:
 
 @pytest.fixture(params=["native", "triton", "python"])
 def backend(request: pytest.FixtureRequest):
-    """Each backend that can run here, in turn."""
+    """Each backend that can run here and serves the ops that the test module lists as OPS, in turn."""
     name = request.param
     if name == "native" and not _library.extension_available():
         pytest.skip("the extension is not installed")
     if name == "triton" and not (_library.triton_available() and _library.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     with cfl_ops.config.use_backend(name):
+        for op in getattr(request.module, "OPS", ()):
+            if cfl_ops.config.backend_of(op, "cpu") != name:
+                pytest.skip(f"{op} has no {name} kernel")
         yield name

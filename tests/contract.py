@@ -29,6 +29,8 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     gradcheck: bool = False
     """Small enough, and differentiable at this point."""
+    opcheck: bool = True
+    """False where the outputs have NaN, which opcheck takes for a difference."""
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ CASES = [
     _case("ill conditioned square", 48, 48, lam=1e-6, relu=True, dtypes=WIDE),
     _case("tiny features", 8, 16, scale=1e-12, lam=1e-24, bias=False, dtypes=WIDE),
     _case("huge features", 8, 16, scale=1e8, lam=1e10, dtypes=WIDE),
-    _case("larger", 130, 300, 10, classes=True, relu=True, lam=1.0),
-    _case("larger primal", 300, 130, 10, classes=True, relu=True, lam=1.0),
+    _case("larger", 130, 300, 10, classes=True, relu=True, lam=1.0, dtypes=WIDE),
+    _case("larger primal", 300, 130, 10, classes=True, relu=True, lam=1.0, dtypes=WIDE),
 ]  # fmt: skip
 
 

@@ -90,6 +90,8 @@ def test_opcheck(spec: contract.OpSpec, case: contract.Case, backend: str) -> No
     if backend == "triton":
         pytest.skip("opcheck asks about the op's Python life, which both other backends show")
     skip_unless_served(spec, backend)
+    if not case.opcheck:
+        pytest.skip("opcheck compares outputs, and takes NaN for a difference")
     dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
     args = contract.clone_args(case.make(dtype))
     torch.library.opcheck(spec.op.overload, tuple(args))
@@ -101,9 +103,9 @@ def test_gradients(spec: contract.OpSpec, backend: str) -> None:
     if not spec.differentiable:
         pytest.skip(f"{spec.op.name} takes no part in autograd")
     skip_unless_served(spec, backend, torch.float64)
-    for case in spec.cases:
-        if not case.gradcheck:
-            continue
+    cases = [case for case in spec.cases if case.gradcheck]
+    assert cases, f"{spec.op.name} is differentiable but lists no sample for gradcheck"
+    for case in cases:
         args = list(case.make(torch.float64))
         positions = [
             i
@@ -118,8 +120,9 @@ def test_gradients(spec: contract.OpSpec, backend: str) -> None:
                 inputs[i] = value
             return contract.as_tuple(spec.op(*inputs))[: spec.grad_outputs]
 
-        assert torch.autograd.gradcheck(function, tensors, atol=1e-6)
-        assert torch.autograd.gradgradcheck(function, tensors, atol=1e-5)
+        # fast_mode compares along random directions: of all derivatives at once, and in seconds.
+        assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)

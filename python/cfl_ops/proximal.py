@@ -293,7 +293,7 @@ PROXIMAL_STEP_ = define_op(
 @explains("proximal_step")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
-    features, target = (item[index] for item in context)
+    features, target = (item[index] for item in context[:2])
     prefix = f"cfl_ops.proximal_step: {where}"
     if code > 0:
         return LinAlgError(

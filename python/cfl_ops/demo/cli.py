@@ -148,24 +148,25 @@ def _given(context: typer.Context) -> str:
 
 # --- the command --------------------------------------------------------------------------------------------
 
-HELP = """Train one network under several last layers, on real data, and write a report.
-
-The backbone is the same for all: an MLP (3 x 256, GELU). The heads:
-
-[bold]proximal[/] solves the head in closed form on each batch, near the last head (lam is how near);
-[bold]ridge[/] solves it on each batch alone;
-[bold]squared[/] is a linear layer trained by gradient steps on the squared loss;
-[bold]cross-entropy[/] is one trained on cross-entropy (classification only).
-
-Ctrl-C stops the training and still writes the report of what is done (exit code 130).
-
-[bold]How the default learning rates and penalties were chosen[/], with the same effort for each head: for
-each head and batch size (8, 32, 128; others take those of the nearest), six learning rates times five
-penalties were trained with one seed on 80 % of the training part and judged on the other 20 %; the best
-four were trained with four more seeds, and the lowest mean won. Where the winner lay at the edge of the
-grid, the grid grew there, at most twice. The test part had no say.
-[italic]python -m cfl_ops.demo.tune[/] does it again.
-"""
+# rich keeps the line ends of a help text, so a paragraph is one line.
+HELP = "\n\n".join(
+    (
+        "Train one network under several last layers, on real data, and write a report.",
+        "The backbone is the same for all: an MLP (3 x 256, GELU). The heads:",
+        "[bold]proximal[/] solves the head in closed form on each batch, near the last head (lam says how "
+        "near);\n"
+        "[bold]ridge[/] solves it on each batch alone;\n"
+        "[bold]squared[/] is a linear layer trained by gradient steps on the squared loss;\n"
+        "[bold]cross-entropy[/] is one trained on cross-entropy (classification only).",
+        "Ctrl-C stops the training and still writes the report of what is done (exit code 130).",
+        "[bold]How the default learning rates and penalties were chosen[/], with the same effort for each "
+        "head: for each head and batch size (8, 32, 128; others take those of the nearest), six learning "
+        "rates times five penalties were trained with one seed on 80 % of the training part and judged on "
+        "the other 20 %; the best four were trained with four more seeds, and the lowest mean won. Where the "
+        "winner lay at the edge of the grid, the grid grew there, at most twice. The test part had no say. "
+        "[italic]python -m cfl_ops.demo.tune[/] does it again.",
+    )
+)
 
 
 @app.command(help=HELP)
@@ -237,7 +238,7 @@ def demo(
         str | None,
         typer.Option(
             help="L2 penalty on the weight of the heads that descend: a number for both, or as in "
-            "squared=1e-4,cross-entropy=0.",
+            "squared=1e-4.",
             metavar="VALUES",
             show_default="tuned",
         ),
@@ -261,7 +262,7 @@ def demo(
 ) -> None:
     """Train, show progress, write the report."""
     console = Console()
-    names = _heads(heads)
+    names = _heads(heads) if heads is not None else list(HEADS)
     sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else [32] if quick else list(BATCH_SIZES)
     rates = _per_head("--lr", lr, tuple(HEADS))
     penalties = _per_head("--lam", lam, CLOSED_FORM, zero_allowed=True)
@@ -432,6 +433,8 @@ def _train(
             live.update(Group(_table(runs, groups, data), bar), refresh=True)
         bar.update(task, description="interrupted" if stop() else "done")
         live.refresh()
+    if not console.is_terminal:
+        console.print()  # rich ends the line on a terminal only
     return runs
 
 

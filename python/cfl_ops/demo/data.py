@@ -41,7 +41,7 @@ class Dataset:
     @property
     def unit(self) -> str:
         """The metric's unit, as it follows a number."""
-        return " %" if self.classes else ""
+        return "\N{NO-BREAK SPACE}%" if self.classes else ""
 
     @property
     def digits(self) -> int:

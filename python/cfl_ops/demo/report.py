@@ -23,7 +23,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .data import Dataset
-from .summary import Cell, Summary, number, sentences, signed, summarize
+from .summary import Cell, Summary, difference, sentences, summarize
 from .training import HEADS, REFIT_RIDGE, TURN, Run
 
 __all__ = ["write"]
@@ -31,6 +31,7 @@ __all__ = ["write"]
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each.
 COLORS = {"proximal": "#0072b2", "ridge": "#e69f00", "squared": "#009e73", "cross-entropy": "#cc5490"}
 MARKERS = {"proximal": "o", "ridge": "s", "squared": "^", "cross-entropy": "D"}
+GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -67,9 +68,7 @@ def write(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        number=lambda value: number(value, data), signed=lambda value: signed(value, data)
-    )
+    environment.filters["difference"] = lambda value: difference(value, data)
     template = environment.from_string((files(__package__) / "template.html.j2").read_text())
     with mpl.rc_context(STYLE):
         pictures = {
@@ -85,6 +84,7 @@ def write(
         interrupted=interrupted,
         heads=HEADS,
         colors=COLORS,
+        glyphs={head: GLYPHS[marker] for head, marker in MARKERS.items()},
         samples=_samples(runs, data),
         refit_ridge=REFIT_RIDGE,
         turn=TURN,
@@ -226,7 +226,7 @@ def _curve(axes: Axes, cell: Cell, data: Dataset, against: str) -> list[float]:
 
 
 def _metric_picture(summary: Summary, data: Dataset) -> str:
-    axes = _axes(7.5, 3.6)
+    axes = _axes(5.6, 3.6)
     shown: list[float] = []
     lows: list[float] = []
     for place, head in enumerate(summary.heads):
@@ -253,7 +253,8 @@ def _metric_picture(summary: Summary, data: Dataset) -> str:
                 shown.append(mean)
                 lows += [mean + half, max(mean - half, mean / 3)]
     _scale(axes, shown + lows)
-    axes.set_xticks(range(len(summary.batch_sizes)), [f"batch size {size}" for size in summary.batch_sizes])
+    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
+    axes.set_xlabel("batch size")
     axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel(data.metric)
@@ -261,7 +262,7 @@ def _metric_picture(summary: Summary, data: Dataset) -> str:
 
 
 def _speed_picture(summary: Summary) -> str:
-    axes = _axes(7.5, 3.4)
+    axes = _axes(5.6, 3.6)
     width = 0.8 / len(summary.heads)
     for place, head in enumerate(summary.heads):
         for group, batch_size in enumerate(summary.batch_sizes):
@@ -285,7 +286,8 @@ def _speed_picture(summary: Summary) -> str:
                 axes.annotate(
                     text, (x, max(fast, rate)), (0, 3), textcoords="offset points", ha="center", size=8
                 )
-    axes.set_xticks(range(len(summary.batch_sizes)), [f"batch size {size}" for size in summary.batch_sizes])
+    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
+    axes.set_xlabel("batch size")
     axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("steps per second")

@@ -17,12 +17,15 @@ __all__ = [
     "Comparison",
     "Interval",
     "Summary",
+    "difference",
     "interval",
     "number",
     "sentences",
-    "signed",
     "summarize",
 ]
+
+# A ratio of the quartiles of a step's time that a machine with nothing else to do stays below.
+BUSY = 1.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Cell:
     step_ms: float
     step_ms_quartiles: tuple[float, float]
     ratio: float | None = None
-    """Steps per second over those of the reference head."""
+    """Steps per second over those of the reference head: the median of the quotients of paired steps."""
     ratio_range: tuple[float, float] | None = None
     """The least and the greatest such ratio of a seed."""
 
@@ -148,11 +151,17 @@ def _cell(head: str, batch_size: int, runs: list[Run], reference: list[Run]) -> 
     low, _, high = quantiles(milliseconds, n=4) if len(milliseconds) > 1 else milliseconds * 3
     ratio, ratio_range = None, None
     if reference:
-        ratio = 1000 * median(s for run in reference for s in run.step_seconds) / median(milliseconds)
-        own = {run.setting.seed: median(run.step_seconds) for run in runs}
-        theirs = {run.setting.seed: median(run.step_seconds) for run in reference}
-        ratios = [theirs[seed] / own[seed] for seed in own if seed in theirs]
-        ratio_range = (min(ratios), max(ratios)) if ratios else None
+        # Steps of equal number are neighbours in time, so a busy moment of the machine, which may make the
+        # median itself jump, is as likely to fall on either: their quotients have the better median.
+        theirs = {run.setting.seed: run.step_seconds for run in reference}
+        quotients = [
+            [other / own for own, other in zip(run.step_seconds, theirs[run.setting.seed], strict=False)]
+            for run in runs
+            if run.setting.seed in theirs
+        ]
+        if quotients:
+            ratio = median(quotient for each in quotients for quotient in each)
+            ratio_range = min(map(median, quotients)), max(map(median, quotients))
     return Cell(
         head,
         batch_size,
@@ -187,6 +196,14 @@ def sentences(summary: Summary, data: Dataset) -> list[str]:
                 f"{HEADS[head].label} diverged at batch size {batch_size} in {cell.diverged} of "
                 f"{len(cell.runs)} seeds; its numbers there are those of the others."
             )
+    slowest = max(
+        (cell.step_ms_quartiles[1] / cell.step_ms_quartiles[0] for cell in summary.cells.values()), default=1
+    )
+    if slowest > BUSY:
+        said.append(
+            f"The times of like steps varied up to {slowest:.1f}-fold within their middle half, so the "
+            "machine was busy with other work: take the speeds with caution."
+        )
     return [sentence for sentence in said if sentence]
 
 
@@ -253,6 +270,8 @@ def number(value: float, data: Dataset) -> str:
     return f"{value:.{data.digits}f}{data.unit}"
 
 
-def signed(value: float, data: Dataset) -> str:
-    """A difference of metrics with its sign; of percentages in points."""
-    return f"{value:+.{data.digits}f}".replace("-", "\N{MINUS SIGN}") + (" points" if data.classes else "")
+def difference(value: Interval, data: Dataset) -> str:
+    """A difference of metrics with its sign and interval; of percentages in points."""
+    text = f"{value.mean:+.{data.digits}f}".replace("-", "\N{MINUS SIGN}")
+    half = "" if value.half is None else f" ± {value.half:.{data.digits}f}"
+    return text + half + (" points" if data.classes else "")
