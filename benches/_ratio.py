@@ -32,7 +32,11 @@ class Timing:
 
 
 def time_interleaved(
-    contenders: dict[str, Callable[[], object]], *, budget: float = 1.0, least: int = 5, synchronize: bool = False
+    contenders: dict[str, Callable[[], object]],
+    *,
+    budget: float = 1.0,
+    least: int = 5,
+    synchronize: bool = False,
 ) -> Timing:
     """The least time of each contender over interleaved rounds, for ``budget`` seconds or ``least`` rounds.
 

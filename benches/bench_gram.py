@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import cfl_ops
 import numpy as np
 import pytest
 import torch
 from _ratio import compare
-
-import cfl_ops
 
 SIZES = [
     (32, 4096, 1.5),
@@ -45,7 +44,9 @@ def bench_float32(benchmark, rows: int, width: int, asked: float) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width"), [(4096, 512), (8192, 1024), (65536, 256)])
-@pytest.mark.benchmark(group="gram exact mode (float64 sums of float32) against float32 torch.mm: asked 1 / 1.1")
+@pytest.mark.benchmark(
+    group="gram exact mode (float64 sums of float32) against float32 torch.mm: asked 1 / 1.1"
+)
 def bench_exact(benchmark, rows: int, width: int) -> None:
     x = torch.randn(rows, width)
     out = torch.empty(width, width)

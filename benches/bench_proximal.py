@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import cfl_ops
 import pytest
 import torch
 from _ratio import compare
 from torch.nn import functional as F
-
-import cfl_ops
 
 CLASSES = 100
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cfl_ops
 import pytest
 import torch
 from _ratio import ROWS
-
-import cfl_ops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +38,8 @@ def _threads(request: pytest.FixtureRequest):
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
@@ -51,7 +50,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     write = terminalreporter.write_line
     terminalreporter.section(f"ratios on {device_name()}, {config.getoption('threads')} thread(s)")
-    write(f"{'problem':<58}{'ours ms':>10}{'peer ms':>10}  {'peer':<22}{'speedup':>8}{'asked':>7}{'GFLOP/s':>9}{'GB/s':>7}")
+    heads = f"{'problem':<58}{'ours ms':>10}{'peer ms':>10}  {'peer':<22}{'speedup':>8}"
+    write(heads + f"{'asked':>7}{'GFLOP/s':>9}{'GB/s':>7}")
     group = None
     for row in ROWS:
         if row["group"] != group:

@@ -9,9 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest
-
 import cfl_ops
+import pytest
 from cfl_ops import _library
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.gram import GRAM
 from contract import Case, OpSpec
 from torch import Tensor
-
-from cfl_ops.gram import GRAM
 
 HALVES = (torch.float16, torch.bfloat16)
 

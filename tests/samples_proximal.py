@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.proximal import PROXIMAL_STEP, PROXIMAL_STEP_
 from contract import Case, OpSpec
 from torch import Tensor
-
-from cfl_ops.proximal import PROXIMAL_STEP, PROXIMAL_STEP_
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -55,7 +54,7 @@ def _system(features, target, weight, bias, lam, ridge, lam_diag, sample_weight,
     """The D' x D' system of the stacked head in float64, whatever the op solves instead."""
     phi = features.double()
     batch, rows, width = phi.shape[:-2], *phi.shape[-2:]
-    s = torch.ones(batch + (rows,), dtype=torch.float64) if sample_weight is None else sample_weight.double()
+    s = torch.ones(*batch, rows, dtype=torch.float64) if sample_weight is None else sample_weight.double()
     total = s.sum(-1)
     scale = total if reduction == "mean" else torch.ones_like(total)
     mu = (scale * lam).unsqueeze(-1).expand(*batch, width).clone()
@@ -78,7 +77,7 @@ def _system(features, target, weight, bias, lam, ridge, lam_diag, sample_weight,
 
 
 def _oracle(*args):
-    features, _, weight, bias = args[:4]
+    features, bias = args[0], args[3]
     phi, y, s, scale, old, mu, _, system, right = _system(*args)
     width, batch = features.shape[-1], features.shape[:-2]
     info = torch.zeros(batch, dtype=torch.int32)
@@ -108,7 +107,7 @@ def _bound(*args):
     if rows == 0 or features.numel() == 0:
         zero = torch.zeros(features.shape[:-2], dtype=torch.float64)
         return [0.0, 0.0, zero, 0.0, 0]
-    phi, y, s, scale, old, mu, t, system, _ = _system(*args)
+    phi, y, s, scale, old, _, _, system, _ = _system(*args)
     head, new_bias, loss, grad, _ = _oracle(*args)
     new = torch.cat([head, new_bias.unsqueeze(-1)], -1) if bias is not None else head
 
@@ -133,7 +132,9 @@ def _bound(*args):
     top = s.sqrt().max(-1).values
     error_grad = 2 * top / scale * (error_residual * norm(head) + (residual + error_residual) * error)
     narrow_grad = torch.finfo(features.dtype).eps if features.dtype in HALVES else 0.0
-    error_grad = error_grad[..., None, None] + narrow_grad * grad.abs() + gamma * eps * norm(grad)[..., None, None]
+    error_grad = (
+        error_grad[..., None, None] + narrow_grad * grad.abs() + gamma * eps * norm(grad)[..., None, None]
+    )
     if features.dtype == torch.float16:
         error_grad = error_grad + 2.0**-24  # its least subnormal
     return [error_weight, error_weight.squeeze(-1), error_loss, error_grad, 0]

@@ -8,10 +8,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import cfl_ops
 import pytest
 import torch
-
-import cfl_ops
 from cfl_ops import _library
 
 ROOT = Path(__file__).parent.parent

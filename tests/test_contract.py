@@ -9,9 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import contract
-
 import cfl_ops
+import contract
 
 SPECS = contract.load()
 CASES = [

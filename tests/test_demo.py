@@ -257,7 +257,7 @@ def test_divergence_is_reported_and_the_others_go_on(digits, tmp_path):
 
 def test_a_mistake_in_the_code_is_no_divergence(digits):
     learner = training.Learner(setting(), digits)
-    x, y, dense = next(training._batches(digits, 32, seed=0))
+    x, y, dense = next(training.batches(digits, 32, seed=0))
     with pytest.raises(ValueError, match="target"):
         training._take_turn(learner, training.Run(setting()), [(x, y[:5], dense)], torch.device("cpu"))
 
@@ -367,9 +367,9 @@ def test_heads_of_a_seed_share_backbone_and_batches(digits):
             learner.backbone.parameters(), learners[0].backbone.parameters(), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    first, again = (next(training._batches(digits, 32, seed=3)) for _ in range(2))
+    first, again = (next(training.batches(digits, 32, seed=3)) for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
-    other = next(training._batches(digits, 32, seed=4))
+    other = next(training.batches(digits, 32, seed=4))
     assert not torch.equal(first[0], other[0])
 
 
@@ -451,6 +451,20 @@ def test_grid_grows_at_its_edges_only():
     assert axis.grow(2.0)
     assert tuple(axis.values) == (0.0, 1.0, 2.0, 3.0)
     assert not axis.grow(3.0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("head", list(training.HEADS))
+def test_tuning_trains_as_the_demo_does(digits, head, optimizer):
+    if optimizer == "sgd":
+        candidates = [(0.01, 0.5), (0.03, 2.0)]
+    else:
+        candidates = [(1e-3, 0.5), (3e-4, 2.0)]
+    together = tune.train_together(digits, optimizer, head, 32, 12, candidates, seed=5)
+    for (lr, penalty), (metric, _) in zip(candidates, together, strict=True):
+        alone = training.Setting(head, 32, 5, 12, lr, penalty, optimizer)
+        run = training.train_side_by_side([alone], digits)[0]
+        assert metric == pytest.approx(run.online, abs=0.5)  # two images: the rounding differs
 
 
 def test_tuning_takes_the_best_of_the_grid(digits, monkeypatch):

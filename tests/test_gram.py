@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 
+import cfl_ops
 import pytest
 import torch
-
-import cfl_ops
 
 OPS = ("gram",)
 
@@ -116,9 +115,13 @@ def test_bad_arguments(args, kwargs, error, message) -> None:
 
 def test_bad_data(backend: str) -> None:
     x, y = torch.ones(3, 2), torch.tensor([0, 5, 1])
-    with pytest.raises(IndexError, match=r"cfl_ops\.gram: y must hold class indices from 0 to 1, but got 5 in row 1"):
+    with pytest.raises(
+        IndexError, match=r"cfl_ops\.gram: y must hold class indices from 0 to 1, but got 5 in row 1"
+    ):
         cfl_ops.gram(x, y, num_classes=2)
-    with pytest.raises(ValueError, match=r"sample_weight must not be negative or NaN, but got -1\.0 in row 2"):
+    with pytest.raises(
+        ValueError, match=r"sample_weight must not be negative or NaN, but got -1\.0 in row 2"
+    ):
         cfl_ops.gram(x, sample_weight=torch.tensor([1.0, 0.0, -1.0]))
     bad = torch.ones(2, 3, 2)
     bad[1, 0, 1], bad[1, 2, 0] = torch.nan, torch.inf

@@ -26,7 +26,9 @@ def build_wheel(into: Path, **env: str) -> Path:
 
 def test_without_the_extension_everything_works_on_the_fallback(tmp_path: Path) -> None:
     """No compiler on the PATH, the extension turned off: installed, and the same tests' ops run."""
-    wheel = build_wheel(tmp_path, CFL_OPS_EXTENSION="OFF", CC="/bin/false", CXX="/bin/false", CUDACXX="/bin/false")
+    wheel = build_wheel(
+        tmp_path, CFL_OPS_EXTENSION="OFF", CC="/bin/false", CXX="/bin/false", CUDACXX="/bin/false"
+    )
     names = zipfile.ZipFile(wheel).namelist()
     assert not [n for n in names if n.endswith(".so")]
     assert "cfl_ops/py.typed" in names

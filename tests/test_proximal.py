@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import re
 
+import cfl_ops
 import pytest
 import torch
 from torch.nn import functional as F
-
-import cfl_ops
 
 OPS = ("proximal_step", "proximal_step_")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
+from torch import Tensor
 
 __all__ = ["gram"]
 
@@ -57,8 +56,12 @@ def _gram_kernel(
     total = tl.zeros((TILE, TILE), dtype=ACC)
     for begin in range(first, last, DEPTH):
         rows = begin + tl.arange(0, DEPTH)
-        left = _load_features(x_ptr, row_stride, col_stride, rows, left_columns, last, width, BIAS, ACC, UPCAST)
-        right = _load_features(x_ptr, row_stride, col_stride, rows, right_columns, last, width, BIAS, ACC, UPCAST)
+        left = _load_features(
+            x_ptr, row_stride, col_stride, rows, left_columns, last, width, BIAS, ACC, UPCAST
+        )
+        right = _load_features(
+            x_ptr, row_stride, col_stride, rows, right_columns, last, width, BIAS, ACC, UPCAST
+        )
         if WEIGHTED:
             s = tl.load(
                 weight_ptr + matrix * weight_batch_stride + rows.to(tl.int64) * weight_stride,
@@ -158,7 +161,11 @@ def gram(
         )  # fmt: skip
         gram_out = parts.sum(0) if splits > 1 else parts.squeeze(0)
 
-    ones = torch.ones(matrices, rows, dtype=acc_dtype, device=x.device) if weight is None else weight.to(acc_dtype)
+    ones = (
+        torch.ones(matrices, rows, dtype=acc_dtype, device=x.device)
+        if weight is None
+        else weight.to(acc_dtype)
+    )
     count = (
         torch.full((matrices,), rows, dtype=torch.float64, device=x.device)
         if weight is None

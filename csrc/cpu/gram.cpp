@@ -49,8 +49,9 @@ bool finite_diagonal(const T* gram, int64_t order) {
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Moments gram_op(const Tensor& x, const std::optional<Tensor>& y, std::optional<Tensor> sample_weight,
-                bool bias_column, int64_t num_classes, ScalarType acc_dtype) {
+Moments gram_op(const Tensor& x, const std::optional<Tensor>& y,
+                std::optional<Tensor> sample_weight, bool bias_column, int64_t num_classes,
+                ScalarType acc_dtype) {
   if (sample_weight && sample_weight->element_size() == 2) {  // the kernel takes no half weights
     sample_weight = torch::stable::to(*sample_weight, ScalarType::Float);
   }

@@ -7,6 +7,9 @@
 #ifndef CFL_STREAM
 #define CFL_STREAM (2<<20)
 #endif
+#ifndef CFL_AMX_DEPTH
+#define CFL_AMX_DEPTH 512
+#endif
 #ifndef CFL_GROUP
 #define CFL_GROUP 24
 #endif
@@ -381,11 +384,14 @@ struct VectorEngine {
   static constexpr int64_t kDepth = CFL_DEPTH_BYTES / (kWidth * sizeof(T));
   static constexpr int64_t kGroup = CFL_GROUP;
 
+  static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
+  static constexpr int64_t kFetchAhead = 32;
+
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
 
   // Packs panel p (x, bias and zeros; or targets and zeros) of rows [row, row + depth).
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const T* scale,
-                   T* dst) {
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool /*left*/,
+                   const T* scale, T* dst) {
     const GramArgs& a = plan.args;
     const bool is_x = p < plan.x_panels;
     const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
@@ -411,17 +417,15 @@ struct VectorEngine {
                    T beta) {
     constexpr int n = kLanes<T>;
     Vec<T> acc[kRows][kN];
-    T* at = c;
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kN; ++v) {
-        __builtin_prefetch(at + v * n, 1, 2);
-        acc[m][v] = Vec<T>{};
-      }
+      for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
     }
+    // In two pieces, with the output fetched into L1 shortly before it is needed.
+    T* at = c;
     int64_t k = 0;
-    for (int64_t stop = depth - CFL_TAIL; stop <= depth; stop += CFL_TAIL) {
+    for (int64_t stop = depth - kFetchAhead; stop <= depth; stop += kFetchAhead) {
       for (; k < stop; ++k) {
         Vec<T> bv[kN];
 #pragma GCC unroll 8
@@ -433,7 +437,7 @@ struct VectorEngine {
           for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
         }
       }
-      at = c;
+      if (stop == depth) break;
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
 #pragma GCC unroll 8
@@ -488,6 +492,140 @@ struct VectorEngine {
     }
   }
 };
+
+#if defined(CFL_ISA_AMX)
+
+// ---- the bfloat16 tile engine -------------------------------------------------------------------
+
+// A panel is 32 columns; 32 rows of it are two tiles of 16 columns. On the right, tile row q holds
+// rows 2q and 2q + 1 interleaved; on the left it is the transpose of that, as 32-bit numbers. The
+// tile unit takes subnormal inputs for zero, as torch's bfloat16 matmul does where it uses it.
+struct TileEngine {
+  using Acc = float;
+  using Packed = uint16_t;
+  using In = BF16;
+  static constexpr int kVectors = 2;
+  static constexpr int kWidth = 32;
+  static constexpr int kRows = 32;
+  static constexpr bool kSharedPacking = false;
+  static constexpr int64_t kDepthStep = 32;
+  static constexpr int64_t kDepth = CFL_AMX_DEPTH;
+  static constexpr int64_t kGroup = 24;
+  static constexpr int64_t kTile = 512;  // elements
+
+  static int64_t panel_size(int64_t depth) { return ceil_div(depth, 32) * 2 * kTile; }
+
+  // The 16 columns from `col` of row `row` of a source of which `present` columns exist; then a
+  // bias column of ones, if asked for, and zeros.
+  static CFL_INLINE U32v columns(const Source<BF16>& src, int64_t row, int64_t col, int64_t present,
+                                 bool bias) {
+    const BF16* p = src.data + row * src.row_stride + col * src.col_stride;
+    const int64_t count = present - col;
+    if (src.col_stride == 1 && count >= 16) {
+      return __builtin_convertvector(load_as<U16h>(p), U32v);
+    }
+    U32v v = {};
+    for (int64_t c = 0; c < min64(count, 16); ++c) v[c] = p[c * src.col_stride].bits;
+    if (bias && count >= 0 && count < 16) v[count] = 0x3f80;  // 1.0
+    return v;
+  }
+
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool left,
+                   const float* /*scale*/, uint16_t* dst) {
+    const GramArgs& a = plan.args;
+    const bool is_x = p < plan.x_panels;
+    const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
+    const int64_t present = (is_x ? a.cols : a.targets) - first;
+    const bool bias = is_x && a.bias;
+    const Source<BF16> src =
+        is_x ? x_source<BF16>(a, row, first) : y_source<BF16>(a, row, first);
+    for (int64_t k = 0; k < depth; k += 32) {
+      for (int64_t col = 0; col < kWidth; col += 16, dst += kTile) {
+        F32v r[16];
+        const bool runs = src.row_stride == 1 && k + 32 <= depth && present - col >= 16;
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) {
+          if (runs) {
+            r[q] = load_as<F32v>(src.data + k + (col + q) * src.col_stride);
+            continue;
+          }
+          U32v pair = {};
+          const int64_t at = k + 2 * q;
+          if (at < depth) pair = columns(src, at, col, present, bias);
+          if (at + 1 < depth) pair |= columns(src, at + 1, col, present, bias) << 16;
+          r[q] = (F32v)pair;
+        }
+        if (left != runs) transpose<float>(r);
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) store_as(dst + 32 * q, r[q]);
+      }
+    }
+  }
+
+  static void begin_part() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  static void end_part() { _tile_release(); }
+
+  // c[32][32] += the product of packed panels; tiles 0..3 accumulate. The compiler is not told that
+  // tile instructions touch memory, hence the fences.
+  static void tile(int64_t depth, const uint16_t* a, const uint16_t* b, float* c, int64_t ldc,
+                   bool add) {
+    const int64_t row = ldc * int64_t(sizeof(float));
+    asm volatile("" ::: "memory");
+    if (add) {
+      _tile_loadd(0, c, row);
+      _tile_loadd(1, c + 16, row);
+      _tile_loadd(2, c + 16 * ldc, row);
+      _tile_loadd(3, c + 16 * ldc + 16, row);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < depth; k += 32, a += 2 * kTile, b += 2 * kTile) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, row);
+    _tile_stored(1, c + 16, row);
+    _tile_stored(2, c + 16 * ldc, row);
+    _tile_stored(3, c + 16 * ldc + 16, row);
+    asm volatile("" ::: "memory");
+  }
+
+  static void block(int64_t depth, const uint16_t* a, const uint16_t* b, int64_t /*r0*/,
+                    int64_t /*r1*/, bool /*diagonal*/, float* c, int64_t ldc, int64_t rows,
+                    int64_t cols, double beta) {
+    const bool whole = rows == kWidth && cols == kWidth;
+    if (whole && (beta == 0 || beta == 1)) {
+      tile(depth, a, b, c, ldc, beta == 1);
+      return;
+    }
+    alignas(64) float product[kWidth * kWidth];
+    tile(depth, a, b, product, kWidth, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        float* to = c + i * ldc + j;
+        *to = (beta == 0 ? 0.0f : float(beta) * *to) + product[i * kWidth + j];
+      }
+    }
+  }
+};
+
+#endif  // CFL_ISA_AMX
 
 // ---- cutting the work ---------------------------------------------------------------------------
 
@@ -630,6 +768,22 @@ struct Driver {
       }
     }
   }
+  // Asks for the lines that micro-row r will write in the next panel, and for a share of those that
+  // this block's mirror image will.
+  static CFL_INLINE void prefetch_output(const Plan& plan, const T* g, int64_t strip, int64_t panel,
+                                         int64_t r, bool mirror) {
+    constexpr int64_t line = 64 / int64_t(sizeof(T));
+    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    for (int64_t m = r * E::kRows; m < (r + 1) * E::kRows; ++m) {
+      const T* next = g + min64(i0 + m, ld - 1) * ld + j0 + kWidth;
+      for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(next + c, 1);
+      if (!mirror) continue;
+      const T* image = g + min64(j0 + m, ld - 1) * ld + i0;
+      for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(image + c, 1);
+      __builtin_prefetch(image + kWidth - 1, 1);
+    }
+  }
+
   static void write_rest(const Plan& plan, Pending* s) {
     while (s->step < s->end) write_step(plan, s);
   }
@@ -671,8 +825,9 @@ struct Driver {
     double* stats = plan.target_stats + group * 2 * a.targets;
 
     const int64_t rows = row_end - row_begin;
-    const int64_t blocks = ceil_div(rows, E::kDepth);
-    const int64_t depth_max = ceil_div(rows, max64(blocks, 1));
+    const int64_t even = ceil_div(rows, max64(ceil_div(rows, E::kDepth), 1));
+    const int64_t depth_max = ceil_div(even, E::kDepthStep) * E::kDepthStep;
+    const int64_t blocks = rows > 0 ? ceil_div(rows, depth_max) : 0;
 
     // Scratch: weights of a row block, packed right-hand panels, packed strips (where the two
     // differ), and which of them hold the current row block.
@@ -716,7 +871,7 @@ struct Driver {
         const int64_t slot0 = cache_all ? 0 : g0;
         for (int64_t p = g0; p < g1; ++p) {
           if (!right_done[p - slot0]) {
-            E::pack(plan, p, row, depth, nullptr,
+            E::pack(plan, p, row, depth, false, nullptr,
                     reinterpret_cast<P*>(right + (p - slot0) * panel_bytes));
             right_done[p - slot0] = 1;
           }
@@ -743,6 +898,7 @@ struct Driver {
               T* c = staged ? stage : out.gram + i0 * plan.d1 + j0;
               const int64_t ldc = staged ? kWidth : plan.d1;
               for (int64_t r = r0; r < r1; ++r) {
+                if (!staged) prefetch_output(plan, out.gram, i, p, r, last && final_output && !streams);
                 E::block(depth, left, b, r, r + 1, p == i, c, ldc, staged ? kWidth : block_rows,
                          staged ? kWidth : min64(kWidth, plan.d1 - j0), beta);
                 for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
@@ -781,7 +937,7 @@ struct Driver {
     if (!own && (cache_all || (i >= slot0 && i < slot_end))) {
       P* at = reinterpret_cast<P*>(right + (i - slot0) * panel_bytes);
       if (!right_done[i - slot0]) {
-        E::pack(plan, i, row, depth, nullptr, at);
+        E::pack(plan, i, row, depth, false, nullptr, at);
         right_done[i - slot0] = 1;
       }
       return at;
@@ -789,7 +945,7 @@ struct Driver {
     P* at = reinterpret_cast<P*>(strips + (cache_all ? i : 0) * panel_bytes);
     if (cache_all && strip_done[i]) return at;
     if (cache_all) strip_done[i] = 1;
-    E::pack(plan, i, row, depth, weight, at);
+    E::pack(plan, i, row, depth, true, weight, at);
     return at;
   }
 
@@ -887,12 +1043,27 @@ struct Driver {
   static constexpr Kernel kKernel = {shape, cut, run};
 };
 
+#if !defined(CFL_ISA_AMX)
 template <class T, class S>
 const Kernel* vector_kernel() {
   return &Driver<VectorEngine<T, S>>::kKernel;
 }
+#endif
 
 }  // namespace
+
+#if defined(CFL_ISA_AMX)
+
+bool amx_compiled() { return true; }
+
+// Weights would have to be rounded to bfloat16, so they are left to the vector engine.
+const Kernel* CFL_ENTRY(const GramArgs& args) {
+  const bool served =
+      args.x_dtype == DType::kBF16 && args.acc_dtype == DType::kF32 && args.weight == nullptr;
+  return served ? &Driver<TileEngine>::kKernel : nullptr;
+}
+
+#else
 
 const Kernel* CFL_ENTRY(const GramArgs& args) {
   const bool wide = args.acc_dtype == DType::kF64;
@@ -904,5 +1075,7 @@ const Kernel* CFL_ENTRY(const GramArgs& args) {
   }
   return nullptr;
 }
+
+#endif
 
 }  // namespace cfl::cpu::detail

@@ -58,7 +58,7 @@ class Op:
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves the first and refuses the second.
         if self.function is not None and not torch.compiler.is_compiling() and _transforming():
-            return self.function.apply(*args)  # type: ignore[no-untyped-call]
+            return self.function.apply(*args)
         return self.overload(*args)
 
     def load_triton(self) -> Callable[..., Any]:
@@ -100,9 +100,10 @@ def define_op(
     """Define an op and everything that the compiler and the transforms need to know of it.
 
     ``core_dims`` gives, for each argument of the schema, how many trailing dimensions the op itself
-    works on (None for what is not a tensor); or it is a function of the arguments that does. All dimensions before them are batch dimensions, equal for
-    all arguments when the op is called (see expand_batch); so one vmap rule serves every op: move the
-    mapped dimension to the front of the batch dimensions and expand.
+    works on (None for what is not a tensor); or it is a function of the arguments that does. All
+    dimensions before them are batch dimensions, equal for all arguments when the op is called (see
+    expand_batch); so one vmap rule serves every op: move the mapped dimension to the front of the batch
+    dimensions and expand.
     """
     name = schema.split("(", 1)[0]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -194,9 +195,7 @@ class _Overrides:
 
     def install(self, forced: str | None) -> None:
         if forced is not None and forced not in BACKENDS:
-            raise ValueError(
-                f"cfl_ops: backend must be one of {', '.join(BACKENDS)}, but got {forced!r}"
-            )
+            raise ValueError(f"cfl_ops: backend must be one of {', '.join(BACKENDS)}, but got {forced!r}")
         if forced == "triton" and not triton_available():
             raise RuntimeError("cfl_ops: the backend 'triton' was asked for, but triton is not installed")
         if forced == "native" and not extension_available():
@@ -206,7 +205,9 @@ class _Overrides:
         if self.library is not None:
             self.library._destroy()
         self.library = torch.library.Library(NAMESPACE, "IMPL")
-        with warnings.catch_warnings():  # torch says that a kernel is overridden, which is what we are here for
+        with (
+            warnings.catch_warnings()
+        ):  # torch says that a kernel is overridden, which is what we are here for
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             self._put_kernels(self.library, forced)
 
@@ -340,7 +341,12 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
 
 
 def _raise_if_vmap(
-    info: Any, in_dims: tuple[Any, ...], name: str, results: list[Tensor], flags: Tensor, context: list[Tensor]
+    info: Any,
+    in_dims: tuple[Any, ...],
+    name: str,
+    results: list[Tensor],
+    flags: Tensor,
+    context: list[Tensor],
 ) -> tuple[None, None]:
     def front(value: Any, dim: Any) -> Any:
         return value if dim is None else value.movedim(dim, 0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 
+import cfl_ops
 import pytest
 import torch
-from torch import nn
-
-import cfl_ops
 from cfl_ops.learn import ClosedFormLinear
+from torch import nn
 
 
 def data(rows=64):
