@@ -168,7 +168,9 @@ void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, c
     args.label_stride = pb.label_stride;
     args.cross = cross;
   }
-  cfl::cpu::gram(args, &cfl::parallel_for, static_cast<int>(torch::stable::get_num_threads()));
+  const bool parallel = args.rows * args.cols * args.cols > 8'000'000;  // else a region costs more
+  cfl::cpu::gram(args, parallel ? &cfl::parallel_for : nullptr,
+                 parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
 }
 
 struct Penalties {

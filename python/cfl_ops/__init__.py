@@ -4,8 +4,9 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from . import _library
 from ._version import __version__
+from .accumulate import GramAccumulator
 from .errors import CorruptDataError, LinAlgError
-from .gram import GramMoments, gram
+from .gram import GramMoments, gram, gram_, linear_gram
 from .proximal import (
     ProximalStep,
     proximal_step,
@@ -20,13 +21,16 @@ from . import config, learn
 
 __all__ = [
     "CorruptDataError",
+    "GramAccumulator",
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
     "__version__",
     "config",
     "gram",
+    "gram_",
     "learn",
+    "linear_gram",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",

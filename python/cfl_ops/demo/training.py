@@ -106,6 +106,8 @@ class Run:
     """The metric of the head as the training left it."""
     refit: float | None = None
     """The metric of the head re-estimated on the whole training set; closed-form heads only."""
+    loss: float = math.nan
+    """The online head's own loss on the test part."""
     predictions: Tensor | None = None
     """What the online head predicts for the test part."""
     failure: str | None = None
@@ -185,6 +187,12 @@ class Learner:
             return 100 * (output.argmax(1) != self.data.test_y).double().mean().item()
         return (output - self.data.test_y).double().square().mean().item()
 
+    def loss(self, output: Tensor) -> float:
+        """The loss that this head is trained on, for the test part: finer than the error, to break ties."""
+        if self.setting.head == "cross-entropy":
+            return F.cross_entropy(output, self.data.test_y).item()
+        return (output - dense_targets(self.data, self.data.test_y)).square().sum(1).mean().item()
+
     @torch.no_grad()
     def refit(self) -> ClosedFormLinear:
         """A head for the present backbone, solved on the whole training set."""
@@ -205,7 +213,7 @@ def dense_targets(data: Dataset, y: Tensor) -> Tensor:
     return F.one_hot(y, data.outputs).to(data.train_x.dtype) if data.classes else y
 
 
-def batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Shuffled full batches without end; what is left of an epoch is dropped, so all steps cost the same."""
     generator = torch.Generator().manual_seed(seed)
     dense = dense_targets(data, data.train_y)
@@ -254,12 +262,12 @@ def train_side_by_side(
     learners = [Learner(setting, data) for setting in settings]
     runs = [Run(setting) for setting in settings]
     pairs = list(zip(learners, runs, strict=True))
-    stream = batches(data, first.batch_size, first.seed)
+    batches = _batches(data, first.batch_size, first.seed)
     done, turn = 0, 0
     for target in _evaluation_steps(first.steps):
         while done < target and not stop():
             count = min(TURN, target - done)
-            turn_batches = list(itertools.islice(stream, count))
+            turn_batches = list(itertools.islice(batches, count))
             shift = turn % len(pairs)
             for learner, run in pairs[shift:] + pairs[:shift]:
                 if run.failure is None:
@@ -304,7 +312,7 @@ def _evaluate(learner: Learner, run: Run) -> None:
 
 def _finish(learner: Learner, run: Run) -> None:
     output = learner.predict()
-    run.online = learner.metric(output)
+    run.online, run.loss = learner.metric(output), learner.loss(output)
     run.predictions = (output.argmax(1) if learner.data.classes else output).cpu()
     if HEADS[run.setting.head].closed_form:
         run.refit = learner.metric(learner.predict(learner.refit()))
@@ -314,5 +322,5 @@ def warm_up(settings: Sequence[Setting], data: Dataset, steps: int = 5) -> None:
     """Take a few steps with fresh learners, so that the first timed step pays for nothing but itself."""
     for setting in settings:
         learner = Learner(setting, data)
-        for batch in itertools.islice(batches(data, setting.batch_size, 0), steps):
+        for batch in itertools.islice(_batches(data, setting.batch_size, 0), steps):
             learner.step(*batch)
