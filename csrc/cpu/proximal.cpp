@@ -32,9 +32,16 @@ enum Info : int32_t {
   kBadSampleWeight = -5,
 };
 
-// A float32 factor is trusted while the pivots spread less than this (an estimate of the condition
-// number from below); past it the system is formed and solved again in float64.
-constexpr double kTrustedSpread = 30.0;
+// Whether a float32 solution has 5 digits. The spread of the pivots estimates the condition number
+// from below; on ReLU features with B and D from 32 to 1024 and lambda from 1 to 1e-3 the relative
+// error of the head stayed under a third of this estimate. Past it the solution is refined, or
+// computed in float64.
+bool trusted(double spread, int64_t order) {
+  constexpr double kTrustedError = 1.5e-5;
+  return std::numeric_limits<float>::epsilon() / 2 * spread * spread *
+             std::sqrt(static_cast<double>(order)) <
+         kTrustedError;
+}
 
 template <class T>
 constexpr DType kDType = std::is_same_v<T, float> ? DType::kF32 : DType::kF64;
@@ -173,6 +180,83 @@ void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, c
                  parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
 }
 
+// The system P P^T + ones_scale root root^T + t I, applied to a vector in float64.
+struct RowOperator {
+  const float* p;
+  int64_t stride, rows, width;
+  const float* root;  // or null
+  double ones_scale, t;
+
+  // out (rows, k) = system a, a block of rows of P widened at a time.
+  void apply(const double* a, int64_t k, double* out, double* block, double* projection) const {
+    std::fill_n(projection, width * k, 0.0);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t begin = 0; begin < rows; begin += kBlock) {
+        const int64_t n = std::min(kBlock, rows - begin);
+        for (int64_t i = 0; i < n; ++i) {
+          const float* row = p + (begin + i) * stride;
+          for (int64_t j = 0; j < width; ++j) block[i * width + j] = row[j];
+        }
+        if (pass == 0) {
+          gemm(true, false, width, k, n, 1.0, block, width, a + begin * k, k, 1.0, projection, k);
+        } else {
+          gemm(false, false, n, k, width, 1.0, block, width, projection, k, 0.0, out + begin * k,
+               k);
+        }
+      }
+    }
+    for (int64_t c = 0; c < k; ++c) {
+      double sum = 0;
+      for (int64_t i = 0; root && i < rows; ++i) sum += static_cast<double>(root[i]) * a[i * k + c];
+      for (int64_t i = 0; i < rows; ++i) {
+        out[i * k + c] += t * a[i * k + c] + (root ? ones_scale * root[i] * sum : 0.0);
+      }
+    }
+  }
+  static constexpr int64_t kBlock = 64;
+};
+
+// Iterative refinement of x (rows, k): float32 factor, float64 residual. Each step multiplies the
+// error by about that of the factor; false if it does not converge, with x as it was.
+bool refine(const RowOperator& op, const float* factor, const float* q, float* x, int64_t k,
+            Scratch& scratch) {
+  const int64_t size = op.rows * k;
+  double* solution = scratch.take<double>(size);
+  double* residual = scratch.take<double>(size);
+  double* block = scratch.take<double>(RowOperator::kBlock * op.width);
+  double* projection = scratch.take<double>(op.width * k);
+  float* correction = scratch.take<float>(size);
+  for (int64_t i = 0; i < size; ++i) solution[i] = x[i];
+  double last = 0.1;  // a first correction of a tenth means a factor without digits
+  for (int step = 0; step < 4; ++step) {
+    op.apply(solution, k, residual, block, projection);
+    double largest = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      residual[i] = q[i] - residual[i];
+      largest = std::max(largest, std::abs(residual[i]));
+    }
+    if (largest == 0) break;
+    if (!std::isfinite(largest)) return false;
+    for (int64_t i = 0; i < size; ++i) correction[i] = static_cast<float>(residual[i] / largest);
+    potrs_lower(op.rows, k, factor, op.rows, correction, k);
+    double change = 0, norm = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const double delta = largest * correction[i];
+      solution[i] += delta;
+      change += delta * delta;
+      norm += solution[i] * solution[i];
+    }
+    const double relative = std::sqrt(change / norm);
+    if (!(relative <= last)) return false;
+    // The next correction would be about relative^2: below float32's digits.
+    if (relative < 2e-4) break;
+    if (step == 3) return false;
+    last = relative / 4;
+  }
+  for (int64_t i = 0; i < size; ++i) x[i] = static_cast<float>(solution[i]);
+  return true;
+}
+
 struct Penalties {
   double scale;  // of the loss: the sum of the weights, or 1
   double mu, t;  // per feature where there is no lam_diag
@@ -293,24 +377,31 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
 
   double spread = 0;
   int64_t info = 0;
+  bool solved = false;
   T* alpha = q;
-  bool trusted = std::is_same_v<T, double>;
   if constexpr (std::is_same_v<T, float>) {
     T* system = scratch.take<T>(B * B);
     T* rhs = scratch.take<T>(B * K);
     std::memcpy(rhs, q, B * K * sizeof(T));
     info = solve.template operator()<T>(rhs, system, &spread);
-    trusted = info == 0 && spread < kTrustedSpread;
-    if (trusted) alpha = rhs;
+    solved = info == 0 && trusted(spread, B);
+    // A refinement step costs 2 B D K multiply-adds in float64, all in float64 B^2 D / 2 + B^3 / 6
+    // + B^2 K.
+    if (info == 0 && !solved &&
+        8.0 * K * D < static_cast<double>(B) * D + B * B / 3.0 + 2.0 * B * K) {
+      const RowOperator op{
+          half ? half : p, half ? D : p_stride, B, D, ones ? root.data() : nullptr, ones_scale, t};
+      solved = refine(op, system, q, rhs, K, scratch);
+    }
+    if (solved) alpha = rhs;
   }
-  if (!trusted || std::is_same_v<T, double>) {
+  if (!solved) {
     double* system = scratch.take<double>(B * B);
     double* rhs = scratch.take<double>(B * K);
     for (int64_t i = 0; i < B * K; ++i) rhs[i] = q[i];
     info = solve.template operator()<double>(rhs, system, &spread);
     if (info != 0) return info;
     for (int64_t i = 0; i < B * K; ++i) q[i] = static_cast<T>(rhs[i]);
-    alpha = q;
   }
 
   double loss = 0;
@@ -396,14 +487,14 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
 
   double spread = 0;
   int64_t info = 0;
-  bool trusted = false;
+  bool solved = false;
   T* change = scratch.take<T>(order * K);
   if constexpr (std::is_same_v<T, float>) {
     T* system = scratch.take<T>(order * order);
     info = solve.template operator()<T>(system, change, &spread);
-    trusted = info == 0 && spread < kTrustedSpread;
+    solved = info == 0 && trusted(spread, order);
   }
-  if (!trusted) {
+  if (!solved) {
     double* system = scratch.take<double>(order * order);
     double* rhs = scratch.take<double>(order * K);
     info = solve.template operator()<double>(system, rhs, &spread);
