@@ -122,8 +122,6 @@ def _export():
     return args, dynamic, other
 
 
-
-
 # --- gram_: the same samples, added to moments that are there already ------------------------------------------
 
 
@@ -139,7 +137,12 @@ def _in_place(case: Case, decay: float) -> Case:
 
         old = randn(*batch, order, order)
         count = torch.full(batch, 5.0, dtype=torch.float64)
-        moments = [old + old.mT, randn(*batch, order, targets), randn(*batch, targets), randn(*batch, targets)]
+        moments = [
+            old + old.mT,
+            randn(*batch, order, targets),
+            randn(*batch, targets),
+            randn(*batch, targets),
+        ]
         return [*moments, count, x, y, weight, classes, decay]
 
     return Case(case.name, make, case.dtypes, opcheck=case.opcheck)

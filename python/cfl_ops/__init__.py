@@ -13,7 +13,10 @@ from .proximal import (
     proximal_step_,
     proximal_step_ex,
     proximal_step_ex_,
+    proximal_update,
+    ridge_step,
 )
+from .rescaled import rescaled_proximal_step
 
 _library.load_backends()
 
@@ -35,4 +38,7 @@ __all__ = [
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "proximal_update",
+    "rescaled_proximal_step",
+    "ridge_step",
 ]

@@ -163,8 +163,8 @@ HELP = "\n\n".join(
         "head: for each head and batch size (8, 32, 128 with sgd, 32 with adam; others take those of the "
         "nearest), six learning rates times five penalties were trained with one seed on 80 % of the training "
         "part and judged on the other 20 %; the best four were trained with four more seeds, and the lowest "
-        "mean won, if none of ten further seeds diverged. Where the winner lay at the edge of the grid, the grid grew there, at most twice. The test "
-        "part had no say. "
+        "mean won, if none of ten further seeds diverged. Where the winner lay at the edge of the grid, the "
+        "grid grew there, at most twice. The test part had no say. "
         "[italic]python -m cfl_ops.demo.tune[/] does it again.",
     )
 )
