@@ -24,7 +24,7 @@ __all__ = [
 
 REDUCTIONS = ("mean", "sum")
 BIAS_FITS = ("penalized", "free")
-METHODS = ("auto", "cholesky")
+METHODS = ("auto", "cholesky", "cg")
 
 # What a negative info of the op says; a positive one is the order of the first leading minor of the
 # system that is not positive definite.
@@ -376,7 +376,11 @@ def proximal_step(
         sample_weight: ``(..., B)`` weights s >= 0 of the rows, 1 by default.
         fit_bias: ``"penalized"`` treats the bias as the weight of a feature that is 1 (the paper's choice);
             ``"free"`` fits it without a penalty, by centring.
-        method: ``"auto"`` or ``"cholesky"``.
+        method: ``"cholesky"`` factors the system; ``"cg"`` runs conjugate gradients on all K right sides from
+            the old head, to a true residual of 1e-6 (float64: 1e-12) of the right side's, and falls back on
+            the factorisation where they do not converge (in the native CPU kernel; others always factor);
+            ``"auto"`` tries them where a quarter of the factorisation's work buys at least 24 iterations,
+            see :func:`cfl_ops.config.plan_proximal`.
 
     Returns:
         :class:`ProximalStep` ``(weight, bias, loss, grad_features)``: the last two are the squared loss at the

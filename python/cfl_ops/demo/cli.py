@@ -447,7 +447,7 @@ def _train(
 
 def _table(runs: list[Run], groups: list[list[Setting]], data: datasets.Dataset) -> Table:
     """The metric and the speed of each head and batch size so far."""
-    summary = summarize(runs)
+    summary = summarize(runs, data)
     table = Table(title=f"{data.title}: {data.metric} (mean so far), and steps per second", expand=True)
     sizes = sorted({group[0].batch_size for group in groups})
     table.add_column("head")

@@ -106,7 +106,7 @@ def choose(data: datasets.Dataset, optimizer: str, head: str, batch_size: int, s
         for seed in seeds[len(mine) :]:
             lr, penalty = candidate
             setting = Setting(head, batch_size, seed, steps, lr, penalty, optimizer)
-            mine += train_side_by_side([setting], data)
+            mine += train_side_by_side([setting], data, evaluations=6, refit=False)
         return _judge(mine[: len(seeds)])
 
     def stable(candidate: Candidate) -> bool:

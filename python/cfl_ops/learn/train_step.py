@@ -62,7 +62,7 @@ def train_step(
     else:
         one_hot = target.reshape(rows.shape)
     squared = (one_hot - rows).square().sum()
-    (squared / max(1, len(rows)) if head.reduction == "mean" else squared).backward()  # type: ignore[no-untyped-call]
+    (squared / max(1, len(rows)) if head.reduction == "mean" else squared).backward()
     optimizer.step()
     if order == "backbone-first":
         with torch.no_grad():
