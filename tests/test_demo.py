@@ -319,6 +319,7 @@ def test_help_explains_every_option():
     for name in training.HEADS:
         assert name in output
     assert "judged on the other 20 %" in output
+    assert "digits with sgd at 8, 32, 128;" in output
 
 
 def test_missing_extras_are_named(monkeypatch, capsys):

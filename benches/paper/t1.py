@@ -17,12 +17,11 @@ from typing import Annotated
 
 import torch
 import typer
+from cfl_ops.learn import ClosedFormLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from cfl_ops.learn import ClosedFormLinear
 
 CLASSES = 100
 PAPER = {  # ResNet-18, targets.md T1
