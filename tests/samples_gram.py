@@ -239,9 +239,9 @@ LAYER_CASES = [
 
 
 def _export_in_place():
-    args, dynamic, other = _export()
+    _, dynamic, other = _export()
     old = _in_place(CASES[1], 0.5).make(torch.float32)
-    return [*old[:8], *old[8:]], (None,) * 5 + dynamic, [*old[:5], *other[:3], *old[8:]]
+    return old, (None,) * 5 + dynamic, [*old[:5], *other[:3], *old[8:]]
 
 
 def _export_layer():

@@ -1,18 +1,3 @@
-#ifndef CFL_DEPTH_BYTES
-#define CFL_DEPTH_BYTES 36864
-#endif
-#ifndef CFL_TAIL
-#define CFL_TAIL 32
-#endif
-#ifndef CFL_STREAM
-#define CFL_STREAM (2<<20)
-#endif
-#ifndef CFL_AMX_DEPTH
-#define CFL_AMX_DEPTH 512
-#endif
-#ifndef CFL_GROUP
-#define CFL_GROUP 24
-#endif
 // The one SIMD source of the Gram kernel, compiled once per instruction set (CFL_ISA_AMX,
 // CFL_ISA_AVX512, CFL_ISA_AVX2, or none of them: SSE2 on x86-64, NEON on aarch64).
 //
@@ -381,17 +366,17 @@ struct VectorEngine {
   static constexpr int kRows = kLanes<T> == 2 ? 2 : 4;
 #endif
   static constexpr bool kSharedPacking = true;
-  static constexpr int64_t kDepth = CFL_DEPTH_BYTES / (kWidth * sizeof(T));
-  static constexpr int64_t kGroup = CFL_GROUP;
+  static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
+  static constexpr int64_t kGroup = 24;  // panels kept in L2
 
   static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
-  static constexpr int64_t kFetchAhead = 32;
+  static constexpr int64_t kOperandsAhead = 16, kOutputAhead = 32;  // prefetch, in rows
 
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
 
   // Packs panel p (x, bias and zeros; or targets and zeros) of rows [row, row + depth).
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool /*left*/,
-                   const T* scale, T* dst) {
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const T* scale,
+                   T* dst) {
     const GramArgs& a = plan.args;
     const bool is_x = p < plan.x_panels;
     const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
@@ -425,11 +410,15 @@ struct VectorEngine {
     // In two pieces, with the output fetched into L1 shortly before it is needed.
     T* at = c;
     int64_t k = 0;
-    for (int64_t stop = depth - kFetchAhead; stop <= depth; stop += kFetchAhead) {
+    for (int64_t stop = depth - kOutputAhead; stop <= depth; stop += kOutputAhead) {
       for (; k < stop; ++k) {
         Vec<T> bv[kN];
 #pragma GCC unroll 8
-        for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
+        for (int v = 0; v < kN; ++v) {
+          bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
+          __builtin_prefetch(b + (k + kOperandsAhead) * kWidth + v * n);
+        }
+        __builtin_prefetch(a + (k + kOperandsAhead) * kWidth);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
           const Vec<T> av = a[k * kWidth + m] - Vec<T>{};
@@ -509,7 +498,7 @@ struct TileEngine {
   static constexpr int kRows = 32;
   static constexpr bool kSharedPacking = false;
   static constexpr int64_t kDepthStep = 32;
-  static constexpr int64_t kDepth = CFL_AMX_DEPTH;
+  static constexpr int64_t kDepth = 320;
   static constexpr int64_t kGroup = 24;
   static constexpr int64_t kTile = 512;  // elements
 
@@ -522,6 +511,7 @@ struct TileEngine {
     const BF16* p = src.data + row * src.row_stride + col * src.col_stride;
     const int64_t count = present - col;
     if (src.col_stride == 1 && count >= 16) {
+      __builtin_prefetch(p + kWidth);  // the next panel's part of this row
       return __builtin_convertvector(load_as<U16h>(p), U32v);
     }
     U32v v = {};
@@ -530,8 +520,9 @@ struct TileEngine {
     return v;
   }
 
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool left,
-                   const float* /*scale*/, uint16_t* dst) {
+  // The right packing; transposed inputs come as runs of 32 rows, that is in the left packing.
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const float* /*scale*/,
+                   uint16_t* dst) {
     const GramArgs& a = plan.args;
     const bool is_x = p < plan.x_panels;
     const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
@@ -555,10 +546,22 @@ struct TileEngine {
           if (at + 1 < depth) pair |= columns(src, at + 1, col, present, bias) << 16;
           r[q] = (F32v)pair;
         }
-        if (left != runs) transpose<float>(r);
+        if (runs) transpose<float>(r);
 #pragma GCC unroll 16
         for (int q = 0; q < 16; ++q) store_as(dst + 32 * q, r[q]);
       }
+    }
+  }
+
+  // The left packing of a panel from its right packing.
+  static void flip(int64_t depth, const uint16_t* right, uint16_t* left) {
+    for (int64_t at = 0; at < panel_size(depth); at += kTile) {
+      F32v r[16];
+#pragma GCC unroll 16
+      for (int q = 0; q < 16; ++q) r[q] = load_as<F32v>(right + at + 32 * q);
+      transpose<float>(r);
+#pragma GCC unroll 16
+      for (int q = 0; q < 16; ++q) store_as(left + at + 32 * q, r[q]);
     }
   }
 
@@ -638,7 +641,7 @@ struct Driver {
   static constexpr int64_t kStripRows = E::kWidth / E::kRows;  // micro-rows of a strip
   static constexpr size_t kPackBytes = 6 << 20;
   static constexpr size_t kPartialBytes = 2 << 20;
-  static constexpr size_t kStreamBytes = CFL_STREAM;
+  static constexpr size_t kStreamBytes = 2 << 20;
 
   static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t panel) {
     const int64_t rows = panel < plan.x_panels ? min64((panel + 1) * kWidth, plan.d1) : plan.d1;
@@ -833,19 +836,19 @@ struct Driver {
     // differ), and which of them hold the current row block.
     const int64_t panel_bytes = (E::panel_size(depth_max) * int64_t(sizeof(P)) + 63) / 64 * 64;
     const bool own_strips = !E::kSharedPacking || a.weight;
-    const int64_t cacheable = int64_t(kPackBytes) / (panel_bytes > 0 ? panel_bytes : 64);
-    const bool cache_all = panel_end * (own_strips ? 2 : 1) <= cacheable;
-    const int64_t slots = cache_all ? panel_end : min64(E::kGroup, panel_end);
-    const int64_t strip_slots = cache_all ? (own_strips ? panel_end : 0) : 1;
+    const int64_t fit = int64_t(kPackBytes) / max64(panel_bytes, 64);
+    const bool all = panel_end * (own_strips ? 2 : 1) <= fit;
+    const int64_t slots = all ? panel_end : min64(E::kGroup, panel_end);
+    const int64_t strip_slots = all ? (own_strips ? panel_end : 0) : 1;
     const int64_t weight_bytes = (depth_max * int64_t(sizeof(T)) + 63) / 64 * 64;
     const int64_t flag_bytes = (slots + strip_slots + 63) / 64 * 64;
     char* memory = static_cast<char*>(plan.scratch(
         size_t(weight_bytes + flag_bytes + (slots + strip_slots) * panel_bytes)));
     T* weight = a.weight ? reinterpret_cast<T*>(memory) : nullptr;
-    char* right_done = memory + weight_bytes;
-    char* strip_done = right_done + slots;
-    char* right = right_done + flag_bytes;
-    char* strips = right + slots * panel_bytes;
+    char* flags = memory + weight_bytes;
+    char* panels = flags + flag_bytes;
+    Packs packs = {plan, weight, all, 0, 0, 0, panel_end, panel_bytes,
+                   panels, flags, panels + slots * panel_bytes, flags + slots};
 
     // With one row block, each output is written once and never read: from a staging buffer.
     const bool streams = streams_output(plan);
@@ -863,34 +866,33 @@ struct Driver {
       if (weight) {
         for (int64_t k = 0; k < depth; ++k) weight[k] = weight_at<T>(a, row + k);
       }
-      memset(right_done, 0, size_t(flag_bytes));
+      memset(flags, 0, size_t(flag_bytes));
+      packs.row = row;
+      packs.depth = depth;
 
       for (int64_t g0 = lo.panel; g0 < panel_end; g0 += E::kGroup) {
         const int64_t g1 = min64(g0 + E::kGroup, panel_end);
-        if (!cache_all) memset(right_done, 0, size_t(slots));
-        const int64_t slot0 = cache_all ? 0 : g0;
+        if (!all) {
+          memset(flags, 0, size_t(flag_bytes));
+          packs.first = g0;
+          packs.end = g1;
+        }
         for (int64_t p = g0; p < g1; ++p) {
-          if (!right_done[p - slot0]) {
-            E::pack(plan, p, row, depth, false, nullptr,
-                    reinterpret_cast<P*>(right + (p - slot0) * panel_bytes));
-            right_done[p - slot0] = 1;
-          }
+          packs.right_panel(p);
           if (!is_x(plan, p) && rows_of(plan, band, p).end == micro_rows(plan, p)) {
             target_stats(plan, p, row, depth, weight, stats);
           }
         }
-        const int64_t strip_end = min64(g1, plan.x_panels);
-        for (int64_t i = 0; i < strip_end; ++i) {
+        for (int64_t i = 0; i < min64(g1, plan.x_panels); ++i) {
           const P* left = nullptr;
-          for (int64_t p = max64(g0, is_x(plan, g0) ? i : 0); p < g1; ++p) {
+          for (int64_t p = g0; p < g1; ++p) {
             if (is_x(plan, p) && p < i) continue;
             const Rows mine = rows_of(plan, band, p);
             const int64_t r0 = max64(mine.begin - i * kStripRows, 0);
             const int64_t r1 = min64(mine.end - i * kStripRows, kStripRows);
             if (r0 >= r1) continue;
-            if (!left) left = strip(plan, i, row, depth, weight, own_strips, cache_all, slot0, g1,
-                                    panel_bytes, right, right_done, strips, strip_done);
-            const P* b = reinterpret_cast<const P*>(right + (p - slot0) * panel_bytes);
+            if (!left) left = packs.strip(i);
+            const P* b = packs.right_panel(p);
             const int64_t i0 = i * kWidth;
             const int64_t block_rows = min64(kWidth, plan.d1 - i0);
             if (is_x(plan, p)) {
@@ -929,25 +931,39 @@ struct Driver {
     }
   }
 
-  // The packed strip i: shared with the right-hand panels where it can be, else packed on demand.
-  static const P* strip(const Plan& plan, int64_t i, int64_t row, int64_t depth, const T* weight,
-                        bool own, bool cache_all, int64_t slot0, int64_t slot_end,
-                        int64_t panel_bytes, char* right, char* right_done, char* strips,
-                        char* strip_done) {
-    if (!own && (cache_all || (i >= slot0 && i < slot_end))) {
-      P* at = reinterpret_cast<P*>(right + (i - slot0) * panel_bytes);
-      if (!right_done[i - slot0]) {
-        E::pack(plan, i, row, depth, false, nullptr, at);
-        right_done[i - slot0] = 1;
+  // Packed panels of the current row block: all of them if they fit, else those of the current
+  // group as right factors and one strip as the left factor.
+  struct Packs {
+    const Plan& plan;
+    const T* weight;
+    bool all;
+    int64_t row, depth;
+    int64_t first, end;  // the panels that have a slot
+    int64_t panel_bytes;
+    char *right, *right_done, *strips, *strip_done;
+
+    P* slot(char* base, int64_t at) const { return reinterpret_cast<P*>(base + at * panel_bytes); }
+
+    const P* right_panel(int64_t p) {
+      P* at = slot(right, p - first);
+      if (!right_done[p - first]) {
+        E::pack(plan, p, row, depth, nullptr, at);
+        right_done[p - first] = 1;
       }
       return at;
     }
-    P* at = reinterpret_cast<P*>(strips + (cache_all ? i : 0) * panel_bytes);
-    if (cache_all && strip_done[i]) return at;
-    if (cache_all) strip_done[i] = 1;
-    E::pack(plan, i, row, depth, true, weight, at);
-    return at;
-  }
+
+    const P* strip(int64_t i) {
+      const P* same = !weight && i >= first && i < end ? right_panel(i) : nullptr;
+      if (same && E::kSharedPacking) return same;
+      P* at = slot(strips, all ? i : 0);
+      if (all && strip_done[i]) return at;
+      if (all) strip_done[i] = 1;
+      if (!same) E::pack(plan, i, row, depth, weight, at);
+      if constexpr (!E::kSharedPacking) E::flip(depth, same ? same : at, at);
+      return at;
+    }
+  };
 
   // ---- class indices ----------------------------------------------------------------------------
 
