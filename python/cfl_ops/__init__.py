@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  (the extension needs libtorch in the process)
 
 from . import _library
+from . import cholesky as _c
 from ._version import __version__
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
