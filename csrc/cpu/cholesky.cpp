@@ -153,6 +153,7 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
   args.coefficients = work.coefficients.get<T>(kPanel * (4 * args.rank + 16));
   args.scale = u.scale;
   args.down = u.down;
+  args.moderate = size < kModerate<T> && l_size < kModerate<T> && u.scale * l_size < kModerate<T>;
   const int64_t info = k.update(args);
   if (info != 0 && backup) {
     lower_runs(l, D, [&](T* run, int64_t length) {

@@ -8,7 +8,10 @@
 //   L'_ij = (l / r) L_ij +- (v / r) . W_i,     W_i <- W_i - v (L_ij + L'_ij) / (l + r)
 //
 // which cancels nowhere, and is stable for updates and (relationally: Bojanczyk, Brent, Van Dooren,
-// de Hoog 1987) for downdates.
+// de Hoog 1987) for downdates. A rank-one update takes rotations instead, whose chain from column to column
+// is shorter: with w not normalised but sqrt(t) times too long, p = w_j / l and t' = t + p^2,
+//
+//   r = l / c,  c = sqrt(t / t'),   L'_ij = c L_ij + (c p / t) w_i,     w_i <- w_i - p L_ij.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +32,11 @@ struct UpdateArgs {
   T* coefficients = nullptr;  // kPanel (4 rank + 16) entries of scratch
   T scale = 1;         // sqrt(decay) >= 0
   bool down = false;
+  bool moderate = false;  // all entries are below kModerate<T> in magnitude
 };
+
+template <class T>
+constexpr T kModerate = sizeof(T) == 4 ? T(1e20) : T(1e150);
 
 // Matrices of one batch, as many as a vector has lanes, worked on side by side.
 template <class T>

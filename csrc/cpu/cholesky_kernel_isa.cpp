@@ -47,6 +47,8 @@ struct Of<float> {
   static constexpr float kEps = FLT_EPSILON;
   // Squares of numbers whose squares lie between these neither overflow nor lose digits.
   static constexpr float kTiny = 1e-30f, kHuge = 1e30f;
+  // Up to this t, rotations of moderate numbers do not overflow either.
+  static constexpr float kMostT = 1e12f;
 };
 template <>
 struct Of<double> {
@@ -55,6 +57,7 @@ struct Of<double> {
   typedef int64_t lane;
   static constexpr double kEps = DBL_EPSILON;
   static constexpr double kTiny = 1e-280, kHuge = 1e280;
+  static constexpr double kMostT = 1e100;
 };
 template <class T>
 using Vec = typename Of<T>::vec;
@@ -135,6 +138,45 @@ CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   if constexpr (n > 8) transpose_step<T, 8>(r);
 }
 
+// r = the transpose of n rows of n entries, row i at rows(i).
+template <class T, class Rows>
+CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+#if defined(CFL_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    // Rows i, i + 4, i + 8, i + 12 side by side: the loads do half of the exchanges.
+#pragma GCC unroll 4
+    for (int q = 0; q < n; q += 4) {
+      __m512 a[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows(i) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(rows(i + 4) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(rows(i + 8) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(rows(i + 12) + q));
+      }
+      // _mm512_undefined_ps() inside the unmasked forms makes gcc warn: shuffle without intrinsics.
+      constexpr I32v low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+      constexpr I32v high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+      constexpr I32v first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+      constexpr I32v second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+      const F32v x = __builtin_shuffle((F32v)a[0], (F32v)a[1], low);
+      const F32v y = __builtin_shuffle((F32v)a[2], (F32v)a[3], low);
+      const F32v u = __builtin_shuffle((F32v)a[0], (F32v)a[1], high);
+      const F32v v = __builtin_shuffle((F32v)a[2], (F32v)a[3], high);
+      r[q] = __builtin_shuffle(x, y, first);
+      r[q + 1] = __builtin_shuffle(x, y, second);
+      r[q + 2] = __builtin_shuffle(u, v, first);
+      r[q + 3] = __builtin_shuffle(u, v, second);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) r[i] = load(rows(i));
+  transpose<T>(r);
+}
+
 // ---- reflectors ------------------------------------------------------------------------------------
 
 // What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs of a
@@ -200,13 +242,19 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
   return r;
 }
 
+// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its true length.
+template <class T>
+struct Rotations {
+  T c[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
+};
+
 // ---- one matrix ------------------------------------------------------------------------------------
 
 template <class T, int K>
 struct Single {
   static constexpr int n = kLanes<T>;
   // Enough rows in flight to hide the latency of a column's chain, few enough for the registers.
-  static constexpr int kVecs = kBytes == 64 ? (K == 1 ? 8 : 4) : (K == 1 ? 4 : 2);
+  static constexpr int kVecs = kBytes == 64 ? 4 : 2;
   static constexpr int64_t kRows = kVecs * n;
 
   static CFL_INLINE void load_block(const UpdateArgs<T>& a, int64_t j0, int64_t cols, T* block) {
@@ -319,7 +367,76 @@ struct Single {
     return 0;
   }
 
-  // Applies all reflectors of a full panel to kRows rows, whose part of W starts at w.
+  // The same for a rank-one update by rotations. False, with nothing changed, if they could overflow.
+  static CFL_INLINE bool diagonal_by_rotations(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                                               Rotations<T>& out) {
+    constexpr int kBlockVecs = kPanel / n;
+    if (!a.moderate) return false;
+    alignas(64) T block[kPanel * kPanel];
+    alignas(64) T length[kPanel], inverse[kPanel];
+    if (cols < kPanel) memset(block, 0, sizeof(block));
+    load_block(a, j0, cols, block);
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const T entry = j < cols ? block[j * kPanel + j] : T(1);
+      out.sign[j] = entry < 0 ? -a.scale : a.scale;
+      length[j] = out.sign[j] * entry;
+      if (!(length[j] * length[j] > Of<T>::kTiny)) return false;
+      inverse[j] = T(1) / length[j];
+    }
+    Vec<T> w[kBlockVecs];
+    for (int x = 0; x < kBlockVecs; ++x) w[x] = load(a.w + j0 + x * n);
+    T t = 1, inverse_t = 1;
+#pragma GCC unroll 4
+    for (int x0 = 0; x0 < kBlockVecs; ++x0) {
+      for (int lane = 0; lane < n; ++lane) {
+        const int64_t j = x0 * n + lane;
+        if (j >= cols) break;
+        const Mask<T> pick = Mask<T>{} + typename Of<T>::lane(lane);
+        const T p = __builtin_shuffle(w[x0], pick)[0] * inverse[j];
+        const T next_t = t + p * p, inverse_next = T(1) / next_t;
+        const T c = root(t * inverse_next);
+        const T d = p * c * inverse_t;
+        out.c[j] = c * out.sign[j];
+        out.d[j] = d;
+        out.p[j] = p * out.sign[j];
+        T* column = block + j * kPanel;
+#pragma GCC unroll 16
+        for (int x = x0; x < kBlockVecs; ++x) {
+          const Vec<T> old = load(column + x * n);
+          store(column + x * n, out.c[j] * old + d * w[x]);
+          w[x] -= out.p[j] * old;
+        }
+        column[j] = length[j] / c;
+        t = next_t;
+        inverse_t = inverse_next;
+      }
+    }
+    if (!(t < Of<T>::kMostT)) return false;
+    out.normalise = root(inverse_t);
+    store_block(a, j0, cols, block);
+    return true;
+  }
+
+  template <int kVecs>
+  static CFL_INLINE void rotate(const Rotations<T>& h, T* tile, int64_t ld, T* w) {
+    Vec<T> held[kVecs];
+#pragma GCC unroll 8
+    for (int x = 0; x < kVecs; ++x) held[x] = load(w + x * n);
+    for (int64_t j = 0; j < kPanel; ++j) {
+      T* column = tile + j * ld;
+#pragma GCC unroll 8
+      for (int x = 0; x < kVecs; ++x) {
+        const Vec<T> old = load(column + x * n);
+        store(column + x * n, h.c[j] * old + h.d[j] * held[x]);
+        held[x] -= h.p[j] * old;
+      }
+    }
+#pragma GCC unroll 8
+    for (int x = 0; x < kVecs; ++x) store(w + x * n, h.normalise * held[x]);
+  }
+
+  // Applies all reflectors of a full panel to kVecs * n rows, whose part of W starts at w.
+  template <int kVecs>
   static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile, int64_t ld,
                                T* w) {
     for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
@@ -357,68 +474,87 @@ struct Single {
     }
   }
 
-  // A tile of rows of a row-major factor to or from a column-major buffer (kPanel, kRows).
+  // A tile of rows of a row-major factor to or from a column-major buffer.
+  template <int kVecs>
   static CFL_INLINE void gather(const T* from, int64_t stride, int64_t rows, T* tile) {
-    for (int64_t i0 = 0; i0 < kRows; i0 += n) {
-      const int64_t valid = rows - i0;
+    for (int64_t i0 = 0; i0 < kVecs * n; i0 += n) {
       for (int64_t c = 0; c < kPanel; c += n) {
         Vec<T> r[n];
-        if (valid >= n) {
-#pragma GCC unroll 16
-          for (int i = 0; i < n; ++i) r[i] = load(from + (i0 + i) * stride + c);
+        if (rows == kVecs * n) {
+          load_transposed<T>([&](int i) { return from + (i0 + i) * stride + c; }, r);
         } else {
-          for (int i = 0; i < n; ++i) r[i] = i < valid ? load(from + (i0 + i) * stride + c) : Vec<T>{};
+          for (int i = 0; i < n; ++i) r[i] = i < rows ? load(from + i * stride + c) : Vec<T>{};
+          transpose<T>(r);
         }
-        transpose<T>(r);
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) store(tile + (c + i) * kRows + i0, r[i]);
+        for (int i = 0; i < n; ++i) store(tile + (c + i) * kVecs * n + i0, r[i]);
       }
     }
   }
+  template <int kVecs>
   static CFL_INLINE void scatter(const T* tile, T* to, int64_t stride, int64_t rows) {
-    for (int64_t i0 = 0; i0 < kRows && i0 < rows; i0 += n) {
-      const int64_t valid = rows - i0;
+    for (int64_t i0 = 0; i0 < kVecs * n; i0 += n) {
       for (int64_t c = 0; c < kPanel; c += n) {
         Vec<T> r[n];
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) r[i] = load(tile + (c + i) * kRows + i0);
+        for (int i = 0; i < n; ++i) r[i] = load(tile + (c + i) * kVecs * n + i0);
         transpose<T>(r);
-        if (valid >= n) {
+        if (rows == kVecs * n) {
 #pragma GCC unroll 16
           for (int i = 0; i < n; ++i) store(to + (i0 + i) * stride + c, r[i]);
         } else {
-          for (int i = 0; i < valid; ++i) store(to + (i0 + i) * stride + c, r[i]);
+          for (int i = 0; i < rows; ++i) store(to + i * stride + c, r[i]);
         }
       }
     }
   }
 
+  // The panel's columns in rows i0 .. i0 + rows; rows = kVecs * n, or fewer with kVecs = 1.
+  template <int kVecs>
+  static void rows_below(const UpdateArgs<T>& a, int64_t i0, int64_t j0, int64_t rows,
+                         const Rotations<T>* rotations, const Reflector<T, K>* reflectors) {
+    constexpr int64_t ld = kVecs * n;
+    T* at = a.l + i0 * a.row_stride + j0 * a.col_stride;
+    auto act = [&](T* columns, int64_t stride) {
+      if (K == 1 && rotations) {
+        rotate<kVecs>(*rotations, columns, stride, a.w + i0);
+      } else {
+        apply<kVecs>(a, reflectors, columns, stride, a.w + i0);
+      }
+    };
+    if (a.col_stride != 1 && rows == ld) return act(at, a.col_stride);
+    alignas(64) T tile[kPanel * ld];
+    if (a.col_stride == 1) {
+      gather<kVecs>(at, a.row_stride, rows, tile);
+      act(tile, ld);
+      scatter<kVecs>(tile, at, a.row_stride, rows);
+      return;
+    }
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t i = 0; i < ld; ++i) tile[c * ld + i] = i < rows ? at[c * a.col_stride + i] : T(0);
+    }
+    act(tile, ld);
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t i = 0; i < rows; ++i) at[c * a.col_stride + i] = tile[c * ld + i];
+    }
+  }
+
   static int64_t update(const UpdateArgs<T>& a) {
     Reflector<T, K>* reflectors = reinterpret_cast<Reflector<T, K>*>(a.coefficients);
-    alignas(64) T tile[kPanel * kRows];
+    Rotations<T> rotations;
     for (int64_t j0 = 0; j0 < a.order; j0 += kPanel) {
       const int64_t cols = min64(kPanel, a.order - j0);
-      const int64_t failed = diagonal(a, j0, cols, reflectors);
-      if (failed) return failed;
-      for (int64_t i0 = j0 + kPanel; i0 < a.order; i0 += kRows) {
-        const int64_t rows = min64(kRows, a.order - i0);
-        T* at = a.l + i0 * a.row_stride + j0 * a.col_stride;
-        if (a.col_stride == 1) {
-          gather(at, a.row_stride, rows, tile);
-          apply(a, reflectors, tile, kRows, a.w + i0);
-          scatter(tile, at, a.row_stride, rows);
-        } else if (rows == kRows) {
-          apply(a, reflectors, at, a.col_stride, a.w + i0);
-        } else {
-          for (int64_t c = 0; c < kPanel; ++c) {
-            memcpy(tile + c * kRows, at + c * a.col_stride, sizeof(T) * rows);
-            memset(tile + c * kRows + rows, 0, sizeof(T) * (kRows - rows));
-          }
-          apply(a, reflectors, tile, kRows, a.w + i0);
-          for (int64_t c = 0; c < kPanel; ++c) {
-            memcpy(at + c * a.col_stride, tile + c * kRows, sizeof(T) * rows);
-          }
-        }
+      const bool rotated = K == 1 && !a.down && diagonal_by_rotations(a, j0, cols, rotations);
+      if (!rotated) {
+        const int64_t failed = diagonal(a, j0, cols, reflectors);
+        if (failed) return failed;
+      }
+      int64_t i0 = j0 + kPanel;
+      for (; i0 + kRows <= a.order; i0 += kRows) {
+        rows_below<kVecs>(a, i0, j0, kRows, rotated ? &rotations : nullptr, reflectors);
+      }
+      for (; i0 < a.order; i0 += n) {
+        rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr, reflectors);
       }
     }
     return 0;
@@ -439,7 +575,7 @@ struct Group {
   static constexpr int n = kLanes<T>;
   typedef Vec<T> V;
 
-  // Calls fn(chunk offset, buffer positions of its n entries) for all chunks of n consecutive entries of a
+  // Calls fn(chunk offset, function to the buffer positions of its n entries) for all chunks of n consecutive entries of a
   // dense (major, minor) matrix, the last one overlapping its neighbour, except those that `skip` says.
   template <class Skip, class Place, class Fn>
   static CFL_INLINE void chunks(int64_t total, int64_t minor, Skip skip, Place place, Fn fn) {
@@ -450,8 +586,10 @@ struct Group {
         major = f / minor;
         at = f % minor;
       }
-      const bool needed = !(at + n <= minor && skip(major, at));
-      if (needed) {
+      if (at + n <= minor) {
+        const int64_t first = place(major, at), step = place(0, 1) - place(0, 0);
+        if (!skip(major, at)) fn(f, [first, step](int t) { return first + t * step; });
+      } else {
         int64_t where[n];
         int64_t a = major, b = at;
         for (int t = 0; t < n; ++t) {
@@ -461,7 +599,7 @@ struct Group {
             ++a;
           }
         }
-        fn(f, where);
+        fn(f, [&where](int t) { return where[t]; });
       }
       at += n;
       while (at >= minor) {
@@ -471,13 +609,64 @@ struct Group {
     }
   }
 
-  static CFL_INLINE void load_chunk(const T* const* from, int64_t f, const int64_t* where, V* buffer) {
+  template <class Where>
+  static CFL_INLINE void load_chunk(const T* const* from, int64_t f, Where where, V* buffer) {
     V r[n];
+    load_transposed<T>([&](int m) { return from[m] + f; }, r);
 #pragma GCC unroll 16
-    for (int m = 0; m < n; ++m) r[m] = load(from[m] + f);
-    transpose<T>(r);
+    for (int t = 0; t < n; ++t) buffer[where(t)] = r[t];
+  }
+
+  static CFL_INLINE uint32_t bits(Mask<T> good) {
+    uint32_t result = 0;
+    for (int m = 0; m < n; ++m) result |= good[m] ? uint32_t(1) << m : 0;
+    return result;
+  }
+
+  template <class Skip, class Place>
+  static CFL_INLINE void write(const GroupArgs<T>& a, int64_t D, Skip skip, Place place, const V* x,
+                               Mask<T> good) {
+    const uint32_t done = bits(good), all = uint32_t((uint64_t(1) << n) - 1);
+    chunks(D * D, D, skip, place, [&](int64_t f, auto where) {
+      V r[n];
 #pragma GCC unroll 16
-    for (int t = 0; t < n; ++t) buffer[where[t]] = r[t];
+      for (int t = 0; t < n; ++t) r[t] = x[where(t)];
+      transpose<T>(r);
+      if (done == all) {
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) store(a.l[m] + f, r[m]);
+      } else {
+        for (int m = 0; m < n; ++m) {
+          if (done >> m & 1) store(a.l[m] + f, r[m]);
+        }
+      }
+    });
+  }
+
+  // The rank-one update by rotations, in the buffers.
+  static CFL_INLINE Mask<T> rotations(const GroupArgs<T>& a, V* x, int64_t ld, V* w) {
+    const int64_t D = a.order;
+    Mask<T> good = lane_numbers<T>() >= 0;
+    V t = splat<T>(1), inverse_t = t, next_w = w[0];
+    for (int64_t j = 0; j < D; ++j) {
+      V* column = x + j * ld;
+      const V sign = column[j] < 0 ? splat<T>(-a.scale) : splat<T>(a.scale);
+      const V l = sign * column[j], inverse = T(1) / l;
+      good &= (l * l > Of<T>::kTiny) & (l * l < Of<T>::kHuge);
+      const V p = next_w * inverse;
+      const V next_t = t + p * p, inverse_next = T(1) / next_t;
+      const V c = root(t * inverse_next), d = p * c * inverse_t, cl = c * sign, pl = p * sign;
+      column[j] = l * (next_t * inverse_t * c);
+      for (int64_t i = j + 1; i < D; ++i) {
+        const V old = column[i], before = w[i];
+        column[i] = cl * old + d * before;
+        w[i] = before - pl * old;
+        if (i == j + 1) next_w = w[i];
+      }
+      t = next_t;
+      inverse_t = inverse_next;
+    }
+    return good & (t < Of<T>::kMostT);
   }
 
   template <int K>
@@ -493,12 +682,12 @@ struct Group {
     auto place = [row_major, ld](int64_t major, int64_t minor) {
       return row_major ? minor * ld + major : major * ld + minor;
     };
-    chunks(D * D, D, skip, place, [&](int64_t f, const int64_t* where) { load_chunk(a.l, f, where, x); });
+    chunks(D * D, D, skip, place, [&](int64_t f, auto where) { load_chunk(a.l, f, where, x); });
     if (D * K >= n && a.v_col_stride == 1 && a.v_row_stride == K) {
       chunks(
           D * K, K, [](int64_t, int64_t) { return false; },
           [D](int64_t i, int64_t p) { return p * D + i; },
-          [&](int64_t f, const int64_t* where) { load_chunk(a.v, f, where, w); });
+          [&](int64_t f, auto where) { load_chunk(a.v, f, where, w); });
       if (a.v_scale != 1) {
         for (int64_t i = 0; i < D * K; ++i) w[i] *= a.v_scale;
       }
@@ -512,6 +701,13 @@ struct Group {
     }
 
     Mask<T> good = lane_numbers<T>() >= 0;
+    if constexpr (K == 1) {
+      if (!a.down) {
+        good = rotations(a, x, ld, w);
+        write(a, D, skip, place, x, good);
+        return bits(good);
+      }
+    }
     const T lost = T(kLostPivot) * Of<T>::kEps;
     for (int64_t j = 0; j < D; ++j) {
       V* column = x + j * ld;
@@ -549,19 +745,8 @@ struct Group {
       }
     }
 
-    uint32_t done = 0;
-    for (int m = 0; m < n; ++m) done |= good[m] ? uint32_t(1) << m : 0;
-    chunks(D * D, D, skip, place, [&](int64_t f, const int64_t* where) {
-      V r[n];
-#pragma GCC unroll 16
-      for (int t = 0; t < n; ++t) r[t] = x[where[t]];
-      transpose<T>(r);
-#pragma GCC unroll 16
-      for (int m = 0; m < n; ++m) {
-        if (done >> m & 1) store(a.l[m] + f, r[m]);
-      }
-    });
-    return done;
+    write(a, D, skip, place, x, good);
+    return bits(good);
   }
 
   static uint32_t update(const GroupArgs<T>& a) {

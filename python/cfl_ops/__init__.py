@@ -3,8 +3,17 @@
 import torch as _torch  # noqa: F401  (the extension needs libtorch in the process)
 
 from . import _library
-from . import cholesky as _c
 from ._version import __version__
+from .cholesky import (
+    cholesky_downdate,
+    cholesky_downdate_,
+    cholesky_downdate_ex,
+    cholesky_downdate_ex_,
+    cholesky_update,
+    cholesky_update_,
+    cholesky_update_ex,
+    cholesky_update_ex_,
+)
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
 from .proximal import (
@@ -25,6 +34,14 @@ __all__ = [
     "LinAlgError",
     "ProximalStep",
     "__version__",
+    "cholesky_downdate",
+    "cholesky_downdate_",
+    "cholesky_downdate_ex",
+    "cholesky_downdate_ex_",
+    "cholesky_update",
+    "cholesky_update_",
+    "cholesky_update_ex",
+    "cholesky_update_ex_",
     "config",
     "gram",
     "learn",
