@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/blas.h"
 #include "cpu/cholesky_kernel.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/tensor.h"
@@ -105,6 +106,36 @@ struct Update {
   bool down;
 };
 
+// With more vectors than this times D, forming and factoring the new matrix is faster, on BLAS.
+constexpr double kRefactorRatio = 1.25;
+constexpr int64_t kRefactorOrder = 64;
+// Forming it squares the condition number, so its factor is kept only if no pivot lost more than this.
+constexpr double kRefactorLoss = 64;
+
+// The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
+template <class T>
+bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, Workspace& work) {
+  const int64_t D = a.order;
+  T* system = work.get<T>(2 * D * D);
+  T* lower = system + D * D;
+  for (int64_t i = 0; i < D; ++i) {
+    for (int64_t j = 0; j < D; ++j) lower[i * D + j] = j <= i ? a.scale * l.at(i, j) : T(0);
+  }
+  gemm(false, true, D, D, D, T(1), lower, D, lower, D, T(0), system, D);
+  gemm(true, false, D, D, a.rank, T(1), a.w, a.ldw, a.w, a.ldw, T(1), system, D);
+  T* diagonal = lower;
+  for (int64_t i = 0; i < D; ++i) diagonal[i] = system[i * (D + 1)];
+  if (potrf_lower(D, system, D) != 0) return false;
+  for (int64_t i = 0; i < D; ++i) {
+    const T pivot = system[i * (D + 1)];
+    if (!(pivot * pivot * T(kRefactorLoss) > diagonal[i])) return false;
+  }
+  for (int64_t i = 0; i < D; ++i) {
+    for (int64_t j = 0; j <= i; ++j) l.at(i, j) = system[i * D + j];
+  }
+  return true;
+}
+
 // L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
 template <class T>
 int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
@@ -154,6 +185,10 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
   args.scale = u.scale;
   args.down = u.down;
   args.moderate = size < kModerate<T> && l_size < kModerate<T> && u.scale * l_size < kModerate<T>;
+  if (args.moderate && !u.down && D >= kRefactorOrder && u.rank > kRefactorRatio * D &&
+      blas_available() && refactor(args, l, work.backup)) {
+    return 0;
+  }
   const int64_t info = k.update(args);
   if (info != 0 && backup) {
     lower_runs(l, D, [&](T* run, int64_t length) {

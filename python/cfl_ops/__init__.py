@@ -5,6 +5,10 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 from . import _library
 from ._version import __version__
 from .cholesky import (
+    SafeCholesky,
+    cholesky_append,
+    cholesky_append_ex,
+    cholesky_delete,
     cholesky_downdate,
     cholesky_downdate_,
     cholesky_downdate_ex,
@@ -13,6 +17,10 @@ from .cholesky import (
     cholesky_update_,
     cholesky_update_ex,
     cholesky_update_ex_,
+    safe_cholesky,
+    safe_cholesky_ex,
+    spd_inverse,
+    spd_inverse_ex,
 )
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
@@ -33,7 +41,11 @@ __all__ = [
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
+    "SafeCholesky",
     "__version__",
+    "cholesky_append",
+    "cholesky_append_ex",
+    "cholesky_delete",
     "cholesky_downdate",
     "cholesky_downdate_",
     "cholesky_downdate_ex",
@@ -49,4 +61,8 @@ __all__ = [
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "safe_cholesky",
+    "safe_cholesky_ex",
+    "spd_inverse",
+    "spd_inverse_ex",
 ]

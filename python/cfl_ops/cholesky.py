@@ -14,6 +14,10 @@ from ._library import Derivative, check_info, define_op, expand_batch, explains,
 from .errors import LinAlgError
 
 __all__ = [
+    "SafeCholesky",
+    "cholesky_append",
+    "cholesky_append_ex",
+    "cholesky_delete",
     "cholesky_downdate",
     "cholesky_downdate_",
     "cholesky_downdate_ex",
@@ -22,6 +26,10 @@ __all__ = [
     "cholesky_update_",
     "cholesky_update_ex",
     "cholesky_update_ex_",
+    "safe_cholesky",
+    "safe_cholesky_ex",
+    "spd_inverse",
+    "spd_inverse_ex",
 ]
 
 # What a negative info says; a positive one is the order of the first pivot that is not positive.
@@ -300,7 +308,7 @@ def _as_context(alpha: float) -> Tensor:
 
 def _update(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
     V = _update_arguments(op, L, V, alpha, decay)
-    if L.ndim != 2 or V.ndim != 2:
+    if L.shape[:-2] != V.shape[:-2]:
         batch = _checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
         L, V = expand_batch((L, V), (2, 2), batch)
     out: tuple[Tensor, Tensor] = UPDATE(L, V, alpha, decay)
@@ -309,7 +317,7 @@ def _update(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[
 
 def _update_in_place(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
     V = _update_arguments(op, L, V, alpha, decay)
-    if L.ndim != 2 or V.ndim != 2:
+    if L.shape[:-2] != V.shape[:-2]:
         batch = _checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
         if L.shape[:-2] != batch:
             raise ValueError(
@@ -357,3 +365,351 @@ def _factor_argument(op: str, name: str, value: Any) -> None:
         raise TypeError(f"cfl_ops.{op}: {name} must be float32 or float64, but got {value.dtype}")
     if value.shape[-1] != value.shape[-2]:
         raise ValueError(f"cfl_ops.{op}: {name} must be square, but got shape {tuple(value.shape)}")
+
+
+# --- rows and columns come and go -----------------------------------------------------------------------------
+
+
+def cholesky_append(L: Tensor, rows: Tensor, corner: Tensor) -> Tensor:
+    r"""The factor of a matrix that grew by m rows and columns.
+
+    .. math:: \begin{pmatrix} A & R^T \\ R & C \end{pmatrix}
+              = L' L'^T, \quad
+              L' = \begin{pmatrix} L & 0 \\ R L^{-T} & \mathrm{chol}(C - R A^{-1} R^T) \end{pmatrix}
+
+    (Golub and Van Loan, Matrix Computations, section 6.5.)
+
+    Args:
+        L: the factor ``(..., D, D)`` of A, float32 or float64; only the lower triangle is read.
+        rows: R ``(..., m, D)``, the new rows against the old columns.
+        corner: C ``(..., m, m)``, symmetric; only its lower triangle is read.
+
+    Returns:
+        ``(..., D + m, D + m)``, lower triangular.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+        torch.linalg.LinAlgError: the grown matrix is not positive definite; names the batch index and pivot.
+
+    Costs ``m D^2 + m^2 D + m^3 / 3`` FLOPs, and the copy. Differentiable in all three.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> cfl_ops.cholesky_append(torch.eye(1), torch.tensor([[2.0]]), torch.tensor([[5.0]]))
+        tensor([[1., 0.],
+                [2., 1.]])
+    """
+    out, info = _append("cholesky_append", L, rows, corner)
+    check_info("cholesky_append", info, [out], [])
+    return out
+
+
+def cholesky_append_ex(L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`cholesky_append`, but returns ``(L', info)`` instead of raising for what the data holds.
+
+    ``info (...)`` int32: 0, or the order of the first leading minor of the grown matrix that is not positive
+    definite (NaN included); the block of the new corner is then undefined.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> L, info = cfl_ops.cholesky_append_ex(torch.eye(1), torch.tensor([[2.0]]), torch.tensor([[4.0]]))
+        >>> int(info)
+        2
+    """
+    return _append("cholesky_append_ex", L, rows, corner)
+
+
+@explains("cholesky_append")
+def _explain_append(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    _, code, where = first_failure(info)
+    return LinAlgError(
+        f"cfl_ops.cholesky_append: {where}the grown matrix is not positive definite "
+        f"(the leading minor of order {code})"
+    )
+
+
+def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    _factor_argument(op, "L", L)
+    _factor_argument(op, "corner", corner)
+    _checks.floating(op, "rows", rows, 2)
+    _checks.size(op, "rows", rows, -1, L.shape[-1], "the order of L")
+    _checks.size(op, "rows", rows, -2, corner.shape[-1], "the order of corner")
+    for name, value in (("rows", rows), ("corner", corner)):
+        if value.dtype != L.dtype:
+            raise TypeError(f"cfl_ops.{op}: {name} must have the dtype of L ({L.dtype}), but got {value.dtype}")
+    _checks.same_device(op, "L", L, rows=rows, corner=corner)
+    batch = _checks.broadcastable(op, L=L.shape[:-2], rows=rows.shape[:-2], corner=corner.shape[:-2])
+    L, rows, corner = expand_batch((L.tril(), rows, corner), (2, 2, 2), batch)
+    order, new = L.shape[-1], corner.shape[-1]
+    left = torch.linalg.solve_triangular(L.mT, rows, upper=True, left=False)
+    lower = corner.tril()
+    symmetric = lower + lower.tril(-1).mT
+    right, info = torch.linalg.cholesky_ex(symmetric - left @ left.mT)
+    top = torch.cat((L, L.new_zeros(*batch, order, new)), -1)
+    out = torch.cat((top, torch.cat((left, right), -1)), -2)
+    return out, torch.where(info != 0, info + order, info)
+
+
+def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
+    r"""The factor of a matrix that lost rows and columns.
+
+    Deleting row and column i of A deletes row i of L; what is left of L to the right of column i is repaired
+    by the rank-one update with the part of column i below it (Golub and Van Loan, section 6.5).
+
+    Args:
+        L: the factor ``(..., D, D)``, float32 or float64; only the lower triangle is read.
+        index: what to delete: an integer in ``[-D, D)``, or a sequence of different ones.
+
+    Returns:
+        ``(..., D - m, D - m)``, lower triangular.
+
+    Raises:
+        TypeError, ValueError: L does not fit, or has NaN or Inf behind what is deleted; an index repeats.
+        IndexError: an index is out of range.
+
+    Costs ``2 m (D - i)^2`` FLOPs, i being the first index. Differentiable in L.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> cfl_ops.cholesky_delete(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), 0)
+        tensor([[2.2361]])
+    """
+    _factor_argument("cholesky_delete", "L", L)
+    order = L.shape[-1]
+    given = [index] if isinstance(index, int) else list(index)
+    for i in given:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(
+                f"cfl_ops.cholesky_delete: index must be an integer or a sequence of them, but got {index!r}"
+            )
+        if not -order <= i < order:
+            raise IndexError(
+                f"cfl_ops.cholesky_delete: index must be in [{-order}, {order}), but got {i}"
+            )
+    wanted = sorted(i % order for i in given)
+    if len(set(wanted)) != len(wanted):
+        raise ValueError(f"cfl_ops.cholesky_delete: index must not repeat, but got {index!r}")
+    out = L.tril()
+    while wanted:  # runs of neighbours, the last one first, each in one update
+        end = wanted[-1] + 1
+        begin = end - 1
+        while wanted and wanted[-1] == begin:
+            wanted.pop()
+            begin -= 1
+        begin += 1
+        rest = out[..., end:, end:]
+        if rest.shape[-1]:
+            rest = cholesky_update(rest, out[..., end:, begin:end])
+        kept = out[..., :begin, :begin]
+        beside = torch.cat((kept, kept.new_zeros(*kept.shape[:-1], rest.shape[-1])), -1)
+        out = torch.cat((beside, torch.cat((out[..., end:, :begin], rest), -1)), -2)
+    return out
+
+
+# --- matrices that are barely definite --------------------------------------------------------------------------
+
+
+class SafeCholesky(NamedTuple):
+    """A factor of a positive semi-definite matrix, and what had to be added to get it."""
+
+    L: Tensor
+    """``(..., D, D)``: lower triangular, with a positive diagonal."""
+    jitter: Tensor
+    """``(...)``: ``L L^T`` is ``a + jitter diag(a)``, plus 1 on the diagonal for each dead column."""
+
+
+torch.serialization.add_safe_globals([SafeCholesky])
+
+NOT_FINITE, INDEFINITE = -1, 1
+
+
+def _first_jitter(order: int, eps: float) -> float:
+    """Below this the pivots of a matrix with unit diagonal are rounding errors."""
+    return 4 * eps * math.sqrt(max(order, 1))
+
+
+def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor S a S + jitter I, S = diag(a)^-1/2, with the jitter growing eightfold until that succeeds."""
+    order, eps = a.shape[-1], torch.finfo(a.dtype).eps
+    batch = a.shape[:-2]
+    lower = a.tril()
+    finite = lower.isfinite().flatten(-2).all(-1)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    dead = ~(diagonal > 0)
+    root = torch.where(dead | ~finite.unsqueeze(-1), 1.0, diagonal).sqrt()
+    scaled = lower / root.unsqueeze(-1) / root.unsqueeze(-2)
+    # In a semi-definite matrix the rest of a dead row is zero; what is there has no business there.
+    off = dead.unsqueeze(-1) | dead.unsqueeze(-2) | ~finite[..., None, None]
+    unit = torch.eye(order, dtype=a.dtype, device=a.device)
+    largest_dead = (lower.abs() * dead.unsqueeze(-1) + lower.abs() * dead.unsqueeze(-2)).flatten(-2)
+    scale = torch.where(dead, 0.0, diagonal).amax(-1) if order else diagonal.new_zeros(batch)
+    stray = largest_dead.amax(-1) if order else scale
+    indefinite = stray > max_jitter * scale  # no rounding error, but a negative diagonal or the like
+    scaled = torch.where(off | unit.bool(), unit, scaled)
+    scaled = scaled + scaled.tril(-1).mT
+
+    first = _first_jitter(order, eps)
+    jitter = torch.zeros(batch, dtype=a.dtype, device=a.device)
+    step = 0.0
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    while True:
+        pivots = factor.diagonal(dim1=-2, dim2=-1)
+        failed = (info != 0) | ~(pivots.square() > first * 0.5).all(-1) & (jitter < first)
+        step = 2 * first if step == 0.0 else 8 * step
+        if step > max_jitter or (not a.is_cuda and not bool(failed.any())):
+            break
+        again, info_again = torch.linalg.cholesky_ex(scaled + step * unit)
+        factor = torch.where(failed[..., None, None], again, factor)
+        info = torch.where(failed, info_again, info)
+        jitter = torch.where(failed, step, jitter)
+    code = torch.where((info != 0) | indefinite, INDEFINITE, 0)
+    code = torch.where(finite, code, NOT_FINITE).to(torch.int32)
+    return (root.unsqueeze(-1) * factor).tril(), jitter, code
+
+
+def _safe_fake(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch = a.shape[:-2]
+    return a.new_empty(a.shape), a.new_empty(batch), a.new_empty(batch, dtype=torch.int32)
+
+
+def _safe_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], output[0], output[1])
+    if isinstance(ctx, torch.autograd.function.FunctionCtx):
+        ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _safe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """Through L L^T = a + jitter diag(a), the jitter held fixed; nothing reaches a dead column."""
+    if grad is None:
+        return None, None
+    a, factor, jitter = ctx.saved_tensors
+    of_matrix = _factor_backward(factor, grad)
+    dead = ~(a.diagonal(dim1=-2, dim2=-1) > 0)
+    of_matrix = of_matrix.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    of_diagonal = jitter.detach().unsqueeze(-1) * of_matrix.diagonal(dim1=-2, dim2=-1)
+    return of_matrix + torch.diag_embed(of_diagonal), None
+
+
+SAFE = define_op(
+    "safe_cholesky(Tensor a, float max_jitter) -> (Tensor L, Tensor jitter, Tensor info)",
+    python=_safe_python,
+    fake=_safe_fake,
+    core_dims=(2, None),
+    derivative=Derivative(_safe_setup_context, _safe_backward),
+)
+
+
+@explains("safe_cholesky")
+def _explain_safe(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    _, code, where = first_failure(info)
+    prefix = f"cfl_ops.safe_cholesky: {where}"
+    if code == NOT_FINITE:
+        return ValueError(f"{prefix}a has NaN or Inf in its lower triangle")
+    return LinAlgError(
+        f"{prefix}a is not positive semi-definite: even a jitter of max_jitter times its diagonal is not enough"
+    )
+
+
+def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
+    r"""A Cholesky factor of any positive semi-definite matrix, with what had to be added to get it.
+
+    .. math:: L L^T = a + \tau \, \mathrm{diag}(a) + \mathrm{diag}(\text{dead})
+
+    The matrix is scaled to a unit diagonal, so that columns of very different size do not need (or hide) a
+    jitter. Where its pivots are above rounding, tau is exactly 0; else tau starts at the size of the rounding
+    errors, ``8 eps sqrt(D)``, and grows eightfold until the factorisation succeeds. A column whose diagonal
+    entry is 0 is *dead*: its row and column of L are those of the identity.
+
+    Args:
+        a: ``(..., D, D)``, float32 or float64, symmetric; only the lower triangle is read.
+        max_jitter: where to give up. No semi-definite matrix, rounding included, comes near.
+
+    Returns:
+        :class:`SafeCholesky` ``(L, jitter)``: the factor and tau ``(...)``, 0 where none was needed.
+
+    Raises:
+        TypeError, ValueError: a does not fit, or has NaN or Inf.
+        torch.linalg.LinAlgError: a has a negative eigenvalue far beyond rounding (never for a semi-definite
+            matrix); names the batch index.
+
+    Costs ``D^3 / 3`` FLOPs per attempt. Differentiable in a, tau held fixed.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> L, jitter = cfl_ops.safe_cholesky(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+        >>> L, float(jitter)
+        (tensor([[2., 0.],
+                [0., 1.]]), 0.0)
+        >>> bool(cfl_ops.safe_cholesky(torch.ones(2, 2)).jitter > 0)
+        True
+    """
+    result, info = _safe("safe_cholesky", a, max_jitter)
+    check_info("safe_cholesky", info, list(result), [])
+    return result
+
+
+def safe_cholesky_ex(a: Tensor, *, max_jitter: float = 0.5) -> tuple[SafeCholesky, Tensor]:
+    """As :func:`safe_cholesky`, but returns ``info`` too instead of raising, and never synchronises a GPU.
+
+    ``info (...)`` int32. 0: success. 1: a is indefinite. -1: NaN or Inf in a. Where it is not 0, the factor
+    is undefined. (Without a synchronisation all jitters are tried, so a GPU always pays for all attempts.)
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> result, info = cfl_ops.safe_cholesky_ex(-torch.eye(2))
+        >>> int(info)
+        1
+    """
+    return _safe("safe_cholesky_ex", a, max_jitter)
+
+
+def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
+    _factor_argument(op, "a", a)
+    if not 0 <= max_jitter < math.inf:
+        raise ValueError(f"cfl_ops.{op}: max_jitter must be finite and not negative, but got {max_jitter}")
+    factor, jitter, info = SAFE(a, float(max_jitter))
+    return SafeCholesky(factor, jitter), info
+
+
+def spd_inverse(a: Tensor) -> Tensor:
+    r"""The inverse of a positive definite matrix, also of one that only just is, or is not quite.
+
+    .. math:: (a + \tau \, \mathrm{diag}(a) + \mathrm{diag}(\text{dead}))^{-1}
+
+    with tau from :func:`safe_cholesky`: exactly 0 where none is needed. The row and column of a dead column
+    (a zero on the diagonal) are those of the identity.
+
+    Args:
+        a: ``(..., D, D)``, float32 or float64, symmetric; only the lower triangle is read.
+
+    Returns:
+        ``(..., D, D)``, symmetric.
+
+    Raises:
+        TypeError, ValueError: a does not fit, or has NaN or Inf.
+        torch.linalg.LinAlgError: a has a negative eigenvalue far beyond rounding.
+
+    Costs ``D^3`` FLOPs. Differentiable (twice).
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> cfl_ops.spd_inverse(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+        tensor([[0.2500, 0.0000],
+                [0.0000, 1.0000]])
+    """
+    return torch.cholesky_inverse(safe_cholesky(a).L)
+
+
+def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`spd_inverse`, but never raises for what the data holds: returns ``(inverse, jitter, info)``.
+
+    ``jitter`` and ``info`` are those of :func:`safe_cholesky_ex`.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> inverse, jitter, info = cfl_ops.spd_inverse_ex(torch.eye(2))
+        >>> int(info), float(jitter)
+        (0, 0.0)
+    """
+    (factor, jitter), info = _safe("spd_inverse_ex", a, 0.5)
+    return torch.cholesky_inverse(factor), jitter, info
