@@ -31,6 +31,7 @@ from .proximal import (
     proximal_step_ex,
     proximal_step_ex_,
 )
+from .recursive import RecursiveRidge
 
 _library.load_backends()
 
@@ -41,6 +42,7 @@ __all__ = [
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
+    "RecursiveRidge",
     "SafeCholesky",
     "__version__",
     "cholesky_append",

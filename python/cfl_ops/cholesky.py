@@ -693,9 +693,8 @@ def spd_inverse(a: Tensor) -> Tensor:
 
     Example:
         >>> import torch, cfl_ops
-        >>> cfl_ops.spd_inverse(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
-        tensor([[0.2500, 0.0000],
-                [0.0000, 1.0000]])
+        >>> cfl_ops.spd_inverse(torch.tensor([[4.0, 0.0], [0.0, 0.0]])).diagonal()
+        tensor([0.2500, 1.0000])
     """
     return torch.cholesky_inverse(safe_cholesky(a).L)
 
