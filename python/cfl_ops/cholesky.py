@@ -90,7 +90,8 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
 
 def _update_python_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
     out, info = _update_python(L, V, alpha, decay)
-    L.copy_(out + L.triu(1))
+    lower = torch.ones(L.shape[-2:], dtype=torch.bool, device=L.device).tril()
+    L.copy_(torch.where(lower & (info == 0)[..., None, None], out, L))
     return info
 
 
@@ -131,12 +132,14 @@ UPDATE = define_op(
     fake=_update_fake,
     core_dims=(2, 2, None, None),
     derivative=Derivative(_update_setup_context, _update_backward),
+    triton="cholesky:cholesky_update",
 )
 UPDATE_ = define_op(
     "cholesky_update_(Tensor(a!) L, Tensor V, float alpha, float decay) -> Tensor info",
     python=_update_python_,
     fake=lambda L, V, alpha, decay: L.new_empty(L.shape[:-2], dtype=torch.int32),
     core_dims=(2, 2, None, None),
+    triton="cholesky:cholesky_update_",
 )
 
 
