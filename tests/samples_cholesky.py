@@ -19,7 +19,7 @@ def spd(order: int, batch: tuple[int, ...] = (), seed: int = 0) -> Tensor:
 
 
 def _case(name, order, rank, alpha=1.0, decay=1.0, batch=(), edit=None, scale=1.0, gradcheck=False, dtypes=WIDE,
-          opcheck=True):  # fmt: skip
+          opcheck=None):  # fmt: skip
     def make(dtype: torch.dtype):
         generator = torch.Generator().manual_seed(order * 100 + rank)
         L = torch.linalg.cholesky(spd(order, batch)) * scale
@@ -33,7 +33,8 @@ def _case(name, order, rank, alpha=1.0, decay=1.0, batch=(), edit=None, scale=1.
             L, V = edit(L, V)
         return [L, V, alpha, decay]
 
-    return Case(name, make, dtypes=dtypes, gradcheck=gradcheck, opcheck=opcheck)
+    # opcheck asks about the op's Python life, which few cases show.
+    return Case(name, make, dtypes=dtypes, gradcheck=gradcheck, opcheck=gradcheck if opcheck is None else opcheck)
 
 
 def _new_factor(L, V, alpha, decay):
@@ -70,6 +71,9 @@ def _bound(L, V, alpha, decay):
     eps = torch.finfo(L.dtype).eps
     # The oracle is a float64 computation itself: its matrix was rounded once for each product.
     bound = 8 * eps * (order + rank) ** 0.5 * size * size / smallest
+    if alpha >= 0:  # a semi-definite matrix (a vmap test's flipped L) has no one factor; see test_cholesky.py
+        bound = torch.where(info > 0, torch.inf, bound)
+        return torch.where(info < 0, 0.0, bound)[..., None, None], 0
     return torch.where(info != 0, 0.0, bound)[..., None, None], 0
 
 
@@ -111,18 +115,18 @@ UPDATES = [
     _case("downdate rank one", 40, 1, -1.0),
     _case("downdate decay batch", 12, 5, -1.5, 0.8, batch=(2, 3)),
     _case("two panels", 49, 1),
-    _case("panels and tail rank three", 83, 3),
-    _case("rank nine", 70, 9, 0.3),
+    _case("panels and tail rank three", 71, 3),
+    _case("rank nine", 35, 9, 0.3),
     _case("more vectors than rows", 9, 30),
-    _case("group of matrices", 12, 1, batch=(37,)),
+    _case("group of matrices", 12, 1, batch=(19,)),
     _case("group rank two decay", 9, 2, 0.5, 0.7, batch=(19,)),
-    _case("group downdate", 10, 1, -1.0, batch=(21,)),
+    _case("group downdate", 10, 1, -1.0, batch=(17,)),
     _case("order one", 1, 1, batch=(4,)),
     _case("order two", 2, 1, batch=(18,)),
-    _case("no vectors", 8, 0, decay=0.25),
+    _case("no vectors", 8, 0, decay=0.25, opcheck=True),
     _case("alpha zero", 8, 2, 0.0, 0.5),
     _case("no change", 8, 2, edit=_zero_v),
-    _case("order zero", 0, 2),
+    _case("order zero", 0, 2, opcheck=True),
     _case("order zero batch", 0, 1, batch=(3,)),
     _case("no batch", 5, 1, batch=(0,)),
     _case("negative diagonal", 37, 1, edit=_negative),
@@ -130,12 +134,12 @@ UPDATES = [
     _case("negative diagonal downdate", 37, 2, -1.0, edit=_negative),
     _case("tiny", 20, 2, scale=1e-30, dtypes=F32),
     _case("huge", 20, 2, scale=1e30, dtypes=F32),
-    _case("huge group", 8, 1, scale=1e30, batch=(20,), dtypes=F32),
-    _case("nan in V", 9, 2, batch=(18,), edit=_nan_v, opcheck=False),
-    _case("inf in L", 40, 1, edit=_inf_l, opcheck=False),
-    _case("inf in L group", 9, 1, batch=(17,), edit=_inf_l, opcheck=False),
-    _case("nan above the diagonal", 35, 1, edit=_nan_above, opcheck=False),
-    _case("too much", 9, 1, -1.0, batch=(20,), edit=_too_much),
+    _case("huge group", 8, 1, scale=1e30, batch=(17,), dtypes=F32),
+    _case("nan in V", 9, 2, batch=(18,), edit=_nan_v),
+    _case("inf in L", 40, 1, edit=_inf_l),
+    _case("inf in L group", 9, 1, batch=(17,), edit=_inf_l),
+    _case("nan above the diagonal", 35, 1, edit=_nan_above),
+    _case("too much", 9, 1, -1.0, batch=(17,), edit=_too_much),
     _case("too much, one matrix", 45, 2, -1.0, edit=_too_much),
 ]
 
@@ -150,12 +154,12 @@ def _export():
 # --- safe_cholesky ------------------------------------------------------------------------------------------
 
 
-def _safe_case(name, order, batch=(), edit=None, gradcheck=False, opcheck=True):
+def _safe_case(name, order, batch=(), edit=None, gradcheck=False):
     def make(dtype: torch.dtype):
         a = spd(order, batch)
         return [(a if edit is None else edit(a)).to(dtype), 0.5]
 
-    return Case(name, make, dtypes=WIDE, gradcheck=gradcheck, opcheck=opcheck)
+    return Case(name, make, dtypes=WIDE, gradcheck=gradcheck, opcheck=gradcheck)
 
 
 def _safe_oracle(a, max_jitter):
@@ -198,14 +202,15 @@ def _nan(a: Tensor) -> Tensor:
 
 SAFE_CASES = [
     _safe_case("definite", 7, gradcheck=True),
-    _safe_case("batch dead", 6, (3,), _dead, gradcheck=True),
+    _safe_case("batch", 5, (2,), gradcheck=True),
+    _safe_case("batch dead", 6, (3,), _dead),
     _safe_case("badly scaled", 9, edit=_badly_scaled),
     _safe_case("upper ignored", 5, edit=lambda a: a.tril() + torch.full_like(a, 7.0).triu(1)),
     _safe_case("zero", 4, edit=torch.zeros_like),
     _safe_case("order zero", 0, (2,)),
     _safe_case("no batch", 3, (0,)),
-    _safe_case("nan", 4, edit=_nan, opcheck=False),
-    _safe_case("indefinite", 4, edit=lambda a: -a, opcheck=False),
+    _safe_case("nan", 4, edit=_nan),
+    _safe_case("indefinite", 4, edit=lambda a: -a),
 ]
 
 
@@ -215,8 +220,10 @@ def _safe_export():
 
 
 SPECS = [
-    OpSpec(UPDATE, UPDATES, _oracle, _bound, differentiable=(0, 1), grad_outputs=1, export_dynamic=_export),
-    OpSpec(UPDATE_, UPDATES, _oracle_, _bound, mutates=(0,), export_dynamic=_export),
+    # Triton's interpreter takes a second for each sample: test_cholesky.py runs some of them on it.
+    OpSpec(UPDATE, UPDATES, _oracle, _bound, differentiable=(0, 1), grad_outputs=1, triton_dtypes=(),
+           export_dynamic=_export),
+    OpSpec(UPDATE_, UPDATES, _oracle_, _bound, mutates=(0,), triton_dtypes=(), export_dynamic=_export),
     OpSpec(SAFE, SAFE_CASES, _safe_oracle, _safe_bound, differentiable=(0,), grad_outputs=1,
            export_dynamic=_safe_export),
 ]  # fmt: skip

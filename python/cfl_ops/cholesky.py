@@ -328,6 +328,10 @@ def _update_in_place(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) 
                 f"but got shape {tuple(L.shape)}"
             )
         V = expand_batch((V,), (2,), batch)[0]
+    if any(stride == 0 and size > 1 for stride, size in zip(L.stride(), L.shape, strict=True)):
+        raise ValueError(
+            f"cfl_ops.{op}: L must not share memory between its elements to be updated in place (it is expanded)"
+        )
     if L.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"cfl_ops.{op}: L must not require grad, for an update in place takes no part in autograd"
@@ -589,8 +593,9 @@ def _safe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     of_matrix = _factor_backward(factor, grad)
     dead = ~(a.diagonal(dim1=-2, dim2=-1) > 0)
     of_matrix = of_matrix.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
-    of_diagonal = jitter.detach().unsqueeze(-1) * of_matrix.diagonal(dim1=-2, dim2=-1)
-    return of_matrix + torch.diag_embed(of_diagonal), None
+    # Only the lower triangle is read: an entry below the diagonal stands for two.
+    of_diagonal = (1 + jitter.detach()).unsqueeze(-1) * of_matrix.diagonal(dim1=-2, dim2=-1)
+    return 2 * of_matrix.tril(-1) + torch.diag_embed(of_diagonal), None
 
 
 SAFE = define_op(
