@@ -555,6 +555,7 @@ def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     scaled = torch.where(off | unit.bool(), unit, scaled)
     scaled = scaled + scaled.tril(-1).mT
 
+    live = unit * (~dead).to(a.dtype).unsqueeze(-1)
     first = _first_jitter(order, eps)
     jitter = torch.zeros(batch, dtype=a.dtype, device=a.device)
     step = 0.0
@@ -565,7 +566,7 @@ def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
         step = 2 * first if step == 0.0 else 8 * step
         if step > max_jitter or (not a.is_cuda and not bool(failed.any())):
             break
-        again, info_again = torch.linalg.cholesky_ex(scaled + step * unit)
+        again, info_again = torch.linalg.cholesky_ex(scaled + step * live)
         factor = torch.where(failed[..., None, None], again, factor)
         info = torch.where(failed, info_again, info)
         jitter = torch.where(failed, step, jitter)

@@ -305,8 +305,7 @@ class RecursiveRidge(torch.nn.Module):
         """Where rounding leaves a downdate nothing positive: start from the rows of the window."""
         x, y, root = self.window_rows.double().split((self.features, self.targets, 1), -1)
         scaled = x * root
-        system = scaled.mT @ scaled
-        system.diagonal().add_(self.alpha)
-        factor = torch.linalg.cholesky(system)
+        factor = torch.eye(self.features, dtype=torch.float64, device=x.device) * math.sqrt(self.alpha)
+        cholesky_update_(factor, scaled.mT)  # which no condition number can make fail
         self.factor.copy_(factor)
         self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * root), factor).mT)
