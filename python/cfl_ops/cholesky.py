@@ -537,42 +537,49 @@ def _first_jitter(order: int, eps: float) -> float:
 
 def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factor S a S + jitter I, S = diag(a)^-1/2, with the jitter growing eightfold until that succeeds."""
-    order, eps = a.shape[-1], torch.finfo(a.dtype).eps
-    batch = a.shape[:-2]
-    lower = a.tril()
-    finite = lower.isfinite().flatten(-2).all(-1)
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    dead = ~(diagonal > 0)
-    root = torch.where(dead | ~finite.unsqueeze(-1), 1.0, diagonal).sqrt()
-    scaled = lower / root.unsqueeze(-1) / root.unsqueeze(-2)
-    # In a semi-definite matrix the rest of a dead row is zero; what is there has no business there.
-    off = dead.unsqueeze(-1) | dead.unsqueeze(-2) | ~finite[..., None, None]
-    unit = torch.eye(order, dtype=a.dtype, device=a.device)
-    largest_dead = (lower.abs() * dead.unsqueeze(-1) + lower.abs() * dead.unsqueeze(-2)).flatten(-2)
-    scale = torch.where(dead, 0.0, diagonal).amax(-1) if order else diagonal.new_zeros(batch)
-    stray = largest_dead.amax(-1) if order else scale
-    indefinite = stray > max_jitter * scale  # no rounding error, but a negative diagonal or the like
-    scaled = torch.where(off | unit.bool(), unit, scaled)
-    scaled = scaled + scaled.tril(-1).mT
-
-    live = unit * (~dead).to(a.dtype).unsqueeze(-1)
-    first = _first_jitter(order, eps)
+    order, batch, gpu = a.shape[-1], a.shape[:-2], a.is_cuda
     jitter = torch.zeros(batch, dtype=a.dtype, device=a.device)
+    if a.numel() == 0:
+        return a.new_empty(a.shape), jitter, jitter.to(torch.int32)
+    scaled = a.tril()  # a fresh matrix, of which cholesky_ex reads this triangle
+    least, most = scaled.flatten(-2).aminmax(dim=-1)
+    finite = least.isfinite() & most.isfinite()
+    diagonal = scaled.diagonal(dim1=-2, dim2=-1).clone()
+    dead = ~(diagonal > 0)
+    # On a CPU a look at the data is free, and most matrices need neither of the next two.
+    if gpu or not bool(finite.all()):
+        scaled = torch.where(finite[..., None, None], scaled, 0.0)
+        dead = dead | ~finite.unsqueeze(-1)
+    stray = torch.zeros_like(finite)
+    if gpu or bool(dead.any()):
+        # In a semi-definite matrix the rest of a dead row is zero; what is there has no business there.
+        of_dead = dead.unsqueeze(-1) | dead.unsqueeze(-2)
+        scale = torch.where(dead, 0.0, diagonal).amax(-1)
+        stray = torch.where(of_dead, scaled, 0.0).abs().amax((-2, -1)) > max_jitter * scale
+        scaled = scaled.masked_fill(of_dead, 0.0)
+    root = torch.where(dead, 1.0, diagonal).sqrt()
+    inverse = 1 / root
+    scaled.mul_(inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+
+    first = _first_jitter(order, torch.finfo(a.dtype).eps)
     step = 0.0
     factor, info = torch.linalg.cholesky_ex(scaled)
     while True:
-        pivots = factor.diagonal(dim1=-2, dim2=-1)
-        failed = (info != 0) | ~(pivots.square() > first * 0.5).all(-1) & (jitter < first)
+        lost = ~(factor.diagonal(dim1=-2, dim2=-1).square() > first * 0.5).all(-1)
+        failed = (info != 0) | (lost & (jitter == 0))
         step = 2 * first if step == 0.0 else 8 * step
-        if step > max_jitter or (not a.is_cuda and not bool(failed.any())):
+        if step > max_jitter or (not gpu and not bool(failed.any())):
             break
-        again, info_again = torch.linalg.cholesky_ex(scaled + step * live)
+        shifted = scaled.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_((~dead).to(a.dtype), alpha=step)
+        again, info_again = torch.linalg.cholesky_ex(shifted)
         factor = torch.where(failed[..., None, None], again, factor)
         info = torch.where(failed, info_again, info)
         jitter = torch.where(failed, step, jitter)
-    code = torch.where((info != 0) | indefinite, INDEFINITE, 0)
+    code = torch.where((info != 0) | stray, INDEFINITE, 0)
     code = torch.where(finite, code, NOT_FINITE).to(torch.int32)
-    return (root.unsqueeze(-1) * factor).tril(), jitter, code
+    return (root.unsqueeze(-1) * factor).contiguous(), jitter, code
 
 
 def _safe_fake(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
