@@ -119,6 +119,8 @@ def bench_gptq(benchmark, kind: str) -> None:
         product = scaled @ (wide[live][:, live] / unit / unit.unsqueeze(-1))
         return float((product - torch.eye(len(unit), dtype=torch.float64)).norm()) / len(unit) ** 0.5
 
-    note = f"residual ours {error(cfl_ops.spd_inverse(hessian)):.1e}, loop {error(percdamp_loop(hessian)):.1e}"
+    note = (
+        f"residual ours {error(cfl_ops.spd_inverse(hessian)):.1e}, loop {error(percdamp_loop(hessian)):.1e}"
+    )
     compare(benchmark, kind, lambda: cfl_ops.spd_inverse(hessian), {"percdamp loop": lambda: percdamp_loop(hessian)},
             flops=768**3, note=note)  # fmt: skip

@@ -34,7 +34,9 @@ def _case(name, order, rank, alpha=1.0, decay=1.0, batch=(), edit=None, scale=1.
         return [L, V, alpha, decay]
 
     # opcheck asks about the op's Python life, which few cases show.
-    return Case(name, make, dtypes=dtypes, gradcheck=gradcheck, opcheck=gradcheck if opcheck is None else opcheck)
+    return Case(
+        name, make, dtypes=dtypes, gradcheck=gradcheck, opcheck=gradcheck if opcheck is None else opcheck
+    )
 
 
 def _new_factor(L, V, alpha, decay):

@@ -91,9 +91,7 @@ def test_is_the_kalman_filter(forgetting: float) -> None:
     """Formulas section 5, in covariance form: predict, gain, update."""
     x, y = stream(60, 4)
     noise, q2, alpha = 0.3, 0.02, 1.5
-    model = cfl_ops.RecursiveRidge(
-        4, 2, alpha=alpha, noise=noise, process_noise=q2, forgetting=forgetting
-    )
+    model = cfl_ops.RecursiveRidge(4, 2, alpha=alpha, noise=noise, process_noise=q2, forgetting=forgetting)
     eye = torch.eye(4, dtype=F64)
     P, W = noise / alpha * eye, torch.zeros(2, 4, dtype=F64)
     for begin in range(0, 60, 3):

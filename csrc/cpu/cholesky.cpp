@@ -1,5 +1,5 @@
-// cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on failure.
-// Semantics: python/cfl_ops/cholesky.py (the fallback); mathematics: cholesky_kernel.h.
+// cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on
+// failure. Semantics: python/cfl_ops/cholesky.py (the fallback); mathematics: cholesky_kernel.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -109,7 +109,8 @@ struct Update {
 // With more vectors than this times D, forming and factoring the new matrix is faster, on BLAS.
 constexpr double kRefactorRatio = 1.25;
 constexpr int64_t kRefactorOrder = 64;
-// Forming it squares the condition number, so its factor is kept only if no pivot lost more than this.
+// Forming it squares the condition number, so its factor is kept only if no pivot lost more than
+// this.
 constexpr double kRefactorLoss = 64;
 
 // The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
@@ -226,7 +227,8 @@ struct Batch {
     if (end - begin < k.lanes) {
       identity.assign(D * D, T(0));
       for (int64_t i = 0; i < D; ++i) identity[i * (D + 1)] = T(1);
-      zeros.assign(D * update.rank + (D - 1) * std::abs(v_row) + (update.rank - 1) * std::abs(v_col), T(0));
+      zeros.assign(
+          D * update.rank + (D - 1) * std::abs(v_row) + (update.rank - 1) * std::abs(v_col), T(0));
     }
     for (int64_t m = 0; m < k.lanes; ++m) {
       const bool given = begin + m < end;
@@ -273,11 +275,13 @@ constexpr int64_t kGroupOrder = 48;
 
 // L has unit stride in one of its last two dimensions.
 template <class T>
-void update_batch(const Tensor& l, const Tensor& v, double alpha, double decay, const Tensor& info) {
+void update_batch(const Tensor& l, const Tensor& v, double alpha, double decay,
+                  const Tensor& info) {
   Batch<T> batch{};
   const int64_t l_dims = l.dim(), v_dims = v.dim();
   const int64_t D = l.size(l_dims - 1), k = v.size(v_dims - 1);
-  batch.update = {D, k, static_cast<T>(std::sqrt(decay)), static_cast<T>(std::sqrt(std::abs(alpha))), alpha < 0};
+  batch.update = {D, k, static_cast<T>(std::sqrt(decay)),
+                  static_cast<T>(std::sqrt(std::abs(alpha))), alpha < 0};
   batch.l = Batched(l, 2);
   batch.v = Batched(v, 2);
   batch.count = product(batch_shape(l, 2));
@@ -348,14 +352,16 @@ void copy_lower(const Tensor& l, const Tensor& out) {
     for (int64_t i0 = 0; i0 < D; i0 += kBlock) {
       for (int64_t j0 = 0; j0 <= i0; j0 += kBlock) {
         for (int64_t i = i0; i < std::min(i0 + kBlock, D); ++i) {
-          for (int64_t j = j0; j < std::min(j0 + kBlock, i + 1); ++j) to[i * D + j] = src[i * rs + j * cs];
+          for (int64_t j = j0; j < std::min(j0 + kBlock, i + 1); ++j)
+            to[i * D + j] = src[i * rs + j * cs];
         }
       }
     }
   }
 }
 
-std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, double alpha, double decay) {
+std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, double alpha,
+                                           double decay) {
   Tensor out = empty_cpu(batch_shape(l, 0), l.scalar_type());
   if (l.scalar_type() == ScalarType::Double) {
     copy_lower<double>(l, out);

@@ -2,14 +2,16 @@
 //
 //   L <- factor of  scale^2 L L^T + W W^T   (or - W W^T),   one column after the other:
 //
-// for column j, with l = scale |L_jj|, v = row j of W and r = sqrt(l^2 +- |v|^2), the Householder (for a
-// downdate: hyperbolic Householder) reflector that turns (l, v) into (r, 0) acts on the rows i > j as
+// for column j, with l = scale |L_jj|, v = row j of W and r = sqrt(l^2 +- |v|^2), the Householder
+// (for a downdate: hyperbolic Householder) reflector that turns (l, v) into (r, 0) acts on the rows
+// i > j as
 //
 //   L'_ij = (l / r) L_ij +- (v / r) . W_i,     W_i <- W_i - v (L_ij + L'_ij) / (l + r)
 //
 // which cancels nowhere, and is stable for updates and (relationally: Bojanczyk, Brent, Van Dooren,
-// de Hoog 1987) for downdates. A rank-one update takes rotations instead, whose chain from column to column
-// is shorter: with w not normalised but sqrt(t) times too long, p = w_j / l and t' = t + p^2,
+// de Hoog 1987) for downdates. A rank-one update takes rotations instead, whose chain from column
+// to column is shorter: with w not normalised but sqrt(t) times too long, p = w_j / l and t' = t +
+// p^2,
 //
 //   r = l / c,  c = sqrt(t / t'),   L'_ij = c L_ij + (c p / t) w_i,     w_i <- w_i - p L_ij.
 #pragma once
@@ -18,19 +20,20 @@
 
 namespace cfl::cpu {
 
-// A downdate fails where it leaves less than this many eps of a squared pivot: what is left is rounding.
+// A downdate fails where it leaves less than this many eps of a squared pivot: what is left is
+// rounding.
 constexpr int kLostPivot = 10;
 
 template <class T>
 struct UpdateArgs {
-  int64_t order = 0;   // D
-  int64_t rank = 0;    // columns of w: 1, 2, or a multiple of 4
-  T* l = nullptr;      // (D, D), the lower triangle read and written
+  int64_t order = 0;                       // D
+  int64_t rank = 0;                        // columns of w: 1, 2, or a multiple of 4
+  T* l = nullptr;                          // (D, D), the lower triangle read and written
   int64_t row_stride = 0, col_stride = 0;  // one of them is 1
-  T* w = nullptr;      // `rank` columns of ldw entries each, zero past D; overwritten
-  int64_t ldw = 0;     // >= D + kTileRows
+  T* w = nullptr;             // `rank` columns of ldw entries each, zero past D; overwritten
+  int64_t ldw = 0;            // >= D + kTileRows
   T* coefficients = nullptr;  // kPanel (4 rank + 16) entries of scratch
-  T scale = 1;         // sqrt(decay) >= 0
+  T scale = 1;                // sqrt(decay) >= 0
   bool down = false;
   bool moderate = false;  // all entries are below kModerate<T> in magnitude
 };
@@ -60,8 +63,8 @@ struct CholeskyKernel {
   int lanes;
   // Returns 0, or the order (from 1) of the pivot that is not positive or not finite.
   int64_t (*update)(const UpdateArgs<T>& args);
-  // Returns the lanes that were updated as a bit mask. The others were left as they are: they failed, or
-  // their scale is out of the range that this kernel is good for; update() can tell.
+  // Returns the lanes that were updated as a bit mask. The others were left as they are: they
+  // failed, or their scale is out of the range that this kernel is good for; update() can tell.
   uint32_t (*update_group)(const GroupArgs<T>& args);
   // The sum of |x| over n entries, NaN or Inf if any is.
   T (*abs_sum)(const T* x, int64_t n);

@@ -1,15 +1,16 @@
 // The one SIMD source of the Cholesky update, compiled once per instruction set. As in
 // gram_kernel_isa.cpp: no C++ standard library, and everything but the entry points is unnamed.
 //
-// Scheme of update(): columns in panels of kPanel. The diagonal block of a panel is updated first and
-// yields the reflectors; they are then applied to tiles of rows below, with the rows' part of W in registers.
-// A tile is column-major, so that a vector holds one column of several rows: a column-major factor is worked
-// on where it lies, a row-major one through transposition in registers.
-
-#include "cholesky_kernel.h"
+// Scheme of update(): columns in panels of kPanel. The diagonal block of a panel is updated first
+// and yields the reflectors; they are then applied to tiles of rows below, with the rows' part of W
+// in registers. A tile is column-major, so that a vector holds one column of several rows: a
+// column-major factor is worked on where it lies, a row-major one through transposition in
+// registers.
 
 #include <float.h>
 #include <string.h>
+
+#include "cholesky_kernel.h"
 
 #if defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
 #include <immintrin.h>
@@ -177,10 +178,11 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
   transpose<T>(r);
 }
 
-// ---- reflectors ------------------------------------------------------------------------------------
+// ---- reflectors
+// ------------------------------------------------------------------------------------
 
-// What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs of a
-// negative diagonal entry and the decay ride in cl and sl.
+// What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs
+// of a negative diagonal entry and the decay ride in cl and sl.
 template <class T, int K>
 struct Reflector {
   T cl, sl, s[K], g[K];
@@ -206,7 +208,8 @@ CFL_INLINE double scaled_root(double l, const double* v, int k, bool down) {
   return most * __builtin_sqrt(square);
 }
 
-// Fills `h` from the diagonal entry and row of W, and returns the new diagonal entry; not a finite number
+// Fills `h` from the diagonal entry and row of W, and returns the new diagonal entry; not a finite
+// number
 // >= 0 if there is none.
 template <class T, int K>
 CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>& h) {
@@ -242,13 +245,15 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
   return r;
 }
 
-// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its true length.
+// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its
+// true length.
 template <class T>
 struct Rotations {
   T c[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
 };
 
-// ---- one matrix ------------------------------------------------------------------------------------
+// ---- one matrix
+// ------------------------------------------------------------------------------------
 
 template <class T, int K>
 struct Single {
@@ -284,7 +289,8 @@ struct Single {
   }
 
   // Writes the lower triangle only.
-  static CFL_INLINE void store_block(const UpdateArgs<T>& a, int64_t j0, int64_t cols, const T* block) {
+  static CFL_INLINE void store_block(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                                     const T* block) {
     T* to = a.l + j0 * (a.row_stride + a.col_stride);
     const Mask<T> lane = lane_numbers<T>();
     if (a.col_stride == 1 && cols == kPanel) {
@@ -319,8 +325,10 @@ struct Single {
     }
   }
 
-  // The triangle of one panel: finds the reflectors and applies them within. Returns as update() does.
-  static int64_t diagonal(const UpdateArgs<T>& a, int64_t j0, int64_t cols, Reflector<T, K>* reflectors) {
+  // The triangle of one panel: finds the reflectors and applies them within. Returns as update()
+  // does.
+  static int64_t diagonal(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                          Reflector<T, K>* reflectors) {
     alignas(64) T block[kPanel * kPanel];
     alignas(64) T w[K * kPanel];
     memset(block, 0, sizeof(block));  // what lies above the diagonal takes part, and is thrown away
@@ -367,7 +375,8 @@ struct Single {
     return 0;
   }
 
-  // The same for a rank-one update by rotations. False, with nothing changed, if they could overflow.
+  // The same for a rank-one update by rotations. False, with nothing changed, if they could
+  // overflow.
   static CFL_INLINE bool diagonal_by_rotations(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
                                                Rotations<T>& out) {
     constexpr int kBlockVecs = kPanel / n;
@@ -437,8 +446,8 @@ struct Single {
 
   // Applies all reflectors of a full panel to kVecs * n rows, whose part of W starts at w.
   template <int kVecs>
-  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile, int64_t ld,
-                               T* w) {
+  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile,
+                               int64_t ld, T* w) {
     for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
       Vec<T> held[K][kVecs];
 #pragma GCC unroll 4
@@ -531,7 +540,8 @@ struct Single {
       return;
     }
     for (int64_t c = 0; c < kPanel; ++c) {
-      for (int64_t i = 0; i < ld; ++i) tile[c * ld + i] = i < rows ? at[c * a.col_stride + i] : T(0);
+      for (int64_t i = 0; i < ld; ++i)
+        tile[c * ld + i] = i < rows ? at[c * a.col_stride + i] : T(0);
     }
     act(tile, ld);
     for (int64_t c = 0; c < kPanel; ++c) {
@@ -554,7 +564,8 @@ struct Single {
         rows_below<kVecs>(a, i0, j0, kRows, rotated ? &rotations : nullptr, reflectors);
       }
       for (; i0 < a.order; i0 += n) {
-        rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr, reflectors);
+        rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr,
+                      reflectors);
       }
     }
     return 0;
@@ -568,15 +579,17 @@ int64_t update(const UpdateArgs<T>& args) {
   return Single<T, 4>::update(args);
 }
 
-// ---- a group of matrices ---------------------------------------------------------------------------
+// ---- a group of matrices
+// ---------------------------------------------------------------------------
 
 template <class T>
 struct Group {
   static constexpr int n = kLanes<T>;
   typedef Vec<T> V;
 
-  // Calls fn(chunk offset, function to the buffer positions of its n entries) for all chunks of n consecutive entries of a
-  // dense (major, minor) matrix, the last one overlapping its neighbour, except those that `skip` says.
+  // Calls fn(chunk offset, function to the buffer positions of its n entries) for all chunks of n
+  // consecutive entries of a dense (major, minor) matrix, the last one overlapping its neighbour,
+  // except those that `skip` says.
   template <class Skip, class Place, class Fn>
   static CFL_INLINE void chunks(int64_t total, int64_t minor, Skip skip, Place place, Fn fn) {
     int64_t major = 0, at = 0;  // of the chunk's first entry
@@ -695,7 +708,8 @@ struct Group {
       for (int64_t i = 0; i < D; ++i) {
         for (int p = 0; p < K; ++p) {
           T* to = reinterpret_cast<T*>(w + p * D + i);
-          for (int m = 0; m < n; ++m) to[m] = a.v_scale * a.v[m][i * a.v_row_stride + p * a.v_col_stride];
+          for (int m = 0; m < n; ++m)
+            to[m] = a.v_scale * a.v[m][i * a.v_row_stride + p * a.v_col_stride];
         }
       }
     }
@@ -751,16 +765,21 @@ struct Group {
 
   static uint32_t update(const GroupArgs<T>& a) {
     switch (a.rank) {
-      case 1: return run<1>(a);
-      case 2: return run<2>(a);
-      case 3: return run<3>(a);
-      case 4: return run<4>(a);
+      case 1:
+        return run<1>(a);
+      case 2:
+        return run<2>(a);
+      case 3:
+        return run<3>(a);
+      case 4:
+        return run<4>(a);
     }
     return 0;
   }
 };
 
-// ---- finite or not ---------------------------------------------------------------------------------
+// ---- finite or not
+// ---------------------------------------------------------------------------------
 
 template <class T>
 T abs_sum(const T* x, int64_t count) {

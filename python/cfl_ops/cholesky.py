@@ -56,11 +56,11 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
     for j in range(order):
         sign = torch.where(out[..., j, j] < 0, -1.0, 1.0).to(out.dtype)
         column = out[..., j:, j] * sign.unsqueeze(-1)
-        l, v = column[..., 0], w[..., j, :]
+        length, v = column[..., 0], w[..., j, :]
         # Scaled by the largest entry, so that squares neither overflow nor underflow.
-        unit = torch.maximum(l, v.abs().amax(-1)) if v.shape[-1] else l
+        unit = torch.maximum(length, v.abs().amax(-1)) if v.shape[-1] else length
         safe_unit = torch.where(unit > 0, unit, 1.0)
-        l1, v1 = l / safe_unit, v / safe_unit.unsqueeze(-1)
+        l1, v1 = length / safe_unit, v / safe_unit.unsqueeze(-1)
         square = l1 * l1 + side * (v1 * v1).sum(-1)
         lost = ~(square > LOST_PIVOT * eps * l1 * l1) if alpha < 0 else ~(square >= 0)
         r1 = square.clamp(min=0).sqrt()
@@ -145,7 +145,7 @@ UPDATE_ = define_op(
 
 @explains("cholesky_update")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    index, code, where = first_failure(info)
+    _, code, where = first_failure(info)
     prefix = f"cfl_ops.cholesky_update: {where}"
     if code == BAD_V:
         return ValueError(f"{prefix}V has NaN or Inf")
@@ -193,6 +193,7 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float = 
         >>> cfl_ops.cholesky_update(torch.eye(2), torch.tensor([[0.0], [1.0]]), 3.0)
         tensor([[1., 0.],
                 [0., 2.]])
+
     """
     out, info = _update("cholesky_update", L, V, alpha, decay)
     check_info("cholesky_update", info, [out], [_as_context(alpha)])
@@ -214,6 +215,7 @@ def cholesky_update_ex(
         >>> int(info), L
         (2, tensor([[1., 0.],
                 [0., 1.]]))
+
     """
     return _update("cholesky_update_ex", L, V, alpha, decay)
 
@@ -233,6 +235,7 @@ def cholesky_update_(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float =
         >>> cfl_ops.cholesky_update_(L, torch.ones(2, 1), decay=0.5)
         tensor([[1.2247, 0.0000],
                 [0.8165, 0.9129]])
+
     """
     info = _update_in_place("cholesky_update_", L, V, alpha, decay)
     check_info("cholesky_update", info, [L], [_as_context(alpha)])
@@ -246,6 +249,7 @@ def cholesky_update_ex_(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: floa
         >>> import torch, cfl_ops
         >>> int(cfl_ops.cholesky_update_ex_(torch.eye(2), torch.ones(2, 1)))
         0
+
     """
     return _update_in_place("cholesky_update_ex_", L, V, alpha, decay)
 
@@ -260,6 +264,7 @@ def cholesky_downdate(L: Tensor, V: Tensor) -> Tensor:
         >>> import torch, cfl_ops
         >>> cfl_ops.cholesky_downdate(2 * torch.eye(1), torch.tensor([[1.0]]))
         tensor([[1.7321]])
+
     """
     out, info = _update("cholesky_downdate", L, V, -1.0, 1.0)
     check_info("cholesky_update", info, [out], [_as_context(-1.0)])
@@ -274,6 +279,7 @@ def cholesky_downdate_ex(L: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         >>> L, info = cfl_ops.cholesky_downdate_ex(torch.eye(1), torch.tensor([[1.0]]))
         >>> int(info)
         1
+
     """
     return _update("cholesky_downdate_ex", L, V, -1.0, 1.0)
 
@@ -285,6 +291,7 @@ def cholesky_downdate_(L: Tensor, V: Tensor) -> Tensor:
         >>> import torch, cfl_ops
         >>> cfl_ops.cholesky_downdate_(2 * torch.eye(1), torch.tensor([[1.0]]))
         tensor([[1.7321]])
+
     """
     info = _update_in_place("cholesky_downdate_", L, V, -1.0, 1.0)
     check_info("cholesky_update", info, [L], [_as_context(-1.0)])
@@ -298,6 +305,7 @@ def cholesky_downdate_ex_(L: Tensor, V: Tensor) -> Tensor:
         >>> import torch, cfl_ops
         >>> int(cfl_ops.cholesky_downdate_ex_(2 * torch.eye(1), torch.tensor([[1.0]])))
         0
+
     """
     return _update_in_place("cholesky_downdate_ex_", L, V, -1.0, 1.0)
 
@@ -405,6 +413,7 @@ def cholesky_append(L: Tensor, rows: Tensor, corner: Tensor) -> Tensor:
         >>> cfl_ops.cholesky_append(torch.eye(1), torch.tensor([[2.0]]), torch.tensor([[5.0]]))
         tensor([[1., 0.],
                 [2., 1.]])
+
     """
     out, info = _append("cholesky_append", L, rows, corner)
     check_info("cholesky_append", info, [out], [])
@@ -422,6 +431,7 @@ def cholesky_append_ex(L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor,
         >>> L, info = cfl_ops.cholesky_append_ex(torch.eye(1), torch.tensor([[2.0]]), torch.tensor([[4.0]]))
         >>> int(info)
         2
+
     """
     return _append("cholesky_append_ex", L, rows, corner)
 
@@ -443,7 +453,9 @@ def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, T
     _checks.size(op, "rows", rows, -2, corner.shape[-1], "the order of corner")
     for name, value in (("rows", rows), ("corner", corner)):
         if value.dtype != L.dtype:
-            raise TypeError(f"cfl_ops.{op}: {name} must have the dtype of L ({L.dtype}), but got {value.dtype}")
+            raise TypeError(
+                f"cfl_ops.{op}: {name} must have the dtype of L ({L.dtype}), but got {value.dtype}"
+            )
     _checks.same_device(op, "L", L, rows=rows, corner=corner)
     batch = _checks.broadcastable(op, L=L.shape[:-2], rows=rows.shape[:-2], corner=corner.shape[:-2])
     L, rows, corner = expand_batch((L.tril(), rows, corner), (2, 2, 2), batch)
@@ -480,6 +492,7 @@ def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
         >>> import torch, cfl_ops
         >>> cfl_ops.cholesky_delete(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), 0)
         tensor([[2.2361]])
+
     """
     _factor_argument("cholesky_delete", "L", L)
     order = L.shape[-1]
@@ -490,9 +503,7 @@ def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
                 f"cfl_ops.cholesky_delete: index must be an integer or a sequence of them, but got {index!r}"
             )
         if not -order <= i < order:
-            raise IndexError(
-                f"cfl_ops.cholesky_delete: index must be in [{-order}, {order}), but got {i}"
-            )
+            raise IndexError(f"cfl_ops.cholesky_delete: index must be in [{-order}, {order}), but got {i}")
     wanted = sorted(i % order for i in given)
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"cfl_ops.cholesky_delete: index must not repeat, but got {index!r}")
@@ -658,6 +669,7 @@ def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
                 [0., 1.]]), 0.0)
         >>> bool(cfl_ops.safe_cholesky(torch.ones(2, 2)).jitter > 0)
         True
+
     """
     result, info = _safe("safe_cholesky", a, max_jitter)
     check_info("safe_cholesky", info, list(result), [])
@@ -675,6 +687,7 @@ def safe_cholesky_ex(a: Tensor, *, max_jitter: float = 0.5) -> tuple[SafeCholesk
         >>> result, info = cfl_ops.safe_cholesky_ex(-torch.eye(2))
         >>> int(info)
         1
+
     """
     return _safe("safe_cholesky_ex", a, max_jitter)
 
@@ -711,6 +724,7 @@ def spd_inverse(a: Tensor) -> Tensor:
         >>> import torch, cfl_ops
         >>> cfl_ops.spd_inverse(torch.tensor([[4.0, 0.0], [0.0, 0.0]])).diagonal()
         tensor([0.2500, 1.0000])
+
     """
     return torch.cholesky_inverse(safe_cholesky(a).L)
 
@@ -725,6 +739,7 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> inverse, jitter, info = cfl_ops.spd_inverse_ex(torch.eye(2))
         >>> int(info), float(jitter)
         (0, 0.0)
+
     """
     (factor, jitter), info = _safe("spd_inverse_ex", a, 0.5)
     return torch.cholesky_inverse(factor), jitter, info

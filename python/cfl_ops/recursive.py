@@ -57,6 +57,7 @@ class RecursiveRidge(torch.nn.Module):
         >>> mean, variance = model.predict(torch.eye(2), return_variance=True)
         >>> variance
         tensor([1.5000, 2.0000])
+
     """
 
     factor: Tensor
@@ -150,6 +151,7 @@ class RecursiveRidge(torch.nn.Module):
         Raises:
             TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, or a
                 negative weight. The state is then unchanged.
+
         """
         rows, root, error, single = self._rows("update", x, y, sample_weight)
         if self.window is None:
@@ -176,6 +178,7 @@ class RecursiveRidge(torch.nn.Module):
         Raises:
             torch.linalg.LinAlgError: the rows hold more than the state does, so they cannot have been learnt.
                 The state is then unchanged.
+
         """
         if self.window is not None:
             raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
@@ -195,6 +198,7 @@ class RecursiveRidge(torch.nn.Module):
         Args:
             x: ``(..., D)``.
             return_variance: whether to return ``(mean, variance)``.
+
         """
         _checks.floating("RecursiveRidge.predict", "x", x, 1)
         _checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
@@ -217,7 +221,10 @@ class RecursiveRidge(torch.nn.Module):
     def _rows(
         self, method: str, x: Any, y: Any, sample_weight: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, bool]:
-        """The checked rows ``(B, D)``, the roots of their weights ``(B, 1)`` (None for 1) and their errors ``(B, K)``."""
+        """The checked rows ``(B, D)``, the roots of their weights ``(B, 1)`` and their errors ``(B, K)``.
+
+        The roots are None where no weights are given.
+        """
         op = f"RecursiveRidge.{method}"
         _checks.floating(op, "x", x, 1)
         _checks.floating(op, "y", y, 1)
