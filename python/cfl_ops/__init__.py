@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from . import _library
 from ._version import __version__
+from .accumulate import GramAccumulator
 from .cholesky import (
     SafeCholesky,
     cholesky_append,
@@ -23,15 +24,18 @@ from .cholesky import (
     spd_inverse_ex,
 )
 from .errors import CorruptDataError, LinAlgError
-from .gram import GramMoments, gram
+from .gram import GramMoments, gram, gram_, linear_gram
 from .proximal import (
     ProximalStep,
     proximal_step,
     proximal_step_,
     proximal_step_ex,
     proximal_step_ex_,
+    proximal_update,
+    ridge_step,
 )
 from .recursive import RecursiveRidge
+from .rescaled import rescaled_proximal_step
 
 _library.load_backends()
 
@@ -39,6 +43,7 @@ from . import config, learn
 
 __all__ = [
     "CorruptDataError",
+    "GramAccumulator",
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
@@ -58,11 +63,16 @@ __all__ = [
     "cholesky_update_ex_",
     "config",
     "gram",
+    "gram_",
     "learn",
+    "linear_gram",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "proximal_update",
+    "rescaled_proximal_step",
+    "ridge_step",
     "safe_cholesky",
     "safe_cholesky_ex",
     "spd_inverse",
