@@ -111,7 +111,7 @@ def _factor_backward(factor: Tensor, grad: Tensor) -> Tensor:
     inner = (factor.mT @ grad.tril()).tril()
     inner = inner - 0.5 * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
     left = torch.linalg.solve_triangular(factor.mT, inner, upper=True)
-    both = torch.linalg.solve_triangular(factor, left, upper=False, left=False)
+    both: Tensor = torch.linalg.solve_triangular(factor, left, upper=False, left=False)
     return 0.5 * (both + both.mT)
 
 
@@ -152,11 +152,13 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     if code == BAD_L:
         return ValueError(f"{prefix}L has NaN or Inf in its lower triangle")
     if float(context[0]) < 0:
-        return LinAlgError(
+        error: Exception = LinAlgError(
             f"{prefix}the downdated matrix is not positive definite to working precision "
             f"(pivot {code}): V removes more than L holds"
         )
-    return LinAlgError(f"{prefix}the updated factor is not finite (pivot {code}): the entries are too large")
+        return error
+    error = LinAlgError(f"{prefix}the updated factor is not finite (pivot {code}): the entries are too large")
+    return error
 
 
 # --- the public functions -------------------------------------------------------------------------------------
@@ -439,10 +441,11 @@ def cholesky_append_ex(L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor,
 @explains("cholesky_append")
 def _explain_append(info: Tensor, context: Sequence[Tensor]) -> Exception:
     _, code, where = first_failure(info)
-    return LinAlgError(
+    error: Exception = LinAlgError(
         f"cfl_ops.cholesky_append: {where}the grown matrix is not positive definite "
         f"(the leading minor of order {code})"
     )
+    return error
 
 
 def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
@@ -632,9 +635,10 @@ def _explain_safe(info: Tensor, context: Sequence[Tensor]) -> Exception:
     prefix = f"cfl_ops.safe_cholesky: {where}"
     if code == NOT_FINITE:
         return ValueError(f"{prefix}a has NaN or Inf in its lower triangle")
-    return LinAlgError(
+    error: Exception = LinAlgError(
         f"{prefix}a is not positive semi-definite: even a jitter of max_jitter times its diagonal is not enough"
     )
+    return error
 
 
 def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
