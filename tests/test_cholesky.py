@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -339,3 +341,25 @@ def test_triton_interpreted(spec, case) -> None:
         for dtype in case.dtypes if spec is SPECS[0] else case.dtypes[:1]:
             args = case.make(dtype)
             contract.assert_within(contract.results(spec, args), spec.oracle(*args), spec.bound(*args))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cfl_ops.triton_kernels.cholesky import _update_kernel
+
+names = {"l_ptr": "*fp64", "v_ptr": "*fp64", "info_ptr": "*i32", "order": "i32", "rank": "i32", "lost": "fp32"}
+options = {"DOWN": True, "BLOCK": 128, "RANK": 4}
+source = ASTSource(fn=_update_kernel, signature=names | dict.fromkeys(options, "constexpr"), constexprs=options)
+for capability in (80, 90):
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+"""
+
+
+def test_triton_compiles_without_a_gpu() -> None:
+    if not _library.triton_available():
+        pytest.skip("triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

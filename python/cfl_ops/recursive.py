@@ -46,14 +46,14 @@ class RecursiveRidge(torch.nn.Module):
             halves time and memory where that is good enough.
         device: where the state lives.
 
-    A call of :meth:`update` with B rows costs ``2 B D^2 (1 + 1) + 4 B D K`` FLOPs.
+    A call of :meth:`update` with B rows costs ``4 B D^2 + 4 B D K`` FLOPs.
 
     Example:
         >>> import torch, cfl_ops
         >>> model = cfl_ops.RecursiveRidge(2, 1, alpha=1.0)
         >>> _ = model.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]))
-        >>> model.weight
-        tensor([[1., 0.]], dtype=torch.float64)
+        >>> model.weight.float()
+        tensor([[1., 0.]])
         >>> mean, variance = model.predict(torch.eye(2), return_variance=True)
         >>> variance
         tensor([1.5000, 2.0000])
