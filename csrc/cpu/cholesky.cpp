@@ -106,8 +106,8 @@ struct Update {
   bool down;
 };
 
-// With more vectors than this times D, forming and factoring the new matrix is faster, on BLAS.
-constexpr double kRefactorRatio = 1.25;
+// With this times D vectors or more, forming and factoring the new matrix is faster, on BLAS.
+constexpr double kRefactorRatio = 1.0;
 constexpr int64_t kRefactorOrder = 64;
 // Forming it squares the condition number, so its factor is kept only if no pivot lost more than
 // this.
@@ -186,7 +186,7 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
   args.scale = u.scale;
   args.down = u.down;
   args.moderate = size < kModerate<T> && l_size < kModerate<T> && u.scale * l_size < kModerate<T>;
-  if (args.moderate && !u.down && D >= kRefactorOrder && u.rank > kRefactorRatio * D &&
+  if (args.moderate && !u.down && D >= kRefactorOrder && u.rank >= kRefactorRatio * D &&
       blas_available() && refactor(args, l, work.backup)) {
     return 0;
   }
