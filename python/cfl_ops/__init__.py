@@ -5,6 +5,24 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 from . import _library
 from ._version import __version__
 from .accumulate import GramAccumulator
+from .cholesky import (
+    SafeCholesky,
+    cholesky_append,
+    cholesky_append_ex,
+    cholesky_delete,
+    cholesky_downdate,
+    cholesky_downdate_,
+    cholesky_downdate_ex,
+    cholesky_downdate_ex_,
+    cholesky_update,
+    cholesky_update_,
+    cholesky_update_ex,
+    cholesky_update_ex_,
+    safe_cholesky,
+    safe_cholesky_ex,
+    spd_inverse,
+    spd_inverse_ex,
+)
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram, gram_, linear_gram
 from .proximal import (
@@ -16,6 +34,7 @@ from .proximal import (
     proximal_update,
     ridge_step,
 )
+from .recursive import RecursiveRidge
 from .rescaled import rescaled_proximal_step
 
 _library.load_backends()
@@ -28,7 +47,20 @@ __all__ = [
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
+    "RecursiveRidge",
+    "SafeCholesky",
     "__version__",
+    "cholesky_append",
+    "cholesky_append_ex",
+    "cholesky_delete",
+    "cholesky_downdate",
+    "cholesky_downdate_",
+    "cholesky_downdate_ex",
+    "cholesky_downdate_ex_",
+    "cholesky_update",
+    "cholesky_update_",
+    "cholesky_update_ex",
+    "cholesky_update_ex_",
     "config",
     "gram",
     "gram_",
@@ -41,4 +73,8 @@ __all__ = [
     "proximal_update",
     "rescaled_proximal_step",
     "ridge_step",
+    "safe_cholesky",
+    "safe_cholesky_ex",
+    "spd_inverse",
+    "spd_inverse_ex",
 ]

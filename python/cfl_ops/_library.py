@@ -340,7 +340,7 @@ def check_info(name: str, info: Tensor, results: Sequence[Tensor], context: Sequ
 def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Sequence[Tensor]) -> None:
     if info.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a captured graph cannot synchronise: use the _ex form there
-    failed = info.item() != 0 if info.ndim == 0 else bool(info.any())
+    failed = info.item() != 0 if info.ndim == 0 else bool(info.count_nonzero())  # faster than any()
     if failed:
         raise _EXPLAIN[name](info, context)
 

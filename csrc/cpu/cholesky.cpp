@@ -1,0 +1,382 @@
+// cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on
+// failure. Semantics: python/cfl_ops/cholesky.py (the fallback); mathematics: cholesky_kernel.h.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "cpu/blas.h"
+#include "cpu/cholesky_kernel.h"
+#include "cpu/gram_kernel.h"
+#include "cpu/tensor.h"
+
+namespace cfl::cpu {
+namespace {
+
+enum Info : int32_t { kBadV = -1, kBadL = -2 };
+
+template <class T>
+const CholeskyKernel<T>& kernel() {
+  switch (isa()) {
+#if defined(CFL_HAVE_X86_ISAS)
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return detail::cholesky_avx512(T());
+    case Isa::kAvx2:
+      return detail::cholesky_avx2(T());
+#endif
+    default:
+      return detail::cholesky_generic(T());
+  }
+}
+
+// Aligned memory that a thread keeps for its next call, up to kKept bytes.
+class Workspace {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    if (bytes > size_) {
+      data_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+      size_ = data_ ? bytes : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return reinterpret_cast<T*>(data_.get());
+  }
+  void trim() {
+    if (size_ > kKept) {
+      data_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  static constexpr size_t kKept = 16 << 20;
+  std::unique_ptr<char, Free> data_;
+  size_t size_ = 0;
+};
+
+struct Workspaces {
+  Workspace w, coefficients, backup;
+};
+Workspaces& workspaces() {
+  static thread_local Workspaces instance;
+  return instance;
+}
+
+// One matrix with element strides.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, col_stride;
+  T& at(int64_t i, int64_t j) const { return data[i * row_stride + j * col_stride]; }
+};
+
+// The lower triangle of L as runs of consecutive entries: fn(pointer, length).
+template <class T, class Fn>
+void lower_runs(const Matrix<T>& l, int64_t order, Fn fn) {
+  if (l.col_stride == 1) {
+    for (int64_t i = 0; i < order; ++i) fn(l.data + i * l.row_stride, i + 1);
+  } else {
+    for (int64_t j = 0; j < order; ++j) fn(l.data + j * (l.col_stride + 1), order - j);
+  }
+}
+
+template <class T>
+bool lower_finite(const Matrix<T>& l, int64_t order) {
+  bool finite = true;
+  lower_runs(l, order, [&](const T* run, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) finite &= std::isfinite(run[i]);
+  });
+  return finite;
+}
+
+template <class T>
+struct Update {
+  int64_t order, rank;  // D, k
+  T scale, v_scale;     // sqrt(decay), sqrt(|alpha|)
+  bool down;
+};
+
+// With this times D vectors or more, forming and factoring the new matrix is faster, on BLAS.
+constexpr double kRefactorRatio = 1.0;
+constexpr int64_t kRefactorOrder = 64;
+// Forming it squares the condition number, so its factor is kept only if no pivot lost more than
+// this.
+constexpr double kRefactorLoss = 64;
+
+// The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
+template <class T>
+bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, Workspace& work) {
+  const int64_t D = a.order;
+  T* system = work.get<T>(2 * D * D);
+  T* lower = system + D * D;
+  for (int64_t i = 0; i < D; ++i) {
+    for (int64_t j = 0; j < D; ++j) lower[i * D + j] = j <= i ? a.scale * l.at(i, j) : T(0);
+  }
+  gemm(false, true, D, D, D, T(1), lower, D, lower, D, T(0), system, D);
+  gemm(true, false, D, D, a.rank, T(1), a.w, a.ldw, a.w, a.ldw, T(1), system, D);
+  T* diagonal = lower;
+  for (int64_t i = 0; i < D; ++i) diagonal[i] = system[i * (D + 1)];
+  if (potrf_lower(D, system, D) != 0) return false;
+  for (int64_t i = 0; i < D; ++i) {
+    const T pivot = system[i * (D + 1)];
+    if (!(pivot * pivot * T(kRefactorLoss) > diagonal[i])) return false;
+  }
+  for (int64_t i = 0; i < D; ++i) {
+    for (int64_t j = 0; j <= i; ++j) l.at(i, j) = system[i * D + j];
+  }
+  return true;
+}
+
+// L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
+template <class T>
+int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
+  const CholeskyKernel<T>& k = kernel<T>();
+  const int64_t D = u.order;
+  if (D == 0) return 0;
+  Workspaces& work = workspaces();
+  UpdateArgs<T> args;
+  args.order = D;
+  args.rank = u.rank <= 2 ? std::max<int64_t>(u.rank, 1) : (u.rank + 3) / 4 * 4;
+  args.ldw = (D + kTileRows + 15) / 16 * 16;
+  args.w = work.w.get<T>(args.rank * args.ldw);
+  T size = 0;
+  for (int64_t p = 0; p < args.rank; ++p) {
+    T* column = args.w + p * args.ldw;
+    const bool given = p < u.rank;
+    for (int64_t i = 0; given && i < D; ++i) column[i] = u.v_scale * v.at(i, p);
+    std::fill(column + (given ? D : 0), column + args.ldw, T(0));
+    if (given) size += k.abs_sum(column, D);
+  }
+  if (!std::isfinite(size)) {
+    for (int64_t i = 0; i < D; ++i) {
+      for (int64_t p = 0; p < u.rank; ++p) {
+        if (!std::isfinite(v.at(i, p))) return kBadV;
+      }
+    }
+  }
+  T l_size = 0;
+  lower_runs(l, D, [&](const T* run, int64_t length) { l_size += k.abs_sum(run, length); });
+  if (!std::isfinite(l_size) && !lower_finite(l, D)) return kBadL;
+
+  // An update of moderate numbers cannot fail, for no row grows past the sum of sizes.
+  const T bound = std::numeric_limits<T>::max() / 4;
+  const bool safe = !u.down && size < bound && l_size < bound && u.scale * l_size < bound;
+  T* backup = nullptr;
+  if (!safe) {
+    T* to = backup = work.backup.get<T>(D * (D + 1) / 2);
+    lower_runs(l, D, [&](const T* run, int64_t length) {
+      std::memcpy(to, run, length * sizeof(T));
+      to += length;
+    });
+  }
+  args.l = l.data;
+  args.row_stride = l.row_stride;
+  args.col_stride = l.col_stride;
+  args.coefficients = work.coefficients.get<T>(kPanel * (4 * args.rank + 16));
+  args.scale = u.scale;
+  args.down = u.down;
+  args.moderate = size < kModerate<T> && l_size < kModerate<T> && u.scale * l_size < kModerate<T>;
+  if (args.moderate && !u.down && D >= kRefactorOrder && u.rank >= kRefactorRatio * D &&
+      blas_available() && refactor(args, l, work.backup)) {
+    return 0;
+  }
+  const int64_t info = k.update(args);
+  if (info != 0 && backup) {
+    lower_runs(l, D, [&](T* run, int64_t length) {
+      std::memcpy(run, backup, length * sizeof(T));
+      backup += length;
+    });
+  }
+  work.w.trim();
+  work.backup.trim();
+  return static_cast<int32_t>(info);
+}
+
+template <class T>
+struct Batch {
+  Update<T> update;
+  Batched l, v;
+  int64_t count;
+  int64_t l_row, l_col, v_row, v_col;  // strides
+  bool grouped;
+  int32_t* info;
+
+  Matrix<T> factor(int64_t i) const { return {l.at<T>(i), l_row, l_col}; }
+  Matrix<const T> vectors(int64_t i) const { return {v.at<T>(i), v_row, v_col}; }
+
+  void one(int64_t i) const { info[i] = update_one(update, factor(i), vectors(i)); }
+
+  void group(int64_t begin, int64_t end) const {
+    const CholeskyKernel<T>& k = kernel<T>();
+    const int64_t D = update.order;
+    T* factors[16];
+    const T* vs[16];
+    Workspaces& work = workspaces();
+    // Lanes without a matrix work on an identity that nobody reads.
+    std::vector<T> identity, zeros;
+    if (end - begin < k.lanes) {
+      identity.assign(D * D, T(0));
+      for (int64_t i = 0; i < D; ++i) identity[i * (D + 1)] = T(1);
+      zeros.assign(
+          D * update.rank + (D - 1) * std::abs(v_row) + (update.rank - 1) * std::abs(v_col), T(0));
+    }
+    for (int64_t m = 0; m < k.lanes; ++m) {
+      const bool given = begin + m < end;
+      factors[m] = given ? l.at<T>(begin + m) : identity.data();
+      vs[m] = given ? v.at<T>(begin + m) : zeros.data();
+    }
+    GroupArgs<T> args;
+    args.order = D;
+    args.rank = update.rank;
+    args.l = factors;
+    args.row_major = l_col == 1;
+    args.v = vs;
+    args.v_row_stride = v_row;
+    args.v_col_stride = v_col;
+    args.scratch = work.w.get<T>(k.lanes * D * (D + 1 + update.rank));
+    args.scale = update.scale;
+    args.v_scale = update.v_scale;
+    args.down = update.down;
+    const uint32_t done = k.update_group(args);
+    for (int64_t i = begin; i < end; ++i) {
+      if (done >> (i - begin) & 1) {
+        info[i] = 0;
+      } else {
+        one(i);
+      }
+    }
+  }
+
+  static void run(int64_t begin, int64_t end, void* context) {
+    const Batch& batch = *static_cast<const Batch*>(context);
+    if (batch.grouped) {
+      const int64_t lanes = kernel<T>().lanes;
+      for (int64_t g = begin; g < end; ++g) {
+        batch.group(g * lanes, std::min(batch.count, (g + 1) * lanes));
+      }
+    } else {
+      for (int64_t i = begin; i < end; ++i) batch.one(i);
+    }
+  }
+};
+
+// Below this order a group of matrices is faster side by side than one by one.
+constexpr int64_t kGroupOrder = 48;
+
+// L has unit stride in one of its last two dimensions.
+template <class T>
+void update_batch(const Tensor& l, const Tensor& v, double alpha, double decay,
+                  const Tensor& info) {
+  Batch<T> batch{};
+  const int64_t l_dims = l.dim(), v_dims = v.dim();
+  const int64_t D = l.size(l_dims - 1), k = v.size(v_dims - 1);
+  batch.update = {D, k, static_cast<T>(std::sqrt(decay)),
+                  static_cast<T>(std::sqrt(std::abs(alpha))), alpha < 0};
+  batch.l = Batched(l, 2);
+  batch.v = Batched(v, 2);
+  batch.count = product(batch_shape(l, 2));
+  batch.l_row = l.stride(l_dims - 2);
+  batch.l_col = l.stride(l_dims - 1);
+  batch.v_row = v.stride(v_dims - 2);
+  batch.v_col = v.stride(v_dims - 1);
+  batch.info = static_cast<int32_t*>(info.data_ptr());
+  const int64_t lanes = kernel<T>().lanes;
+  const bool dense = std::max(batch.l_row, batch.l_col) == D;
+  batch.grouped = dense && k >= 1 && k <= kGroupRank && D * D >= lanes && D <= kGroupOrder &&
+                  batch.count >= lanes / 2;
+  const int64_t jobs = batch.grouped ? (batch.count + lanes - 1) / lanes : batch.count;
+  const int64_t work = D * D * (k + 2) * (batch.grouped ? lanes : 1);
+  const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(work, 1));
+  if (jobs <= grain) {
+    Batch<T>::run(0, jobs, &batch);
+  } else {
+    parallel_for(0, jobs, grain, &Batch<T>::run, &batch);
+  }
+}
+
+bool unit_strided(const Tensor& l) {
+  const int64_t dims = l.dim(), order = l.size(dims - 1);
+  if (order <= 1) return true;
+  const int64_t row = l.stride(dims - 2), col = l.stride(dims - 1);
+  return (col == 1 && row >= order) || (row == 1 && col >= order);
+}
+
+void update_any(const Tensor& l, const Tensor& v, double alpha, double decay, const Tensor& info) {
+  if (l.scalar_type() == ScalarType::Double) {
+    update_batch<double>(l, v, alpha, decay, info);
+  } else {
+    update_batch<float>(l, v, alpha, decay, info);
+  }
+}
+
+Tensor cholesky_update_(const Tensor& l, const Tensor& v, double alpha, double decay) {
+  Tensor info = empty_cpu(batch_shape(l, 2), ScalarType::Int);
+  if (unit_strided(l)) {
+    update_any(l, v, alpha, decay, info);
+  } else {
+    Tensor packed = torch::stable::contiguous(l);
+    update_any(packed, v, alpha, decay, info);
+    Tensor out = l;
+    torch::stable::copy_(out, packed);
+  }
+  return info;
+}
+
+// out (contiguous) = the lower triangle of l, zeros above.
+template <class T>
+void copy_lower(const Tensor& l, const Tensor& out) {
+  const int64_t dims = l.dim(), D = l.size(dims - 1);
+  const int64_t rs = l.stride(dims - 2), cs = l.stride(dims - 1);
+  const Batched from(l, 2);
+  T* to = static_cast<T*>(out.data_ptr());
+  const int64_t count = product(batch_shape(l, 2));
+  constexpr int64_t kBlock = 32;  // both sides of a transposition stay in the cache
+  for (int64_t b = 0; b < count; ++b, to += D * D) {
+    const T* src = from.at<T>(b);
+    for (int64_t i = 0; cs == 1 && i < D; ++i) {
+      std::memcpy(to + i * D, src + i * rs, (i + 1) * sizeof(T));
+      std::fill(to + i * D + i + 1, to + (i + 1) * D, T(0));
+    }
+    if (cs == 1) continue;
+    std::fill(to, to + D * D, T(0));
+    for (int64_t i0 = 0; i0 < D; i0 += kBlock) {
+      for (int64_t j0 = 0; j0 <= i0; j0 += kBlock) {
+        for (int64_t i = i0; i < std::min(i0 + kBlock, D); ++i) {
+          for (int64_t j = j0; j < std::min(j0 + kBlock, i + 1); ++j)
+            to[i * D + j] = src[i * rs + j * cs];
+        }
+      }
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, double alpha,
+                                           double decay) {
+  Tensor out = empty_cpu(batch_shape(l, 0), l.scalar_type());
+  if (l.scalar_type() == ScalarType::Double) {
+    copy_lower<double>(l, out);
+  } else {
+    copy_lower<float>(l, out);
+  }
+  Tensor info = empty_cpu(batch_shape(l, 2), ScalarType::Int);
+  update_any(out, v, alpha, decay, info);
+  return {out, info};
+}
+
+}  // namespace
+}  // namespace cfl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+  m.impl("cholesky_update", TORCH_BOX(&cfl::cpu::cholesky_update));
+  m.impl("cholesky_update_", TORCH_BOX(&cfl::cpu::cholesky_update_));
+}

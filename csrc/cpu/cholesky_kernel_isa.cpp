@@ -1,0 +1,820 @@
+// The one SIMD source of the Cholesky update, compiled once per instruction set. As in
+// gram_kernel_isa.cpp: no C++ standard library, and everything but the entry points is unnamed.
+//
+// Scheme of update(): columns in panels of kPanel. The diagonal block of a panel is updated first
+// and yields the reflectors; they are then applied to tiles of rows below, with the rows' part of W
+// in registers. A tile is column-major, so that a vector holds one column of several rows: a
+// column-major factor is worked on where it lies, a row-major one through transposition in
+// registers.
+
+#include <float.h>
+#include <string.h>
+
+#include "cholesky_kernel.h"
+
+#if defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+#if defined(CFL_ISA_AVX512)
+#define CFL_VECTOR_BYTES 64
+#define CFL_ENTRY cholesky_avx512
+#elif defined(CFL_ISA_AVX2)
+#define CFL_VECTOR_BYTES 32
+#define CFL_ENTRY cholesky_avx2
+#else
+#define CFL_VECTOR_BYTES 16
+#define CFL_ENTRY cholesky_generic
+#endif
+
+#define CFL_INLINE inline __attribute__((always_inline))
+
+namespace cfl::cpu::detail {
+namespace {
+
+constexpr int kBytes = CFL_VECTOR_BYTES;
+typedef float F32v __attribute__((vector_size(kBytes)));
+typedef double F64v __attribute__((vector_size(kBytes)));
+typedef int32_t I32v __attribute__((vector_size(kBytes)));
+typedef int64_t I64v __attribute__((vector_size(kBytes)));
+
+template <class T>
+struct Of;
+template <>
+struct Of<float> {
+  typedef F32v vec;
+  typedef I32v mask;
+  typedef int32_t lane;
+  static constexpr float kEps = FLT_EPSILON;
+  // Squares of numbers whose squares lie between these neither overflow nor lose digits.
+  static constexpr float kTiny = 1e-30f, kHuge = 1e30f;
+  // Up to this t, rotations of moderate numbers do not overflow either.
+  static constexpr float kMostT = 1e12f;
+};
+template <>
+struct Of<double> {
+  typedef F64v vec;
+  typedef I64v mask;
+  typedef int64_t lane;
+  static constexpr double kEps = DBL_EPSILON;
+  static constexpr double kTiny = 1e-280, kHuge = 1e280;
+  static constexpr double kMostT = 1e100;
+};
+template <class T>
+using Vec = typename Of<T>::vec;
+template <class T>
+using Mask = typename Of<T>::mask;
+template <class T>
+constexpr int kLanes = kBytes / int(sizeof(T));
+
+template <class T>
+CFL_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, kBytes);
+  return v;
+}
+template <class T>
+CFL_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, kBytes);
+}
+template <class T>
+CFL_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+CFL_INLINE Mask<T> lane_numbers() {
+  Mask<T> result;
+  for (int i = 0; i < kLanes<T>; ++i) result[i] = i;
+  return result;
+}
+
+CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+CFL_INLINE float root(float x) { return __builtin_sqrtf(x); }
+CFL_INLINE double root(double x) { return __builtin_sqrt(x); }
+#if defined(CFL_ISA_AVX512)
+CFL_INLINE F32v root(F32v x) { return (F32v)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)x); }
+CFL_INLINE F64v root(F64v x) { return (F64v)_mm512_maskz_sqrt_pd(__mmask8(-1), (__m512d)x); }
+#elif defined(CFL_ISA_AVX2)
+CFL_INLINE F32v root(F32v x) { return (F32v)_mm256_sqrt_ps((__m256)x); }
+CFL_INLINE F64v root(F64v x) { return (F64v)_mm256_sqrt_pd((__m256d)x); }
+#else
+CFL_INLINE F32v root(F32v x) {
+  for (int i = 0; i < 4; ++i) x[i] = root(x[i]);
+  return x;
+}
+CFL_INLINE F64v root(F64v x) {
+  for (int i = 0; i < 2; ++i) x[i] = root(x[i]);
+  return x;
+}
+#endif
+template <class T>
+CFL_INLINE T magnitude(T x) {
+  return x < 0 ? -x : x;
+}
+
+// Exchanges bit S of the row and the lane number, for every row pair that differs in that bit.
+template <class T, int S>
+CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  Mask<T> low, high;
+  for (int l = 0; l < n; ++l) {
+    low[l] = (l & S) ? n + l - S : l;
+    high[l] = (l & S) ? n + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & S) continue;
+    const Vec<T> a = r[i], b = r[i + S];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+template <class T>
+CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  transpose_step<T, 1>(r);
+  if constexpr (n > 2) transpose_step<T, 2>(r);
+  if constexpr (n > 4) transpose_step<T, 4>(r);
+  if constexpr (n > 8) transpose_step<T, 8>(r);
+}
+
+// r = the transpose of n rows of n entries, row i at rows(i).
+template <class T, class Rows>
+CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+#if defined(CFL_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    // Rows i, i + 4, i + 8, i + 12 side by side: the loads do half of the exchanges.
+#pragma GCC unroll 4
+    for (int q = 0; q < n; q += 4) {
+      __m512 a[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows(i) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(rows(i + 4) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(rows(i + 8) + q));
+        a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(rows(i + 12) + q));
+      }
+      // _mm512_undefined_ps() inside the unmasked forms makes gcc warn: shuffle without intrinsics.
+      constexpr I32v low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+      constexpr I32v high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+      constexpr I32v first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+      constexpr I32v second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+      const F32v x = __builtin_shuffle((F32v)a[0], (F32v)a[1], low);
+      const F32v y = __builtin_shuffle((F32v)a[2], (F32v)a[3], low);
+      const F32v u = __builtin_shuffle((F32v)a[0], (F32v)a[1], high);
+      const F32v v = __builtin_shuffle((F32v)a[2], (F32v)a[3], high);
+      r[q] = __builtin_shuffle(x, y, first);
+      r[q + 1] = __builtin_shuffle(x, y, second);
+      r[q + 2] = __builtin_shuffle(u, v, first);
+      r[q + 3] = __builtin_shuffle(u, v, second);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) r[i] = load(rows(i));
+  transpose<T>(r);
+}
+
+// ---- reflectors
+// ------------------------------------------------------------------------------------
+
+// What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs
+// of a negative diagonal entry and the decay ride in cl and sl.
+template <class T, int K>
+struct Reflector {
+  T cl, sl, s[K], g[K];
+};
+
+// r = sqrt(l^2 + sign |v|^2) and the like where squares leave the range of T.
+CFL_INLINE float scaled_root(float l, const float* v, int k, bool down) {
+  double sum = 0;
+  for (int p = 0; p < k; ++p) sum += double(v[p]) * v[p];
+  const double square = double(l) * l + (down ? -sum : sum);
+  if (down && !(square > double(kLostPivot) * FLT_EPSILON * l * l)) return -1;
+  return float(__builtin_sqrt(square));
+}
+CFL_INLINE double scaled_root(double l, const double* v, int k, bool down) {
+  double most = l;
+  for (int p = 0; p < k; ++p) most = magnitude(v[p]) > most ? magnitude(v[p]) : most;
+  if (most == 0) return down ? -1 : 0;
+  const double unit = l / most;
+  double sum = 0;
+  for (int p = 0; p < k; ++p) sum += v[p] / most * (v[p] / most);
+  const double square = unit * unit + (down ? -sum : sum);
+  if (down && !(square > kLostPivot * DBL_EPSILON * unit * unit)) return -1;
+  return most * __builtin_sqrt(square);
+}
+
+// Fills `h` from the diagonal entry and row of W, and returns the new diagonal entry; not a finite
+// number
+// >= 0 if there is none.
+template <class T, int K>
+CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>& h) {
+  const T sign = diagonal < 0 ? -scale : scale;
+  const T l = sign * diagonal;
+  T sum = v[0] * v[0];
+  for (int p = 1; p < K; ++p) sum += v[p] * v[p];
+  T square = l * l + (down ? -sum : sum), r;
+  const bool plain = square > Of<T>::kTiny && square + sum < Of<T>::kHuge &&
+                     (!down || square > T(kLostPivot) * Of<T>::kEps * l * l);
+  if (__builtin_expect(plain, 1)) {
+    r = root(square);
+    const T inverse = T(1) / (r * (l + r));
+    const T over_r = inverse * (l + r), over_sum = inverse * r;
+    for (int p = 0; p < K; ++p) {
+      h.s[p] = down ? -v[p] * over_r : v[p] * over_r;
+      h.g[p] = v[p] * over_sum;
+    }
+    h.cl = sign * (l * over_r);
+    h.sl = sign;
+    return r;
+  }
+  r = scaled_root(l, v, K, down);
+  h.cl = h.sl = sign;
+  for (int p = 0; p < K; ++p) h.s[p] = h.g[p] = 0;
+  if (!(r > 0)) return r;  // 0: a zero column of a semi-definite factor stays one
+  for (int p = 0; p < K; ++p) {
+    const T ratio = v[p] / r;
+    h.s[p] = down ? -ratio : ratio;
+    h.g[p] = ratio / (l / r + 1);
+  }
+  h.cl = sign * (l / r);
+  return r;
+}
+
+// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its
+// true length.
+template <class T>
+struct Rotations {
+  T c[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
+};
+
+// ---- one matrix
+// ------------------------------------------------------------------------------------
+
+template <class T, int K>
+struct Single {
+  static constexpr int n = kLanes<T>;
+  // Enough rows in flight to hide the latency of a column's chain, few enough for the registers.
+  static constexpr int kVecs = kBytes == 64 ? 4 : 2;
+  static constexpr int64_t kRows = kVecs * n;
+
+  static CFL_INLINE void load_block(const UpdateArgs<T>& a, int64_t j0, int64_t cols, T* block) {
+    const T* from = a.l + j0 * (a.row_stride + a.col_stride);
+    if (a.col_stride == 1 && cols == kPanel) {
+      for (int64_t i0 = 0; i0 < kPanel; i0 += n) {
+        for (int64_t c = 0; c < i0 + n; c += n) {
+          Vec<T> r[n];
+          for (int i = 0; i < n; ++i) r[i] = load(from + (i0 + i) * a.row_stride + c);
+          transpose<T>(r);
+          for (int i = 0; i < n; ++i) store(block + (c + i) * kPanel + i0, r[i]);
+        }
+      }
+    } else if (cols == kPanel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        for (int64_t i0 = c / n * n; i0 < kPanel; i0 += n) {
+          store(block + c * kPanel + i0, load(from + c * a.col_stride + i0));
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t i = c; i < cols; ++i) {
+          block[c * kPanel + i] = from[i * a.row_stride + c * a.col_stride];
+        }
+      }
+    }
+  }
+
+  // Writes the lower triangle only.
+  static CFL_INLINE void store_block(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                                     const T* block) {
+    T* to = a.l + j0 * (a.row_stride + a.col_stride);
+    const Mask<T> lane = lane_numbers<T>();
+    if (a.col_stride == 1 && cols == kPanel) {
+      for (int64_t i0 = 0; i0 < kPanel; i0 += n) {
+        for (int64_t c = 0; c <= i0; c += n) {
+          Vec<T> r[n];
+          for (int i = 0; i < n; ++i) r[i] = load(block + (c + i) * kPanel + i0);
+          transpose<T>(r);
+          for (int i = 0; i < n; ++i) {
+            T* at = to + (i0 + i) * a.row_stride + c;
+            const Mask<T> lower = lane <= typename Of<T>::lane(c == i0 ? i : n);
+            store(at, lower ? r[i] : load(at));
+          }
+        }
+      }
+    } else if (cols == kPanel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t first = c / n * n;
+        for (int64_t i0 = first; i0 < kPanel; i0 += n) {
+          T* at = to + c * a.col_stride + i0;
+          const Vec<T> value = load(block + c * kPanel + i0);
+          const Mask<T> lower = lane >= typename Of<T>::lane(i0 == first ? c - first : 0);
+          store(at, lower ? value : load(at));
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t i = c; i < cols; ++i) {
+          to[i * a.row_stride + c * a.col_stride] = block[c * kPanel + i];
+        }
+      }
+    }
+  }
+
+  // The triangle of one panel: finds the reflectors and applies them within. Returns as update()
+  // does.
+  static int64_t diagonal(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                          Reflector<T, K>* reflectors) {
+    alignas(64) T block[kPanel * kPanel];
+    alignas(64) T w[K * kPanel];
+    memset(block, 0, sizeof(block));  // what lies above the diagonal takes part, and is thrown away
+    load_block(a, j0, cols, block);
+    for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
+      for (int p = 0; p < K; ++p) {
+        memcpy(w + p * kPanel, a.w + (chunk + p) * a.ldw + j0, sizeof(T) * kPanel);
+      }
+      const T scale = chunk == 0 ? a.scale : T(1);
+      Reflector<T, K>* of_chunk = reflectors + chunk / K * kPanel;
+      T row[K], diagonal_entry = block[0];
+      for (int p = 0; p < K; ++p) row[p] = w[p * kPanel];
+      for (int64_t j = 0; j < cols; ++j) {
+        Reflector<T, K>& h = of_chunk[j];
+        const T r = reflect<T, K>(diagonal_entry, row, scale, a.down, h);
+        if (!(r >= 0) || r - r != 0) return j0 + j + 1;
+        T* column = block + j * kPanel;
+        if (j + 1 < cols) {
+          // The next pivot's row ahead of the vectors: it is what the next reflector waits for.
+          const T old = column[j + 1];
+          T next = h.cl * old;
+          for (int p = 0; p < K; ++p) {
+            row[p] = w[p * kPanel + j + 1];
+            next += h.s[p] * row[p];
+          }
+          const T change = h.sl * old + next;
+          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * change;
+          diagonal_entry = column[kPanel + j + 1];
+        }
+        for (int64_t x = j / n * n; x < kPanel; x += n) {
+          const Vec<T> old = load(column + x);
+          Vec<T> next = h.cl * old;
+          for (int p = 0; p < K; ++p) next += h.s[p] * load(w + p * kPanel + x);
+          const Vec<T> change = h.sl * old + next;
+          for (int p = 0; p < K; ++p) {
+            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * change);
+          }
+          store(column + x, next);
+        }
+        column[j] = r;
+      }
+    }
+    store_block(a, j0, cols, block);
+    return 0;
+  }
+
+  // The same for a rank-one update by rotations. False, with nothing changed, if they could
+  // overflow.
+  static CFL_INLINE bool diagonal_by_rotations(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                                               Rotations<T>& out) {
+    constexpr int kBlockVecs = kPanel / n;
+    if (!a.moderate) return false;
+    alignas(64) T block[kPanel * kPanel];
+    alignas(64) T length[kPanel], inverse[kPanel];
+    if (cols < kPanel) memset(block, 0, sizeof(block));
+    load_block(a, j0, cols, block);
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const T entry = j < cols ? block[j * kPanel + j] : T(1);
+      out.sign[j] = entry < 0 ? -a.scale : a.scale;
+      length[j] = out.sign[j] * entry;
+      if (!(length[j] * length[j] > Of<T>::kTiny)) return false;
+      inverse[j] = T(1) / length[j];
+    }
+    Vec<T> w[kBlockVecs];
+    for (int x = 0; x < kBlockVecs; ++x) w[x] = load(a.w + j0 + x * n);
+    T t = 1, inverse_t = 1;
+#pragma GCC unroll 4
+    for (int x0 = 0; x0 < kBlockVecs; ++x0) {
+      for (int lane = 0; lane < n; ++lane) {
+        const int64_t j = x0 * n + lane;
+        if (j >= cols) break;
+        const Mask<T> pick = Mask<T>{} + typename Of<T>::lane(lane);
+        const T p = __builtin_shuffle(w[x0], pick)[0] * inverse[j];
+        const T next_t = t + p * p, inverse_next = T(1) / next_t;
+        const T c = root(t * inverse_next);
+        const T d = p * c * inverse_t;
+        out.c[j] = c * out.sign[j];
+        out.d[j] = d;
+        out.p[j] = p * out.sign[j];
+        T* column = block + j * kPanel;
+#pragma GCC unroll 16
+        for (int x = x0; x < kBlockVecs; ++x) {
+          const Vec<T> old = load(column + x * n);
+          store(column + x * n, out.c[j] * old + d * w[x]);
+          w[x] -= out.p[j] * old;
+        }
+        column[j] = length[j] / c;
+        t = next_t;
+        inverse_t = inverse_next;
+      }
+    }
+    if (!(t < Of<T>::kMostT)) return false;
+    out.normalise = root(inverse_t);
+    store_block(a, j0, cols, block);
+    return true;
+  }
+
+  template <int kVecs>
+  static CFL_INLINE void rotate(const Rotations<T>& h, T* tile, int64_t ld, T* w) {
+    Vec<T> held[kVecs];
+#pragma GCC unroll 8
+    for (int x = 0; x < kVecs; ++x) held[x] = load(w + x * n);
+    for (int64_t j = 0; j < kPanel; ++j) {
+      T* column = tile + j * ld;
+#pragma GCC unroll 8
+      for (int x = 0; x < kVecs; ++x) {
+        const Vec<T> old = load(column + x * n);
+        store(column + x * n, h.c[j] * old + h.d[j] * held[x]);
+        held[x] -= h.p[j] * old;
+      }
+    }
+#pragma GCC unroll 8
+    for (int x = 0; x < kVecs; ++x) store(w + x * n, h.normalise * held[x]);
+  }
+
+  // Applies all reflectors of a full panel to kVecs * n rows, whose part of W starts at w.
+  template <int kVecs>
+  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile,
+                               int64_t ld, T* w) {
+    for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
+      Vec<T> held[K][kVecs];
+#pragma GCC unroll 4
+      for (int p = 0; p < K; ++p) {
+#pragma GCC unroll 8
+        for (int x = 0; x < kVecs; ++x) held[p][x] = load(w + (chunk + p) * a.ldw + x * n);
+      }
+      const Reflector<T, K>* h = reflectors + chunk / K * kPanel;
+      for (int64_t j = 0; j < kPanel; ++j, ++h) {
+        T* column = tile + j * ld;
+#pragma GCC unroll 8
+        for (int x = 0; x < kVecs; ++x) {
+          const Vec<T> old = load(column + x * n);
+          Vec<T> next = h->cl * old + h->s[0] * held[0][x];
+          if constexpr (K == 2) next += h->s[1] * held[1][x];
+          if constexpr (K == 4) {  // two chains are shorter than one
+            Vec<T> other = h->s[1] * held[1][x];
+            next += h->s[2] * held[2][x];
+            other += h->s[3] * held[3][x];
+            next += other;
+          }
+          const Vec<T> change = h->sl * old + next;
+#pragma GCC unroll 4
+          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * change;
+          store(column + x * n, next);
+        }
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < K; ++p) {
+#pragma GCC unroll 8
+        for (int x = 0; x < kVecs; ++x) store(w + (chunk + p) * a.ldw + x * n, held[p][x]);
+      }
+    }
+  }
+
+  // A tile of rows of a row-major factor to or from a column-major buffer.
+  template <int kVecs>
+  static CFL_INLINE void gather(const T* from, int64_t stride, int64_t rows, T* tile) {
+    for (int64_t i0 = 0; i0 < kVecs * n; i0 += n) {
+      for (int64_t c = 0; c < kPanel; c += n) {
+        Vec<T> r[n];
+        if (rows == kVecs * n) {
+          load_transposed<T>([&](int i) { return from + (i0 + i) * stride + c; }, r);
+        } else {
+          for (int i = 0; i < n; ++i) r[i] = i < rows ? load(from + i * stride + c) : Vec<T>{};
+          transpose<T>(r);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(tile + (c + i) * kVecs * n + i0, r[i]);
+      }
+    }
+  }
+  template <int kVecs>
+  static CFL_INLINE void scatter(const T* tile, T* to, int64_t stride, int64_t rows) {
+    for (int64_t i0 = 0; i0 < kVecs * n; i0 += n) {
+      for (int64_t c = 0; c < kPanel; c += n) {
+        Vec<T> r[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) r[i] = load(tile + (c + i) * kVecs * n + i0);
+        transpose<T>(r);
+        if (rows == kVecs * n) {
+#pragma GCC unroll 16
+          for (int i = 0; i < n; ++i) store(to + (i0 + i) * stride + c, r[i]);
+        } else {
+          for (int i = 0; i < rows; ++i) store(to + i * stride + c, r[i]);
+        }
+      }
+    }
+  }
+
+  // The panel's columns in rows i0 .. i0 + rows; rows = kVecs * n, or fewer with kVecs = 1.
+  template <int kVecs>
+  static void rows_below(const UpdateArgs<T>& a, int64_t i0, int64_t j0, int64_t rows,
+                         const Rotations<T>* rotations, const Reflector<T, K>* reflectors) {
+    constexpr int64_t ld = kVecs * n;
+    T* at = a.l + i0 * a.row_stride + j0 * a.col_stride;
+    auto act = [&](T* columns, int64_t stride) {
+      if (K == 1 && rotations) {
+        rotate<kVecs>(*rotations, columns, stride, a.w + i0);
+      } else {
+        apply<kVecs>(a, reflectors, columns, stride, a.w + i0);
+      }
+    };
+    if (a.col_stride != 1 && rows == ld) return act(at, a.col_stride);
+    alignas(64) T tile[kPanel * ld];
+    if (a.col_stride == 1) {
+      gather<kVecs>(at, a.row_stride, rows, tile);
+      act(tile, ld);
+      scatter<kVecs>(tile, at, a.row_stride, rows);
+      return;
+    }
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t i = 0; i < ld; ++i)
+        tile[c * ld + i] = i < rows ? at[c * a.col_stride + i] : T(0);
+    }
+    act(tile, ld);
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t i = 0; i < rows; ++i) at[c * a.col_stride + i] = tile[c * ld + i];
+    }
+  }
+
+  static int64_t update(const UpdateArgs<T>& a) {
+    Reflector<T, K>* reflectors = reinterpret_cast<Reflector<T, K>*>(a.coefficients);
+    Rotations<T> rotations;
+    for (int64_t j0 = 0; j0 < a.order; j0 += kPanel) {
+      const int64_t cols = min64(kPanel, a.order - j0);
+      const bool rotated = K == 1 && !a.down && diagonal_by_rotations(a, j0, cols, rotations);
+      if (!rotated) {
+        const int64_t failed = diagonal(a, j0, cols, reflectors);
+        if (failed) return failed;
+      }
+      int64_t i0 = j0 + kPanel;
+      for (; i0 + kRows <= a.order; i0 += kRows) {
+        rows_below<kVecs>(a, i0, j0, kRows, rotated ? &rotations : nullptr, reflectors);
+      }
+      for (; i0 < a.order; i0 += n) {
+        rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr,
+                      reflectors);
+      }
+    }
+    return 0;
+  }
+};
+
+template <class T>
+int64_t update(const UpdateArgs<T>& args) {
+  if (args.rank == 1) return Single<T, 1>::update(args);
+  if (args.rank == 2) return Single<T, 2>::update(args);
+  return Single<T, 4>::update(args);
+}
+
+// ---- a group of matrices
+// ---------------------------------------------------------------------------
+
+template <class T>
+struct Group {
+  static constexpr int n = kLanes<T>;
+  typedef Vec<T> V;
+
+  // Calls fn(chunk offset, function to the buffer positions of its n entries) for all chunks of n
+  // consecutive entries of a dense (major, minor) matrix, the last one overlapping its neighbour,
+  // except those that `skip` says.
+  template <class Skip, class Place, class Fn>
+  static CFL_INLINE void chunks(int64_t total, int64_t minor, Skip skip, Place place, Fn fn) {
+    int64_t major = 0, at = 0;  // of the chunk's first entry
+    for (int64_t f = 0; f < total; f += n) {
+      if (f + n > total) {
+        f = total - n;
+        major = f / minor;
+        at = f % minor;
+      }
+      if (at + n <= minor) {
+        const int64_t first = place(major, at), step = place(0, 1) - place(0, 0);
+        if (!skip(major, at)) fn(f, [first, step](int t) { return first + t * step; });
+      } else {
+        int64_t where[n];
+        int64_t a = major, b = at;
+        for (int t = 0; t < n; ++t) {
+          where[t] = place(a, b);
+          if (++b == minor) {
+            b = 0;
+            ++a;
+          }
+        }
+        fn(f, [&where](int t) { return where[t]; });
+      }
+      at += n;
+      while (at >= minor) {
+        at -= minor;
+        ++major;
+      }
+    }
+  }
+
+  template <class Where>
+  static CFL_INLINE void load_chunk(const T* const* from, int64_t f, Where where, V* buffer) {
+    V r[n];
+    load_transposed<T>([&](int m) { return from[m] + f; }, r);
+#pragma GCC unroll 16
+    for (int t = 0; t < n; ++t) buffer[where(t)] = r[t];
+  }
+
+  static CFL_INLINE uint32_t bits(Mask<T> good) {
+    uint32_t result = 0;
+    for (int m = 0; m < n; ++m) result |= good[m] ? uint32_t(1) << m : 0;
+    return result;
+  }
+
+  template <class Skip, class Place>
+  static CFL_INLINE void write(const GroupArgs<T>& a, int64_t D, Skip skip, Place place, const V* x,
+                               Mask<T> good) {
+    const uint32_t done = bits(good), all = uint32_t((uint64_t(1) << n) - 1);
+    chunks(D * D, D, skip, place, [&](int64_t f, auto where) {
+      V r[n];
+#pragma GCC unroll 16
+      for (int t = 0; t < n; ++t) r[t] = x[where(t)];
+      transpose<T>(r);
+      if (done == all) {
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) store(a.l[m] + f, r[m]);
+      } else {
+        for (int m = 0; m < n; ++m) {
+          if (done >> m & 1) store(a.l[m] + f, r[m]);
+        }
+      }
+    });
+  }
+
+  // The rank-one update by rotations, in the buffers.
+  static CFL_INLINE Mask<T> rotations(const GroupArgs<T>& a, V* x, int64_t ld, V* w) {
+    const int64_t D = a.order;
+    Mask<T> good = lane_numbers<T>() >= 0;
+    V t = splat<T>(1), inverse_t = t, next_w = w[0];
+    for (int64_t j = 0; j < D; ++j) {
+      V* column = x + j * ld;
+      const V sign = column[j] < 0 ? splat<T>(-a.scale) : splat<T>(a.scale);
+      const V l = sign * column[j], inverse = T(1) / l;
+      good &= (l * l > Of<T>::kTiny) & (l * l < Of<T>::kHuge);
+      const V p = next_w * inverse;
+      const V next_t = t + p * p, inverse_next = T(1) / next_t;
+      const V c = root(t * inverse_next), d = p * c * inverse_t, cl = c * sign, pl = p * sign;
+      column[j] = l * (next_t * inverse_t * c);
+      for (int64_t i = j + 1; i < D; ++i) {
+        const V old = column[i], before = w[i];
+        column[i] = cl * old + d * before;
+        w[i] = before - pl * old;
+        if (i == j + 1) next_w = w[i];
+      }
+      t = next_t;
+      inverse_t = inverse_next;
+    }
+    return good & (t < Of<T>::kMostT);
+  }
+
+  template <int K>
+  static uint32_t run(const GroupArgs<T>& a) {
+    const int64_t D = a.order, ld = D + 1;  // odd strides spread over the cache's sets
+    V* x = reinterpret_cast<V*>(a.scratch);
+    V* w = x + D * ld;
+    const bool row_major = a.row_major;
+    auto skip = [row_major](int64_t major, int64_t minor) {
+      // Wholly above the diagonal: nothing to read, nothing to write.
+      return row_major ? minor > major : minor + n <= major;
+    };
+    auto place = [row_major, ld](int64_t major, int64_t minor) {
+      return row_major ? minor * ld + major : major * ld + minor;
+    };
+    chunks(D * D, D, skip, place, [&](int64_t f, auto where) { load_chunk(a.l, f, where, x); });
+    if (D * K >= n && a.v_col_stride == 1 && a.v_row_stride == K) {
+      chunks(
+          D * K, K, [](int64_t, int64_t) { return false; },
+          [D](int64_t i, int64_t p) { return p * D + i; },
+          [&](int64_t f, auto where) { load_chunk(a.v, f, where, w); });
+      if (a.v_scale != 1) {
+        for (int64_t i = 0; i < D * K; ++i) w[i] *= a.v_scale;
+      }
+    } else {
+      for (int64_t i = 0; i < D; ++i) {
+        for (int p = 0; p < K; ++p) {
+          T* to = reinterpret_cast<T*>(w + p * D + i);
+          for (int m = 0; m < n; ++m)
+            to[m] = a.v_scale * a.v[m][i * a.v_row_stride + p * a.v_col_stride];
+        }
+      }
+    }
+
+    Mask<T> good = lane_numbers<T>() >= 0;
+    if constexpr (K == 1) {
+      if (!a.down) {
+        good = rotations(a, x, ld, w);
+        write(a, D, skip, place, x, good);
+        return bits(good);
+      }
+    }
+    const T lost = T(kLostPivot) * Of<T>::kEps;
+    for (int64_t j = 0; j < D; ++j) {
+      V* column = x + j * ld;
+      const V sign = column[j] < 0 ? splat<T>(-a.scale) : splat<T>(a.scale);
+      const V l = sign * column[j];
+      V v[K], sum{};
+      for (int p = 0; p < K; ++p) {
+        v[p] = w[p * D + j];
+        sum += v[p] * v[p];
+      }
+      const V square = a.down ? l * l - sum : l * l + sum;
+      good &= (square > Of<T>::kTiny) & (square + sum < Of<T>::kHuge);
+      if (a.down) good &= square > lost * l * l;
+      const V r = root(square);
+      const V inverse = T(1) / (r * (l + r));
+      const V over_r = inverse * (l + r), over_sum = inverse * r;
+      V s[K], g[K];
+      for (int p = 0; p < K; ++p) {
+        s[p] = a.down ? -v[p] * over_r : v[p] * over_r;
+        g[p] = v[p] * over_sum;
+      }
+      const V cl = sign * (l * over_r);
+      column[j] = r;
+      for (int64_t i = j + 1; i < D; ++i) {
+        const V old = column[i];
+        V next = cl * old;
+        V held[K];
+        for (int p = 0; p < K; ++p) {
+          held[p] = w[p * D + i];
+          next += s[p] * held[p];
+        }
+        const V change = sign * old + next;
+        for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * change;
+        column[i] = next;
+      }
+    }
+
+    write(a, D, skip, place, x, good);
+    return bits(good);
+  }
+
+  static uint32_t update(const GroupArgs<T>& a) {
+    switch (a.rank) {
+      case 1:
+        return run<1>(a);
+      case 2:
+        return run<2>(a);
+      case 3:
+        return run<3>(a);
+      case 4:
+        return run<4>(a);
+    }
+    return 0;
+  }
+};
+
+// ---- finite or not
+// ---------------------------------------------------------------------------------
+
+template <class T>
+T abs_sum(const T* x, int64_t count) {
+  constexpr int n = kLanes<T>;
+  T total = 0;
+  if (count < n) {
+    for (int64_t i = 0; i < count; ++i) total += magnitude(x[i]);
+    return total;
+  }
+  typedef Mask<T> M;
+  const M clear = ~((M{} + 1) << (8 * int(sizeof(T)) - 1));
+  auto positive = [&](Vec<T> v) { return (Vec<T>)((M)v & clear); };
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * n <= count; i += 4 * n) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) sums[u] += positive(load(x + i + u * n));
+  }
+  for (; i + n <= count; i += n) sums[0] += positive(load(x + i));
+  if (i < count) {  // the last vector again, without what was counted
+    const M fresh = lane_numbers<T>() >= typename Of<T>::lane(n - (count - i));
+    const Vec<T> v = load(x + count - n);
+    sums[1] += positive((Vec<T>)((M)v & fresh));
+  }
+  const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int l = 0; l < n; ++l) total += sum[l];
+  return total;
+}
+
+template <class T>
+constexpr CholeskyKernel<T> kKernel = {kLanes<T>, update<T>, Group<T>::update, abs_sum<T>};
+
+}  // namespace
+
+const CholeskyKernel<float>& CFL_ENTRY(float) { return kKernel<float>; }
+const CholeskyKernel<double>& CFL_ENTRY(double) { return kKernel<double>; }
+
+}  // namespace cfl::cpu::detail

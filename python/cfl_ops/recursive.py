@@ -1,0 +1,318 @@
+"""RecursiveRidge: ridge regression that follows a stream, exactly, one block of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .cholesky import cholesky_downdate_ex_, cholesky_update_
+from .errors import LinAlgError
+
+__all__ = ["RecursiveRidge"]
+
+
+class RecursiveRidge(torch.nn.Module):
+    r"""Recursive least squares with a ridge, which is the full-covariance Kalman filter of a linear head.
+
+    .. math::
+        \Lambda \leftarrow \rho \Lambda + \sum_n s_n x_n x_n^T, \quad
+        W \leftarrow W + \sum_n s_n (y_n - W x_n) x_n^T \Lambda^{-1}, \quad
+        \Lambda_0 = \alpha I
+
+    (Closed-Form Last Layer Optimization, Appendix B.) All K outputs share one D x D covariance
+    ``P = noise Lambda^-1``. It is kept as the Cholesky factor of Lambda (square-root information form), so it
+    stays positive definite whatever the rounding; W, which is small, is kept in float64.
+
+    After any number of updates (with rho = 1 and no process noise) W is the ridge solution of all rows:
+    scikit-learn's ``Ridge(alpha, fit_intercept=False)``. For an intercept append a feature that is 1.
+
+    Args:
+        features: D.
+        targets: K.
+        alpha: the ridge, > 0: the precision of the prior, in units of ``1 / noise``.
+        noise: the variance s2 > 0 of a target around its mean; scales the variances only.
+        forgetting: rho in (0, 1]: each call of :meth:`update` first multiplies the weight of everything
+            before it, the prior included.
+        process_noise: q2 >= 0: each call of :meth:`update` first adds q2 to the variance of every weight
+            (``P + q2 I``), a random walk of the truth. Costs ``O(D^3)`` a call.
+        window: keep the last ``window`` rows only: older ones are removed by downdates. Their rows are
+            stored. Takes neither forgetting nor process noise.
+        dtype: of the factor, whatever the dtype of the rows. After n updates the factor is off by about
+            ``eps sqrt(n)`` of its norm, and W by that times the condition number of Lambda at most; float32
+            halves time and memory where that is good enough.
+        device: where the state lives.
+
+    A call of :meth:`update` with B rows costs ``4 B D^2 + 4 B D K`` FLOPs.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> model = cfl_ops.RecursiveRidge(2, 1, alpha=1.0)
+        >>> _ = model.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]))
+        >>> model.weight.float()
+        tensor([[1., 0.]])
+        >>> mean, variance = model.predict(torch.eye(2), return_variance=True)
+        >>> variance
+        tensor([1.5000, 2.0000])
+
+    """
+
+    factor: Tensor
+    """``(D, D)``: the lower Cholesky factor of Lambda."""
+    wide_weight: Tensor
+    """``(K, D)`` float64."""
+    window_rows: Tensor
+    """``(window, D + K + 1)``: x, y and weight of the rows in the window, a ring."""
+    seen: Tensor
+    """How many rows came so far (those of weight 0 included)."""
+
+    def __init__(
+        self,
+        features: int,
+        targets: int = 1,
+        *,
+        alpha: float = 1.0,
+        noise: float = 1.0,
+        forgetting: float = 1.0,
+        process_noise: float = 0.0,
+        window: int | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("features", features), ("targets", targets)):
+            if size < 0:
+                raise ValueError(f"cfl_ops.RecursiveRidge: {name} must not be negative, but got {size}")
+        for name, value, good in (
+            ("alpha", alpha, alpha > 0),
+            ("noise", noise, noise > 0),
+            ("forgetting", forgetting, 0 < forgetting <= 1),
+            ("process_noise", process_noise, process_noise >= 0),
+        ):
+            if not good or not math.isfinite(value):
+                wanted = {"forgetting": "in (0, 1]", "process_noise": "finite and not negative"}
+                raise ValueError(
+                    f"cfl_ops.RecursiveRidge: {name} must be {wanted.get(name, 'finite and positive')}, "
+                    f"but got {value}"
+                )
+        if window is not None and window < 1:
+            raise ValueError(f"cfl_ops.RecursiveRidge: window must be at least 1, but got {window}")
+        if window is not None and (forgetting != 1 or process_noise != 0):
+            raise ValueError("cfl_ops.RecursiveRidge: window takes neither forgetting nor process_noise")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"cfl_ops.RecursiveRidge: dtype must be torch.float32 or torch.float64, but got {dtype}"
+            )
+        self.features, self.targets = features, targets
+        self.alpha, self.noise = float(alpha), float(noise)
+        self.forgetting, self.process_noise, self.window = float(forgetting), float(process_noise), window
+        row = features + targets + 1
+        self.register_buffer("factor", torch.eye(features, dtype=dtype, device=device) * math.sqrt(alpha))
+        self.register_buffer(
+            "wide_weight", torch.zeros(targets, features, dtype=torch.float64, device=device)
+        )
+        self.register_buffer("window_rows", torch.zeros(window or 0, row, dtype=dtype, device=device))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of it."""
+        return (
+            f"features={self.features}, targets={self.targets}, alpha={self.alpha}, noise={self.noise}, "
+            f"forgetting={self.forgetting}, process_noise={self.process_noise}, window={self.window}"
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """``(K, D)``, in the dtype of the factor."""
+        return self.wide_weight.to(self.factor.dtype)
+
+    @property
+    def covariance(self) -> Tensor:
+        """``(D, D)``: the covariance P of every output's weights. Costs ``O(D^3)``."""
+        return self.noise * torch.cholesky_inverse(self.factor)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Learn from a block of rows: one time step.
+
+        Args:
+            x: features ``(B, D)``, or ``(D,)`` for one row.
+            y: targets ``(B, K)``, or ``(K,)`` for one row.
+            sample_weight: ``(B,)`` weights s >= 0. A row of weight 0 is missing: it teaches nothing, whatever
+                it holds (NaN too), while time passes all the same.
+
+        Returns:
+            The errors of the predictions before the update, ``y - W x``, of the shape of y (0 in rows of
+            weight 0).
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, or a
+                negative weight. The state is then unchanged.
+
+        """
+        rows, root, error, single = self._rows("update", x, y, sample_weight)
+        if self.window is None:
+            decay = self.forgetting
+            if self.process_noise > 0:
+                self._diffuse()
+                decay = 1.0
+            self._learn(rows, root, error, decay)
+            self.seen += rows.shape[0]
+        else:
+            target = error + self._mean(rows)
+            for begin in range(0, rows.shape[0], self.window):
+                part = slice(begin, begin + self.window)
+                self._slide(rows[part], target[part].to(rows.dtype), None if root is None else root[part])
+        out = error.to(x.dtype)
+        return out[0] if single else out
+
+    @torch.no_grad()
+    def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Forget rows that were learnt before, exactly, by a downdate (with rho = 1 and no process noise).
+
+        Args and errors are those of :meth:`update`; besides:
+
+        Raises:
+            torch.linalg.LinAlgError: the rows hold more than the state does, so they cannot have been learnt.
+                The state is then unchanged.
+
+        """
+        if self.window is not None:
+            raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
+        rows, root, error, _ = self._rows("remove", x, y, sample_weight)
+        if not self._unlearn(rows, root, error):
+            raise LinAlgError(
+                "cfl_ops.RecursiveRidge.remove: x holds more than the state does: no positive definite matrix "
+                "is left"
+            )
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, *, return_variance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The mean ``x W^T (..., K)`` and, if asked for, the variance ``(...)`` of a target around it.
+
+        The variance is ``x^T P x + noise``, the same for all outputs.
+
+        Args:
+            x: ``(..., D)``.
+            return_variance: whether to return ``(mean, variance)``.
+
+        """
+        _checks.floating("RecursiveRidge.predict", "x", x, 1)
+        _checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
+        mean = (x.double() @ self.wide_weight.mT).to(x.dtype)
+        if not return_variance:
+            return mean
+        rows = x.reshape(-1, self.features).to(self.factor.dtype)
+        half = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
+        spread = half.square().sum(0).reshape(x.shape[:-1])
+        return mean, (self.noise * (1 + spread)).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The predicted mean."""
+        mean = self.predict(x)
+        assert isinstance(mean, Tensor)
+        return mean
+
+    # --- the steps ------------------------------------------------------------------------------------------
+
+    def _rows(
+        self, method: str, x: Any, y: Any, sample_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+        """The checked rows ``(B, D)``, the roots of their weights ``(B, 1)`` and their errors ``(B, K)``.
+
+        The roots are None where no weights are given.
+        """
+        op = f"RecursiveRidge.{method}"
+        _checks.floating(op, "x", x, 1)
+        _checks.floating(op, "y", y, 1)
+        single = x.ndim == 1
+        if single:
+            x, y = x.unsqueeze(0), y.unsqueeze(0)
+        if x.ndim != 2 or y.ndim != 2 or y.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"cfl_ops.{op}: x and y must have shapes (B, D) and (B, K), or (D,) and (K,), "
+                f"but got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        _checks.size(op, "x", x, -1, self.features, "features")
+        _checks.size(op, "y", y, -1, self.targets, "targets")
+        _checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
+        dtype = self.factor.dtype
+        x, y = x.detach().to(dtype), y.detach().to(torch.float64)
+        if sample_weight is None:
+            root = None
+        else:
+            _checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
+            if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
+                raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
+            root = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()
+            present = root > 0
+            x, y = torch.where(present, x, 0.0), torch.where(present, y, 0.0)
+        error = y - self._mean(x)
+        if not math.isfinite(float(error.sum() + x.sum())):  # one look at the data for the usual case
+            for name, value in (("x", x), ("y", y)):
+                if not bool(value.isfinite().all()):
+                    row = int((~value.isfinite().all(-1)).nonzero()[0])
+                    raise ValueError(f"cfl_ops.{op}: {name} has NaN or Inf in row {row}")
+        return x, root, error, single
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.double() @ self.wide_weight.mT
+
+    def _learn(self, x: Tensor, root: Tensor | None, error: Tensor, decay: float) -> None:
+        if root is not None:
+            x, error = x * root, error * root
+        cholesky_update_(self.factor, x.mT, decay=decay)
+        self._move(x, error)
+
+    def _unlearn(self, x: Tensor, root: Tensor | None, error: Tensor) -> bool:
+        if root is not None:
+            x, error = x * root, error * root
+        if int(cholesky_downdate_ex_(self.factor, x.mT)) != 0:
+            return False
+        self._move(x, -error)
+        return True
+
+    def _move(self, scaled: Tensor, error: Tensor) -> None:
+        """W += error^T X Lambda^-1, Lambda being the new one."""
+        gain = torch.cholesky_solve(scaled.mT, self.factor)
+        self.wide_weight += (gain.double() @ error).mT
+
+    def _diffuse(self) -> None:
+        """Lambda^-1 <- Lambda^-1 / rho + (q2 / noise) I, in float64.
+
+        With Lambda^-1 = U U^T for an upper U (a Cholesky factorisation from the last row up), the new lower
+        factor is U^-T.
+        """
+        eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor.double(), eye, upper=False)
+        spread = inverse.mT @ inverse / self.forgetting + (self.process_noise / self.noise) * eye
+        upper = torch.linalg.cholesky(spread.flip(-1, -2)).flip(-1, -2)
+        self.factor.copy_(torch.linalg.solve_triangular(upper, eye, upper=True).mT)
+
+    def _slide(self, x: Tensor, y: Tensor, root: Tensor | None) -> None:
+        """Learn at most ``window`` rows, then remove as many of the oldest as the window has no room for."""
+        assert self.window is not None
+        seen, count = int(self.seen), x.shape[0]
+        places = torch.arange(seen, seen + count, device=x.device) % self.window
+        leaving = self.window_rows[places]  # zeros, which change nothing, until the window is full
+        self._learn(x, root, y.double() - self._mean(x), 1.0)
+        weight = x.new_ones(count, 1) if root is None else root
+        self.window_rows[places] = torch.cat((x, y, weight), -1)
+        self.seen += count
+        if seen + count <= self.window:
+            return
+        old_x, old_y, old_root = leaving.split((self.features, self.targets, 1), -1)
+        if not self._unlearn(old_x, old_root, old_y.double() - self._mean(old_x)):
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Where rounding leaves a downdate nothing positive: start from the rows of the window."""
+        x, y, root = self.window_rows.double().split((self.features, self.targets, 1), -1)
+        scaled = x * root
+        factor = torch.eye(self.features, dtype=torch.float64, device=x.device) * math.sqrt(self.alpha)
+        cholesky_update_(factor, scaled.mT)  # which no condition number can make fail
+        self.factor.copy_(factor)
+        self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * root), factor).mT)

@@ -1,0 +1,113 @@
+"""The rank-k update of a Cholesky factor on a GPU: one program for each matrix, its part of V in registers.
+
+A column depends on all before it, so a matrix has no more parallelism than its rows; a batch has. Compiled for
+sm_80 to sm_100 and run in Triton's interpreter by the tests; never run on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from cfl_ops.cholesky import BAD_L, BAD_V, LOST_PIVOT, _update_python
+from torch import Tensor
+
+__all__ = ["cholesky_update", "cholesky_update_"]
+
+# Entries of V that one program holds in registers; more vectors than fit take turns.
+MOST_HELD = 16384
+MOST_VECTORS = 16
+
+
+@triton.jit
+def _update_kernel(
+    l_ptr, v_ptr, info_ptr, order, rank, lost,
+    DOWN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """L (column-major, D x D) <- factor of L L^T +- V V^T; V is row-major, D x k."""
+    matrix = tl.program_id(0).to(tl.int64)
+    l_ptr += matrix * order * order
+    v_ptr += matrix * order * rank
+    rows = tl.arange(0, BLOCK)
+    ks = tl.arange(0, RANK)
+    inside = (rows < order)[:, None] & (ks < rank)[None, :]
+    w = tl.load(v_ptr + rows.to(tl.int64)[:, None] * rank + ks[None, :], mask=inside, other=0.0)
+    failed = tl.load(info_ptr + matrix)
+    for j in range(0, order):
+        below = (rows >= j) & (rows < order)
+        column = tl.load(l_ptr + rows, mask=below, other=0.0)
+        here = rows == j
+        diagonal = tl.sum(tl.where(here, column, 0.0), 0)
+        v = tl.sum(tl.where(here[:, None], w, 0.0), 0)
+        column = tl.where(diagonal < 0, -column, column)
+        length = tl.abs(diagonal)
+        # Scaled by the largest entry, so that squares neither overflow nor underflow.
+        unit = tl.maximum(length, tl.max(tl.abs(v), 0))
+        unit = tl.where(unit > 0, unit, 1.0)
+        l1, v1 = length / unit, v / unit
+        total = tl.sum(v1 * v1, 0)
+        if DOWN:
+            square = l1 * l1 - total
+            good = square > lost * l1 * l1
+        else:
+            square = l1 * l1 + total
+            good = square >= 0
+        r1 = tl.sqrt(tl.where(good, square, 1.0))
+        r = r1 * unit
+        good = good & (r - r == 0)
+        failed = tl.where((failed == 0) & (good == 0), j + 1, failed)
+        still = r1 == 0  # a zero column of a semi-definite factor stays one
+        safe_r1 = tl.where(still, 1.0, r1)
+        c = tl.where(still, 1.0, l1 / safe_r1)
+        s = v1 / safe_r1
+        if DOWN:
+            s = -s
+        g = v1 / tl.where(still, 1.0, l1 + r1)
+        new = c * column + tl.sum(w * s[None, :], 1)
+        w -= (column + new)[:, None] * g[None, :]
+        tl.store(l_ptr + rows, tl.where(here, r, new), mask=below)
+        l_ptr += order
+    tl.store(info_ptr + matrix, failed)
+
+
+def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
+    """The launcher: the arguments and results of the op ``cfl_ops::cholesky_update``."""
+    batch, order, rank = L.shape[:-2], L.shape[-1], V.shape[-1]
+    block = triton.next_power_of_2(max(order, 16))
+    if block > MOST_HELD:
+        return _update_python(L, V, alpha, decay)
+    matrices = batch.numel()
+    old = L.tril()
+    columns = (old * math.sqrt(decay)).mT.contiguous()  # a column is what a program reads at a time
+    vectors = (V * math.sqrt(abs(alpha))).reshape(matrices, order, rank)
+    info = torch.zeros(matrices, dtype=torch.int32, device=L.device)
+    held = max(1, min(MOST_VECTORS, MOST_HELD // block))
+    for begin in range(0, rank, held):
+        chunk = vectors[..., begin : begin + held].contiguous()
+        width = chunk.shape[-1]
+        if matrices and order:
+            _update_kernel[(matrices,)](
+                columns, chunk, info, order, width, LOST_PIVOT * torch.finfo(L.dtype).eps,
+                DOWN=alpha < 0, BLOCK=block, RANK=triton.next_power_of_2(width),
+                num_warps=4 if block <= 1024 else 8,
+            )  # fmt: skip
+    info = info.reshape(batch)
+    info = torch.where(old.isfinite().flatten(-2).all(-1), info, BAD_L)
+    info = torch.where(V.isfinite().flatten(-2).all(-1), info, BAD_V)
+    out = columns.mT
+    if rank == 0:  # no kernel ran: a negative diagonal still is to be made positive
+        diagonal = out.diagonal(dim1=-2, dim2=-1)
+        out = out * torch.where(diagonal < 0, -1.0, 1.0).to(out.dtype).unsqueeze(-2)
+    failed = (info != 0)[..., None, None]
+    return torch.where(failed, old, out).contiguous(), info.to(torch.int32)
+
+
+def cholesky_update_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
+    """The launcher of the op in place: what lies above the diagonal stays."""
+    out, info = cholesky_update(L, V, alpha, decay)
+    lower = torch.ones(L.shape[-2:], dtype=torch.bool, device=L.device).tril()
+    changed = lower & (info == 0)[..., None, None]
+    L.copy_(torch.where(changed, out, L))
+    return info
