@@ -4,6 +4,22 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from . import _library
 from ._version import __version__
+from .codec import (
+    QuantizedTensor,
+    allocate_bits,
+    compress,
+    compress_state_dict,
+    decompress,
+    decompress_state_dict,
+    dequantize,
+    estimate_entropy,
+    huffman_decode,
+    huffman_encode,
+    load_file,
+    quantize,
+    quantize_ex,
+    save_file,
+)
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
 from .proximal import (
@@ -23,12 +39,26 @@ __all__ = [
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
+    "QuantizedTensor",
     "__version__",
+    "allocate_bits",
+    "compress",
+    "compress_state_dict",
     "config",
+    "decompress",
+    "decompress_state_dict",
+    "dequantize",
+    "estimate_entropy",
     "gram",
+    "huffman_decode",
+    "huffman_encode",
     "learn",
+    "load_file",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "quantize",
+    "quantize_ex",
+    "save_file",
 ]
