@@ -50,8 +50,11 @@ bool finite_diagonal(const T* gram, int64_t order) {
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Moments gram_op(const Tensor& x, const std::optional<Tensor>& y,
-                const std::optional<Tensor>& sample_weight, bool bias_column, int64_t num_classes,
+                std::optional<Tensor> sample_weight, bool bias_column, int64_t num_classes,
                 ScalarType acc_dtype) {
+  if (sample_weight && sample_weight->element_size() == 2) {  // the kernel takes no half weights
+    sample_weight = torch::stable::to(*sample_weight, ScalarType::Float);
+  }
   const int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1);
   const int64_t order = cols + bias_column;
   const int64_t targets = !y ? 0 : num_classes ? num_classes : y->size(y->dim() - 1);
@@ -117,23 +120,10 @@ Moments gram_op(const Tensor& x, const std::optional<Tensor>& y,
     }
     if (sample_weight) {
       bool good = true;
-      switch (sample_weight->scalar_type()) {
-        case ScalarType::Float:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const float*>(a.weight), rows, &total);
-          break;
-        case ScalarType::Double:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const double*>(a.weight), rows, &total);
-          break;
-        case ScalarType::Half:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const torch::headeronly::Half*>(a.weight), rows, &total);
-          break;
-        default:
-          good =
-              scan_weights(args.weight_stride,
-                           static_cast<const torch::headeronly::BFloat16*>(a.weight), rows, &total);
+      if (args.weight_dtype == DType::kF32) {
+        good = scan_weights(args.weight_stride, static_cast<const float*>(a.weight), rows, &total);
+      } else {
+        good = scan_weights(args.weight_stride, static_cast<const double*>(a.weight), rows, &total);
       }
       if (!good) code = kBadWeight;
     }

@@ -1,5 +1,6 @@
 // proximal_step on the CPU: one chain of BLAS calls on the smaller side of the problem.
-// Semantics and mathematics: python/cfl_ops/proximal.py (the fallback) and its source, formulas 1.2-1.6.
+// Semantics and mathematics: python/cfl_ops/proximal.py (the fallback) and its source,
+// formulas 1.2-1.6.
 //
 // With t the total penalty, mu the proximal one and the anchor Wa = (mu / t) W:
 //   dual (B <= D):  A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
@@ -59,9 +60,9 @@ struct Problem {
   int64_t target_stride;
   const int64_t* labels;  // or null
   int64_t label_stride;
-  T* weight;        // (targets, width) contiguous: old in, new out
-  T* bias;          // (targets) or null
-  const T* sample;  // (rows) contiguous weights, or null
+  T* weight;          // (targets, width) contiguous: old in, new out
+  T* bias;            // (targets) or null
+  const T* sample;    // (rows) contiguous weights, or null
   const T* lam_diag;  // (width) contiguous, or null
   double lam, ridge;
   bool mean, free_bias;
@@ -115,8 +116,9 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// max diagonal / min pivot of a system whose Cholesky factor is L: how many digits the factorisation
-// may have lost, at least. Also tells the first pivot that drowned in rounding (order from 1), or 0.
+// max diagonal / min pivot of a system whose Cholesky factor is L: how many digits the
+// factorisation may have lost, at least. Also tells the first pivot that drowned in rounding (order
+// from 1), or 0.
 template <class T>
 double pivot_spread(const T* factor, int64_t order, const std::vector<T>& diagonal, int64_t* lost) {
   double largest = 0, smallest = std::numeric_limits<double>::infinity();
@@ -144,8 +146,8 @@ int64_t factor(T* system, int64_t order, double* spread) {
 
 // The Gram matrix, in Acc, of the rows (B x B) or columns (D x D) of p (rows x width).
 template <class T, class Acc>
-void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, const T* sample, bool ones,
-               Acc* out, Acc* cross) {
+void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, const T* sample,
+               bool ones, Acc* out, Acc* cross) {
   GramArgs args;
   args.rows = of_rows ? pb.width : pb.rows;
   args.cols = of_rows ? pb.rows : pb.width;
@@ -210,7 +212,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     }
     if (pb.labels) q[i * K + pb.labels[i * pb.label_stride]] += T(1);
   }
-  gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D, T(1), q, K);
+  gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D, T(1),
+       q, K);
 
   // P: the features, centred and scaled by the root of the row weights. Most steps need no copy.
   const T* p = pb.phi;
@@ -269,7 +272,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
 
   auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
-    side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system, nullptr);
+    side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
+                      nullptr);
     for (int64_t i = 0; i < B; ++i) {
       if (ones) {
         for (int64_t j = 0; j < B; ++j) {
@@ -314,7 +318,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
 
   // W <- anchor + A^T PE
   if (anchor != pb.weight) std::memcpy(pb.weight, anchor, K * D * sizeof(T));
-  gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), pb.weight, D);
+  gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), pb.weight,
+       D);
   for (int64_t k = 0; pb.bias && k < K; ++k) {
     double change = 0;
     if (ones) {
@@ -345,15 +350,16 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       for (int64_t k = 0; k < K; ++k) alpha[i * K + k] *= root[i];
     }
   }
-  gemm(false, false, B, D, K, static_cast<T>(-2.0 * t / pen.scale), alpha, K, pb.weight, D, T(0), pb.grad,
-       D);
+  gemm(false, false, B, D, K, static_cast<T>(-2.0 * t / pen.scale), alpha, K, pb.weight, D, T(0),
+       pb.grad, D);
   return 0;
 }
 
 template <class T>
 int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
   const int64_t B = pb.rows, D = pb.width, K = pb.targets;
-  const int64_t order = D + (pb.bias ? 1 : 0);  // the bias is the weight of a last feature that is 1
+  const int64_t order =
+      D + (pb.bias ? 1 : 0);  // the bias is the weight of a last feature that is 1
   Scratch scratch;
   const double rho = pen.t - pen.mu;
   auto penalty = [&](int64_t j) {
@@ -365,7 +371,8 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   T* anchor = scratch.take<T>(order * K);
   for (int64_t j = 0; j < D; ++j) {
     const double t = penalty(j), shrink = ratio(t - rho, t);
-    for (int64_t k = 0; k < K; ++k) anchor[j * K + k] = static_cast<T>(shrink * pb.weight[k * D + j]);
+    for (int64_t k = 0; k < K; ++k)
+      anchor[j * K + k] = static_cast<T>(shrink * pb.weight[k * D + j]);
   }
   for (int64_t k = 0; pb.bias && k < K; ++k) {
     anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
@@ -511,7 +518,8 @@ int32_t step(Problem<T>& pb) {
   return fail(cause != 1 || info < 0 ? cause : static_cast<int32_t>(info));
 }
 
-// --- from tensors ------------------------------------------------------------------------------------
+// --- from tensors
+// ------------------------------------------------------------------------------------
 
 double read_scalar(const Tensor& tensor, const Batched& batched, int64_t index) {
   const int64_t at = tensor.dim() == 0 ? 0 : index;
@@ -543,8 +551,8 @@ Tensor prepared(const Tensor& tensor, ScalarType dtype, int64_t core, bool packe
 template <class T>
 void run(const Tensor& features, const Tensor& target, const Tensor& weight,
          const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
-         const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight, bool mean,
-         bool free_bias, const Tensor& loss, const Tensor& grad, const Tensor& info) {
+         const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
+         bool mean, bool free_bias, const Tensor& loss, const Tensor& grad, const Tensor& info) {
   constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
   const int64_t ndim = features.dim();
   Problem<T> base{};
@@ -566,7 +574,8 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
   std::optional<Tensor> sample, diag;
   if (sample_weight) sample = prepared(*sample_weight, kType, 1, true);
   if (lam_diag) diag = prepared(*lam_diag, kType, 1, true);
-  const Batched phis(phi, 2), ys(y, classes ? 1 : 2), weights(weight, 2), lams(lam, 0), grads(grad, 2);
+  const Batched phis(phi, 2), ys(y, classes ? 1 : 2), weights(weight, 2), lams(lam, 0),
+      grads(grad, 2);
   const Batched biases = bias ? Batched(*bias, 1) : Batched();
   const Batched ridges = ridge ? Batched(*ridge, 0) : Batched();
   const Batched samples = sample ? Batched(*sample, 1) : Batched();
@@ -589,8 +598,8 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
 }
 
 ScalarType compute_dtype(const Tensor& features, const Tensor& weight) {
-  const bool wide = features.scalar_type() == ScalarType::Double ||
-                    weight.scalar_type() == ScalarType::Double;
+  const bool wide =
+      features.scalar_type() == ScalarType::Double || weight.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -602,9 +611,10 @@ using InPlace = std::tuple<Tensor, Tensor, Tensor>;
 
 // `weight` and `bias` are contiguous, of the compute dtype, and updated in place.
 InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weight,
-                const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
-                const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
-                const std::string& reduction, const std::string& fit_bias) {
+                const std::optional<Tensor>& bias, const Tensor& lam,
+                const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
+                const std::optional<Tensor>& sample_weight, const std::string& reduction,
+                const std::string& fit_bias) {
   const ScalarType dtype = weight.scalar_type();
   Tensor loss = empty_cpu(batch_shape(features, 2), dtype);
   Tensor grad = like(features, dtype);
@@ -624,10 +634,10 @@ Tensor working_copy(const Tensor& tensor, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
-    const Tensor& features, const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& lam, const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
-    const std::optional<Tensor>& sample_weight, std::string reduction, std::string fit_bias,
-    std::string method) {
+    const Tensor& features, const Tensor& target, const Tensor& weight,
+    const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
+    const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
+    std::string reduction, std::string fit_bias, std::string method) {
   (void)method;
   const ScalarType dtype = compute_dtype(features, weight);
   Tensor new_weight = working_copy(weight, dtype);
@@ -635,8 +645,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
   if (bias) new_bias = working_copy(*bias, dtype);
   auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
                                     sample_weight, reduction, fit_bias);
-  if (weight.scalar_type() != dtype) new_weight = torch::stable::to(new_weight, weight.scalar_type());
-  if (bias && bias->scalar_type() != dtype) new_bias = torch::stable::to(*new_bias, bias->scalar_type());
+  if (weight.scalar_type() != dtype)
+    new_weight = torch::stable::to(new_weight, weight.scalar_type());
+  if (bias && bias->scalar_type() != dtype)
+    new_bias = torch::stable::to(*new_bias, bias->scalar_type());
   if (!bias) new_bias = empty_cpu(batch_shape(features, 2, {0}), weight.scalar_type());
   return {new_weight, *new_bias, loss, grad, info};
 }
@@ -650,7 +662,8 @@ InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tenso
   const ScalarType dtype = compute_dtype(features, weight);
   auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
   if (direct(weight) && (!bias || direct(*bias))) {
-    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias);
+    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction,
+                   fit_bias);
   }
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;

@@ -28,10 +28,10 @@ class GramMoments(NamedTuple):
     """``(..., K)``: sum of s y."""
     target_sq: Tensor | None
     """``(..., K)``: sum of s y^2."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs of moments
     """``(...)`` float64: sum of s, the number of rows where no weights are given."""
 
-    def __add__(self, other: object) -> GramMoments:  # type: ignore[override]
+    def __add__(self, other: object) -> GramMoments:
         """The moments of both sets of rows together."""
         if not isinstance(other, GramMoments):
             return NotImplemented
@@ -61,16 +61,14 @@ class GramMoments(NamedTuple):
     def decay(self, rho: float | Tensor) -> GramMoments:
         """All moments times ``rho``: older rows count less (exponential forgetting)."""
         if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-            raise ValueError(
-                f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}"
-            )
-        return GramMoments(*(None if field is None else field * rho for field in self))  # type: ignore[arg-type]
+            raise ValueError(f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}")
+        return GramMoments._make(None if field is None else field * rho for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
-        *fields, count = (None if field is None else field.to(*args, **kwargs) for field in self)
-        assert count is not None
-        return GramMoments(*fields, count.to(torch.float64))  # type: ignore[arg-type]
+        moved = [None if field is None else field.to(*args, **kwargs) for field in self[:4]]
+        assert moved[0] is not None
+        return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
 torch.serialization.add_safe_globals([GramMoments])
@@ -164,7 +162,8 @@ def _gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    """Dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    x: Tensor
     x, y, sample_weight = ctx.saved_tensors
     acc, features = ctx.acc_dtype, x.shape[-1]
     g_gram, g_cross, g_sum, g_sq, g_count, _ = grads
@@ -302,6 +301,7 @@ def gram(
         tensor([[10., 14.,  4.],
                 [14., 20.,  6.],
                 [ 4.,  6.,  2.]])
+
     """
     args = _gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
     *out, info = GRAM(*args)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,6 @@ class Run:
     """The metric of the head as the training left it."""
     refit: float | None = None
     """The metric of the head re-estimated on the whole training set; closed-form heads only."""
-    loss: float = math.nan
-    """The online head's own loss on the test part."""
     predictions: Tensor | None = None
     """What the online head predicts for the test part."""
     failure: str | None = None
@@ -142,7 +141,7 @@ class Learner:
                 init="zeros" if setting.optimizer == "sgd" else "lecun",
                 device=device,
             )
-            groups = [{"params": list(self.backbone.parameters())}]
+            groups: list[dict[str, Any]] = [{"params": list(self.backbone.parameters())}]
         else:
             self.head = nn.Linear(setting.width, data.outputs).to(device)
             groups = [
@@ -161,17 +160,16 @@ class Learner:
         if isinstance(self.head, ClosedFormLinear):
             self.head.step(features, y)
         elif self.setting.head == "squared":
-            ((self.head(features) - dense) ** 2).sum(1).mean().backward()
+            torch.autograd.backward((self.head(features) - dense).square().sum(1).mean())
         else:
-            F.cross_entropy(self.head(features), y).backward()
+            torch.autograd.backward(F.cross_entropy(self.head(features), y))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def diverged(self, error: Exception) -> bool:
-        """Whether an error of a step comes from numbers that ran away, not from a mistake in the code."""
-        if isinstance(error, LinAlgError):
-            return True
-        return not all(bool(parameter.isfinite().all()) for parameter in self.backbone.parameters())
+    @torch.no_grad()
+    def diverged(self, error: Exception, x: Tensor) -> bool:
+        """Whether a step failed because its numbers ran away, not because of a mistake in the code."""
+        return isinstance(error, LinAlgError) or not bool(self.backbone(x).isfinite().all())
 
     @torch.no_grad()
     def predict(self, head: nn.Module | None = None) -> Tensor:
@@ -186,12 +184,6 @@ class Learner:
         if self.data.classes:
             return 100 * (output.argmax(1) != self.data.test_y).double().mean().item()
         return (output - self.data.test_y).double().square().mean().item()
-
-    def loss(self, output: Tensor) -> float:
-        """The loss that this head is trained on, for the test part: finer than the error, to break ties."""
-        if self.setting.head == "cross-entropy":
-            return F.cross_entropy(output, self.data.test_y).item()
-        return (output - dense_targets(self.data, self.data.test_y)).square().sum(1).mean().item()
 
     @torch.no_grad()
     def refit(self) -> ClosedFormLinear:
@@ -213,7 +205,7 @@ def dense_targets(data: Dataset, y: Tensor) -> Tensor:
     return F.one_hot(y, data.outputs).to(data.train_x.dtype) if data.classes else y
 
 
-def _batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Shuffled full batches without end; what is left of an epoch is dropped, so all steps cost the same."""
     generator = torch.Generator().manual_seed(seed)
     dense = dense_targets(data, data.train_y)
@@ -255,18 +247,19 @@ def train_side_by_side(
 
     Returns:
         A run for each setting, evaluated where it stopped.
+
     """
     first = settings[0]
     device = data.train_x.device
     learners = [Learner(setting, data) for setting in settings]
     runs = [Run(setting) for setting in settings]
     pairs = list(zip(learners, runs, strict=True))
-    batches = _batches(data, first.batch_size, first.seed)
+    stream = batches(data, first.batch_size, first.seed)
     done, turn = 0, 0
     for target in _evaluation_steps(first.steps):
         while done < target and not stop():
             count = min(TURN, target - done)
-            turn_batches = list(itertools.islice(batches, count))
+            turn_batches = list(itertools.islice(stream, count))
             shift = turn % len(pairs)
             for learner, run in pairs[shift:] + pairs[:shift]:
                 if run.failure is None:
@@ -293,7 +286,7 @@ def _take_turn(
         try:
             learner.step(*batch)
         except (ValueError, LinAlgError) as error:
-            if not learner.diverged(error):
+            if not learner.diverged(error, batch[0]):
                 raise
             run.failure = f"diverged at step {run.steps_done + 1}"
             run.points.append(Point(run.steps_done + 1, sum(run.step_seconds), math.nan))
@@ -311,7 +304,7 @@ def _evaluate(learner: Learner, run: Run) -> None:
 
 def _finish(learner: Learner, run: Run) -> None:
     output = learner.predict()
-    run.online, run.loss = learner.metric(output), learner.loss(output)
+    run.online = learner.metric(output)
     run.predictions = (output.argmax(1) if learner.data.classes else output).cpu()
     if HEADS[run.setting.head].closed_form:
         run.refit = learner.metric(learner.predict(learner.refit()))
@@ -321,5 +314,5 @@ def warm_up(settings: Sequence[Setting], data: Dataset, steps: int = 5) -> None:
     """Take a few steps with fresh learners, so that the first timed step pays for nothing but itself."""
     for setting in settings:
         learner = Learner(setting, data)
-        for batch in itertools.islice(_batches(data, setting.batch_size, 0), steps):
+        for batch in itertools.islice(batches(data, setting.batch_size, 0), steps):
             learner.step(*batch)
