@@ -41,9 +41,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         _library._overrides.install(os.environ.get("CFL_OPS_BACKEND") or None)
     else:
         _C.set_isa(int(request.param[3:]))
-        _C.poison_fresh_memory(True)
         yield request.param
-        _C.poison_fresh_memory(False)
         _C.set_isa(_C.best_isa())
 
 

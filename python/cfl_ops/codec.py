@@ -111,7 +111,7 @@ def _quantize_python(w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...
     info = (~finite).sum(-1)
     batch, levels = w.shape[:-1], 1 << bits
     if w.shape[-1] == 0:
-        minimum = maximum = w.new_zeros(batch)
+        minimum, maximum = w.new_zeros(batch), w.new_zeros(batch)
     else:
         empty = ~finite.any(-1)
         minimum = torch.where(empty, 0, torch.where(finite, w, math.inf).amin(-1)) + 0.0
@@ -403,7 +403,7 @@ def _huffman_encode_fake(symbols: Tensor, shape: Sequence[int], chunk_log2: int,
 _DATA_DEPENDENT = (torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe)
 
 HUFFMAN_ENCODE = define_op(
-    "huffman_encode(Tensor symbols, int[] shape, int chunk_log2, int reserve) -> Tensor",
+    "huffman_encode(Tensor symbols, SymInt[] shape, int chunk_log2, SymInt reserve) -> Tensor",
     python=_huffman_encode_python,
     fake=_huffman_encode_fake,
     core_dims=_no_vmap("huffman_encode"),
@@ -427,7 +427,7 @@ def _huffman_decode_python(payload: Tensor, out: Tensor, start: int) -> Tensor:
 
 
 HUFFMAN_DECODE = define_op(
-    "huffman_decode_(Tensor payload, Tensor(a!) out, int start) -> Tensor info",
+    "huffman_decode_(Tensor payload, Tensor(a!) out, SymInt start) -> Tensor info",
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("huffman_decode"),
@@ -455,8 +455,8 @@ def _decompress_python(
 
 
 DECOMPRESS = define_op(
-    "decompress_(Tensor payload, Tensor minimum, Tensor maximum, int bits, int group_size, Tensor(a!) out,"
-    " int start) -> Tensor info",
+    "decompress_(Tensor payload, Tensor minimum, Tensor maximum, int bits, SymInt group_size, Tensor(a!) out,"
+    " SymInt start) -> Tensor info",
     python=_decompress_python,
     fake=lambda payload, *_: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("decompress"),
