@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from cfl_ops import _codec_python as py
-from cfl_ops.codec import DECOMPRESS, DEQUANTIZE, HUFFMAN_DECODE, HUFFMAN_ENCODE, QUANTIZE
+from cfl_ops.codec import DECOMPRESS, DEQUANTIZE, HUFFMAN_DECODE, HUFFMAN_ENCODE, PAYLOAD_HEADER, QUANTIZE
 from contract import Case, OpSpec
 from torch import Tensor
 
@@ -138,6 +138,22 @@ SPECS = [
             Case("empty", lambda dtype: [_symbols(0, 2), [3, 0], 15, 0], dtypes=ONCE),
         ],
         _payload_oracle,
+        lambda *args: (0,),
+        tags=NO_VMAP,
+    ),
+    OpSpec(
+        PAYLOAD_HEADER,
+        [
+            Case("good", lambda dtype: [py.encode(_symbols(600, 60), (2, 300), 10, 0)], dtypes=ONCE),
+            Case("cut", lambda dtype: [py.encode(_symbols(600, 60), (2, 300), 10, 0)[:-1]], dtypes=ONCE),
+        ],
+        lambda payload: (
+            torch.tensor(
+                ([0, 1, 10, 600, 2, 2, 300] + [0] * 62)
+                if payload.numel() == py.encode(_symbols(600, 60), (2, 300), 10, 0).numel()
+                else [py.BAD_LENGTH] + [0] * 68
+            ),
+        ),
         lambda *args: (0,),
         tags=NO_VMAP,
     ),

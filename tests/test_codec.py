@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -311,6 +312,7 @@ def test_entropy_of_degenerate_tensors_and_allocation(backend: str) -> None:
 # --- Huffman ------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache
 def symbol_cases() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(8)
     random = torch.randint(0, 256, (100_000,), generator=generator, dtype=torch.int32)
@@ -343,11 +345,17 @@ def symbol_cases() -> dict[str, Tensor]:
     }
 
 
+@functools.lru_cache
+def fallback_payload(name: str) -> Tensor:
+    symbols = symbol_cases()[name]
+    return py.encode(symbols, tuple(symbols.shape), codec.CHUNK_LOG2, 0)
+
+
 @pytest.mark.parametrize("name", list(symbol_cases()))
 def test_huffman_round_trip_and_equal_bytes(backend: str, name: str) -> None:
     symbols = symbol_cases()[name]
     payload = cfl_ops.huffman_encode(symbols)
-    assert same(payload, py.encode(symbols, tuple(symbols.shape), codec.CHUNK_LOG2, 0)), "all write the same"
+    assert same(payload, fallback_payload(name)), "all write the same"
     assert same(cfl_ops.huffman_decode(payload), symbols)
     out = torch.full_like(symbols, 99)
     assert cfl_ops.huffman_decode(payload, out) is out
@@ -369,9 +377,9 @@ def test_huffman_size_is_that_of_an_optimal_code(name: str) -> None:
 
 
 def test_sampled_code_costs_little(backend: str) -> None:
-    # 2^21 symbols of 256: every eighth block is counted. Rare symbols may be missing in the sample.
-    symbols = normal_symbols(1 << 21, 8)
-    symbols[1_234_567:1_234_570] = torch.tensor([0, 255, 1], dtype=torch.uint8)
+    # 2^19 symbols of 256: every second block is counted. Rare symbols may be missing in the sample.
+    symbols = normal_symbols(1 << 19, 8)
+    symbols[234_567:234_570] = torch.tensor([0, 255, 1], dtype=torch.uint8)
     payload = cfl_ops.huffman_encode(symbols)
     assert same(cfl_ops.huffman_decode(payload), symbols)
     counts = torch.bincount(symbols.to(torch.int64)).tolist()
@@ -381,7 +389,7 @@ def test_sampled_code_costs_little(backend: str) -> None:
 
 def test_symbols_that_hide_from_the_sample(backend: str) -> None:
     """The counted blocks hold one symbol only, all others are noise: slower and larger, never wrong."""
-    n = 1 << 21
+    n = 1 << 19
     symbols = torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(9)).to(torch.uint8)
     stride = n // (1024 * 256)
     for begin in range(0, n, 4096 * stride):
@@ -519,11 +527,15 @@ def test_state_dict_and_file(backend: str, tmp_path: Path) -> None:
 
 def small_payloads() -> dict[str, Tensor]:
     return {
-        "8-bit": cfl_ops.huffman_encode(normal_symbols(300, 8)),
-        "16-bit": cfl_ops.huffman_encode(normal_symbols(200, 10).view(10, 20)),
+        "8-bit": cfl_ops.huffman_encode(normal_symbols(100, 6)),
+        "16-bit": cfl_ops.huffman_encode(normal_symbols(60, 9).view(6, 10)),
         "constant": cfl_ops.huffman_encode(torch.zeros(50, dtype=torch.uint8)),
         "empty": cfl_ops.huffman_encode(torch.zeros(0, dtype=torch.uint8)),
     }
+
+
+EXHAUSTIVE = [item for item in (*LEVELS[-1:], "python")]
+"""The checks do not depend on the instruction set: all bits are tried with the best one and the fallback."""
 
 
 def flips(data: Tensor) -> Iterator[Tensor]:
@@ -541,6 +553,7 @@ def cuts_and_extensions(data: Tensor) -> Iterator[Tensor]:
         yield torch.cat([data, data[:extra]])
 
 
+@pytest.mark.parametrize("backend", EXHAUSTIVE, indirect=True)
 @pytest.mark.parametrize("name", list(small_payloads()))
 def test_every_flip_cut_and_extension_of_a_payload_raises(backend: str, name: str) -> None:
     payload = small_payloads()[name]
@@ -557,9 +570,10 @@ def test_every_flip_cut_and_extension_of_a_payload_raises(backend: str, name: st
             assert int(info) == int(codec._huffman_decode_python(damaged, out, 0))
 
 
+@pytest.mark.parametrize("backend", EXHAUSTIVE, indirect=True)
 @pytest.mark.parametrize("kind", ["quantised", "rows", "kept", "raw"])
 def test_every_flip_cut_and_extension_of_a_blob_raises(backend: str, kind: str) -> None:
-    w = torch.randn(12, 10, generator=torch.Generator().manual_seed(14))
+    w = torch.randn(5, 8, generator=torch.Generator().manual_seed(14))
     if kind == "raw":
         blob = cfl_ops.compress_state_dict({"w": w})["w"]
     elif kind == "kept":
@@ -567,7 +581,7 @@ def test_every_flip_cut_and_extension_of_a_blob_raises(backend: str, kind: str) 
         blob = cfl_ops.compress(w, bits=4, nonfinite="keep")
     else:
         blob = cfl_ops.compress(w, bits=4, per="row" if kind == "rows" else "tensor")
-    assert cfl_ops.decompress(blob).shape == (12, 10)
+    assert cfl_ops.decompress(blob).shape == (5, 8)
     for damaged in itertools.chain(flips(blob), cuts_and_extensions(blob)):
         with pytest.raises(CorruptDataError):
             cfl_ops.decompress(damaged)
@@ -578,7 +592,7 @@ def test_every_flip_cut_and_extension_of_a_file_raises(tmp_path: Path) -> None:
     cfl_ops.save_file({"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30)
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     for damaged in itertools.chain(flips(data), cuts_and_extensions(data)):
-        path.write_bytes(bytes(damaged.tolist()))
+        path.write_bytes(py.as_bytes(damaged))
         with pytest.raises(CorruptDataError):
             cfl_ops.load_file(path)
 

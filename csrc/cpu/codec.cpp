@@ -249,6 +249,23 @@ Tensor info_of(int64_t code) {
   return info;
 }
 
+// (code, bytes of a symbol, log2 of a chunk, elements, dimensions, 64 extents): see codec.py.
+Tensor payload_header_op(const Tensor& strided) {
+  const Tensor payload = torch::stable::contiguous(strided);
+  Tensor out = empty_cpu({5 + kMaxDims}, ScalarType::Long);
+  auto* fields = static_cast<int64_t*>(out.data_ptr());
+  std::fill(fields, fields + 5 + kMaxDims, 0);
+  Header header;
+  fields[0] = parse(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(), &header, kernel());
+  if (fields[0] != kGood) return out;
+  fields[1] = header.symbol_size;
+  fields[2] = header.chunk_log2;
+  fields[3] = header.numel;
+  fields[4] = header.ndim;
+  std::copy_n(header.shape.begin(), header.ndim, fields + 5);
+  return out;
+}
+
 Tensor huffman_decode_op(const Tensor& strided, Tensor out, int64_t start) {
   const Tensor payload = torch::stable::contiguous(strided);
   STD_TORCH_CHECK(out.is_contiguous(), "cfl_ops.huffman_decode: out must be contiguous");
@@ -285,6 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("quantize", TORCH_BOX(&cfl::codec::quantize_op));
   m.impl("dequantize", TORCH_BOX(&cfl::codec::dequantize_op));
   m.impl("huffman_encode", TORCH_BOX(&cfl::codec::huffman_encode_op));
+  m.impl("payload_header", TORCH_BOX(&cfl::codec::payload_header_op));
   m.impl("huffman_decode_", TORCH_BOX(&cfl::codec::huffman_decode_op));
   m.impl("decompress_", TORCH_BOX(&cfl::codec::decompress_op));
 }

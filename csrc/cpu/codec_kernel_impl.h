@@ -231,6 +231,10 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
     memset(out, table[0], n);
     return;
   }
+  if (k == 8) {  // all 256 symbols, in order: the root, hence on a byte
+    memcpy(out, base + (pos >> 3), n);
+    return;
+  }
 #if CFL_CODEC_ISA == 512
   if (k <= 7) {
     const Fields f = fields(pos & 7, 8 * k, _mm512_set1_epi64(k * 0x0706050403020100));
@@ -548,6 +552,11 @@ void pack_scalar(BitWriter& out, const T* ranks, int64_t n, const Node& node) {
 void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
   const int k = node.bits;
   if (k == 0) return;
+  if (k == 8) {  // the root: the writer is at its first byte
+    memcpy(out.p, ranks, n);
+    out.p += n;
+    return;
+  }
 #if CFL_CODEC_ISA == 512
   if (k <= 7) {
     // Neighbours are joined until each 64-bit lane holds 8 symbols in 8 k bits; squeezed together

@@ -321,7 +321,7 @@ def _ends(counts: Tensor, running: Tensor) -> Tensor:
 
 # --- encoding -----------------------------------------------------------------------------------------------
 
-_GROUP = 1 << 24  # symbols worked on at a time
+_GROUP = 1 << 20  # symbols worked on at a time
 
 
 def encode(symbols: Tensor, shape: tuple[int, ...], chunk_log2: int, reserve: int) -> Tensor:
@@ -372,8 +372,11 @@ def _encode_chunks(tree: Tree, ranks: Tensor, chunk: int) -> list[Tensor]:
             return
         if node.right == 0:
             if node.bits:
-                shifts = torch.arange(node.bits, dtype=torch.int32, device=device)
-                bits = ((ranks - node.first)[:, None] >> shifts & 1).to(torch.uint8)
+                value = ranks - node.first
+                value = value.to(torch.uint8) if node.bits <= 8 else value
+                bits = torch.empty(ranks.numel(), node.bits, dtype=torch.uint8, device=device)
+                for j in range(node.bits):
+                    bits[:, j] = value >> j & 1
                 emit(bits.flatten(), counts * node.bits)
             return
         is_right = ranks >= node.first
@@ -398,8 +401,10 @@ def _encode_chunks(tree: Tree, ranks: Tensor, chunk: int) -> list[Tensor]:
 
 def _places(is_right: Tensor, running: Tensor, zeros: int) -> Tensor:
     """For each element its index in (the left list, the right list), one after the other."""
+    # torch.where(is_right, running + zeros - 1, index - running), an order of magnitude faster
     index = torch.arange(is_right.numel(), dtype=torch.int32, device=is_right.device)
-    return torch.where(is_right, running + (zeros - 1), index - running)
+    shift = running.add(running).sub_(index).add_(zeros - 1).mul_(is_right.to(torch.int32))
+    return index.sub_(running).add_(shift)
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -469,10 +474,10 @@ def _decode_chunks(tree: Tree, data: Tensor, sizes: list[int], counts: list[int]
             if node.bits == 0:
                 return here.expand(n)
             columns = take(counts * node.bits).view(n, node.bits)
-            value = columns[:, 0].to(torch.int32)
+            value = columns[:, 0].to(torch.uint8 if node.bits <= 8 else torch.int32)
             for j in range(1, node.bits):
-                value += columns[:, j].to(torch.int32) << j
-            return here.index_select(0, value)
+                value |= columns[:, j].to(value.dtype) << j
+            return here.index_select(0, value.to(torch.int32))
         is_right = take(counts).view(torch.bool)
         running = is_right.cumsum(0, dtype=torch.int32)
         n_right = _ends(counts, running)

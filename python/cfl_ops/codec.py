@@ -415,6 +415,25 @@ def _info(code: int, device: torch.device) -> Tensor:
     return torch.tensor(code, dtype=torch.int64, device=device)
 
 
+def _payload_header_python(payload: Tensor) -> Tensor:
+    fields = [0] * (5 + _py.MAX_DIMS)
+    try:
+        header = _py.parse(payload)
+        fields[1:5] = header.symbol_bytes, header.chunk_log2, header.numel, len(header.shape)
+        fields[5 : 5 + len(header.shape)] = header.shape
+    except _py.Corrupt as error:
+        fields[0] = error.code
+    return torch.tensor(fields, dtype=torch.int64, device=payload.device)
+
+
+PAYLOAD_HEADER = define_op(
+    "payload_header(Tensor payload) -> Tensor",
+    python=_payload_header_python,
+    fake=lambda payload: payload.new_empty(5 + _py.MAX_DIMS, dtype=torch.int64),
+    core_dims=_no_vmap("payload_header"),
+)
+
+
 def _huffman_decode_python(payload: Tensor, out: Tensor, start: int) -> Tensor:
     try:
         symbols = _py.decode(payload, start, out.numel())
@@ -593,12 +612,20 @@ def huffman_decode(
     return out
 
 
-def _header(op: str, payload: Tensor) -> _py.Header:
+class _Header(NamedTuple):
+    """The checked header of a payload."""
+
+    symbol_bytes: int
+    numel: int
+    shape: tuple[int, ...]
+
+
+def _header(op: str, payload: Tensor) -> _Header:
     """The checked header, before anything is allocated for what it promises."""
-    try:
-        return _py.parse(payload)
-    except _py.Corrupt as error:
-        raise _corrupt(op, f"the payload {_py.WORDS[error.code]}") from None
+    code, symbol_bytes, _, numel, ndim, *extents = _as_tensor(PAYLOAD_HEADER(payload)).tolist()
+    if code:
+        raise _corrupt(op, f"the payload {_py.WORDS[code]}")
+    return _Header(symbol_bytes, numel, tuple(extents[:ndim]))
 
 
 # --- weights ------------------------------------------------------------------------------------------------
