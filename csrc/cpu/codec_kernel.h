@@ -27,7 +27,7 @@ struct Tree {
   int32_t symbols;         // with a code
   const uint16_t* symbol;  // by rank, padded by kPad
   const uint8_t* symbol8;  // the same for 8-bit symbols (unspecified where there are larger ones)
-  const uint16_t* rank;    // by symbol, for 16-bit symbols
+  const uint16_t* rank;    // by symbol, for 16-bit symbols that have a code
   const uint8_t* rank8;    // by symbol, 256 entries, for 8-bit symbols
 };
 

@@ -233,7 +233,7 @@ bool CodeTree::build(const std::vector<uint8_t>& lengths) {
   if (!good || taken != leaves.size()) return false;
 
   const bool bytes = lengths.size() <= 256;
-  rank_.assign(65536, 0);
+  rank_.assign(lengths.size(), 0);
   rank8_.fill(0);
   for (size_t r = 0; r < symbol_.size(); ++r) {
     rank_[symbol_[r]] = static_cast<uint16_t>(r);
