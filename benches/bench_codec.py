@@ -22,7 +22,9 @@ from cfl_ops import codec
 from torch import Tensor
 
 N = 4_000_000
-PEERS = {name: importlib.util.find_spec(name) is not None for name in ("zstandard", "constriction", "dahuffman")}
+PEERS = {
+    name: importlib.util.find_spec(name) is not None for name in ("zstandard", "constriction", "dahuffman")
+}
 ABSENT = ", ".join(name for name, there in PEERS.items() if not there)
 NOTE = f"(not installed: {ABSENT})" if ABSENT else ""
 
@@ -267,7 +269,7 @@ def bench_fused(benchmark, bits: int) -> None:
              "zero_ of the output": lambda: out.zero_()})  # fmt: skip
 
 
-class benchmark_again:  # noqa: N801 - stands in for the fixture, which can be used once only
+class benchmark_again:
     def __init__(self, benchmark) -> None:
         self.group, self.extra_info = benchmark.group, {}
 

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
-from test_codec import DATA, FLOATS, GOLDEN, golden_weights
-
 import cfl_ops
+import torch
 from cfl_ops._codec_python import as_bytes
+from test_codec import DATA, FLOATS, GOLDEN, golden_weights
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)

@@ -15,14 +15,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import cfl_ops
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-import cfl_ops
 from cfl_ops import CorruptDataError, _library, codec
 from cfl_ops import _codec_python as py
+from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -210,11 +209,13 @@ def test_strides_and_empty_shapes(backend: str) -> None:
 def test_nonfinite_weights_are_refused_with_their_count(backend: str, dtype: torch.dtype) -> None:
     w = torch.randn(200_000, generator=torch.Generator().manual_seed(4)).to(dtype)
     w[[0, 77_777, 199_999]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
-    with pytest.raises(ValueError, match=r"cfl_ops.quantize: w must be finite, but it has 3 NaN or Inf values"):
+    with pytest.raises(
+        ValueError, match=r"cfl_ops.quantize: w must be finite, but it has 3 NaN or Inf values"
+    ):
         cfl_ops.quantize(w)
-    with pytest.raises(ValueError, match="cfl_ops.compress.*3 NaN or Inf values"):
+    with pytest.raises(ValueError, match=r"cfl_ops.compress.*3 NaN or Inf values"):
         cfl_ops.compress(w)
-    with pytest.raises(ValueError, match="cfl_ops.compress.*3 NaN or Inf values"):
+    with pytest.raises(ValueError, match=r"cfl_ops.compress.*3 NaN or Inf values"):
         cfl_ops.compress(w, bits=8)
     with pytest.raises(ValueError, match=r"cfl_ops.estimate_entropy.*3 NaN or Inf values"):
         cfl_ops.estimate_entropy(w)
@@ -294,7 +295,9 @@ def test_entropy_is_that_of_the_sampled_histogram(
     counts = np.bincount(index[:: max(1, round(1 / fraction))])
     p = counts[counts > 0] / counts.sum()
     # Two roundings of the bin index may move a weight to the next bin: allow for a few of them.
-    assert abs(float(cfl_ops.estimate_entropy(w, bits=bits, fraction=fraction)) + (p * np.log2(p)).sum()) < 2e-3
+    assert (
+        abs(float(cfl_ops.estimate_entropy(w, bits=bits, fraction=fraction)) + (p * np.log2(p)).sum()) < 2e-3
+    )
 
 
 def test_entropy_of_degenerate_tensors_and_allocation(backend: str) -> None:
@@ -372,7 +375,9 @@ def test_huffman_size_is_that_of_an_optimal_code(name: str) -> None:
     best = sum(c * n for c, n in zip(counts, lengths, strict=True)) if present > 1 else 0
     chunks = -(-len(flat) // 2**codec.CHUNK_LOG2)
     # Header, shape, at most 3 nibbles for a change of length, chunk table, and the chunks' last bytes.
-    overhead = py.HEADER_BYTES + 8 * symbols.ndim + 1.5 * 2 * present + 3 * len(counts) / 256 + 16 + 9 * chunks
+    overhead = (
+        py.HEADER_BYTES + 8 * symbols.ndim + 1.5 * 2 * present + 3 * len(counts) / 256 + 16 + 9 * chunks
+    )
     assert best / 8 <= cfl_ops.huffman_encode(symbols).numel() <= best / 8 + overhead
 
 
@@ -417,7 +422,14 @@ def test_random_access(backend: str, bits: int) -> None:
     payload = cfl_ops.huffman_encode(symbols)
     flat = symbols.flatten()
     chunk = 1 << codec.CHUNK_LOG2
-    for start, stop in ((0, 0), (0, 1), (5, 20), (chunk - 1, chunk + 1), (chunk, 2 * chunk), (99_999, 100_000)):
+    for start, stop in (
+        (0, 0),
+        (0, 1),
+        (5, 20),
+        (chunk - 1, chunk + 1),
+        (chunk, 2 * chunk),
+        (99_999, 100_000),
+    ):
         assert same(cfl_ops.huffman_decode(payload, start=start, stop=stop), flat[start:stop])
     assert same(cfl_ops.huffman_decode(payload, start=60_000), flat[60_000:])
     # Only the chunks asked for are read: damage elsewhere goes unseen, damage in them does not.
@@ -440,14 +452,17 @@ def test_noncontiguous_symbols_and_payload(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"bits": 11, "per": "row"}, {"floor": 4, "per": "block", "block_size": 999}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 8}, {"bits": 11, "per": "row"}, {"floor": 4, "per": "block", "block_size": 999}]
+)
 def test_compress_round_trip(backend: str, dtype: torch.dtype, options: dict[str, object]) -> None:
     w = (torch.randn(41, 1000, generator=torch.Generator().manual_seed(11)) * 0.05).to(dtype)
     blob = cfl_ops.compress(w, **options)  # type: ignore[arg-type]
     back = cfl_ops.decompress(blob)
     per = {key: value for key, value in options.items() if key in ("per", "block_size")}
     bits = options.get("bits") or cfl_ops.allocate_bits(
-        cfl_ops.estimate_entropy(w), floor=float(options.get("floor", 6))  # type: ignore[arg-type]
+        cfl_ops.estimate_entropy(w),
+        floor=float(options.get("floor", 6)),  # type: ignore[arg-type]
     )
     expected = cfl_ops.dequantize(cfl_ops.quantize(w, bits, **per))  # type: ignore[arg-type]
     assert same(back, expected)
@@ -487,7 +502,10 @@ def test_nonfinite_weights_are_kept_on_request(backend: str, dtype: torch.dtype)
     finite = w[~bad]
     step = float(finite.max() - finite.min()) / 256
     assert (back[~bad] - finite).double().abs().max() <= step / 2 + torch.finfo(dtype).eps * 8
-    assert same(cfl_ops.decompress(blob, start=3000, stop=3100).nan_to_num(1.0), back.flatten()[3000:3100].nan_to_num(1.0))
+    assert same(
+        cfl_ops.decompress(blob, start=3000, stop=3100).nan_to_num(1.0),
+        back.flatten()[3000:3100].nan_to_num(1.0),
+    )
     only = torch.tensor([math.nan, math.inf], dtype=dtype)
     again = cfl_ops.decompress(cfl_ops.compress(only, bits=3, nonfinite="keep"))
     assert torch.equal(again.nan_to_num(5.0, posinf=7.0), only.nan_to_num(5.0, posinf=7.0))
@@ -534,7 +552,7 @@ def small_payloads() -> dict[str, Tensor]:
     }
 
 
-EXHAUSTIVE = [item for item in (*LEVELS[-1:], "python")]
+EXHAUSTIVE = [*LEVELS[-1:], "python"]
 """The checks do not depend on the instruction set: all bits are tried with the best one and the fallback."""
 
 
@@ -656,36 +674,41 @@ def forged(
 
 
 HOSTILE = {
-    "huge numel": (dict(numel=2**40, shape=(2**40,)), py.BAD_HEADER),
-    "numel above the limit": (dict(numel=2**63, shape=(2**63,)), py.BAD_HEADER),
-    "overflowing shape": (dict(shape=(2**32, 2**32)), py.BAD_HEADER),
-    "overflowing shape to the right product": (dict(shape=(2**63, 2, 8)), py.BAD_HEADER),
-    "negative extent": (dict(shape=(2**64 - 8,)), py.BAD_HEADER),
-    "shape of another size": (dict(shape=(9,)), py.BAD_HEADER),
-    "too many dimensions": (dict(ndim=2**31), py.BAD_HEADER),
-    "huge table": (dict(table_bytes=2**32 - 1), py.BAD_HEADER),
-    "huge alphabet": (dict(alphabet=2**32 - 1), py.BAD_HEADER),
-    "alphabet of bytes above 256": (dict(alphabet=257, lengths=[1, 1] + [0] * 255), py.BAD_HEADER),
-    "no alphabet": (dict(alphabet=0, table=b""), py.BAD_HEADER),
-    "chunks too small": (dict(chunk_log2=3), py.BAD_HEADER),
-    "chunks too large": (dict(chunk_log2=63), py.BAD_HEADER),
-    "symbols of 3 bytes": (dict(symbol_bytes=3), py.BAD_HEADER),
-    "unknown version": (dict(version=2), py.BAD_VERSION),
-    "Kraft sum above 1": (dict(alphabet=3, lengths=[1, 1, 1]), py.BAD_CODE_TABLE),
-    "Kraft sum below 1": (dict(alphabet=3, lengths=[1, 2, 3]), py.BAD_CODE_TABLE),
-    "no code at all": (dict(alphabet=2, lengths=[0, 0]), py.BAD_CODE_TABLE),
-    "one symbol of length 2": (dict(alphabet=2, lengths=[0, 2]), py.BAD_CODE_TABLE),
-    "length above the limit": (dict(alphabet=2, lengths=[61, 1]), py.BAD_CODE_TABLE),
-    "table too short": (dict(table=b"\x11"[:0]), py.BAD_CODE_TABLE),
-    "table too long": (dict(table=py.pack_lengths([1, 1]) + b"\0"), py.BAD_CODE_TABLE),
-    "run beyond the alphabet": (dict(table=bytes([0x8D | 0, 0x00 | 0xE0, 0xFF])), py.BAD_CODE_TABLE),
-    "reserved nibble": (dict(table=b"\xff"), py.BAD_CODE_TABLE),
-    "chunk sizes beyond the end": (dict(sizes=[2**32 - 1]), py.BAD_CHUNK_SIZES),
-    "chunk sizes short of the end": (dict(sizes=[0]), py.BAD_CHUNK_SIZES),
-    "chunk with too few bits": (dict(numel=9, shape=(9,)), py.BAD_CHUNK),
-    "chunk with too many bits": (dict(chunks=[b"\x55\x55"]), py.BAD_CHUNK),
+    "huge numel": ({"numel": 2**40, "shape": (2**40,)}, py.BAD_HEADER),
+    "numel above the limit": ({"numel": 2**63, "shape": (2**63,)}, py.BAD_HEADER),
+    "overflowing shape": ({"shape": (2**32, 2**32)}, py.BAD_HEADER),
+    "overflowing shape to the right product": ({"shape": (2**63, 2, 8)}, py.BAD_HEADER),
+    "negative extent": ({"shape": (2**64 - 8,)}, py.BAD_HEADER),
+    "shape of another size": ({"shape": (9,)}, py.BAD_HEADER),
+    "too many dimensions": ({"ndim": 2**31}, py.BAD_HEADER),
+    "huge table": ({"table_bytes": 2**32 - 1}, py.BAD_HEADER),
+    "huge alphabet": ({"alphabet": 2**32 - 1}, py.BAD_HEADER),
+    "alphabet of bytes above 256": ({"alphabet": 257, "lengths": [1, 1] + [0] * 255}, py.BAD_HEADER),
+    "no alphabet": ({"alphabet": 0, "table": b""}, py.BAD_HEADER),
+    "chunks too small": ({"chunk_log2": 3}, py.BAD_HEADER),
+    "chunks too large": ({"chunk_log2": 63}, py.BAD_HEADER),
+    "symbols of 3 bytes": ({"symbol_bytes": 3}, py.BAD_HEADER),
+    "unknown version": ({"version": 2}, py.BAD_VERSION),
+    "Kraft sum above 1": ({"alphabet": 3, "lengths": [1, 1, 1]}, py.BAD_CODE_TABLE),
+    "Kraft sum below 1": ({"alphabet": 3, "lengths": [1, 2, 3]}, py.BAD_CODE_TABLE),
+    "no code at all": ({"alphabet": 2, "lengths": [0, 0]}, py.BAD_CODE_TABLE),
+    "one symbol of length 2": ({"alphabet": 2, "lengths": [0, 2]}, py.BAD_CODE_TABLE),
+    "length above the limit": ({"alphabet": 2, "lengths": [61, 1]}, py.BAD_CODE_TABLE),
+    "table too short": ({"table": b"\x11"[:0]}, py.BAD_CODE_TABLE),
+    "table too long": ({"table": py.pack_lengths([1, 1]) + b"\0"}, py.BAD_CODE_TABLE),
+    "run beyond the alphabet": ({"table": bytes([0x8D | 0, 0x00 | 0xE0, 0xFF])}, py.BAD_CODE_TABLE),
+    "reserved nibble": ({"table": b"\xff"}, py.BAD_CODE_TABLE),
+    "chunk sizes beyond the end": ({"sizes": [2**32 - 1]}, py.BAD_CHUNK_SIZES),
+    "chunk sizes short of the end": ({"sizes": [0]}, py.BAD_CHUNK_SIZES),
+    "chunk with too few bits": ({"numel": 9, "shape": (9,)}, py.BAD_CHUNK),
+    "chunk with too many bits": ({"chunks": [b"\x55\x55"]}, py.BAD_CHUNK),
     "second chunk overlapping the first": (
-        dict(numel=40_000, shape=(40_000,), chunks=[bytes(4096), bytes(904)], sizes=[4096, 2**32 - 4096]),
+        {
+            "numel": 40_000,
+            "shape": (40_000,),
+            "chunks": [bytes(4096), bytes(904)],
+            "sizes": [4096, 2**32 - 4096],
+        },
         py.BAD_CHUNK_SIZES,
     ),
 }

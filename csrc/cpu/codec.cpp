@@ -28,7 +28,8 @@ Float float_kind(ScalarType dtype) {
 }
 
 int symbol_size(const Tensor& symbols) {
-  const bool known = symbols.scalar_type() == ScalarType::Byte || symbols.scalar_type() == ScalarType::UInt16;
+  const bool known =
+      symbols.scalar_type() == ScalarType::Byte || symbols.scalar_type() == ScalarType::UInt16;
   STD_TORCH_CHECK(known, "cfl_ops: symbols must be uint8 or uint16");
   return symbols.scalar_type() == ScalarType::Byte ? 1 : 2;
 }
@@ -36,14 +37,18 @@ int symbol_size(const Tensor& symbols) {
 // The instruction set that tests and CFL_OPS settings chose for the Gram kernel rules here too.
 const Kernel* kernel() { return kernel_at_most(static_cast<int>(cfl::cpu::isa())); }
 
-Threads threads() { return {&cfl::parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())}; }
+Threads threads() {
+  return {&cfl::parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
 
 double read_float(Float dtype, const void* data, int64_t i) {
   switch (dtype) {
     case Float::kF16:
-      return static_cast<double>(static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[i]));
+      return static_cast<double>(
+          static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[i]));
     case Float::kBF16:
-      return static_cast<double>(static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(data)[i]));
+      return static_cast<double>(
+          static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(data)[i]));
     case Float::kF32:
       return static_cast<const float*>(data)[i];
     default:
@@ -66,8 +71,8 @@ void write_float(Float dtype, void* data, int64_t i, double value) {
   }
 }
 
-// As _affine in codec.py: float32 arithmetic where it carries the range, else float64; powers of two
-// keep the extremes of float64 representable.
+// As _affine in codec.py: float32 arithmetic where it carries the range, else float64; powers of
+// two keep the extremes of float64 representable.
 Affine make_affine(Float dtype, double minimum, double maximum, int bits, int* wide) {
   const double levels = std::ldexp(1.0, bits);
   Affine a = {minimum, 0, 0, 1, 1, static_cast<int32_t>(levels) - 1};
@@ -100,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
   const auto batch = batch_shape(w, 1);
   const int64_t groups = product(batch), levels = int64_t{1} << bits;
   const int symbol_bytes = bits <= 8 ? 1 : 2;
-  Tensor symbols = empty_cpu(batch_shape(w, 1, {size}), symbol_bytes == 1 ? ScalarType::Byte : ScalarType::UInt16);
+  Tensor symbols = empty_cpu(batch_shape(w, 1, {size}),
+                             symbol_bytes == 1 ? ScalarType::Byte : ScalarType::UInt16);
   Tensor minimum = empty_cpu(batch, w.scalar_type()), maximum = empty_cpu(batch, w.scalar_type());
   Tensor counts = empty_cpu(batch_shape(w, 1, {histogram ? levels : 0}), ScalarType::Long);
   Tensor info = empty_cpu(batch, ScalarType::Long);
@@ -121,7 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * kBlock, count = std::min(kBlock, size - first);
       Part& part = parts[i];
-      part.bad = k->range(dtype, in + (i / blocks * size + first) * element, count, &part.minimum, &part.maximum);
+      part.bad = k->range(dtype, in + (i / blocks * size + first) * element, count, &part.minimum,
+                          &part.maximum);
     }
   });
   std::vector<Affine> affine(groups);
@@ -135,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
       all.bad += part.bad;
     }
     if (!(all.minimum <= all.maximum)) all.minimum = all.maximum = 0;  // nothing finite
-    all.minimum += 0.0;  // no negative zero, so that the bytes do not depend on the order of a search
+    all.minimum +=
+        0.0;  // no negative zero, so that the bytes do not depend on the order of a search
     all.maximum += 0.0;
     write_float(dtype, minimum.data_ptr(), g, all.minimum);
     write_float(dtype, maximum.data_ptr(), g, all.maximum);
@@ -143,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
     affine[g] = make_affine(dtype, all.minimum, all.maximum, static_cast<int>(bits), &wide[g]);
   }
 
-  const int64_t tables = histogram ? std::min<int64_t>(groups * blocks, torch::stable::get_num_threads()) : 0;
+  const int64_t tables =
+      histogram ? std::min<int64_t>(groups * blocks, torch::stable::get_num_threads()) : 0;
   auto quantize_blocks = [&](int64_t begin, int64_t end, int64_t* table) {
     std::vector<uint32_t> even, odd;
     if (table && symbol_bytes == 2) {
@@ -151,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
       odd.assign(65536, 0);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / blocks, first = i % blocks * kBlock, count = std::min(kBlock, size - first);
+      const int64_t g = i / blocks, first = i % blocks * kBlock,
+                    count = std::min(kBlock, size - first);
       uint8_t* to = out + (g * size + first) * symbol_bytes;
       if (static_cast<int64_t*>(info.data_ptr())[g]) {
         std::memset(to, 0, count * symbol_bytes);
@@ -162,8 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
       const int64_t piece = table ? kPiece : count;
       for (int64_t at = 0; at < count; at += piece) {
         const int64_t n = std::min(piece, count - at);
-        k->quantize(dtype, in + (g * size + first + at) * element, n, &affine[g], wide[g], symbol_bytes,
-                    to + at * symbol_bytes);
+        k->quantize(dtype, in + (g * size + first + at) * element, n, &affine[g], wide[g],
+                    symbol_bytes, to + at * symbol_bytes);
         if (table && symbol_bytes == 2) {
           k->histogram16(reinterpret_cast<uint16_t*>(to) + at, n, even.data(), odd.data());
         }
@@ -180,14 +190,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
     }
   };
   if (!histogram) {
-    torch::stable::parallel_for(0, groups * blocks, grain,
-                                [&](int64_t begin, int64_t end) { quantize_blocks(begin, end, nullptr); });
+    torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
+      quantize_blocks(begin, end, nullptr);
+    });
   } else {
     auto* total = static_cast<int64_t*>(counts.data_ptr());
     std::fill(total, total + groups * levels, 0);
     if (groups > 1) {
       torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) quantize_blocks(g * blocks, (g + 1) * blocks, total + g * levels);
+        for (int64_t g = begin; g < end; ++g)
+          quantize_blocks(g * blocks, (g + 1) * blocks, total + g * levels);
       });
     } else if (groups == 1) {
       std::vector<std::vector<int64_t>> part(tables, std::vector<int64_t>(levels, 0));
@@ -204,9 +216,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
   return {symbols, minimum, maximum, counts, info};
 }
 
-Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in, int64_t bits) {
+Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
+                     int64_t bits) {
   const Tensor q = torch::stable::contiguous(strided);
-  const Tensor minimum = torch::stable::contiguous(minimum_in), maximum = torch::stable::contiguous(maximum_in);
+  const Tensor minimum = torch::stable::contiguous(minimum_in),
+               maximum = torch::stable::contiguous(maximum_in);
   const Float dtype = float_kind(minimum.scalar_type());
   const int64_t size = q.size(q.dim() - 1), groups = minimum.numel();
   const int bytes = symbol_size(q);
@@ -217,27 +231,31 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size));
   torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / blocks, first = i % blocks * kBlock, count = std::min(kBlock, size - first);
+      const int64_t g = i / blocks, first = i % blocks * kBlock,
+                    count = std::min(kBlock, size - first);
       int wide = 0;
-      const Affine a = make_affine(dtype, read_float(dtype, minimum.data_ptr(), g),
-                                   read_float(dtype, maximum.data_ptr(), g), static_cast<int>(bits), &wide);
+      const Affine a =
+          make_affine(dtype, read_float(dtype, minimum.data_ptr(), g),
+                      read_float(dtype, maximum.data_ptr(), g), static_cast<int>(bits), &wide);
       const int64_t at = g * size + first;
-      k->dequantize(dtype, static_cast<const uint8_t*>(q.data_ptr()) + at * bytes, bytes, count, &a, wide,
-                    static_cast<uint8_t*>(w.data_ptr()) + at * w.element_size());
+      k->dequantize(dtype, static_cast<const uint8_t*>(q.data_ptr()) + at * bytes, bytes, count, &a,
+                    wide, static_cast<uint8_t*>(w.data_ptr()) + at * w.element_size());
     }
   });
   return w;
 }
 
-Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int64_t chunk_log2, int64_t reserve) {
+Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int64_t chunk_log2,
+                         int64_t reserve) {
   const Tensor symbols = torch::stable::contiguous(strided);
   Tensor buffer;
-  const int64_t size = encode_payload(
-      symbols.data_ptr(), symbol_size(symbols), symbols.numel(), shape.data(), static_cast<int64_t>(shape.size()),
-      static_cast<int>(chunk_log2), kernel(), threads(), [&](int64_t bytes) {
-        buffer = empty_cpu({reserve + bytes}, ScalarType::Byte);
-        return static_cast<uint8_t*>(buffer.data_ptr()) + reserve;
-      });
+  const int64_t size =
+      encode_payload(symbols.data_ptr(), symbol_size(symbols), symbols.numel(), shape.data(),
+                     static_cast<int64_t>(shape.size()), static_cast<int>(chunk_log2), kernel(),
+                     threads(), [&](int64_t bytes) {
+                       buffer = empty_cpu({reserve + bytes}, ScalarType::Byte);
+                       return static_cast<uint8_t*>(buffer.data_ptr()) + reserve;
+                     });
   STD_TORCH_CHECK(size >= 0, "cfl_ops.huffman_encode: no code could be built");
   std::memset(buffer.data_ptr(), 0, reserve);
   return torch::stable::narrow(buffer, 0, 0, reserve + size);
@@ -256,7 +274,8 @@ Tensor payload_header_op(const Tensor& strided) {
   auto* fields = static_cast<int64_t*>(out.data_ptr());
   std::fill(fields, fields + 5 + kMaxDims, 0);
   Header header;
-  fields[0] = parse(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(), &header, kernel());
+  fields[0] =
+      parse(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(), &header, kernel());
   if (fields[0] != kGood) return out;
   fields[1] = header.symbol_size;
   fields[2] = header.chunk_log2;
@@ -269,14 +288,16 @@ Tensor payload_header_op(const Tensor& strided) {
 Tensor huffman_decode_op(const Tensor& strided, Tensor out, int64_t start) {
   const Tensor payload = torch::stable::contiguous(strided);
   STD_TORCH_CHECK(out.is_contiguous(), "cfl_ops.huffman_decode: out must be contiguous");
-  return info_of(decode_payload(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(), start,
-                                out.numel(), out.data_ptr(), symbol_size(out), nullptr, kernel(), threads()));
+  return info_of(decode_payload(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(),
+                                start, out.numel(), out.data_ptr(), symbol_size(out), nullptr,
+                                kernel(), threads()));
 }
 
-Tensor decompress_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in, int64_t bits,
-                     int64_t group_size, Tensor out, int64_t start) {
+Tensor decompress_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
+                     int64_t bits, int64_t group_size, Tensor out, int64_t start) {
   const Tensor payload = torch::stable::contiguous(strided);
-  const Tensor minimum = torch::stable::contiguous(minimum_in), maximum = torch::stable::contiguous(maximum_in);
+  const Tensor minimum = torch::stable::contiguous(minimum_in),
+               maximum = torch::stable::contiguous(maximum_in);
   STD_TORCH_CHECK(out.is_contiguous(), "cfl_ops.decompress: out must be contiguous");
   const int64_t groups = minimum.numel();
   STD_TORCH_CHECK(group_size > 0 && maximum.numel() == groups, "cfl_ops.decompress: bad groups");
@@ -289,10 +310,12 @@ Tensor decompress_op(const Tensor& strided, const Tensor& minimum_in, const Tens
   weights.group_size = group_size;
   weights.affine = [&](int64_t group, int* wide) {
     return make_affine(weights.dtype, read_float(weights.dtype, minimum.data_ptr(), group),
-                       read_float(weights.dtype, maximum.data_ptr(), group), static_cast<int>(bits), wide);
+                       read_float(weights.dtype, maximum.data_ptr(), group), static_cast<int>(bits),
+                       wide);
   };
-  return info_of(decode_payload(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(), start,
-                                out.numel(), out.data_ptr(), 0, &weights, kernel(), threads()));
+  return info_of(decode_payload(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(),
+                                start, out.numel(), out.data_ptr(), 0, &weights, kernel(),
+                                threads()));
 }
 
 }  // namespace

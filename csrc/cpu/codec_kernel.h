@@ -1,23 +1,23 @@
-// The inner loops of the weight codec, one table of functions per instruction set. Plain pointers, no
-// torch and (for the sake of the per-ISA files) no C++ library. The layout is docs/format.md's.
+// The inner loops of the weight codec, one table of functions per instruction set. Plain pointers,
+// no torch and (for the sake of the per-ISA files) no C++ library. The layout is docs/format.md's.
 #pragma once
 
 #include <stdint.h>
 
 namespace cfl::codec {
 
-constexpr int kMaxLength = 60;      // of a code, in bits
-constexpr int64_t kPad = 64;        // elements that loops may read or write past a scratch buffer
-constexpr int64_t kReadPad = 128;   // bytes that a decoder may read past the last bit of a chunk
+constexpr int kMaxLength = 60;     // of a code, in bits
+constexpr int64_t kPad = 64;       // elements that loops may read or write past a scratch buffer
+constexpr int64_t kReadPad = 128;  // bytes that a decoder may read past the last bit of a chunk
 
 // A node of the code tree, in pre-order: the left child of inner node i is node i + 1. Symbols are
 // numbered by rank: their order in the leaves from left to right.
 struct Node {
-  int32_t right;    // inner node: index of the right child; leaf: 0
-  int32_t first;    // inner node: rank of the first symbol of the right child; leaf: of its first
-  int32_t bits;     // leaf: it holds 2^bits symbols, told apart by that many raw bits
-  int32_t base;     // leaf: the smallest symbol
-  int32_t run;      // leaf: whether its symbols are base, base + 1, base + 2, ...
+  int32_t right;  // inner node: index of the right child; leaf: 0
+  int32_t first;  // inner node: rank of the first symbol of the right child; leaf: of its first
+  int32_t bits;   // leaf: it holds 2^bits symbols, told apart by that many raw bits
+  int32_t base;   // leaf: the smallest symbol
+  int32_t run;    // leaf: whether its symbols are base, base + 1, base + 2, ...
 };
 
 struct Tree {
@@ -71,9 +71,7 @@ struct Kernel {
                      int wide, void* w);
 };
 
-inline int64_t arena_size(const Tree& tree, int64_t n) {
-  return (tree.depth + 2) * (n + 4 * kPad);
-}
+inline int64_t arena_size(const Tree& tree, int64_t n) { return (tree.depth + 2) * (n + 4 * kPad); }
 
 // Null where the build or the CPU has not got the instructions.
 const Kernel* kernel_generic();

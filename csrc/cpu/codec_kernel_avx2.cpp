@@ -1,4 +1,5 @@
-// The codec's loops for AVX2, BMI2 and carry-less multiplication; a stub where the compiler lacks the flags.
+// The codec's loops for AVX2, BMI2 and carry-less multiplication; a stub where the compiler lacks
+// the flags.
 #if defined(__AVX2__) && defined(__BMI2__) && defined(__PCLMUL__)
 #define CFL_CODEC_ISA 2
 #include "cpu/codec_kernel_impl.h"

@@ -1,4 +1,5 @@
-// The codec's loops for AVX-512 with VBMI2 (Ice Lake, Zen 4 and later); a stub where the compiler lacks the flags.
+// The codec's loops for AVX-512 with VBMI2 (Ice Lake, Zen 4 and later); a stub where the compiler
+// lacks the flags.
 #if defined(__AVX512VBMI2__) && defined(__VPCLMULQDQ__)
 #define CFL_CODEC_ISA 512
 #include "cpu/codec_kernel_impl.h"

@@ -45,7 +45,8 @@ CFL_INLINE int64_t count_ones(const uint8_t* base, int64_t pos, int64_t n) {
 CFL_INLINE const uint8_t* symbols_of(const Tree* tree, uint8_t) { return tree->symbol8; }
 CFL_INLINE const uint16_t* symbols_of(const Tree* tree, uint16_t) { return tree->symbol; }
 
-// ---- tables of byte shuffles, for AVX2 -----------------------------------------------------------
+// ---- tables of byte shuffles, for AVX2
+// -----------------------------------------------------------
 
 #if CFL_CODEC_ISA == 2
 struct Shuffles {
@@ -74,7 +75,8 @@ struct Shuffles {
 constexpr Shuffles kShuffles;
 #endif
 
-// ---- decoding: merging two lists -----------------------------------------------------------------
+// ---- decoding: merging two lists
+// -----------------------------------------------------------------
 
 // out[i] is the next of `right` where bit i is one, else the next of `left`.
 template <class T>
@@ -179,7 +181,8 @@ void merge(const uint8_t* base, int64_t pos, int64_t n, const uint16_t* l, const
 #endif
 }
 
-// ---- decoding: leaves ----------------------------------------------------------------------------
+// ---- decoding: leaves
+// ----------------------------------------------------------------------------
 
 template <class T>
 void fill(T value, int64_t n, T* out) {
@@ -217,8 +220,7 @@ CFL_INLINE Fields fields(unsigned s, int64_t step, __m512i pattern) {
       _mm512_add_epi64(_mm512_set1_epi64(s), _mm512_mul_epu32(lane, _mm512_set1_epi64(step)));
   const __m512i repeat = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
   const __m512i byte = _mm512_shuffle_epi8(_mm512_srli_epi64(start, 3), repeat);
-  const __m512i bit =
-      _mm512_shuffle_epi8(_mm512_and_si512(start, _mm512_set1_epi64(7)), repeat);
+  const __m512i bit = _mm512_shuffle_epi8(_mm512_and_si512(start, _mm512_set1_epi64(7)), repeat);
   return {_mm512_add_epi8(byte, _mm512_set1_epi64(0x0706050403020100)),
           _mm512_add_epi8(bit, pattern)};
 }
@@ -299,8 +301,7 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
   if (k <= 8 || (k <= 14 && node.run)) {
     const uint64_t low = k, pattern = (3 * low + 8) << 56 | (3 * low) << 48 | (2 * low + 8) << 40 |
                                       (2 * low) << 32 | (low + 8) << 24 | low << 16 | 8 << 8;
-    const Fields f =
-        fields(pos & 7, 4 * k, _mm512_set1_epi64(static_cast<int64_t>(pattern)));
+    const Fields f = fields(pos & 7, 4 * k, _mm512_set1_epi64(static_cast<int64_t>(pattern)));
     const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1 << k) - 1));
     const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(node.base));
     const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32);
@@ -313,11 +314,10 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
       } else {
         __m512i found = _mm512_permutex2var_epi16(t0, v, t1);
         for (int t = 1; t < 1 << k >> 6; ++t) {
-          const __mmask32 here =
-              _mm512_cmpeq_epi16_mask(_mm512_srli_epi16(v, 6), _mm512_set1_epi16(static_cast<int16_t>(t)));
-          const __m512i part =
-              _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * t), v,
-                                        _mm512_loadu_si512(table + 64 * t + 32));
+          const __mmask32 here = _mm512_cmpeq_epi16_mask(
+              _mm512_srli_epi16(v, 6), _mm512_set1_epi16(static_cast<int16_t>(t)));
+          const __m512i part = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * t), v,
+                                                         _mm512_loadu_si512(table + 64 * t + 32));
           found = _mm512_mask_mov_epi16(found, here, part);
         }
         v = found;
@@ -334,7 +334,8 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
   leaf_scalar(base, pos, n, k, table, out);
 }
 
-// ---- decoding: the tree --------------------------------------------------------------------------
+// ---- decoding: the tree
+// --------------------------------------------------------------------------
 
 CFL_INLINE int64_t padded(int64_t n) { return (n + 2 * kPad - 1) & ~(kPad - 1); }
 
@@ -367,19 +368,22 @@ struct Decoder {
     T* left = arena;
     T* right = left + padded(n_left);
     arena = right + padded(n_right);
-    if (!run(index + 1, n_left, left, arena) || !run(node.right, n_right, right, arena)) return false;
+    if (!run(index + 1, n_left, left, arena) || !run(node.right, n_right, right, arena))
+      return false;
     merge(base, start, n, left, right, out);
     return true;
   }
 };
 
 template <class T>
-int64_t decode(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n, T* out, T* arena) {
+int64_t decode(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n, T* out,
+               T* arena) {
   Decoder<T> decoder = {tree->nodes, symbols_of(tree, T()), bits, bit_count, 0};
   return n == 0 || decoder.run(0, n, out, arena) ? decoder.pos : -1;
 }
 
-// ---- encoding ------------------------------------------------------------------------------------
+// ---- encoding
+// ------------------------------------------------------------------------------------
 
 struct BitWriter {
   uint8_t* p;
@@ -391,17 +395,14 @@ struct BitWriter {
     p += 8;
     acc = v >> 1 >> (63 - fill);
   }
-  // n <= 64 bits; those above are zero.
+  // n <= 64 bits; those above are zero. Without a branch, for its outcome is hard to foretell.
   CFL_INLINE void put(uint64_t v, unsigned n) {
     acc |= v << fill;
-    fill += n;
-    if (fill >= 64) {
-      store64(p, acc);
-      p += 8;
-      fill -= 64;
-      const unsigned used = n - fill;
-      acc = used == 64 ? 0 : v >> used;
-    }
+    store64(p, acc);
+    const unsigned sum = fill + n;
+    acc = sum >= 64 ? v >> 1 >> (63 - fill) : acc;
+    p += sum >> 6 << 3;
+    fill = sum & 63;
   }
 };
 
@@ -438,8 +439,8 @@ int64_t partition(BitWriter& out, uint8_t* ranks, int64_t n, int32_t pivot, uint
   const __m256i least = _mm256_set1_epi8(static_cast<char>(pivot));
   for (; i + 32 <= n; i += 32) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ranks + i));
-    const uint32_t word =
-        static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, least), v)));
+    const uint32_t word = static_cast<uint32_t>(
+        _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, least), v)));
     out.put(word, 32);
     alignas(32) uint64_t part[4];
     _mm256_store_si256(reinterpret_cast<__m256i*>(part), v);
@@ -485,6 +486,22 @@ int64_t partition(BitWriter& out, uint16_t* ranks, int64_t n, int32_t pivot, uin
 #if CFL_CODEC_ISA == 512
   const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(pivot));
   BitWriter w = out;
+  for (; i + 64 <= n; i += 64) {
+    uint64_t word = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      // In place: the left list never reaches beyond what was read.
+      const __m512i v = _mm512_loadu_si512(ranks + i + 32 * j);
+      const uint32_t m = _mm512_cmpge_epu16_mask(v, least);
+      word |= static_cast<uint64_t>(m) << (32 * j);
+      const int64_t c = ones(m);
+      _mm512_storeu_si512(r, _mm512_maskz_compress_epi16(m, v));
+      _mm512_storeu_si512(l, _mm512_maskz_compress_epi16(~m, v));
+      r += c;
+      l += 32 - c;
+    }
+    w.put64(word);
+  }
   for (; i + 32 <= n; i += 32) {
     const __m512i v = _mm512_loadu_si512(ranks + i);
     const uint32_t m = _mm512_cmpge_epu16_mask(v, least);
@@ -511,10 +528,12 @@ int64_t partition(BitWriter& out, uint16_t* ranks, int64_t n, int32_t pivot, uin
   for (; i + 8 <= n; i += 8) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(ranks + i));
     const __m128i is = _mm_cmpeq_epi16(_mm_max_epu16(v, least), v);
-    const unsigned m = static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(is, _mm_setzero_si128())));
+    const unsigned m =
+        static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(is, _mm_setzero_si128())));
     out.put(m, 8);
     auto squeeze = [&](unsigned mask, uint16_t* to) {
-      const __m128i pick = _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.squeeze16[mask]));
+      const __m128i pick =
+          _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.squeeze16[mask]));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(v, pick));
     };
     squeeze(m, r);
@@ -571,7 +590,8 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
     const __m512i last = _mm512_set1_epi64(k - 1);
     const __m512i shift = _mm512_set1_epi64(out.fill);
     // The last lane that was squeezed, of which the top bits still wait to be written.
-    __m512i carry = _mm512_set1_epi64(out.fill ? static_cast<int64_t>(out.acc << (64 - out.fill)) : 0);
+    __m512i carry =
+        _mm512_set1_epi64(out.fill ? static_cast<int64_t>(out.acc << (64 - out.fill)) : 0);
     uint8_t* p = out.p;
     int64_t i = 0;
     auto join = [&](__m512i v) {
@@ -593,9 +613,11 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
     if (i < n) {
       const uint64_t keep = low_mask(n - i);
       alignas(64) uint64_t lanes[8];
-      _mm512_store_si512(lanes, join(_mm512_maskz_sub_epi8(keep, _mm512_loadu_si512(ranks + i), first)));
+      _mm512_store_si512(lanes,
+                         join(_mm512_maskz_sub_epi8(keep, _mm512_loadu_si512(ranks + i), first)));
       int64_t left = (n - i) * k;
-      for (int j = 0; left > 0; ++j, left -= 64) out.put(lanes[j], static_cast<unsigned>(min64(64, left)));
+      for (int j = 0; left > 0; ++j, left -= 64)
+        out.put(lanes[j], static_cast<unsigned>(min64(64, left)));
     }
     return;
   }
@@ -678,7 +700,8 @@ int64_t encode(const Tree* tree, const T* symbols, int64_t n, uint8_t* out, T* a
   return 8 * (writer.p - out) + writer.fill;
 }
 
-// ---- checksum ------------------------------------------------------------------------------------
+// ---- checksum
+// ------------------------------------------------------------------------------------
 
 struct CrcTables {
   uint32_t table[8][256];
@@ -732,7 +755,8 @@ uint32_t crc32(uint32_t crc, const uint8_t* data, int64_t n) {
                                        _mm512_clmulepi64_epi128(x, k, 0x11), next, 0x96);
     };
     auto constants = [](const uint64_t* k) {
-      return _mm512_broadcast_i32x4(_mm_set_epi64x(static_cast<int64_t>(k[1]), static_cast<int64_t>(k[0])));
+      return _mm512_broadcast_i32x4(
+          _mm_set_epi64x(static_cast<int64_t>(k[1]), static_cast<int64_t>(k[0])));
     };
     __m512i x[4];
     for (int j = 0; j < 4; ++j) x[j] = _mm512_loadu_si512(data + 64 * j);
@@ -751,8 +775,9 @@ uint32_t crc32(uint32_t crc, const uint8_t* data, int64_t n) {
     const __m128i k = _mm_set_epi64x(static_cast<int64_t>(k16[1]), static_cast<int64_t>(k16[0]));
     __m128i z = part[0];
     for (int j = 1; j < 4; ++j) {
-      z = _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(z, k, 0x00), _mm_clmulepi64_si128(z, k, 0x11)),
-                        part[j]);
+      z = _mm_xor_si128(
+          _mm_xor_si128(_mm_clmulepi64_si128(z, k, 0x00), _mm_clmulepi64_si128(z, k, 0x11)),
+          part[j]);
     }
     alignas(16) uint8_t rest[16];
     _mm_store_si128(reinterpret_cast<__m128i*>(rest), z);
@@ -763,13 +788,15 @@ uint32_t crc32(uint32_t crc, const uint8_t* data, int64_t n) {
     constexpr uint64_t k64[2] = {crc_power(512 + 32), crc_power(512 - 32)};
     constexpr uint64_t k16[2] = {crc_power(128 + 32), crc_power(128 - 32)};
     auto fold = [](__m128i x, __m128i k, __m128i next) {
-      return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, k, 0x00), _mm_clmulepi64_si128(x, k, 0x11)),
-                           next);
+      return _mm_xor_si128(
+          _mm_xor_si128(_mm_clmulepi64_si128(x, k, 0x00), _mm_clmulepi64_si128(x, k, 0x11)), next);
     };
     auto constants = [](const uint64_t* k) {
       return _mm_set_epi64x(static_cast<int64_t>(k[1]), static_cast<int64_t>(k[0]));
     };
-    auto load = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    auto load = [](const uint8_t* p) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    };
     __m128i x[4];
     for (int j = 0; j < 4; ++j) x[j] = load(data + 16 * j);
     x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128(static_cast<int>(crc)));
@@ -790,7 +817,8 @@ uint32_t crc32(uint32_t crc, const uint8_t* data, int64_t n) {
   return ~crc_bytes(crc, data, n);
 }
 
-// ---- histograms ----------------------------------------------------------------------------------
+// ---- histograms
+// ----------------------------------------------------------------------------------
 
 void histogram8(const uint8_t* symbols, int64_t n, uint64_t* counts) {
   // Eight tables, so that equal neighbours do not wait for each other's store.
@@ -843,7 +871,8 @@ uint16_t max16(const uint16_t* symbols, int64_t n) {
   return result;
 }
 
-// ---- floating point ------------------------------------------------------------------------------
+// ---- floating point
+// ------------------------------------------------------------------------------
 
 CFL_INLINE float float_of(uint32_t bits) {
   float f;
@@ -887,11 +916,13 @@ void widen(Float dtype, const uint16_t* w, int64_t n, float* out) {
   int64_t i = 0;
 #if CFL_CODEC_ISA == 512
   for (; i + 16 <= n; i += 16) {
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i))));
+    _mm512_storeu_ps(out + i,
+                     _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i))));
   }
 #elif CFL_CODEC_ISA == 2
   for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i))));
+    _mm256_storeu_ps(out + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i))));
   }
 #endif
   for (; i < n; ++i) out[i] = widen_f16(w[i]);
@@ -985,7 +1016,8 @@ int64_t range(Float dtype, const void* w, int64_t n, double* minimum, double* ma
 }
 
 template <class Acc, class T, class S>
-CFL_INLINE void quantize_loop(const T* w, int64_t n, Acc pre, Acc origin, Acc scale, int32_t top, S* out) {
+CFL_INLINE void quantize_loop(const T* w, int64_t n, Acc pre, Acc origin, Acc scale, int32_t top,
+                              S* out) {
   for (int64_t i = 0; i < n; ++i) {
     const Acc v = (static_cast<Acc>(w[i]) * pre - origin) * scale;
     int32_t q = static_cast<int32_t>(v);
@@ -1012,13 +1044,14 @@ void quantize_as(Float dtype, const void* w, int64_t n, const Affine& a, int wid
     if (wide) {
       quantize_loop(values, count, a.pre, a.origin, a.scale, a.top, out + i);
     } else {
-      quantize_loop(values, count, 1.0f, static_cast<float>(a.origin), static_cast<float>(a.scale), a.top,
-                    out + i);
+      quantize_loop(values, count, 1.0f, static_cast<float>(a.origin), static_cast<float>(a.scale),
+                    a.top, out + i);
     }
   }
 }
 
-void quantize(Float dtype, const void* w, int64_t n, const Affine* a, int wide, int symbol_size, void* out) {
+void quantize(Float dtype, const void* w, int64_t n, const Affine* a, int wide, int symbol_size,
+              void* out) {
   if (symbol_size == 1) {
     quantize_as(dtype, w, n, *a, wide, static_cast<uint8_t*>(out));
   } else {
@@ -1047,13 +1080,15 @@ void dequantize_as(Float dtype, const S* q, int64_t n, const Affine& a, int wide
     if (wide) {
       dequantize_loop(q + i, count, a.origin, a.step, a.post, values);
     } else {
-      dequantize_loop(q + i, count, static_cast<float>(a.origin), static_cast<float>(a.step), 1.0f, values);
+      dequantize_loop(q + i, count, static_cast<float>(a.origin), static_cast<float>(a.step), 1.0f,
+                      values);
     }
     if (dtype != Float::kF32) narrow(dtype, block, count, static_cast<uint16_t*>(out) + i);
   }
 }
 
-void dequantize(Float dtype, const void* q, int symbol_size, int64_t n, const Affine* a, int wide, void* out) {
+void dequantize(Float dtype, const void* q, int symbol_size, int64_t n, const Affine* a, int wide,
+                void* out) {
   if (symbol_size == 1) {
     dequantize_as(dtype, static_cast<const uint8_t*>(q), n, *a, wide, out);
   } else {

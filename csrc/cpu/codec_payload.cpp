@@ -75,10 +75,11 @@ void run_tasks(Threads threads, int64_t count, const std::function<void(int64_t)
   threads.parallel_for(0, count, 1, run, const_cast<std::function<void(int64_t)>*>(&task));
 }
 
-// ---- code table ------------------------------------------------------------------------------------
+// ---- code table
+// ------------------------------------------------------------------------------------
 
-// Nibbles, the low one of a byte first: 0..12 changes the length by that minus 6; 13 and two nibbles
-// (low first) set it; 14 and two nibbles repeat it 3 to 258 times.
+// Nibbles, the low one of a byte first: 0..12 changes the length by that minus 6; 13 and two
+// nibbles (low first) set it; 14 and two nibbles repeat it 3 to 258 times.
 std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths) {
   std::vector<uint8_t> bytes;
   bool half = false;
@@ -114,7 +115,8 @@ std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths) {
   return bytes;
 }
 
-bool unpack_lengths(const uint8_t* bytes, int64_t size, int64_t alphabet, std::vector<uint8_t>* lengths) {
+bool unpack_lengths(const uint8_t* bytes, int64_t size, int64_t alphabet,
+                    std::vector<uint8_t>* lengths) {
   int64_t at = 0;
   auto nibble = [&]() -> int {
     if (at >= 2 * size) return -1;
@@ -241,9 +243,10 @@ bool CodeTree::build(const std::vector<uint8_t>& lengths) {
   }
   symbol_.resize(symbol_.size() + 2 * kPad, 0);
   symbol8_.assign(symbol_.begin(), symbol_.end());
-  tree_ = {nodes_.data(),   static_cast<int32_t>(nodes_.size()), deepest, symbols,
-           symbol_.data(), symbol8_.data(),                      rank_.data(),
-           rank8_.data()};
+  tree_ = {nodes_.data(),  static_cast<int32_t>(nodes_.size()),
+           deepest,        symbols,
+           symbol_.data(), symbol8_.data(),
+           rank_.data(),   rank8_.data()};
   return true;
 }
 
@@ -259,8 +262,10 @@ std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts) {
     lengths[order[0]] = 1;
     return lengths;
   }
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return counts[a] < counts[b]; });
-  // Huffman with two queues: leaves by count, and joined nodes, which come out in order by themselves.
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return counts[a] < counts[b]; });
+  // Huffman with two queues: leaves by count, and joined nodes, which come out in order by
+  // themselves.
   std::vector<uint64_t> weight(2 * n - 1);
   std::vector<int32_t> parent(2 * n - 1, 0);
   for (int32_t i = 0; i < n; ++i) weight[i] = counts[order[i]];
@@ -280,12 +285,14 @@ std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts) {
   return lengths;
 }
 
-std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n, const Kernel* kernel,
-                                    bool* exact) {
+std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n,
+                                    const Kernel* kernel, bool* exact) {
   constexpr int64_t kBlock = 4096, kPerSymbol = 1024;
   const int64_t alphabet =
       n == 0 ? 0
-             : (symbol_size == 1 ? 256 : kernel->max16(static_cast<const uint16_t*>(symbols), n) + int64_t{1});
+             : (symbol_size == 1
+                    ? 256
+                    : kernel->max16(static_cast<const uint16_t*>(symbols), n) + int64_t{1});
   // About A / (2 n ln 2) bits a symbol are lost by a code made for n samples of A symbols.
   const int64_t stride = alphabet == 0 ? 1 : std::max<int64_t>(1, n / (kPerSymbol * alphabet));
   std::vector<uint64_t> counts(static_cast<size_t>(alphabet), 0);
@@ -296,7 +303,8 @@ std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_
   }
   int64_t since = 0;
   auto flush = [&] {
-    for (size_t s = 0; s < counts.size() && symbol_size == 2; ++s) counts[s] += uint64_t{even[s]} + odd[s];
+    for (size_t s = 0; s < counts.size() && symbol_size == 2; ++s)
+      counts[s] += uint64_t{even[s]} + odd[s];
     std::fill(even.begin(), even.end(), 0);
     std::fill(odd.begin(), odd.end(), 0);
     since = 0;
@@ -309,7 +317,8 @@ std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_
       // Small blocks are gathered to pay for the tables' zeroing once.
       kernel->histogram8(static_cast<const uint8_t*>(symbols) + begin, count, counts.data());
     } else {
-      kernel->histogram16(static_cast<const uint16_t*>(symbols) + begin, count, even.data(), odd.data());
+      kernel->histogram16(static_cast<const uint16_t*>(symbols) + begin, count, even.data(),
+                          odd.data());
       since += count;
       if (since > int64_t{1} << 30) flush();
     }
@@ -323,7 +332,8 @@ std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_
   return counts;
 }
 
-// ---- header ----------------------------------------------------------------------------------------
+// ---- header
+// ----------------------------------------------------------------------------------------
 
 int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel* kernel) {
   if (size < kHeaderBytes) return kTooShort;
@@ -334,12 +344,13 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
   const uint32_t alphabet = load<uint32_t>(payload + 24), ndim = load<uint32_t>(payload + 28);
   const uint32_t table_bytes = load<uint32_t>(payload + 32);
   if (total != static_cast<uint64_t>(size)) return kBadLength;
-  if ((symbol_size != 1 && symbol_size != 2) || chunk_log2 < kMinChunkLog2 || chunk_log2 > kMaxChunkLog2 ||
-      numel > static_cast<uint64_t>(kMaxSymbols) || ndim > kMaxDims ||
+  if ((symbol_size != 1 && symbol_size != 2) || chunk_log2 < kMinChunkLog2 ||
+      chunk_log2 > kMaxChunkLog2 || numel > static_cast<uint64_t>(kMaxSymbols) || ndim > kMaxDims ||
       alphabet > (symbol_size == 1 ? 256u : 65536u) || (numel == 0) != (alphabet == 0)) {
     return kBadHeader;
   }
-  const int64_t chunks = (static_cast<int64_t>(numel) + (int64_t{1} << chunk_log2) - 1) >> chunk_log2;
+  const int64_t chunks =
+      (static_cast<int64_t>(numel) + (int64_t{1} << chunk_log2) - 1) >> chunk_log2;
   const int64_t head = kHeaderBytes + 8 * static_cast<int64_t>(ndim) + table_bytes + 8 * chunks;
   if (head > size) return kBadHeader;
   uint32_t crc = kernel->crc32(0, payload, kHeaderBytes - 4);
@@ -379,10 +390,11 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
   return kGood;
 }
 
-// ---- encoding --------------------------------------------------------------------------------------
+// ---- encoding
+// --------------------------------------------------------------------------------------
 
-int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape, int64_t ndim,
-                       int chunk_log2, const Kernel* kernel, Threads threads,
+int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape,
+                       int64_t ndim, int chunk_log2, const Kernel* kernel, Threads threads,
                        const std::function<uint8_t*(int64_t)>& allocate) {
   bool exact = true;
   const std::vector<uint64_t> counts = sample_counts(symbols, symbol_size, n, kernel, &exact);
@@ -413,8 +425,8 @@ int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const in
       const int64_t here = first_chunk(t + 1) - first_chunk(t);
       const double likely = static_cast<double>(here * chunk) * per_symbol / 8;
       const int64_t room = tasks == 1 && exact ? static_cast<int64_t>(bits / 8) + here + 8
-                           : attempt == 0      ? static_cast<int64_t>(likely * 1.01) + 2 * here + 65536
-                                               : here * (chunk * code.longest() / 8 + 8);
+                           : attempt == 0 ? static_cast<int64_t>(likely * 1.01) + 2 * here + 65536
+                                          : here * (chunk * code.longest() / 8 + 8);
       begin[t + 1] = begin[t] + room;
     }
     out = allocate(begin[tasks]);
@@ -428,10 +440,10 @@ int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const in
         const int64_t count = std::min(chunk, n - c * chunk);
         const int64_t length =
             symbol_size == 1
-                ? kernel->encode8(&code.tree(), static_cast<const uint8_t*>(symbols) + c * chunk, count, buffer,
-                                  buffer + slot)
-                : kernel->encode16(&code.tree(), static_cast<const uint16_t*>(symbols) + c * chunk, count,
-                                   buffer, reinterpret_cast<uint16_t*>(buffer + slot));
+                ? kernel->encode8(&code.tree(), static_cast<const uint8_t*>(symbols) + c * chunk,
+                                  count, buffer, buffer + slot)
+                : kernel->encode16(&code.tree(), static_cast<const uint16_t*>(symbols) + c * chunk,
+                                   count, buffer, reinterpret_cast<uint16_t*>(buffer + slot));
         const int64_t bytes = (length + 7) / 8;
         if (bytes > limit - at) {
           full = true;
@@ -471,10 +483,12 @@ int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const in
   return size;
 }
 
-// ---- decoding --------------------------------------------------------------------------------------
+// ---- decoding
+// --------------------------------------------------------------------------------------
 
-int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int64_t count, void* out,
-                       int out_symbol_size, const Weights* weights, const Kernel* kernel, Threads threads) {
+int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int64_t count,
+                       void* out, int out_symbol_size, const Weights* weights, const Kernel* kernel,
+                       Threads threads) {
   Header header;
   const int64_t error = parse(payload, size, &header, kernel);
   if (error != kGood) return error;
@@ -514,7 +528,8 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
       at += bytes;
       auto fail = [&] {
         int64_t known = worst.load();
-        while ((known == kGood || known > kBadChunk + c) && !worst.compare_exchange_weak(known, kBadChunk + c)) {
+        while ((known == kGood || known > kBadChunk + c) &&
+               !worst.compare_exchange_weak(known, kBadChunk + c)) {
         }
       };
       if (kernel->crc32(0, bits, bytes) != load<uint32_t>(entry + 4)) return fail();
@@ -526,7 +541,8 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
       const int64_t begin = c * chunk, symbols = std::min(chunk, header.numel - begin);
       const int64_t lo = std::max(begin, start), hi = std::min(begin + symbols, start + count);
       const bool direct = !weights && hi - lo == symbols;
-      uint8_t* to = direct ? static_cast<uint8_t*>(out) + (begin - start) * header.symbol_size : block;
+      uint8_t* to =
+          direct ? static_cast<uint8_t*>(out) + (begin - start) * header.symbol_size : block;
       const int64_t read =
           header.symbol_size == 1
               ? kernel->decode8(&tree, bits, 8 * bytes, symbols, to, work)
@@ -545,8 +561,9 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
         const int64_t stop = std::min(hi, (group + 1) * weights->group_size);
         int wide = 0;
         const Affine affine = weights->affine(group, &wide);
-        kernel->dequantize(weights->dtype, block + (i - begin) * header.symbol_size, header.symbol_size,
-                           stop - i, &affine, wide, static_cast<uint8_t*>(out) + (i - start) * element);
+        kernel->dequantize(weights->dtype, block + (i - begin) * header.symbol_size,
+                           header.symbol_size, stop - i, &affine, wide,
+                           static_cast<uint8_t*>(out) + (i - start) * element);
         i = stop;
       }
     }
@@ -554,7 +571,8 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
   return worst;
 }
 
-// ---- choice of the instruction set -------------------------------------------------------------------
+// ---- choice of the instruction set
+// -------------------------------------------------------------------
 
 const Kernel* kernel_at_most(int level) {
 #if defined(CFL_HAVE_X86_ISAS)

@@ -1,5 +1,6 @@
-// Reading and writing of the payload of docs/format.md: header, code table, chunks. No torch here, so
-// that the fuzzer can feed it bytes alone. Bytes are little-endian, as are the machines we build for.
+// Reading and writing of the payload of docs/format.md: header, code table, chunks. No torch here,
+// so that the fuzzer can feed it bytes alone. Bytes are little-endian, as are the machines we build
+// for.
 #pragma once
 
 #include <array>
@@ -23,8 +24,8 @@ constexpr int64_t kMaxSymbols = int64_t{1} << 40;
 constexpr int kMinChunkLog2 = 10, kMaxChunkLog2 = 20;
 constexpr int64_t kMaxDims = 64;
 
-// What is wrong with a payload; python/cfl_ops/codec.py has the words. A bad chunk is kBadChunk + its
-// number.
+// What is wrong with a payload; python/cfl_ops/codec.py has the words. A bad chunk is kBadChunk +
+// its number.
 enum Error : int64_t {
   kGood = 0,
   kTooShort = 1,
@@ -69,19 +70,19 @@ struct Header {
 // Checks everything but the chunks themselves. Allocates no more than the code table.
 int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel* kernel);
 
-// Optimal code lengths for these counts (0: no code). Ties are broken by the order of the symbols, so
-// that every implementation writes the same bytes.
+// Optimal code lengths for these counts (0: no code). Ties are broken by the order of the symbols,
+// so that every implementation writes the same bytes.
 std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts);
 
 // The counts that the code is built from: exact, or from evenly spread blocks where that costs less
 // than about 0.001 bits a symbol.
-std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n, const Kernel* kernel,
-                                    bool* exact);
+std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n,
+                                    const Kernel* kernel, bool* exact);
 
 // `allocate(bytes)` gives the memory to write to, at most twice (the second time a larger one); the
 // payload starts at its start. Returns the bytes used.
-int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape, int64_t ndim,
-                       int chunk_log2, const Kernel* kernel, Threads threads,
+int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape,
+                       int64_t ndim, int chunk_log2, const Kernel* kernel, Threads threads,
                        const std::function<uint8_t*(int64_t)>& allocate);
 
 // How decoded symbols become weights: group_size consecutive symbols share an Affine.
@@ -92,8 +93,9 @@ struct Weights {
 };
 
 // Decodes symbols [start, start + count) to `out`, as symbols or (with `weights`) as weights.
-int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int64_t count, void* out,
-                       int out_symbol_size, const Weights* weights, const Kernel* kernel, Threads threads);
+int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int64_t count,
+                       void* out, int out_symbol_size, const Weights* weights, const Kernel* kernel,
+                       Threads threads);
 
 const Kernel* best_kernel();
 // For tests and benches: 0 generic, 1 AVX2, 2 AVX-512; the best one at or below it that there is.

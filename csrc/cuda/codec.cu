@@ -1,13 +1,14 @@
 // The codec on a GPU: one block works on one chunk.
 //
-// Decoding treats the chunk as what it is, a wavelet tree. Once every 128-bit line of its bits knows how many
-// ones come before it, rank(p), the ones before bit p, costs one look-up and at most four popcounts; so
+// Decoding treats the chunk as what it is, a wavelet tree. Once every 128-bit line of its bits
+// knows how many ones come before it, rank(p), the ones before bit p, costs one look-up and at most
+// four popcounts; so
 //   * the sizes of all nodes follow from rank differences (one thread walks the few nodes), and
 //   * every thread finds its own symbol from the root down, about two steps on average,
 // with no dependence between threads and with neighbouring reads by neighbouring threads.
 //
-// Encoding goes level by level: symbols lie grouped by node, a scan of their bits gives each its place
-// in the next level's groups, and so the place of its bit in the node's string.
+// Encoding goes level by level: symbols lie grouped by node, a scan of their bits gives each its
+// place in the next level's groups, and so the place of its bit in the node's string.
 #include "cuda/codec.cuh"
 
 namespace cfl::cuda {
@@ -44,7 +45,8 @@ __device__ uint32_t block_exclusive(uint32_t v, uint32_t* total) {
   return inclusive - v + warps[warp];
 }
 
-// ---- checksum ------------------------------------------------------------------------------------
+// ---- checksum
+// ------------------------------------------------------------------------------------
 
 __device__ uint32_t crc_byte(uint32_t crc, uint32_t byte) {
   crc ^= byte;
@@ -86,7 +88,8 @@ __device__ uint32_t block_crc(const uint8_t* data, uint32_t size) {
   return ~sum;
 }
 
-// ---- histogram -----------------------------------------------------------------------------------
+// ---- histogram
+// -----------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -112,7 +115,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- encoding ------------------------------------------------------------------------------------
+// ---- encoding
+// ------------------------------------------------------------------------------------
 
 __device__ void put_bits(uint32_t* words, uint32_t pos, uint32_t value, int bits) {
   if (bits == 0) return;
@@ -228,15 +232,16 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(CodecEncodeArgs args) 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const uint32_t* slots, int64_t slot_words, const uint32_t* sizes, const int64_t* offsets,
-                  uint8_t* out) {
+    gather_kernel(const uint32_t* slots, int64_t slot_words, const uint32_t* sizes,
+                  const int64_t* offsets, uint8_t* out) {
   const uint8_t* from = reinterpret_cast<const uint8_t*>(slots + blockIdx.x * slot_words);
   uint8_t* to = out + offsets[blockIdx.x];
   const uint32_t size = sizes[blockIdx.x];
   for (uint32_t i = threadIdx.x; i < size; i += kThreads) to[i] = from[i];
 }
 
-// ---- decoding ------------------------------------------------------------------------------------
+// ---- decoding
+// ------------------------------------------------------------------------------------
 
 constexpr int kLine = 128;  // bits that share one entry of the table of ones
 
@@ -272,7 +277,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(CodecDecodeArgs args) 
   const uint8_t* data = args.data + args.offsets[blockIdx.x];
   const uint32_t bytes = args.sizes[blockIdx.x];
   const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data) & 3);
-  const Bits bits = {reinterpret_cast<const uint32_t*>(data - misaligned), 8 * misaligned, 8 * bytes};
+  const Bits bits = {reinterpret_cast<const uint32_t*>(data - misaligned), 8 * misaligned,
+                     8 * bytes};
 
   const bool intact = block_crc(data, bytes) == args.checksums[blockIdx.x];
   const uint32_t lines = (bits.count + kLine - 1) / kLine;
@@ -352,7 +358,8 @@ cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   if (bytes + (16 << 10) > static_cast<size_t>(most)) return cudaErrorInvalidValue;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
 
 int64_t chunks_of(int64_t n, int chunk_log2) {
@@ -389,10 +396,10 @@ cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int
   const unsigned blocks = static_cast<unsigned>(wanted < 2048 ? wanted : 2048);
   if (symbol_size == 1) {
     histogram_kernel<<<blocks, kThreads, bytes, stream>>>(static_cast<const uint8_t*>(symbols), n,
-                                                         alphabet, shared, counts);
+                                                          alphabet, shared, counts);
   } else {
     histogram_kernel<<<blocks, kThreads, bytes, stream>>>(static_cast<const uint16_t*>(symbols), n,
-                                                         alphabet, shared, counts);
+                                                          alphabet, shared, counts);
   }
   return cudaGetLastError();
 }
@@ -400,14 +407,16 @@ cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int
 cudaError_t codec_encode(const CodecEncodeArgs& args, cudaStream_t stream) {
   if (args.n == 0) return cudaSuccess;
   if (args.tree.count > kMaxCodecNodes || args.chunk_log2 > 16) return cudaErrorInvalidValue;
-  return args.symbol_size == 1 ? launch_encode<uint8_t>(args, stream) : launch_encode<uint16_t>(args, stream);
+  return args.symbol_size == 1 ? launch_encode<uint8_t>(args, stream)
+                               : launch_encode<uint16_t>(args, stream);
 }
 
-cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chunks, const uint32_t* sizes,
-                         const int64_t* offsets, uint8_t* out, cudaStream_t stream) {
+cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chunks,
+                         const uint32_t* sizes, const int64_t* offsets, uint8_t* out,
+                         cudaStream_t stream) {
   if (chunks == 0) return cudaSuccess;
-  gather_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(slots, slot_words, sizes, offsets,
-                                                                       out);
+  gather_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(slots, slot_words, sizes,
+                                                                        offsets, out);
   return cudaGetLastError();
 }
 

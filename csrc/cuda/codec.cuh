@@ -1,5 +1,5 @@
-// Launchers of the codec's CUDA kernels: raw pointers only, so that nvcc sees no torch header. They read
-// and write the chunks of docs/format.md (pivot layout), the same bytes as the CPU's.
+// Launchers of the codec's CUDA kernels: raw pointers only, so that nvcc sees no torch header. They
+// read and write the chunks of docs/format.md (pivot layout), the same bytes as the CPU's.
 //
 // Compile-checked on every build; never run on a GPU so far.
 #pragma once
@@ -10,7 +10,8 @@
 
 namespace cfl::cuda {
 
-// As cfl::codec::Node, with the subtree's first rank; in pre-order, the left child follows its parent.
+// As cfl::codec::Node, with the subtree's first rank; in pre-order, the left child follows its
+// parent.
 struct CodecNode {
   int32_t right;  // inner node: index of the right child; leaf: 0
   int32_t first;  // inner node: rank of the right child's first symbol; leaf: of its own
@@ -52,18 +53,18 @@ cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chun
 
 struct CodecDecodeArgs {
   CodecTree tree;
-  const uint8_t* data;       // the chunks; each is read as aligned words, 16 bytes past its end at most
-  const int64_t* offsets;    // of each chunk in data
-  const uint32_t* sizes;     // in bytes
+  const uint8_t* data;  // the chunks; each is read as aligned words, 16 bytes past its end at most
+  const int64_t* offsets;  // of each chunk in data
+  const uint32_t* sizes;   // in bytes
   const uint32_t* checksums;
   int64_t n;
   int chunk_log2;
-  int64_t largest;           // of the sizes
-  int symbol_size;           // of out, unless weights != null
+  int64_t largest;  // of the sizes
+  int symbol_size;  // of out, unless weights != null
   void* out;
-  float* weights;            // or: decode to float32 with one range for all
+  float* weights;  // or: decode to float32 with one range for all
   float origin, step;
-  unsigned long long* bad;   // the smallest number of a bad chunk (initially all ones)
+  unsigned long long* bad;  // the smallest number of a bad chunk (initially all ones)
 };
 // cudaErrorInvalidValue where a chunk needs more shared memory than a block can have.
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream);

@@ -1,12 +1,14 @@
-// Fuzzes the reader of docs/format.md with bytes that may be anything: it must return an error or the
-// symbols, touch no memory that is not its own, and allocate nothing that the bytes do not back.
+// Fuzzes the reader of docs/format.md with bytes that may be anything: it must return an error or
+// the symbols, touch no memory that is not its own, and allocate nothing that the bytes do not
+// back.
 //
 // The first byte of an input chooses what happens to the rest:
 //   bits 0-1  instruction set; bit 2  repair length and checksums, so that mutations reach the code
-//   table and the bits behind them; bit 3  decode a slice to float32; bit 4  instead encode the rest as
-//   symbols and demand them back, then flip one bit of the payload and demand an error.
+//   table and the bits behind them; bit 3  decode a slice to float32; bit 4  instead encode the
+//   rest as symbols and demand them back, then flip one bit of the payload and demand an error.
 //
-// With clang this is a libFuzzer target. Without it (CFL_FUZZ_STANDALONE), main() mutates valid payloads.
+// With clang this is a libFuzzer target. Without it (CFL_FUZZ_STANDALONE), main() mutates valid
+// payloads.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -70,7 +72,8 @@ void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
   uint64_t at = head;
   for (uint64_t c = 0; c < chunks; ++c) {
     uint8_t* entry = p + head - 8 * (chunks - c);
-    const uint64_t bytes = c + 1 == chunks ? size - at : std::min<uint64_t>(load<uint32_t>(entry), size - at);
+    const uint64_t bytes =
+        c + 1 == chunks ? size - at : std::min<uint64_t>(load<uint32_t>(entry), size - at);
     store<uint32_t>(entry, static_cast<uint32_t>(bytes));
     store<uint32_t>(entry + 4, kernel->crc32(0, p + at, static_cast<int64_t>(bytes)));
     at += bytes;
@@ -85,7 +88,8 @@ void decode(const std::vector<uint8_t>& payload, bool to_float, const Kernel* ke
   const int64_t size = static_cast<int64_t>(payload.size());
   if (parse(payload.data(), size, &header, kernel) != kGood) return;
   // Each chunk of at most 2^20 symbols is backed by its 8 bytes of chunk table.
-  if (header.numel > size / 8 * (int64_t{1} << kMaxChunkLog2)) fail("more symbols than the bytes back");
+  if (header.numel > size / 8 * (int64_t{1} << kMaxChunkLog2))
+    fail("more symbols than the bytes back");
   if (header.numel > 1 << 20) return;
   const int64_t start = to_float ? header.numel / 3 : 0, count = header.numel - start;
   // Exactly as large as promised, so that the sanitizer sees a write behind its end.
@@ -112,7 +116,8 @@ void round_trip(const uint8_t* data, int64_t size, const Kernel* kernel) {
   std::vector<uint8_t> payload = encode(symbols.data(), symbol_size, n, chunk_log2, kernel);
   const int64_t bytes = static_cast<int64_t>(payload.size());
   auto read = [&] {
-    return decode_payload(payload.data(), bytes, 0, n, out.data(), symbol_size, nullptr, kernel, {});
+    return decode_payload(payload.data(), bytes, 0, n, out.data(), symbol_size, nullptr, kernel,
+                          {});
   };
   if (read() != kGood || out != symbols) fail("the symbols did not come back");
   payload[flip / 8 % payload.size()] ^= static_cast<uint8_t>(1 << flip % 8);
@@ -151,9 +156,11 @@ int main(int argc, char** argv) {
     std::vector<uint8_t> symbols(static_cast<size_t>(n * symbol_size));
     const uint64_t spread = 1 + random() % 255;
     for (size_t i = 0; i < symbols.size(); ++i) {
-      symbols[i] = static_cast<uint8_t>(i % symbol_size ? random() % 4 : random() % spread * (random() % spread) / spread);
+      symbols[i] = static_cast<uint8_t>(
+          i % symbol_size ? random() % 4 : random() % spread * (random() % spread) / spread);
     }
-    std::vector<uint8_t> input = encode(symbols.data(), symbol_size, n, kMinChunkLog2, kernel_at_most(0));
+    std::vector<uint8_t> input =
+        encode(symbols.data(), symbol_size, n, kMinChunkLog2, kernel_at_most(0));
     for (uint64_t edits = random() % 8; edits > 0; --edits) {
       input[random() % input.size()] = static_cast<uint8_t>(random());
     }

@@ -175,7 +175,6 @@ def build_tree(lengths: list[int]) -> Tree:
     return _grow(sorted(leaves, key=lambda leaf: leaf[0]))
 
 
-
 def _runs(length: int, symbols: list[int]) -> list[tuple[int, int, list[int]]]:
     runs, start = [], 0
     for bits in range(16, -1, -1):
@@ -460,9 +459,7 @@ def _decode_chunks(tree: Tree, data: Tensor, sizes: list[int], counts: list[int]
         start, position = position, position + need
         if bool((position > ends).any()):
             raise Corrupt(BAD_CHUNK + number + int((position > ends).nonzero()[0]))
-        pieces = [
-            bits[a:b] for a, b in zip(start.tolist(), position.tolist(), strict=True) if b > a
-        ]
+        pieces = [bits[a:b] for a, b in zip(start.tolist(), position.tolist(), strict=True) if b > a]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def walk(index: int, counts: Tensor) -> Tensor:

@@ -214,7 +214,9 @@ def quantize_ex(
     w = w.detach()
     if per == "row":
         if w.ndim == 0:
-            raise ValueError("cfl_ops.quantize: w must have at least 1 dimension for per='row', but got shape ()")
+            raise ValueError(
+                "cfl_ops.quantize: w must have at least 1 dimension for per='row', but got shape ()"
+            )
         *parts, info = QUANTIZE(w, bits, histogram)
         symbols, group_size = parts[0], w.shape[-1]
     elif per == "tensor":
@@ -223,7 +225,9 @@ def quantize_ex(
     else:
         assert block_size is not None
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"cfl_ops.quantize: block_size must be a positive integer, but got {block_size!r}")
+            raise ValueError(
+                f"cfl_ops.quantize: block_size must be a positive integer, but got {block_size!r}"
+            )
         flat, whole = w.reshape(-1), w.numel() // block_size * block_size
         results = [QUANTIZE(flat[:whole].view(-1, block_size), bits, histogram)]
         if whole < w.numel():  # the last block is shorter
@@ -250,8 +254,8 @@ def quantize(
     Args:
         w: floating-point weights of any shape.
         bits: N, from 1 to 16.
-        per: what shares a range: the ``"tensor"``, each ``"row"`` (the last dimension), or each ``"block"`` of
-            ``block_size`` consecutive weights (the last one may be shorter).
+        per: what shares a range: the ``"tensor"``, each ``"row"`` (the last dimension), or each ``"block"``.
+        block_size: the consecutive weights of a block (the last one may be shorter).
         histogram: count the bins in the same pass.
 
     Returns:
@@ -269,6 +273,7 @@ def quantize(
         tensor([0, 1, 2, 3], dtype=torch.uint8)
         >>> cfl_ops.dequantize(q)
         tensor([0.1250, 0.3750, 0.6250, 0.8750])
+
     """
     result, info = quantize_ex(w, bits, per=per, block_size=block_size, histogram=histogram)
     check_info("quantize", info, [result.symbols], [])
@@ -287,6 +292,7 @@ def dequantize(q: QuantizedTensor) -> Tensor:
         >>> error = cfl_ops.dequantize(cfl_ops.quantize(w, 8)) - w
         >>> bool(error.abs().max() <= 1 / 256 + 1e-6)
         True
+
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"cfl_ops.dequantize: q must be a QuantizedTensor, but got {type(q).__name__}")
@@ -339,6 +345,7 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
         >>> import torch, cfl_ops
         >>> cfl_ops.estimate_entropy(torch.linspace(0, 1, 1600), fraction=1.0)
         tensor(4., dtype=torch.float64)
+
     """
     _checks.floating("estimate_entropy", "w", w, 0)
     _check_bits("estimate_entropy", bits)
@@ -356,8 +363,9 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
         return torch.zeros((), dtype=torch.float64, device=w.device)
     counts[0] -= 1
     counts[-1] -= 1
-    p = counts.to(torch.float64) / sample.numel()
-    return -torch.special.xlogy(p, p).sum() / math.log(2) + 0.0
+    p: Tensor = counts.to(torch.float64) / sample.numel()
+    entropy: Tensor = -torch.special.xlogy(p, p).sum() / math.log(2) + 0.0
+    return entropy
 
 
 def _refuse_nonfinite(op: str, flat: Tensor, low: Tensor, high: Tensor) -> None:
@@ -375,6 +383,7 @@ def allocate_bits(entropy: float | Tensor, *, floor: float = 6) -> int:
         >>> import cfl_ops
         >>> cfl_ops.allocate_bits(2.5, floor=6)
         9
+
     """
     return min(16, max(1, math.floor(float(entropy) + floor + 0.5)))
 
@@ -520,6 +529,7 @@ def huffman_encode(symbols: Tensor) -> Tensor:
         >>> payload = cfl_ops.huffman_encode(symbols)
         >>> len(payload) < 300, torch.equal(cfl_ops.huffman_decode(payload), symbols)
         (True, True)
+
     """
     _check_symbols("huffman_encode", "symbols", symbols)
     return _as_tensor(HUFFMAN_ENCODE(symbols, list(symbols.shape), CHUNK_LOG2, 0))
@@ -543,9 +553,7 @@ def _check_payload(op: str, name: str, payload: Any) -> None:
 def _check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     _checks.tensor(op, "out", out, 0)
     if out.dtype not in dtypes:
-        raise TypeError(
-            f"cfl_ops.{op}: out must be {' or '.join(map(str, dtypes))}, but got {out.dtype}"
-        )
+        raise TypeError(f"cfl_ops.{op}: out must be {' or '.join(map(str, dtypes))}, but got {out.dtype}")
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
     _checks.same_device(op, "the encoded bytes", payload, out=out)
@@ -570,8 +578,9 @@ def huffman_decode(
         payload: 1-d uint8.
         out: a contiguous tensor of the symbols' dtype to write into, of as many elements as are asked for;
             with it the call is free of data-dependent shapes (torch.compile with fullgraph).
-        start, stop: decode only these elements (of the flattened tensor), as a 1-d tensor: only the chunks
-            that hold them are read and checked.
+        start: decode only the elements from here on (of the flattened tensor), as a 1-d tensor: only the
+            chunks that hold them are read and checked.
+        stop: and up to here.
 
     Raises:
         CorruptDataError: a byte is wrong, missing or too many. ``out`` may then be partly written.
@@ -587,6 +596,7 @@ def huffman_decode(
         Traceback (most recent call last):
         ...
         cfl_ops.errors.CorruptDataError: cfl_ops.huffman_decode: chunk 0 of the payload is damaged
+
     """
     op = "huffman_decode"
     _check_payload(op, "payload", payload)
@@ -645,7 +655,9 @@ _DTYPES = (
 def _raw_bytes(w: Tensor) -> Tensor:
     """The memory of a tensor as 1-d uint8."""
     w = w.detach().contiguous()
-    return w.reshape(-1).view(torch.uint8) if w.numel() else torch.empty(0, dtype=torch.uint8, device=w.device)
+    return (
+        w.reshape(-1).view(torch.uint8) if w.numel() else torch.empty(0, dtype=torch.uint8, device=w.device)
+    )
 
 
 def _store_raw(w: Tensor) -> Tensor:
@@ -686,7 +698,8 @@ def compress(
         probe_bits: M, the bits of the histogram that H is measured on.
         bits: N itself, from 1 to 16, instead of the three above.
         fraction: F, the part of the weights that H is measured on.
-        per, block_size: what shares a range (:func:`quantize`).
+        per: what shares a range (:func:`quantize`).
+        block_size: with ``per="block"``, the weights of a block.
         nonfinite: ``"refuse"`` NaN and Inf with an error that counts them, or ``"keep"`` them exactly.
 
     Returns:
@@ -703,6 +716,7 @@ def compress(
         True
         >>> bool((cfl_ops.decompress(blob) - w).abs().max() <= (w.max() - w.min()) / 2**7 * 1.001)
         True
+
     """
     _checks.floating("compress", "w", w, 0)
     _checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
@@ -735,7 +749,11 @@ def compress(
     tables = [low, high]
     if index is not None and values is not None:
         tables = [_raw_bytes(index), low, high, _raw_bytes(values)]
-    table = torch.cat(tables) if len(tables) > 2 or low.numel() > 64 else from_bytes(as_bytes(low) + as_bytes(high))
+    table = (
+        torch.cat(tables)
+        if len(tables) > 2 or low.numel() > 64
+        else from_bytes(as_bytes(low) + as_bytes(high))
+    )
     head_bytes = _BLOB_BYTES + table.numel()
     blob = _as_tensor(HUFFMAN_ENCODE(q.symbols, list(w.shape), CHUNK_LOG2, head_bytes))
     head = _BLOB.pack(
@@ -760,8 +778,8 @@ class _Blob(NamedTuple):
     group_size: int = 1
     minimum: Tensor | None = None
     maximum: Tensor | None = None
-    index: Tensor | None = None
-    values: Tensor | None = None
+    where: Tensor | None = None
+    exceptions: Tensor | None = None
 
 
 def _parse_blob(op: str, blob: Tensor) -> _Blob:
@@ -769,7 +787,9 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if size < _BLOB_BYTES:
         raise _corrupt(op, "the blob is too short to hold a header")
     fixed = as_bytes(blob[:_BLOB_BYTES])
-    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(fixed)
+    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(
+        fixed
+    )
     (checksum,) = struct.unpack_from("<I", fixed, _BLOB.size)
     if magic != _BLOB_MAGIC:
         raise _corrupt(op, "the blob does not start with the codec's mark")
@@ -831,7 +851,9 @@ def decompress(
     Args:
         blob: 1-d uint8.
         out: a contiguous tensor of the weights' dtype, of as many elements as are asked for.
-        start, stop: only these elements (of the flattened tensor), as a 1-d tensor: only their chunks are read.
+        start: only the elements from here on (of the flattened tensor), as a 1-d tensor: only their chunks
+            are read.
+        stop: and up to here.
 
     Raises:
         CorruptDataError: a byte is wrong, missing or too many. ``out`` may then be partly written.
@@ -843,6 +865,7 @@ def decompress(
         >>> cfl_ops.decompress(blob)
         tensor([[0.5000, 0.5000, 0.5000],
                 [0.5000, 0.5000, 0.5000]])
+
     """
     op = "decompress"
     _check_payload(op, "blob", blob)
@@ -854,20 +877,20 @@ def decompress(
     else:
         _check_out(op, out, blob, (parsed.dtype,))
         if out.numel() != count:
-            raise ValueError(f"cfl_ops.{op}: out must hold {count} elements, but got shape {tuple(out.shape)}")
+            raise ValueError(
+                f"cfl_ops.{op}: out must hold {count} elements, but got shape {tuple(out.shape)}"
+            )
     if parsed.raw:
         element = parsed.dtype.itemsize
         part = parsed.data[first * element : (first + count) * element]
         if count:
             out.view(-1).copy_(part.clone().view(parsed.dtype))
         return out
-    info = DECOMPRESS(
-        parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first
-    )
+    info = DECOMPRESS(parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first)
     check_info("decompress_", info, [out], [])
-    if parsed.index is not None and parsed.values is not None and parsed.index.numel():
-        here = (parsed.index >= first) & (parsed.index < first + count)
-        out.view(-1)[parsed.index[here] - first] = parsed.values[here]
+    if parsed.where is not None and parsed.exceptions is not None and parsed.where.numel():
+        here = (parsed.where >= first) & (parsed.where < first + count)
+        out.view(-1)[parsed.where[here] - first] = parsed.exceptions[here]
     return out
 
 
@@ -892,6 +915,7 @@ def compress_state_dict(
         >>> model = torch.nn.Linear(100, 100)
         >>> blobs = cfl_ops.compress_state_dict(model.state_dict(), bits=8)
         >>> _ = model.load_state_dict(cfl_ops.decompress_state_dict(blobs))
+
     """
     out = {}
     for name, value in state_dict.items():
@@ -935,6 +959,7 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **
         >>> _ = cfl_ops.save_file({"weight": torch.randn(300, 300)}, path, bits=8)
         >>> cfl_ops.load_file(path)["weight"].shape
         torch.Size([300, 300])
+
     """
     blobs = {name: as_bytes(blob) for name, blob in compress_state_dict(state_dict, **options).items()}
     index = b""
@@ -965,6 +990,7 @@ def load_file(path: str | os.PathLike[str], *, device: torch.device | str = "cpu
 
     Raises:
         CorruptDataError: the file is not one, or a byte of it is wrong, missing or too many.
+
     """
     op = "load_file"
     data = Path(path).read_bytes()
