@@ -45,6 +45,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         _C.set_isa(_C.best_isa())
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads would only wait for each other. test_threads_... asks for its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal shape, dtype and bits (torch.equal is not there for uint16)."""
     if a.shape != b.shape or a.dtype != b.dtype:
