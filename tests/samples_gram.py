@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.gram import GRAM
+from cfl_ops.gram import ACTIVATIONS, GRAM, GRAM_, LINEAR_GRAM
 from contract import Case, OpSpec
 from torch import Tensor
 
@@ -122,6 +122,135 @@ def _export():
     return args, dynamic, other
 
 
+# --- gram_: the same samples, added to moments that are there already ------------------------------------------
+
+
+def _in_place(case: Case, decay: float) -> Case:
+    def make(dtype: torch.dtype):
+        x, y, weight, bias, classes, acc = case.make(dtype)
+        batch, order = x.shape[:-2], x.shape[-1] + bias
+        targets = 0 if y is None else classes or y.shape[-1]
+        generator = torch.Generator().manual_seed(1)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(acc)
+
+        old = randn(*batch, order, order)
+        count = torch.full(batch, 5.0, dtype=torch.float64)
+        moments = [
+            old + old.mT,
+            randn(*batch, order, targets),
+            randn(*batch, targets),
+            randn(*batch, targets),
+        ]
+        return [*moments, count, x, y, weight, classes, decay]
+
+    return Case(case.name, make, case.dtypes, opcheck=case.opcheck)
+
+
+def _stream(gram, cross, target_sum, target_sq, count, x, y, weight, classes, decay):
+    bias = gram.shape[-1] > x.shape[-1]
+    return (x, y, weight, bias, classes, gram.dtype), (gram, cross, target_sum, target_sq, count)
+
+
+def _oracle_(*args):
+    new_args, old = _stream(*args)
+    *new, info = _oracle(*new_args)
+    if (info != 0).any():  # refused in exact mode: as it was
+        return [*(o.double() for o in old), info]
+    return [*((args[-1] * o.double() if args[-1] else 0) + n for o, n in zip(old, new, strict=True)), info]
+
+
+def _bound_(*args):
+    """The bound of the new rows, and rounding of the decayed old moments and of the sum."""
+    new_args, old = _stream(*args)
+    *new, _ = _bound(*new_args)
+    want = _oracle_(*args)
+    eps = torch.finfo(args[0].dtype).eps
+    rounding = [
+        (4 + new_args[0].shape[-2] / 64) * eps * (o.double().abs() + w.nan_to_num(0, 0, 0).abs())
+        for o, w in zip(old, want, strict=False)
+    ]
+    return [*(n + r for n, r in zip(new, rounding, strict=True)), 0]
+
+
+# --- linear_gram -----------------------------------------------------------------------------------------------
+
+
+def _layer_case(name, rows, inputs, width, activation="relu", *, bias=True, targets=0, classes=0, weights=False,
+                ones=False, batch=(), acc=None, gradcheck=False, dtypes=(torch.float32, torch.float64)):  # fmt: skip
+    def make(dtype: torch.dtype):
+        x, y, s, _, _, acc_dtype = _case(
+            "", rows, inputs, targets=targets, classes=classes, weights=weights, batch=batch, acc=acc,
+            gradcheck=gradcheck,
+        ).make(dtype)  # fmt: skip
+        generator = torch.Generator().manual_seed(2)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        layer_bias = randn(*batch, width) if bias else None
+        return [x, randn(*batch, width, inputs), layer_bias, y, s, activation, ones, classes, acc_dtype]
+
+    return Case(name, make, dtypes, gradcheck=gradcheck)
+
+
+def _layer64(x, weight, bias, activation):
+    h = x.double() @ weight.double().mT
+    return ACTIVATIONS[activation](h if bias is None else h + bias.double().unsqueeze(-2))
+
+
+def _oracle_layer(x, weight, bias, y, s, activation, ones, classes, acc):
+    h = _layer64(x, weight, bias, activation)
+    *moments, info = _oracle(h, y, s, ones, classes, acc)
+    return [*moments, torch.zeros_like(info)]
+
+
+def _bound_layer(x, weight, bias, y, s, activation, ones, classes, acc):
+    """The features err by e = 2 gamma_C (|x| |W|^T + |b|) (every activation here has slope <= 1.13): the sums by
+    |h|^T e + e^T |h| + e^T e beyond the bound of a gram, in the dtype that the features are stored in.
+    """
+    eps = torch.finfo(x.dtype).eps
+    sizes = x.double().abs() @ weight.double().abs().mT
+    if bias is not None:
+        sizes = sizes + bias.double().abs().unsqueeze(-2)
+    e = 2 * (x.shape[-1] + 4) * eps * sizes
+    h = _layer64(x, weight, bias, activation).abs()
+    own = _bound(h.to(acc), y, s, ones, classes, acc)
+    spread = _oracle(h + e, None if y is None or classes else y.abs(), s, ones, 0, torch.float64)
+    exact = _oracle(h, None if y is None or classes else y.abs(), s, ones, 0, torch.float64)
+    extra = [a - b for a, b in zip(spread[:2], exact[:2], strict=True)]
+    if classes:
+        extra[1] = _oracle(e, y, s, ones, classes, torch.float64)[1]
+    slack = 4 * torch.finfo(acc).eps * (own[0] + extra[0]).abs().max() if own[0].numel() else 0.0
+    return [own[0] + extra[0] + slack, own[1] + extra[1] + slack, *own[2:]]
+
+
+LAYER_CASES = [
+    _layer_case("relu dense", 23, 5, 9, targets=2, weights=True, ones=True),
+    _layer_case("gelu classes", 23, 5, 9, "gelu", classes=3, weights=True, ones=True, gradcheck=True),
+    _layer_case("gelu_tanh", 17, 6, 4, "gelu_tanh", targets=2, gradcheck=True),
+    _layer_case("silu batch", 9, 6, 4, "silu", targets=2, batch=(2,), weights=True),
+    _layer_case("tanh exact", 17, 6, 4, "tanh", acc=torch.float64, dtypes=(torch.float32,)),
+    _layer_case("celu", 17, 6, 4, "celu", bias=False, gradcheck=True),
+    _layer_case("identity", 17, 6, 4, "identity", bias=False, targets=1, ones=True),
+    _layer_case("no rows", 0, 3, 4, targets=2),
+]
+
+
+def _export_in_place():
+    args, dynamic, other = _export()
+    old = _in_place(CASES[1], 0.5).make(torch.float32)
+    return [*old[:8], *old[8:]], (None,) * 5 + dynamic, [*old[:5], *other[:3], *old[8:]]
+
+
+def _export_layer():
+    args = LAYER_CASES[0].make(torch.float32)
+    other = _layer_case("", 41, 5, 9, targets=2, weights=True, ones=True).make(torch.float32)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    return args, ({0: rows}, None, None, {0: rows}, {0: rows}), other
+
+
 SPECS = [
     OpSpec(
         GRAM,
@@ -130,7 +259,23 @@ SPECS = [
         _bound,
         differentiable=(0, 1, 2),
         grad_outputs=5,
-        triton_dtypes=(torch.float32, torch.float64, torch.float16),
         export_dynamic=_export,
-    )
+    ),
+    OpSpec(
+        GRAM_,
+        [_in_place(case, decay) for case, decay in zip(CASES, [1.0, 0.5, 0.25, 0.0] * 9, strict=False)],
+        _oracle_,
+        _bound_,
+        mutates=(0, 1, 2, 3, 4),
+        export_dynamic=_export_in_place,
+    ),
+    OpSpec(
+        LINEAR_GRAM,
+        LAYER_CASES,
+        _oracle_layer,
+        _bound_layer,
+        differentiable=(0, 1, 2, 3, 4),
+        grad_outputs=5,
+        export_dynamic=_export_layer,
+    ),
 ]

@@ -8,7 +8,7 @@ import triton.language as tl
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 from torch import Tensor
 
-__all__ = ["gram"]
+__all__ = ["gram", "gram_"]
 
 # Below D = 4096 one triangle has fewer tiles than a large GPU has multiprocessors: the rows are split, too.
 TARGET_PROGRAMS = 264
@@ -210,6 +210,28 @@ def gram(
         count.reshape(batch),
         info.reshape(batch),
     )
+
+
+def gram_(
+    gram_out: Tensor,
+    cross: Tensor,
+    target_sum: Tensor,
+    target_sq: Tensor,
+    count: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    num_classes: int,
+    decay: float,
+) -> Tensor:
+    """The launcher of ``cfl_ops::gram_``: the new rows' moments, then one pass that adds them."""
+    *fresh, info = gram(x, y, sample_weight, gram_out.shape[-1] > x.shape[-1], num_classes, gram_out.dtype)
+    moments = (gram_out, cross, target_sum, target_sq, count)
+    for old, new, dims in zip(moments, fresh, (2, 2, 1, 1, 0), strict=True):
+        keep = (info == 0)[(...,) + (None,) * dims]
+        kept = old * decay if decay != 0 else torch.zeros_like(old)
+        old.copy_(torch.where(keep, kept + new, old))
+    return info
 
 
 def _split(rows: int, programs: int, depth: int) -> tuple[int, int]:

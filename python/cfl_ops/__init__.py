@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from . import _library
 from ._version import __version__
+from .accumulate import GramAccumulator
 from .codec import (
     QuantizedTensor,
     allocate_bits,
@@ -21,14 +22,17 @@ from .codec import (
     save_file,
 )
 from .errors import CorruptDataError, LinAlgError
-from .gram import GramMoments, gram
+from .gram import GramMoments, gram, gram_, linear_gram
 from .proximal import (
     ProximalStep,
     proximal_step,
     proximal_step_,
     proximal_step_ex,
     proximal_step_ex_,
+    proximal_update,
+    ridge_step,
 )
+from .rescaled import rescaled_proximal_step
 
 _library.load_backends()
 
@@ -36,6 +40,7 @@ from . import config, learn
 
 __all__ = [
     "CorruptDataError",
+    "GramAccumulator",
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
@@ -50,15 +55,20 @@ __all__ = [
     "dequantize",
     "estimate_entropy",
     "gram",
+    "gram_",
     "huffman_decode",
     "huffman_encode",
     "learn",
+    "linear_gram",
     "load_file",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "proximal_update",
     "quantize",
     "quantize_ex",
+    "rescaled_proximal_step",
+    "ridge_step",
     "save_file",
 ]

@@ -47,6 +47,8 @@ class Op:
     python: Callable[..., Any]
     triton: str | None
     """``module:function`` below ``cfl_ops.triton_kernels``, or None."""
+    composite: bool = False
+    """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
     overload: Any = field(init=False)
     function: type[torch.autograd.Function] | None = None
 
@@ -95,6 +97,7 @@ def define_op(
     core_dims: CoreDims,
     derivative: Derivative | None = None,
     triton: str | None = None,
+    composite: bool = False,
     tags: Sequence[torch.Tag] = (),
 ) -> Op:
     """Define an op and everything that the compiler and the transforms need to know of it.
@@ -110,7 +113,7 @@ def define_op(
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    op = Op(name, python, triton)
+    op = Op(name, python, triton, composite)
     torch.library.register_vmap(qualified, _vmap_rule(op.overload, core_dims), lib=_LIB)
     if derivative is not None:
         torch.library.register_autograd(
@@ -226,6 +229,8 @@ _overrides = _Overrides()
 
 def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable[..., Any] | None]:
     """The backend that serves an op on a device, and the kernel to put over the registered one."""
+    if op.composite:
+        return "composite", None
     native = op.has_kernel(device_type)
     triton = op.triton is not None and (device_type == "cuda" or triton_interpreted())
     if forced is None:

@@ -106,6 +106,8 @@ class Run:
     """The metric of the head as the training left it."""
     refit: float | None = None
     """The metric of the head re-estimated on the whole training set; closed-form heads only."""
+    loss: float = math.nan
+    """The online head's own loss on the test part."""
     predictions: Tensor | None = None
     """What the online head predicts for the test part."""
     failure: str | None = None
@@ -185,6 +187,12 @@ class Learner:
             return 100 * (output.argmax(1) != self.data.test_y).double().mean().item()
         return (output - self.data.test_y).double().square().mean().item()
 
+    def loss(self, output: Tensor) -> float:
+        """The loss that this head is trained on, for the test part: finer than the error, to break ties."""
+        if self.setting.head == "cross-entropy":
+            return F.cross_entropy(output, self.data.test_y).item()
+        return (output - dense_targets(self.data, self.data.test_y)).square().sum(1).mean().item()
+
     @torch.no_grad()
     def refit(self) -> ClosedFormLinear:
         """A head for the present backbone, solved on the whole training set."""
@@ -205,7 +213,7 @@ def dense_targets(data: Dataset, y: Tensor) -> Tensor:
     return F.one_hot(y, data.outputs).to(data.train_x.dtype) if data.classes else y
 
 
-def batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Shuffled full batches without end; what is left of an epoch is dropped, so all steps cost the same."""
     generator = torch.Generator().manual_seed(seed)
     dense = dense_targets(data, data.train_y)
@@ -217,7 +225,7 @@ def batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor,
             yield data.train_x[index], data.train_y[index], dense[index]
 
 
-def _evaluation_steps(steps: int, count: int = 24) -> list[int]:
+def _evaluation_steps(steps: int, count: int) -> list[int]:
     """Where to evaluate: closer together at the start, where the curves move."""
     return sorted({max(1, round(steps * (i / count) ** 2)) for i in range(1, count + 1)})
 
@@ -233,6 +241,8 @@ def train_side_by_side(
     *,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda steps: None,
+    evaluations: int = 24,
+    refit: bool = True,
 ) -> list[Run]:
     """Train several heads on the same batches, taking turns of a few steps.
 
@@ -244,6 +254,8 @@ def train_side_by_side(
         data: on the device to train on.
         stop: asked at every turn; when true, the runs end where they are.
         progress: told how many steps were taken (or skipped, after a divergence).
+        evaluations: how often the curves are sampled.
+        refit: whether closed-form heads are re-estimated on the whole training set at the end.
 
     Returns:
         A run for each setting, evaluated where it stopped.
@@ -254,12 +266,12 @@ def train_side_by_side(
     learners = [Learner(setting, data) for setting in settings]
     runs = [Run(setting) for setting in settings]
     pairs = list(zip(learners, runs, strict=True))
-    stream = batches(data, first.batch_size, first.seed)
+    batches = _batches(data, first.batch_size, first.seed)
     done, turn = 0, 0
-    for target in _evaluation_steps(first.steps):
+    for target in _evaluation_steps(first.steps, evaluations):
         while done < target and not stop():
             count = min(TURN, target - done)
-            turn_batches = list(itertools.islice(stream, count))
+            turn_batches = list(itertools.islice(batches, count))
             shift = turn % len(pairs)
             for learner, run in pairs[shift:] + pairs[:shift]:
                 if run.failure is None:
@@ -273,7 +285,7 @@ def train_side_by_side(
             break
     for learner, run in pairs:
         if run.failure is None and run.steps_done:
-            _finish(learner, run)
+            _finish(learner, run, refit)
     return runs
 
 
@@ -302,11 +314,11 @@ def _evaluate(learner: Learner, run: Run) -> None:
         run.failure = f"diverged by step {run.steps_done}"
 
 
-def _finish(learner: Learner, run: Run) -> None:
+def _finish(learner: Learner, run: Run, refit: bool) -> None:
     output = learner.predict()
-    run.online = learner.metric(output)
+    run.online, run.loss = learner.metric(output), learner.loss(output)
     run.predictions = (output.argmax(1) if learner.data.classes else output).cpu()
-    if HEADS[run.setting.head].closed_form:
+    if refit and HEADS[run.setting.head].closed_form:
         run.refit = learner.metric(learner.predict(learner.refit()))
 
 
@@ -314,5 +326,5 @@ def warm_up(settings: Sequence[Setting], data: Dataset, steps: int = 5) -> None:
     """Take a few steps with fresh learners, so that the first timed step pays for nothing but itself."""
     for setting in settings:
         learner = Learner(setting, data)
-        for batch in itertools.islice(batches(data, setting.batch_size, 0), steps):
+        for batch in itertools.islice(_batches(data, setting.batch_size, 0), steps):
             learner.step(*batch)
