@@ -71,5 +71,9 @@ format: $(VENV)/.lint ## what lint asks for
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+FUZZ_RUNS ?= 1000000
+fuzz: ## a million mutated payloads into the codec's reader, under ASan and UBSan (libFuzzer with clang)
+	bash csrc/fuzz/run.sh $(FUZZ_RUNS)
+
 clean: ## remove what was built
 	rm -rf build dist $(VENV) report

@@ -1,0 +1,173 @@
+// Fuzzes the reader of docs/format.md with bytes that may be anything: it must return an error or
+// the symbols, touch no memory that is not its own, and allocate nothing that the bytes do not
+// back.
+//
+// The first byte of an input chooses what happens to the rest:
+//   bits 0-1  instruction set; bit 2  repair length and checksums, so that mutations reach the code
+//   table and the bits behind them; bit 3  decode a slice to float32; bit 4  instead encode the
+//   rest as symbols and demand them back, then flip one bit of the payload and demand an error.
+//
+// With clang this is a libFuzzer target. Without it (CFL_FUZZ_STANDALONE), main() mutates valid
+// payloads.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cpu/codec_payload.h"
+
+namespace {
+
+using namespace cfl::codec;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "codec_fuzz: %s\n", what);
+  std::abort();
+}
+
+template <class T>
+T load(const uint8_t* p) {
+  T v;
+  std::memcpy(&v, p, sizeof(T));
+  return v;
+}
+template <class T>
+void store(uint8_t* p, T v) {
+  std::memcpy(p, &v, sizeof(T));
+}
+
+std::vector<uint8_t> encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
+                            const Kernel* kernel) {
+  std::vector<uint8_t> out;
+  const int64_t size =
+      encode_payload(symbols, symbol_size, n, &n, 1, chunk_log2, kernel, {}, [&](int64_t bytes) {
+        out.assign(static_cast<size_t>(bytes), 0);
+        return out.data();
+      });
+  if (size < 0) fail("no code was built");
+  out.resize(static_cast<size_t>(size));
+  return out;
+}
+
+// Makes length and checksums fit what the bytes say, where there is room for that.
+void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
+  uint8_t* p = payload->data();
+  const uint64_t size = payload->size();
+  if (size < static_cast<uint64_t>(kHeaderBytes)) return;
+  std::memcpy(p, "CFLH\x01\x01", 6);
+  p[6] = static_cast<uint8_t>(1 + p[6] % 2);
+  p[7] = static_cast<uint8_t>(kMinChunkLog2 + p[7] % 4);
+  store<uint64_t>(p + 16, size);
+  const uint64_t numel = load<uint64_t>(p + 8) % (1 << 16);
+  store<uint64_t>(p + 8, numel);
+  const uint64_t ndim = load<uint32_t>(p + 28) % 4, table = load<uint32_t>(p + 32) % 600;
+  store<uint32_t>(p + 28, static_cast<uint32_t>(ndim));
+  store<uint32_t>(p + 32, static_cast<uint32_t>(table));
+  const uint64_t chunks = (numel + (1ull << p[7]) - 1) >> p[7];
+  const uint64_t head = kHeaderBytes + 8 * ndim + table + 8 * chunks;
+  if (head > size) return;
+  if (ndim == 1) store<uint64_t>(p + kHeaderBytes, numel);
+  uint64_t at = head;
+  for (uint64_t c = 0; c < chunks; ++c) {
+    uint8_t* entry = p + head - 8 * (chunks - c);
+    const uint64_t bytes =
+        c + 1 == chunks ? size - at : std::min<uint64_t>(load<uint32_t>(entry), size - at);
+    store<uint32_t>(entry, static_cast<uint32_t>(bytes));
+    store<uint32_t>(entry + 4, kernel->crc32(0, p + at, static_cast<int64_t>(bytes)));
+    at += bytes;
+  }
+  const uint32_t crc = kernel->crc32(kernel->crc32(0, p, kHeaderBytes - 4), p + kHeaderBytes,
+                                     static_cast<int64_t>(head) - kHeaderBytes);
+  store<uint32_t>(p + kHeaderBytes - 4, crc);
+}
+
+void decode(const std::vector<uint8_t>& payload, bool to_float, const Kernel* kernel) {
+  Header header;
+  const int64_t size = static_cast<int64_t>(payload.size());
+  if (parse(payload.data(), size, &header, kernel) != kGood) return;
+  // Each chunk of at most 2^20 symbols is backed by its 8 bytes of chunk table.
+  if (header.numel > size / 8 * (int64_t{1} << kMaxChunkLog2))
+    fail("more symbols than the bytes back");
+  if (header.numel > 1 << 20) return;
+  const int64_t start = to_float ? header.numel / 3 : 0, count = header.numel - start;
+  // Exactly as large as promised, so that the sanitizer sees a write behind its end.
+  std::vector<uint8_t> out(static_cast<size_t>(count * (to_float ? 4 : header.symbol_size)));
+  Weights weights;
+  weights.group_size = 100;
+  weights.affine = [](int64_t, int* wide) {
+    *wide = 0;
+    return Affine{-1, 1, 0.5, 1, 1, 255};
+  };
+  decode_payload(payload.data(), size, start, count, out.data(), header.symbol_size,
+                 to_float ? &weights : nullptr, kernel, {});
+}
+
+void round_trip(const uint8_t* data, int64_t size, const Kernel* kernel) {
+  if (size < 3) return;
+  const int symbol_size = 1 + data[0] % 2, chunk_log2 = kMinChunkLog2 + data[0] / 2 % 3;
+  const uint32_t flip = load<uint16_t>(data + 1);
+  const int64_t n = (size - 3) / symbol_size;
+  std::vector<uint8_t> symbols(data + 3, data + 3 + n * symbol_size), out(symbols.size());
+  if (symbol_size == 2) {  // alphabets of a few thousand
+    for (int64_t i = 0; i < n; ++i) symbols[2 * i + 1] &= 15;
+  }
+  std::vector<uint8_t> payload = encode(symbols.data(), symbol_size, n, chunk_log2, kernel);
+  const int64_t bytes = static_cast<int64_t>(payload.size());
+  auto read = [&] {
+    return decode_payload(payload.data(), bytes, 0, n, out.data(), symbol_size, nullptr, kernel,
+                          {});
+  };
+  if (read() != kGood || out != symbols) fail("the symbols did not come back");
+  payload[flip / 8 % payload.size()] ^= static_cast<uint8_t>(1 << flip % 8);
+  if (read() == kGood && n > 0) fail("a flipped bit went unseen");
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  if (size < 1) return 0;
+  const int mode = data[0];
+  const Kernel* kernel = kernel_at_most(mode & 3);
+  if (mode & 16) {
+    round_trip(data + 1, static_cast<int64_t>(size) - 1, kernel);
+    return 0;
+  }
+  std::vector<uint8_t> payload(data + 1, data + size);
+  if (mode & 4) repair(&payload, kernel);
+  decode(payload, mode & 8, kernel);
+  return 0;
+}
+
+#ifdef CFL_FUZZ_STANDALONE
+int main(int argc, char** argv) {
+  const int64_t runs = argc > 1 ? std::atoll(argv[1]) : 20000;
+  uint64_t state = 88172645463325252ull;
+  auto random = [&] {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+  };
+  for (int64_t run = 0; run < runs; ++run) {
+    const int symbol_size = 1 + static_cast<int>(random() % 2);
+    const int64_t n = static_cast<int64_t>(random() % 3000);
+    std::vector<uint8_t> symbols(static_cast<size_t>(n * symbol_size));
+    const uint64_t spread = 1 + random() % 255;
+    for (size_t i = 0; i < symbols.size(); ++i) {
+      symbols[i] = static_cast<uint8_t>(
+          i % symbol_size ? random() % 4 : random() % spread * (random() % spread) / spread);
+    }
+    std::vector<uint8_t> input =
+        encode(symbols.data(), symbol_size, n, kMinChunkLog2, kernel_at_most(0));
+    for (uint64_t edits = random() % 8; edits > 0; --edits) {
+      input[random() % input.size()] = static_cast<uint8_t>(random());
+    }
+    if (random() % 4 == 0) input.resize(random() % (input.size() + 1));
+    input.insert(input.begin(), static_cast<uint8_t>(random() % 32));
+    LLVMFuzzerTestOneInput(input.data(), input.size());
+  }
+  std::printf("codec_fuzz: %lld mutated payloads, no failure\n", static_cast<long long>(runs));
+}
+#endif

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Builds the codec's fuzzer under AddressSanitizer and UBSan and runs it: csrc/fuzz/run.sh [runs]
+# clang gives the coverage-guided libFuzzer; without clang, g++ builds a driver of random mutations.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+runs="${1:-1000000}"
+build="${FUZZ_BUILD:-build/fuzz}"
+mkdir -p "$build/corpus"
+clang=""
+for name in clang++ clang++-2{2,1,0} clang++-1{9,8,7,6,5,4}; do
+  if command -v "$name" >/dev/null; then clang="$name"; break; fi
+done
+flags="-std=c++20 -g -O1 -fno-omit-frame-pointer -ffp-contract=off -Icsrc"
+if [ -n "$clang" ]; then
+  compiler="$clang"
+  sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+  flags="$flags -fsanitize=fuzzer-no-link"
+  link="-fsanitize=fuzzer"
+else
+  compiler="${CXX:-g++}"
+  sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+  flags="$flags -DCFL_FUZZ_STANDALONE"
+  link=""
+fi
+avx2="" avx512=""
+if [ "$(uname -m)" = x86_64 ]; then
+  flags="$flags -DCFL_HAVE_X86_ISAS"
+  avx2="-mavx2 -mfma -mf16c -mbmi2 -mpopcnt -mpclmul"
+  avx512="$avx2 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vbmi -mavx512vbmi2 -mvpclmulqdq"
+fi
+objects=()
+compile() {  # source, extra flags
+  object="$build/$(basename "$1" .cpp).o"
+  objects+=("$object")
+  # shellcheck disable=SC2086
+  if [ ! "$object" -nt "$1" ] || [ csrc/cpu/codec_kernel_impl.h -nt "$object" ]; then
+    $compiler $flags $sanitize $2 -c "$1" -o "$object"
+  fi
+}
+compile csrc/fuzz/codec_fuzz.cpp ""
+compile csrc/cpu/codec_payload.cpp ""
+compile csrc/cpu/codec_kernel_generic.cpp ""
+compile csrc/cpu/codec_kernel_avx2.cpp "$avx2"
+compile csrc/cpu/codec_kernel_avx512.cpp "$avx512"
+# shellcheck disable=SC2086
+$compiler $sanitize $link "${objects[@]}" -o "$build/codec_fuzz"
+if [ -z "$clang" ]; then
+  exec "$build/codec_fuzz" "$runs"
+fi
+# Seeds: the golden payloads, plain and with repaired checksums.
+for golden in tests/data/huffman_*.bin; do
+  for mode in '\002' '\006' '\016' '\022' '\005' '\004'; do
+    { printf "$mode"; cat "$golden"; } >"$build/corpus/seed_$(basename "$golden" .bin)_${mode#?}"
+  done
+done
+exec "$build/codec_fuzz" -runs="$runs" -max_len=6000 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 "$build/corpus"

@@ -1,0 +1,18 @@
+"""Writes tests/data anew. Only for a new version of the format: old readers must read old files."""
+
+from pathlib import Path
+
+import cfl_ops
+import torch
+from cfl_ops._codec_python import as_bytes
+from test_codec import DATA, FLOATS, GOLDEN, golden_weights
+
+if __name__ == "__main__":
+    DATA.mkdir(exist_ok=True)
+    for name, symbols in GOLDEN.items():
+        Path(DATA / name).write_bytes(as_bytes(cfl_ops.huffman_encode(symbols())))
+    for dtype in FLOATS:
+        blob = cfl_ops.compress(golden_weights(dtype), bits=7, per="row")
+        Path(DATA / f"weights_{str(dtype).split('.')[1]}.bin").write_bytes(as_bytes(blob))
+    state = {"weight": golden_weights(torch.float32), "steps": torch.tensor(7)}
+    cfl_ops.save_file(state, DATA / "state.cflz", bits=7)
