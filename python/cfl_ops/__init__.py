@@ -13,6 +13,7 @@ from .proximal import (
     proximal_step_ex,
     proximal_step_ex_,
 )
+from .solve import ridge_solve, ridge_solve_ex
 
 _library.load_backends()
 
@@ -31,4 +32,6 @@ __all__ = [
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "ridge_solve",
+    "ridge_solve_ex",
 ]
