@@ -6,6 +6,7 @@ from . import _library
 from ._version import __version__
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
+from .least_squares import lstsq, lstsq_ex, pinv, pinv_ex
 from .proximal import (
     ProximalStep,
     proximal_step,
@@ -28,6 +29,10 @@ __all__ = [
     "config",
     "gram",
     "learn",
+    "lstsq",
+    "lstsq_ex",
+    "pinv",
+    "pinv_ex",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",
