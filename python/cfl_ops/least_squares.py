@@ -64,9 +64,36 @@ class _Factors(NamedTuple):
         return self.t.to(WIDE) @ (self.left @ x) if self.basis is None else self.basis @ x
 
 
-def _gram(t: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    moments = GRAM(t, b, None, False, 0, WIDE)
+def _tall_gram_python(t: Tensor, b: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """With Q = T W (or T): Q^T Q and Q^T B, in float64."""
+    q = t if w is None else t.to(WIDE) @ w
+    if b is not None and b.dtype != q.dtype:
+        q, b = q.to(WIDE), b.to(WIDE)
+    moments = GRAM(q, b, None, False, 0, WIDE)
     return moments[0], moments[1]
+
+
+def _tall_gram_fake(t: Tensor, b: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, order = t.shape[:-2], t.shape[-1]
+    return (
+        t.new_empty(*batch, order, order, dtype=WIDE),
+        t.new_empty(*batch, order, 0 if b is None else b.shape[-1], dtype=WIDE),
+    )
+
+
+TALL_GRAM = define_op(
+    "tall_gram(Tensor t, Tensor? b, Tensor? w) -> (Tensor gram, Tensor cross)",
+    python=_tall_gram_python,
+    fake=_tall_gram_fake,
+    core_dims=(2, 2, 2),
+)
+NARROW = 64  # the widest matrix (and right side) that the kernel of tall_gram is made for
+
+
+def _gram(t: Tensor, b: Tensor | None = None, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    narrow = t.shape[-1] <= NARROW and (b is None or b.shape[-1] <= NARROW)
+    result: tuple[Tensor, Tensor] = (TALL_GRAM if narrow else _tall_gram_python)(t, b, w)
+    return result
 
 
 def _identity(order: int, like: Tensor) -> Tensor:
@@ -109,7 +136,7 @@ def _second_pass(t: Tensor, gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     factor, _ = torch.linalg.cholesky_ex(equilibrated + shift * _identity(order, t), upper=True)
     first = torch.linalg.solve_triangular(factor, _identity(order, t).expand(factor.shape), upper=True)
     first = first / scale.unsqueeze(-1)
-    second, _ = _gram(t.to(WIDE) @ first)
+    second, _ = _gram(t, None, first)
     values, vectors = torch.linalg.eigh(second)
     kept = values >= KEPT
     rank = kept.sum(-1)
