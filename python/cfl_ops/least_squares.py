@@ -32,13 +32,13 @@ KEPT = 1e-2  # the second Gram's eigenvalues below this are cut: singular values
 
 class _Factors(NamedTuple):
     """The pseudoinverse of a tall matrix (m, s), m >= s, as ``right left^T t^T`` or, where ``basis`` is given,
-    as ``right basis^T``; ``right`` None is the identity. All float64.
+    as ``right basis^T``. All float64.
     """
 
     t: Tensor
     """The matrix, in its own dtype; float64 ones with columns scaled by powers of two."""
     left: Tensor
-    right: Tensor | None
+    right: Tensor
     basis: Tensor | None
     rank: Tensor
     bad: Tensor
@@ -47,8 +47,9 @@ class _Factors(NamedTuple):
     """``t^T b`` where a right side came along, and no basis is given."""
 
     def pinv(self) -> Tensor:
-        right_basis = self.left.mT @ self.t.to(WIDE).mT if self.basis is None else self.basis.mT
-        return right_basis if self.right is None else self.right @ right_basis
+        if self.basis is None:
+            return (self.right @ self.left.mT) @ self.t.to(WIDE).mT
+        return self.right @ self.basis.mT
 
     def solve(self, b: Tensor) -> Tensor:
         """pinv b"""
@@ -56,11 +57,11 @@ class _Factors(NamedTuple):
             x = self.basis.mT @ b.to(WIDE)
         else:
             x = self.left.mT @ (self.t.to(WIDE).mT @ b.to(WIDE) if self.cross is None else self.cross)
-        return x if self.right is None else self.right @ x
+        return self.right @ x
 
     def solve_transposed(self, b: Tensor) -> Tensor:
         """pinv^T b"""
-        x = b.to(WIDE) if self.right is None else self.right.mT @ b.to(WIDE)
+        x = self.right.mT @ b.to(WIDE)
         return self.t.to(WIDE) @ (self.left @ x) if self.basis is None else self.basis @ x
 
 
@@ -128,17 +129,18 @@ def _minimum_norm(left: Tensor, scaled_null: Tensor, rank: Tensor) -> Tensor:
     return right
 
 
-def _second_pass(t: Tensor, gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _second_pass(
+    t: Tensor, gram: Tensor, scale: Tensor, shift: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Left and right factors and the rank of matrices that a float64 Gram alone cannot resolve."""
     order = t.shape[-1]
-    shift = max(SHIFT, 16 * order * torch.finfo(WIDE).eps)
     equilibrated = gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     factor, _ = torch.linalg.cholesky_ex(equilibrated + shift * _identity(order, t), upper=True)
     first = torch.linalg.solve_triangular(factor, _identity(order, t).expand(factor.shape), upper=True)
     first = first / scale.unsqueeze(-1)
     second, _ = _gram(t, None, first)
     values, vectors = torch.linalg.eigh(second)
-    kept = values >= KEPT
+    kept = values >= limit
     rank = kept.sum(-1)
     rotated = first @ vectors
     left = rotated * torch.where(kept, values, 1.0).rsqrt().mul(kept).unsqueeze(-2)
@@ -170,42 +172,88 @@ def _by_svd(
     return basis * kept.unsqueeze(-2), right, rank, bad
 
 
+def _tall_factor_python(
+    t: Tensor, b: Tensor | None, well_conditioned: float, shift: float, kept: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """left, right, T^T B, rank and info of float32 (or narrower) matrices by our rule."""
+    order = t.shape[-1]
+    gram, cross = _gram(t, b)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    bad = ~diagonal.isfinite().all(-1)
+    scale = torch.where((diagonal > 0) & ~bad.unsqueeze(-1), diagonal, 1.0).sqrt()
+    outer_scale = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    inverse, failed = _inverse(gram / outer_scale)
+    hard = (failed | ~(inverse.diagonal(dim1=-2, dim2=-1).sum(-1) <= well_conditioned)) & ~bad
+    left = torch.where(bad[..., None, None], 0.0, inverse / outer_scale)
+    right = _identity(order, t).expand(left.shape).contiguous()
+    rank = torch.where(bad, 0, order)
+    if bool(hard.any()):
+        second = _second_pass(t[hard], gram[hard], scale[hard], shift, kept)
+        left[hard], right[hard], rank[hard] = second
+    return left, right, cross, rank, bad.to(torch.int32)
+
+
+def _tall_factor_fake(t: Tensor, b: Tensor | None, *_: float) -> tuple[Tensor, ...]:
+    batch, order = t.shape[:-2], t.shape[-1]
+    return (
+        t.new_empty(*batch, order, order, dtype=WIDE),
+        t.new_empty(*batch, order, order, dtype=WIDE),
+        t.new_empty(*batch, order, 0 if b is None else b.shape[-1], dtype=WIDE),
+        t.new_empty(batch, dtype=torch.int64),
+        t.new_empty(batch, dtype=torch.int32),
+    )
+
+
+TALL_FACTOR = define_op(
+    "tall_factor(Tensor t, Tensor? b, float well_conditioned, float shift, float kept) -> "
+    "(Tensor left, Tensor right, Tensor cross, Tensor rank, Tensor info)",
+    python=_tall_factor_python,
+    fake=_tall_factor_fake,
+    core_dims=(2, 2, None, None, None),
+)
+
+
 def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> _Factors:
     """Factor tall matrices ``t (..., m, s)``; ``cut`` of the largest singular value, or None for our rule."""
     order = t.shape[-1]
     if cut is not None:
         basis, right, rank, bad = _by_svd(t, cut, equilibrate=False)
         return _Factors(t, right, right, basis, rank, bad, None)
-    original, right, basis, cross = t, None, None, None
-    if t.dtype == WIDE:  # their squares may overflow: scale the columns by powers of two
-        largest = t.abs().amax(-2)
-        usable = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-        exponent = torch.frexp(usable)[1].clamp(-1000, 1000)
-        t = torch.ldexp(t, -exponent.unsqueeze(-2))
-        right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
-    if b is not None and b.dtype == t.dtype:
-        gram, cross = _gram(t, b)
-    else:
-        gram, _ = _gram(t)
+    if t.dtype != WIDE:
+        if b is not None and (b.dtype != t.dtype or b.shape[-1] > NARROW):
+            b = None
+        shift = max(SHIFT, 16 * order * torch.finfo(WIDE).eps)
+        # The kernel is made for many rows; many small matrices go side by side through ridge_solve.
+        narrow = order <= NARROW and t.shape[-2] >= 4 * order
+        tall_factor = TALL_FACTOR if narrow else _tall_factor_python
+        left, right, cross, rank, info = tall_factor(t, b, WELL_CONDITIONED, shift, KEPT)
+        return _Factors(t, left, right, None, rank, info != 0, None if b is None else cross)
+
+    # Squares of float64 numbers may overflow: scale the columns by powers of two.
+    bad = ~t.isfinite().all(-1).all(-1)
+    largest = torch.where(bad.unsqueeze(-1), 1.0, t.abs().amax(-2))
+    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))[1].clamp(-1000, 1000)
+    scaled = torch.ldexp(t, -exponent.unsqueeze(-2))
+    gram, cross = _gram(scaled, b)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    bad = ~diagonal.isfinite().all(-1)
-    scale = torch.where((diagonal > 0) & diagonal.isfinite(), diagonal, 1.0).sqrt()
+    scale = torch.where((diagonal > 0) & ~bad.unsqueeze(-1), diagonal, 1.0).sqrt()
     outer_scale = scale.unsqueeze(-1) * scale.unsqueeze(-2)
     inverse, failed = _inverse(gram / outer_scale)
-    trace = inverse.diagonal(dim1=-2, dim2=-1).sum(-1)
-    hard = (failed | ~(trace <= WELL_CONDITIONED)) & ~bad
+    hard = (failed | ~(inverse.diagonal(dim1=-2, dim2=-1).sum(-1) <= WELL_CONDITIONED)) & ~bad
     left = inverse / outer_scale
-    rank = torch.full(t.shape[:-2], order, dtype=torch.int64, device=t.device)
-    if bool(hard.any()):
-        if right is None:
-            right = _identity(order, t).expand(left.shape).contiguous()
-        if t.dtype == WIDE:
-            eps = order * torch.finfo(WIDE).eps
-            basis = t @ left
-            basis[hard], right[hard], rank[hard], _ = _by_svd(original[hard], lambda top: eps * top, True)
-        else:
-            left[hard], right[hard], rank[hard] = _second_pass(t[hard], gram[hard], scale[hard])
-    return _Factors(t, left, right, basis, torch.where(bad, 0, rank), bad, cross)
+    right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
+    rank = torch.where(bad, 0, order)
+    basis = None
+    if bool(hard.all()):
+        basis, right, rank, _ = _by_svd(t, _rounding(order), equilibrate=True)
+    elif bool(hard.any()):
+        basis = scaled @ left
+        basis[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
+    return _Factors(scaled, left, right, basis, rank, bad, None if b is None else cross)
+
+
+def _rounding(order: int) -> Callable[[Tensor], Tensor]:
+    return lambda top: order * torch.finfo(WIDE).eps * top
 
 
 def _cut(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> Callable[[Tensor], Tensor] | None:
