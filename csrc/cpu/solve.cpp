@@ -30,21 +30,23 @@ constexpr int64_t kSmall = 128;  // the largest order that is solved side by sid
 // A float32 pivot below this many times n eps is not trusted.
 constexpr double kDoubt = 4.0;
 
+detail::SolveKernels kernels() {
+  switch (isa()) {
+#if defined(CFL_HAVE_X86_ISAS)
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return detail::solve_kernels_avx512();
+    case Isa::kAvx2:
+      return detail::solve_kernels_avx2();
+#endif
+    default:
+      return detail::solve_kernels_generic();
+  }
+}
+
 template <class T>
 const SolveKernel& kernel() {
-  auto kernels = [] {
-    switch (isa()) {
-#if defined(CFL_HAVE_X86_ISAS)
-      case Isa::kAmx:
-      case Isa::kAvx512:
-        return detail::solve_kernels_avx512();
-      case Isa::kAvx2:
-        return detail::solve_kernels_avx2();
-#endif
-      default:
-        return detail::solve_kernels_generic();
-    }
-  }();
+  const auto kernels = cfl::cpu::kernels();
   return std::is_same_v<T, float> ? *kernels.f32 : *kernels.f64;
 }
 
@@ -400,7 +402,57 @@ std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, 
   return {x, info};
 }
 
+// --- small_pinv ---------------------------------------------------------------------------------------
+
+// P of a batch of small matrices of full rank, and info: 1 where another path has to do it.
+std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
+  const int64_t ndim = a.dim(), rows = a.size(ndim - 2), cols = a.size(ndim - 1);
+  const bool is_double = a.scalar_type() == ScalarType::Double;
+  Tensor in = is_double ? a : in_dtype(a, ScalarType::Float);
+  if (!dense(in, false)) in = torch::stable::contiguous(in);
+  Tensor p = empty_cpu(batch_shape(a, 2, {cols, rows}), is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor info = empty_cpu(batch_shape(a, 2), ScalarType::Int);
+  const auto kernels = cfl::cpu::kernels();
+  const detail::PinvKernel& kernel = is_double ? *kernels.pinv_f64 : *kernels.pinv_f32;
+  const int64_t batch = product(batch_shape(a, 2)), lanes = kernel.lanes;
+  const Walk ins(in, 2), outs(p, 2);
+  auto* infos = static_cast<int32_t*>(info.data_ptr());
+  torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
+    thread_local Memory memory;
+    const void* t[16];
+    void* out[16];
+    int32_t codes[16];
+    detail::PinvGroup group;
+    group.m = std::max(rows, cols);
+    group.s = std::min(rows, cols);
+    group.wide = rows < cols;
+    group.t = t;
+    group.p = out;
+    group.limit = limit;
+    group.tolerance = static_cast<double>(group.s) * std::numeric_limits<double>::epsilon();
+    group.refine = is_double;
+    group.info = codes;
+    group.scratch = memory.get<char>(kernel.scratch_bytes(group.m, group.s));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * lanes;
+      group.valid = std::min(lanes, batch - first);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t i = std::min(first + lane, batch - 1);
+        t[lane] = ins.at<char>(i);
+        out[lane] = outs.at<char>(i);
+      }
+      kernel.run(&group);
+      std::copy_n(codes, group.valid, infos + first);
+    }
+  });
+  if (a.scalar_type() != p.scalar_type()) p = torch::stable::to(p, a.scalar_type());
+  return {p, info};
+}
+
 }  // namespace
 }  // namespace cfl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) { m.impl("ridge_solve", TORCH_BOX(&cfl::cpu::ridge_solve)); }
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+  m.impl("ridge_solve", TORCH_BOX(&cfl::cpu::ridge_solve));
+  m.impl("small_pinv", TORCH_BOX(&cfl::cpu::small_pinv));
+}

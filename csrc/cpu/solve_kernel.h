@@ -34,8 +34,29 @@ struct SolveKernel {
   void (*run)(const SolveGroup* group);
 };
 
+// P_l = (T_l^T T_l)^-1 T_l^T for each lane l, in double, of tall T (m x s, m >= s) of type float or double.
+struct PinvGroup {
+  int64_t m = 0, s = 0;
+  bool wide = false;  // memory holds T^T and takes P^T
+  int64_t valid = 0;
+  const void* const* t = nullptr;  // one pointer per lane, dense
+  void* const* p = nullptr;
+  double limit = 0;         // on the trace of the inverse Gram with columns of length 1
+  double tolerance = 0;     // as for SolveGroup
+  bool refine = false;      // one Newton step
+  int32_t* info = nullptr;  // (lanes): 0, or 1 where P is not to be used
+  void* scratch = nullptr;  // 64-byte aligned
+};
+
+struct PinvKernel {
+  int lanes;
+  size_t (*scratch_bytes)(int64_t m, int64_t s);
+  void (*run)(const PinvGroup* group);
+};
+
 struct SolveKernels {
   const SolveKernel *f32, *f64;
+  const PinvKernel *pinv_f32, *pinv_f64;
 };
 
 SolveKernels solve_kernels_generic();

@@ -466,11 +466,250 @@ void run(const SolveGroup* group) {
   for (int lane = 0; lane < w; ++lane) g.info[lane] = int32_t(info[lane]);
 }
 
+// --- pseudoinverses ---------------------------------------------------------------------------------
+
+typedef float F32h __attribute__((vector_size(kBytes / 2)));
+
+CFL_INLINE F64v load_wide(const double* p) { return load<double>(p); }
+CFL_INLINE F64v load_wide(const float* p) {
+  F32h v;
+  memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, F64v);
+}
+CFL_INLINE void store_narrow(double* p, F64v v) { store<double>(p, v); }
+CFL_INLINE void store_narrow(float* p, F64v v) {
+  const F32h narrow = __builtin_convertvector(v, F32h);
+  memcpy(p, &narrow, sizeof(narrow));
+}
+
+constexpr int kWide = kLanes<double>;
+
+// Where the number (i, r) of P, or (r, i) of T, is kept: four rows r of T to a tile row, as right sides.
+struct PinvLayout {
+  int64_t tiles, rows, height;  // of the Gram; of T; the padded s
+  int64_t gram, columns, right, scale, correction, spare, size;  // in vectors
+  PinvLayout(int64_t m, int64_t s) {
+    tiles = (s + kTile - 1) / kTile;
+    rows = (m + kTile - 1) / kTile;
+    height = tiles * kTile;
+    gram = 0;
+    columns = gram + tile_row(tiles);             // T by tiles of four columns, for its Gram matrix
+    right = columns + tiles * rows * kTile * kTile;  // T^T, then P
+    scale = right + rows * height * kTile;
+    correction = scale + height;                  // I - P T
+    spare = correction + height * height;         // a tile row of P
+    size = spare + height * kTile;
+  }
+  int64_t column_at(int64_t r, int64_t i) const {
+    return columns + ((i / kTile) * rows * kTile + r) * kTile + i % kTile;
+  }
+  int64_t right_at(int64_t r, int64_t i) const {
+    return right + ((r / kTile) * height + i) * kTile + r % kTile;
+  }
+};
+
+size_t pinv_scratch_bytes(int64_t m, int64_t s) { return size_t(PinvLayout(m, s).size) * kBytes; }
+
+template <class S>
+void load_tall(const PinvGroup& g, const PinvLayout& at, double* memory) {
+  memset(memory + at.columns * kWide, 0, size_t(at.scale - at.columns) * kBytes);
+  const S* const* t = reinterpret_cast<const S* const*>(g.t);
+  const int64_t size = g.m * g.s, inner = g.wide ? g.m : g.s;
+  int64_t outer_index = 0, inner_index = 0;
+  for (int64_t e = 0; e < size; e += kWide) {
+    const int64_t count = min64(kWide, size - e);
+    F64v v[kWide];
+    for (int l = 0; l < kWide; ++l) {
+      if (count == kWide) {
+        v[l] = load_wide(t[l] + e);
+      } else {
+        S part[kWide] = {};
+        memcpy(part, t[l] + e, size_t(count) * sizeof(S));
+        v[l] = load_wide(part);
+      }
+    }
+    transpose<double>(v);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t r = g.wide ? inner_index : outer_index, i = g.wide ? outer_index : inner_index;
+      store<double>(memory + at.column_at(r, i) * kWide, v[c]);
+      store<double>(memory + at.right_at(r, i) * kWide, v[c]);
+      if (++inner_index == inner) inner_index = 0, ++outer_index;
+    }
+  }
+}
+
+template <class S>
+void store_pinv(const PinvGroup& g, const PinvLayout& at, const double* memory) {
+  S* const* p = reinterpret_cast<S* const*>(g.p);
+  const int64_t size = g.m * g.s, inner = g.wide ? g.s : g.m;
+  int64_t outer_index = 0, inner_index = 0;
+  for (int64_t e = 0; e < size; e += kWide) {
+    const int64_t count = min64(kWide, size - e);
+    F64v v[kWide] = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t r = g.wide ? outer_index : inner_index, i = g.wide ? inner_index : outer_index;
+      v[c] = load<double>(memory + at.right_at(r, i) * kWide);
+      if (++inner_index == inner) inner_index = 0, ++outer_index;
+    }
+    transpose<double>(v);
+    for (int64_t l = 0; l < g.valid; ++l) {
+      if (count == kWide) {
+        store_narrow(p[l] + e, v[l]);
+      } else {
+        S part[kWide];
+        store_narrow(part, v[l]);
+        memcpy(p[l] + e, part, size_t(count) * sizeof(S));
+      }
+    }
+  }
+}
+
+// P <- P + (I - P T) P, with T in its tiles of columns.
+void newton_step(const PinvLayout& at, int64_t m, double* memory) {
+  for (int64_t i = 0; i < at.height; i += kTile) {
+    for (int64_t j = 0; j < at.height; j += kTile) {
+      Tile<double> c = {};
+      const double* t = memory + at.column_at(0, j) * kWide;
+      for (int64_t r = 0; r < m; ++r) {
+        F64v b[kTile];
+#pragma GCC unroll 4
+        for (int jj = 0; jj < kTile; ++jj) b[jj] = load<double>(t + (r * kTile + jj) * kWide);
+#pragma GCC unroll 4
+        for (int ii = 0; ii < kTile; ++ii) {
+          const F64v a = load<double>(memory + at.right_at(r, i + ii) * kWide);
+#pragma GCC unroll 4
+          for (int jj = 0; jj < kTile; ++jj) c[ii][jj] -= a * b[jj];
+        }
+      }
+#pragma GCC unroll 4
+      for (int ii = 0; ii < kTile; ++ii) {
+#pragma GCC unroll 4
+        for (int jj = 0; jj < kTile; ++jj) {
+          const F64v one = F64v{} + (i + ii == j + jj ? 1.0 : 0.0);
+          store<double>(memory + (at.correction + (i + ii) * at.height + j + jj) * kWide, c[ii][jj] + one);
+        }
+      }
+    }
+  }
+  double* spare = memory + at.spare * kWide;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    double* p = memory + at.right_at(r * kTile, 0) * kWide;
+    for (int64_t i = 0; i < at.height; i += kTile) {
+      Tile<double> c = {};
+      for (int64_t j = 0; j < at.height; ++j) {
+        F64v b[kTile];
+#pragma GCC unroll 4
+        for (int u = 0; u < kTile; ++u) b[u] = load<double>(p + (j * kTile + u) * kWide);
+#pragma GCC unroll 4
+        for (int ii = 0; ii < kTile; ++ii) {
+          const F64v a = load<double>(memory + (at.correction + (i + ii) * at.height + j) * kWide);
+#pragma GCC unroll 4
+          for (int u = 0; u < kTile; ++u) c[ii][u] += a * b[u];
+        }
+      }
+#pragma GCC unroll 4
+      for (int ii = 0; ii < kTile; ++ii) {
+#pragma GCC unroll 4
+        for (int u = 0; u < kTile; ++u) store<double>(spare + ((i + ii) * kTile + u) * kWide, c[ii][u]);
+      }
+    }
+    for (int64_t e = 0; e < at.height * kTile; ++e) {
+      store<double>(p + e * kWide, load<double>(p + e * kWide) + load<double>(spare + e * kWide));
+    }
+  }
+}
+
+template <class S>
+void run_pinv(const PinvGroup* group) {
+  const PinvGroup& g = *group;
+  const PinvLayout at(g.m, g.s);
+  double* memory = static_cast<double*>(g.scratch);
+  load_tall<S>(g, at, memory);
+  double *l = memory + at.gram * kWide, *scale = memory + at.scale * kWide;
+
+  const int64_t column = at.rows * kTile * kTile * kWide;  // numbers in a tile of columns
+  for (int64_t t = 0; t < at.tiles; ++t) {
+    for (int64_t u = 0; u <= t; ++u) {
+      Tile<double> c = {};
+      const double* base = memory + at.columns * kWide;
+      subtract_product<double>(c, base + t * column, base + u * column, g.m);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTile; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kTile; ++i) {
+          store<double>(l + (tile_row(t) + (u * kTile + j) * kTile + i) * kWide, -c[i][j]);
+        }
+      }
+    }
+  }
+  // Columns of length 1. Where a square over- or underflowed another path has to do it.
+  Index<double> good = Index<double>{} - 1;
+  for (int64_t i = 0; i < at.height; ++i) {
+    F64v square = load<double>(l + (tile_row(i / kTile) + i * kTile + i % kTile) * kWide);
+    if (i < g.s) good &= (square > 1e-250) & (square < 1e250);
+    const F64v one = F64v{} + 1.0;
+    square = i < g.s ? ((square > 1e-250) & (square < 1e250) ? square : one) : one;
+    store<double>(scale + i * kWide, 1.0 / root(square));
+  }
+  for (int64_t i = 0; i < at.height; ++i) {
+    const F64v mine = load<double>(scale + i * kWide);
+    for (int64_t j = 0; j < i; ++j) {
+      double* entry = l + (tile_row(i / kTile) + j * kTile + i % kTile) * kWide;
+      store<double>(entry, load<double>(entry) * mine * load<double>(scale + j * kWide));
+    }
+    store<double>(l + (tile_row(i / kTile) + i * kTile + i % kTile) * kWide, F64v{} + 1.0);
+    for (int64_t r = 0; r < at.rows; ++r) {
+      double* x = memory + at.right_at(r * kTile, i) * kWide;
+#pragma GCC unroll 4
+      for (int u = 0; u < kTile; ++u) store<double>(x + u * kWide, load<double>(x + u * kWide) * mine);
+    }
+  }
+
+  Index<double> info{};
+  const F64v tolerance = F64v{} + g.tolerance;
+  auto right = [&](int64_t r) { return memory + at.right_at(r * kTile, 0) * kWide; };
+  for (int64_t t = 0; t < at.tiles; ++t) {
+    double* diagonal = l + tile_row(t) * kWide;
+    on_diagonal<double>(diagonal, t * kTile, tolerance, &info);
+    for (int64_t below = t + 1; below < at.tiles; ++below) {
+      below_diagonal<double>(l + tile_row(below) * kWide, diagonal, t * kTile);
+    }
+    for (int64_t r = 0; r < at.rows; ++r) below_diagonal<double>(right(r), diagonal, t * kTile);
+  }
+  for (int64_t t = at.tiles - 1; t >= 0; --t) {
+    for (int64_t r = 0; r < at.rows; ++r) backward<double>(l, right(r), t, at.tiles);
+  }
+
+  // The squared length of this P is the trace of the inverse Gram.
+  F64v trace{};
+  for (int64_t r = 0; r < at.rows; ++r) {
+    for (int64_t i = 0; i < at.height; ++i) {
+      const F64v mine = load<double>(scale + i * kWide);
+      double* x = right(r) + i * kTile * kWide;
+#pragma GCC unroll 4
+      for (int u = 0; u < kTile; ++u) {
+        const F64v value = load<double>(x + u * kWide);
+        trace += value * value;
+        store<double>(x + u * kWide, value * mine);
+      }
+    }
+  }
+  good &= (info == Index<double>{}) & (trace <= g.limit);
+  if (g.refine) newton_step(at, g.m, memory);
+  store_pinv<S>(g, at, memory);
+  for (int lane = 0; lane < kWide; ++lane) g.info[lane] = good[lane] == 0;
+}
+
+template <class S>
+constexpr PinvKernel kPinvKernel = {kWide, pinv_scratch_bytes, run_pinv<S>};
+
 template <class T>
 constexpr SolveKernel kKernel = {kLanes<T>, scratch_bytes<T>, run<T>};
 
 }  // namespace
 
-SolveKernels CFL_ENTRY() { return {&kKernel<float>, &kKernel<double>}; }
+SolveKernels CFL_ENTRY() { 
+  return {&kKernel<float>, &kKernel<double>, &kPinvKernel<float>, &kPinvKernel<double>};
+}
 
 }  // namespace cfl::cpu::detail
