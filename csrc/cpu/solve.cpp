@@ -429,7 +429,9 @@ std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
     group.t = t;
     group.p = out;
     group.limit = limit;
-    group.tolerance = static_cast<double>(group.s) * std::numeric_limits<double>::epsilon();
+    // The trace of the inverse is at least 1 / pivot; without this a pivot of mere rounding could pass,
+    // for T^T has nothing along it that would show in P.
+    group.tolerance = std::max(1 / limit, static_cast<double>(group.s) * std::numeric_limits<double>::epsilon());
     group.refine = is_double;
     group.info = codes;
     group.scratch = memory.get<char>(kernel.scratch_bytes(group.m, group.s));

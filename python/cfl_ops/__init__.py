@@ -14,6 +14,7 @@ from .proximal import (
     proximal_step_ex,
     proximal_step_ex_,
 )
+from .ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
 from .solve import ridge_solve, ridge_solve_ex
 
 _library.load_backends()
@@ -24,8 +25,10 @@ __all__ = [
     "CorruptDataError",
     "GramMoments",
     "LinAlgError",
+    "RidgeCVResult",
     "ProximalStep",
     "__version__",
+    "class_ridge",
     "config",
     "gram",
     "learn",
@@ -37,6 +40,9 @@ __all__ = [
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "ridge",
+    "ridge_cv",
+    "ridge_path",
     "ridge_solve",
     "ridge_solve_ex",
 ]

@@ -222,7 +222,7 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
     if t.dtype != WIDE:
         if b is not None and (b.dtype != t.dtype or b.shape[-1] > NARROW):
             b = None
-        shift = max(SHIFT, 16 * order * torch.finfo(WIDE).eps)
+        shift = max(SHIFT, 8 * order * torch.finfo(WIDE).eps)
         # The kernel is made for many rows; many small matrices go side by side through ridge_solve.
         narrow = order <= NARROW and t.shape[-2] >= 4 * order
         tall_factor = TALL_FACTOR if narrow else _tall_factor_python
