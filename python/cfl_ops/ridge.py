@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -278,33 +279,42 @@ def _row_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, kind: str) -> tu
             leverage = leverage.mean().expand(rows)
         # A row that fits itself alone tells nothing; its residual counts as it stands.
         room = 1 - leverage
-        scales.append(torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf).to(dtype).unsqueeze(-1))
+        scales.append(torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf).square().to(dtype))
     for part in _chunks(rows, y.shape[-1], dtype):
         target = y[..., part]
         own = left_cross[..., part]
         for index, (factor, scale) in enumerate(zip(keep, scales, strict=True)):
             residual = torch.addmm(target, left, (factor.unsqueeze(-1) * own).to(dtype), alpha=-1)
-            residual = torch.where(residual == 0, 0.0, residual.mul_(scale)) if scale.isinf().any() else residual.mul_(scale)
-            norm = torch.linalg.vector_norm(residual, dim=0).to(WIDE)
-            scores[index, part] = norm.square() / rows
+            scores[index, part] = _weighted_mean(residual.square_(), scale)
     return scores, spectrum
 
 
-def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> Tensor:
+def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
+    """The mean over rows of squares times weight, where no weight counts on a square of 0."""
+    total = weight @ squares
+    if bool(weight.isinf().any()):
+        total = torch.where(squares == 0, 0.0, squares * weight.unsqueeze(-1)).sum(0)
+    return total.to(WIDE) / squares.shape[0]
+
+
+def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> tuple[Tensor, _Spectrum]:
     """k folds of consecutive rows: the moments of the others are all moments less the fold's own."""
     rows = x.shape[-2]
     bounds = _fold_bounds(rows, folds)
     dtype = x.dtype
-    gram, cross = _moments(x, y)
+    pieces = list(zip(bounds[:-1], bounds[1:], strict=True))
+    moments = [_moments(x[begin:end], y[begin:end]) for begin, end in pieces]
+    gram = torch.stack([own for own, _ in moments]).sum(0)
+    cross = torch.stack([own for _, own in moments]).sum(0)
     _check_finite("ridge_cv", gram)
-    x_sum, y_sum = x.sum(-2, dtype=WIDE), y.sum(-2, dtype=WIDE)
+    if bias:
+        x_sum, y_sum = x.sum(-2, dtype=WIDE), y.sum(-2, dtype=WIDE)
     scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    one = torch.ones((), dtype=dtype, device=x.device)
+    for (begin, end), (own_gram, own_cross) in zip(pieces, moments, strict=True):
         held, held_y = x[begin:end], y[begin:end]
-        own_gram, own_cross = _moments(held, held_y)
         train_gram, train_cross = gram - own_gram, cross - own_cross
         count = rows - (end - begin)
-        x_mean, y_mean = torch.zeros_like(x_sum), torch.zeros_like(y_sum)
         if bias:
             x_mean = (x_sum - held.sum(-2, dtype=WIDE)) / count
             y_mean = (y_sum - held_y.sum(-2, dtype=WIDE)) / count
@@ -318,8 +328,12 @@ def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> 
             for index, lam in enumerate(lams.unbind()):
                 inner = (_shrinkage(values, lam).unsqueeze(-1) * rotated_cross[:, part]).to(dtype)
                 residual = torch.addmm(offset[:, part], rotated, inner, alpha=-1)
-                scores[index, part] += torch.linalg.vector_norm(residual, dim=0).to(WIDE).square()
-    return scores / rows
+                weight = one.expand(end - begin)
+                scores[index, part] += _weighted_mean(residual.square_(), weight) * ((end - begin) / rows)
+    if rows >= x.shape[-1]:
+        values, vectors = _eigh(gram)
+        return scores, _Spectrum(values, vectors, vectors.mT @ cross)
+    return scores, _spectrum("ridge_cv", x, y)
 
 
 def _fold_bounds(rows: int, folds: int) -> list[int]:
@@ -398,11 +412,15 @@ def ridge_cv(
         raise ValueError(f"cfl_ops.ridge_cv: x must have at least 2 rows, but got {rows}")
     xc, x_mean = _centred(wide_x, bias)
     yc, y_mean = _centred(wide_y, bias)
+    # Squares of the residuals shall neither overflow nor vanish.
+    largest = float(yc.abs().max()) if yc.numel() else 1.0
+    unit = 1.0 if 1e-12 < largest < 1e12 or not 0 < largest < math.inf else 2.0 ** math.frexp(largest)[1]
+    scaled = yc if unit == 1.0 else yc / unit
     if folds:
-        scores = _fold_scores(xc, yc, penalties, bias, folds)
-        spectrum = _spectrum("ridge_cv", xc, yc)
+        scores, spectrum = _fold_scores(xc, scaled, penalties, bias, folds)
     else:
-        scores, spectrum = _row_scores(xc, yc, penalties, bias, str(cv))
+        scores, spectrum = _row_scores(xc, scaled, penalties, bias, str(cv))
+    scores = scores * (unit * unit)
     if per_target:
         chosen = scores.nan_to_num(nan=torch.inf).argmin(0)
     else:
@@ -411,7 +429,7 @@ def ridge_cv(
     total = spectrum.values.unsqueeze(-1) + lam
     inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
     dtype = _output_dtype(x, y)
-    weight = (spectrum.basis.to(wide_x.dtype) @ inner.to(wide_x.dtype)).to(WIDE)
+    weight = (spectrum.basis.to(wide_x.dtype) @ inner.to(wide_x.dtype)).to(WIDE) * unit
     intercept = _intercept(weight, x_mean, y_mean).to(dtype) if bias else None
     return RidgeCVResult(weight.to(dtype), intercept, lam, scores)
 
