@@ -6,7 +6,7 @@ from . import _library
 from ._version import __version__
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram
-from .least_squares import lstsq, lstsq_ex, pinv, pinv_ex
+from .least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
 from .proximal import (
     ProximalStep,
     proximal_step,
@@ -23,6 +23,7 @@ from . import config, learn
 
 __all__ = [
     "CorruptDataError",
+    "Factorization",
     "GramMoments",
     "LinAlgError",
     "RidgeCVResult",
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "class_ridge",
     "config",
+    "factorize",
     "gram",
     "learn",
     "lstsq",

@@ -297,8 +297,14 @@ def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
     return total.to(WIDE) / squares.shape[0]
 
 
-def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> tuple[Tensor, _Spectrum]:
-    """k folds of consecutive rows: the moments of the others are all moments less the fold's own."""
+def _fold_scores(
+    x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k folds of consecutive rows: the moments of the others are all moments less the fold's own.
+
+    Returns the scores (L, K), their mean over targets and folds relative to each fold's variance (L), which is
+    1 - R^2, and the moments of all rows.
+    """
     rows = x.shape[-2]
     bounds = _fold_bounds(rows, folds)
     dtype = x.dtype
@@ -311,6 +317,7 @@ def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> 
         x_sum, y_sum = x.sum(-2, dtype=WIDE), y.sum(-2, dtype=WIDE)
     scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
     one = torch.ones((), dtype=dtype, device=x.device)
+    relative = torch.zeros(lams.numel(), dtype=WIDE, device=x.device)
     for (begin, end), (own_gram, own_cross) in zip(pieces, moments, strict=True):
         held, held_y = x[begin:end], y[begin:end]
         train_gram, train_cross = gram - own_gram, cross - own_cross
@@ -324,16 +331,17 @@ def _fold_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int) -> 
         rotated = ((held.to(WIDE) - x_mean) @ vectors).to(dtype) if bias else held @ vectors.to(dtype)
         rotated_cross = vectors.mT @ train_cross
         offset = (held_y.to(WIDE) - y_mean).to(dtype) if bias else held_y
+        variance = held_y.to(WIDE).var(0, correction=0)
         for part in _chunks(end - begin, y.shape[-1], dtype):
             for index, lam in enumerate(lams.unbind()):
                 inner = (_shrinkage(values, lam).unsqueeze(-1) * rotated_cross[:, part]).to(dtype)
                 residual = torch.addmm(offset[:, part], rotated, inner, alpha=-1)
-                weight = one.expand(end - begin)
-                scores[index, part] += _weighted_mean(residual.square_(), weight) * ((end - begin) / rows)
-    if rows >= x.shape[-1]:
-        values, vectors = _eigh(gram)
-        return scores, _Spectrum(values, vectors, vectors.mT @ cross)
-    return scores, _spectrum("ridge_cv", x, y)
+                error = _weighted_mean(residual.square_(), one.expand(end - begin))
+                scores[index, part] += error * ((end - begin) / rows)
+                # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
+                share = torch.where(variance[part] > 0, error / variance[part], (error > 0).to(WIDE))
+                relative[index] += share.sum() / (folds * y.shape[-1])
+    return scores, relative, gram, cross
 
 
 def _fold_bounds(rows: int, folds: int) -> list[int]:
@@ -369,7 +377,8 @@ def ridge_cv(
         lams: L numbers, or a 1-d tensor, not negative.
         cv: "loo" (exact leave-one-out), "gcv" (the leverages replaced by their mean), or the number of folds
             of consecutive rows, as scikit-learn's ``KFold`` cuts them; shuffle the rows if they are ordered.
-        per_target: choose a penalty for each target, or one for all (by the mean over targets).
+        per_target: choose a penalty for each target, or one for all: by the mean error over targets, or with
+            folds by the mean R^2 over folds and targets, as scikit-learn does in either case.
         bias: also fit an intercept, which is not penalised.
 
     Returns:
@@ -416,20 +425,24 @@ def ridge_cv(
     largest = float(yc.abs().max()) if yc.numel() else 1.0
     unit = 1.0 if 1e-12 < largest < 1e12 or not 0 < largest < math.inf else 2.0 ** math.frexp(largest)[1]
     scaled = yc if unit == 1.0 else yc / unit
+    dtype = _output_dtype(x, y)
     if folds:
-        scores, spectrum = _fold_scores(xc, scaled, penalties, bias, folds)
+        scores, shared, gram, cross = _fold_scores(xc, scaled, penalties, bias, folds)
     else:
         scores, spectrum = _row_scores(xc, scaled, penalties, bias, str(cv))
-    scores = scores * (unit * unit)
-    if per_target:
-        chosen = scores.nan_to_num(nan=torch.inf).argmin(0)
-    else:
-        chosen = scores.mean(1).nan_to_num(nan=torch.inf).argmin()
+        shared = scores.mean(1)
+    chosen = (scores if per_target else shared).nan_to_num(nan=torch.inf).argmin(0)
     lam = penalties[chosen]
-    total = spectrum.values.unsqueeze(-1) + lam
-    inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
-    dtype = _output_dtype(x, y)
-    weight = (spectrum.basis.to(wide_x.dtype) @ inner.to(wide_x.dtype)).to(WIDE) * unit
+    if folds and rows >= x.shape[-1] and not per_target and float(lam) > 0:
+        weight = ridge_solve(gram, cross, lam)
+    else:
+        if folds:
+            spectrum = _spectrum("ridge_cv", xc, scaled)
+        total = spectrum.values.unsqueeze(-1) + lam
+        inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
+        weight = (spectrum.basis.to(wide_x.dtype) @ inner.to(wide_x.dtype)).to(WIDE)
+    weight = weight * unit
+    scores = scores * (unit * unit)
     intercept = _intercept(weight, x_mean, y_mean).to(dtype) if bias else None
     return RidgeCVResult(weight.to(dtype), intercept, lam, scores)
 

@@ -161,9 +161,9 @@ def ridge_solve(
 
     Example:
         >>> import torch, cfl_ops
-        >>> cfl_ops.ridge_solve(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([[5.0], [5.0]]), 1.0)
+        >>> cfl_ops.ridge_solve(torch.diag(torch.tensor([3.0, 8.0])), torch.tensor([[4.0], [18.0]]), 1.0)
         tensor([[1.],
-                [1.]])
+                [2.]])
     """
     args = _ridge_solve_arguments("ridge_solve", gram, cross, lam, lam_diag)
     solution, info = RIDGE_SOLVE(*args)

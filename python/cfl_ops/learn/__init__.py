@@ -1,5 +1,22 @@
 """Learning algorithms, each a thin layer over the ops."""
 
+from typing import Any
+
 from .closed_form_linear import ClosedFormLinear
 
-__all__ = ["ClosedFormLinear"]
+__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV"]
+
+# These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
+_ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_ESTIMATORS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
