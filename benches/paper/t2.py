@@ -4,7 +4,8 @@
 
 A 2-32-32-32-32-1 tanh network on 5,000 points: layer after layer, W = Z^+ [Z | beta Y] P alpha, with P normal
 and Z with a column of ones. The peers solve it as the thesis did; ours as ``cfl_ops.lstsq`` and ``pinv``.
-float32 in and out everywhere but in the float64 rows; "wide product" accumulates Z W in float64.
+float32 in and out of every layer but in the float64 rows; "wide layer" accumulates tanh(Z W) in float64 before
+it is stored, and solves W = alpha (P_Z + beta Z^+ Y P_Y), which needs the one right side Y.
 """
 
 from __future__ import annotations
@@ -54,10 +55,6 @@ def with_ones(z: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(z[:, :1]), z], dim=1)
 
 
-def product(z: Tensor, w: Tensor, wide: bool) -> Tensor:
-    return (z.double() @ w.double()).to(z.dtype) if wide else z @ w
-
-
 def accuracy(
     solve: Solver, seed: int, alpha: float, beta: float, dtype: torch.dtype, wide: bool, keep: list[Tensor] | None
 ) -> float:
@@ -65,14 +62,19 @@ def accuracy(
     x, y = two_spirals(dtype)
     z = with_ones(x)
     for units in HIDDEN:
-        projection = torch.randn(z.shape[1] + 1, units, generator=generator, dtype=torch.float64).to(dtype)
-        target = alpha * product(torch.cat([z, beta * y], dim=1), projection, wide)
+        p = torch.randn(z.shape[1] + 1, units, generator=generator, dtype=torch.float64).to(dtype)
         if keep is not None:
             keep.append(z)
-        z = with_ones(torch.tanh(product(z, solve(z, target), wide)))
+        if wide:
+            weight = (alpha * (p[:-1].double() + beta * solve(z, y).double() @ p[-1:].double())).to(dtype)
+            z = with_ones(torch.tanh(z.double() @ weight.double()).to(dtype))
+        else:
+            target = alpha * (torch.cat([z, beta * y], dim=1) @ p)
+            z = with_ones(torch.tanh(z @ solve(z, target)))
     if keep is not None:
         keep.append(z)
-    prediction = product(z, solve(z, y), wide)
+    weight = solve(z, y)
+    prediction = z.double() @ weight.double() if wide else z @ weight
     return 100 * ((prediction > 0) == (y > 0)).double().mean().item()
 
 
@@ -90,9 +92,9 @@ SOLVERS: tuple[tuple[str, Solver, torch.dtype, bool], ...] = (
     ("lstsq f64", lambda z, t: torch.linalg.lstsq(z, t).solution, F64, False),
     ("solve f32", normal_equations, F32, False),
     ("solve f64", normal_equations, F64, False),
-    ("ours: lstsq f32, wide product", cfl_ops.lstsq, F32, True),
+    ("ours: lstsq f32, wide layer", cfl_ops.lstsq, F32, True),
     ("ours: lstsq f32", cfl_ops.lstsq, F32, False),
-    ("ours: pinv f32, wide product", lambda z, t: product(cfl_ops.pinv(z), t, True), F32, True),
+    ("ours: pinv f32, wide layer", lambda z, t: cfl_ops.pinv(z).double() @ t.double(), F32, True),
     ("ours: lstsq f64", cfl_ops.lstsq, F64, False),
 )
 

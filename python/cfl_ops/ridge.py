@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._library import check_info, explains, first_failure
 from .errors import LinAlgError
 from .gram import GRAM
 from .least_squares import lstsq
@@ -142,12 +143,22 @@ class _Spectrum(NamedTuple):
 
 
 def _check_finite(op: str, gram: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
     bad = ~gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    if bool(bad.any()):
-        where = "" if bad.ndim == 0 else f"(Batch element {tuple(bad.nonzero()[0].tolist())}): "
-        raise LinAlgError(f"cfl_ops.{op}: {where}x has NaN or Inf")
+    check_info(op, bad.to(torch.int32), [gram], [gram])
+
+
+def _explain(op: str, info: Tensor) -> Exception:
+    return LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x has NaN or Inf, or its squares overflow")
+
+
+@explains("ridge_path")
+def _explain_ridge_path(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    return _explain("ridge_path", info)
+
+
+@explains("ridge_cv")
+def _explain_ridge_cv(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    return _explain("ridge_cv", info)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
