@@ -38,7 +38,8 @@ PYBIND11_MODULE(_C, m) {
       "For tests: fill fresh outputs with NaN, so that an unwritten element shows.");
   m.def(
       "set_isa", [](int isa) { cfl::cpu::set_isa(static_cast<cfl::cpu::Isa>(isa)); },
-      "For tests: use an instruction set below the best one (0 generic, 1 AVX2, 2 AVX-512, 3 AMX).");
+      "For tests: use an instruction set below the best one (0 generic, 1 AVX2, 2 AVX-512, 3 "
+      "AMX).");
   m.def(
       "best_isa", [] { return static_cast<int>(cfl::cpu::best_isa()); },
       "The best instruction set that this machine and this build have.");

@@ -31,8 +31,9 @@ struct Library {
   Syevd syevd = nullptr;
 
   Library() {
-    // RTLD_NOLOAD: only a library that is already in the process, hence the one torch uses. A lookup by
-    // handle searches its dependencies too, which is where an OpenBLAS build keeps the symbols.
+    // RTLD_NOLOAD: only a library that is already in the process, hence the one torch uses. A
+    // lookup by handle searches its dependencies too, which is where an OpenBLAS build keeps the
+    // symbols.
     void* handle = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
     if (!handle) return;
     auto find = [&](const char* name, auto& fn) {
@@ -65,7 +66,8 @@ const Routines<double>& routines<double>() {
 }
 
 Int narrow(int64_t value) {
-  if (value > INT32_MAX) throw std::overflow_error("cfl_ops: a matrix side exceeds BLAS's 2^31 - 1");
+  if (value > INT32_MAX)
+    throw std::overflow_error("cfl_ops: a matrix side exceeds BLAS's 2^31 - 1");
   return static_cast<Int>(value);
 }
 Int leading(int64_t value) { return narrow(value > 0 ? value : 1); }
@@ -93,7 +95,8 @@ int64_t potrf_impl(int64_t n, T* a, int64_t lda) {
 
 // Column-major U = L^T. solve_left: B^T (k x n column-major view of row-major n x k is k x n) etc.
 template <class T>
-void trsm(char side, char trans, int64_t rows, int64_t cols, const T* u, int64_t ldu, T* b, int64_t ldb) {
+void trsm(char side, char trans, int64_t rows, int64_t cols, const T* u, int64_t ldu, T* b,
+          int64_t ldb) {
   const Int m = narrow(rows), n = narrow(cols), la = leading(ldu), lb = leading(ldb);
   const char uplo = 'U', diag = 'N';
   const T one = 1;
@@ -135,17 +138,17 @@ int64_t eigh(int64_t n, double* a, double* values) {
   return info;
 }
 
-#define CFL_DEFINE(T)                                                                              \
-  void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,      \
-            int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {                     \
-    gemm_impl(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);                     \
-  }                                                                                                \
-  int64_t potrf_lower(int64_t n, T* a, int64_t lda) { return potrf_impl(n, a, lda); }              \
-  void potrs_lower(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64_t ldb) {             \
-    potrs_left_impl(n, k, l, ldl, b, ldb);                                                         \
-  }                                                                                                \
-  void potrs_lower_right(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64_t ldb) {       \
-    potrs_right_impl(n, k, l, ldl, b, ldb);                                                        \
+#define CFL_DEFINE(T)                                                                         \
+  void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a, \
+            int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {                \
+    gemm_impl(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);                \
+  }                                                                                           \
+  int64_t potrf_lower(int64_t n, T* a, int64_t lda) { return potrf_impl(n, a, lda); }         \
+  void potrs_lower(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64_t ldb) {        \
+    potrs_left_impl(n, k, l, ldl, b, ldb);                                                    \
+  }                                                                                           \
+  void potrs_lower_right(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64_t ldb) {  \
+    potrs_right_impl(n, k, l, ldl, b, ldb);                                                   \
   }
 CFL_DEFINE(float)
 CFL_DEFINE(double)

@@ -1,4 +1,5 @@
 // gram on the CPU: from tensors to the kernel of gram_kernel.h. Semantics: python/cfl_ops/gram.py.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -40,42 +41,80 @@ bool scan_weights(int64_t stride, const T* w, int64_t rows, double* sum) {
 }
 
 template <class T>
-bool finite_diagonal(const T* gram, int64_t order) {
+bool all_finite(const T* x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = x + i * row_stride;
+    float bad = 0;  // x - x is 0, or NaN where x is NaN or Inf
+    for (int64_t j = 0; j < cols; ++j) {
+      const auto value = static_cast<float>(row[j * col_stride]);
+      bad += value - value;
+    }
+    if (bad != 0) return false;  // NaN compares unequal, too
+  }
+  return true;
+}
+
+bool all_finite(const GramArgs& a) {
+  switch (a.x_dtype) {
+    case DType::kF32:
+      return all_finite(static_cast<const float*>(a.x), a.rows, a.cols, a.x_row_stride,
+                        a.x_col_stride);
+    case DType::kF16:
+      return all_finite(static_cast<const torch::headeronly::Half*>(a.x), a.rows, a.cols,
+                        a.x_row_stride, a.x_col_stride);
+    case DType::kBF16:
+      return all_finite(static_cast<const torch::headeronly::BFloat16*>(a.x), a.rows, a.cols,
+                        a.x_row_stride, a.x_col_stride);
+    default:
+      return true;  // float64 input is never the exact mode
+  }
+}
+
+bool labels_in_range(const GramArgs& a) {
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const int64_t label = a.labels[i * a.label_stride];
+    if (label < 0 || label >= a.targets) return false;
+  }
+  return true;
+}
+
+bool finite_diagonal(const double* gram, int64_t order) {
   for (int64_t i = 0; i < order; ++i) {
     if (!std::isfinite(gram[i * order + i])) return false;
   }
   return true;
 }
 
-using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+struct Outputs {
+  Tensor gram, cross, target_sum, target_sq, count;  // contiguous
+};
 
-Moments gram_op(const Tensor& x, const std::optional<Tensor>& y,
-                const std::optional<Tensor>& sample_weight, bool bias_column, int64_t num_classes,
-                ScalarType acc_dtype) {
-  const int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1);
-  const int64_t order = cols + bias_column;
-  const int64_t targets = !y ? 0 : num_classes ? num_classes : y->size(y->dim() - 1);
+// out <- beta out + the moments of x and y, for every element of the batch; returns info. Where
+// info is not 0 that element of `out` is left as it was, or set to zero where it is fresh memory.
+Tensor accumulate(const Tensor& x, const std::optional<Tensor>& y,
+                  std::optional<Tensor> sample_weight, int64_t num_classes, const Outputs& out,
+                  double beta, bool fresh) {
+  if (sample_weight && sample_weight->element_size() == 2) {  // the kernel takes no half weights
+    sample_weight = torch::stable::to(*sample_weight, ScalarType::Float);
+  }
+  const int64_t order = out.gram.size(out.gram.dim() - 1);
+  const int64_t acc_size = static_cast<int64_t>(out.gram.element_size());
   const auto batch = batch_shape(x, 2);
-  const int64_t count_batch = product(batch);
-
-  Tensor gram = empty_cpu(batch_shape(x, 2, {order, order}), acc_dtype);
-  Tensor cross = empty_cpu(batch_shape(x, 2, {order, targets}), acc_dtype);
-  Tensor target_sum = empty_cpu(batch_shape(x, 2, {targets}), acc_dtype);
-  Tensor target_sq = empty_cpu(batch_shape(x, 2, {targets}), acc_dtype);
-  Tensor count = empty_cpu(batch, ScalarType::Double);
+  const int64_t matrices = product(batch);
   Tensor info = empty_cpu(batch, ScalarType::Int);
-  const int64_t acc_size = static_cast<int64_t>(gram.element_size());
-  const bool exact = acc_dtype == ScalarType::Double && x.scalar_type() != ScalarType::Double;
+  const bool exact =
+      out.gram.scalar_type() == ScalarType::Double && x.scalar_type() != ScalarType::Double;
 
   GramArgs args;
-  args.rows = rows;
-  args.cols = cols;
+  args.rows = x.size(x.dim() - 2);
+  args.cols = x.size(x.dim() - 1);
   args.x_dtype = kernel_dtype(x.scalar_type());
   args.x_row_stride = x.stride(x.dim() - 2);
   args.x_col_stride = x.stride(x.dim() - 1);
-  args.bias = bias_column;
-  args.acc_dtype = kernel_dtype(acc_dtype);
-  args.targets = targets;
+  args.bias = order > args.cols;
+  args.acc_dtype = kernel_dtype(out.gram.scalar_type());
+  args.targets = out.cross.size(out.cross.dim() - 1);
+  args.beta = beta;
   const Batched xs(x, 2);
   const Batched ys = !y ? Batched() : Batched(*y, num_classes ? 1 : 2);
   const Batched weights = sample_weight ? Batched(*sample_weight, 1) : Batched();
@@ -97,62 +136,94 @@ Moments gram_op(const Tensor& x, const std::optional<Tensor>& y,
     auto output = [&](const Tensor& t, int64_t size) {
       return static_cast<char*>(t.data_ptr()) + index * size * acc_size;
     };
-    a.gram = output(gram, order * order);
-    a.cross = output(cross, order * targets);
-    a.target_sum = output(target_sum, targets);
-    a.target_sq = output(target_sq, targets);
-    int32_t code = 0;
-    double total = static_cast<double>(rows);
-    const int64_t bad_row =
-        cfl::cpu::gram(a, inner_parallel ? &cfl::parallel_for : nullptr,
-                       inner_parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
-    if (bad_row >= 0) {
-      code = kBadClass;
-      std::memset(a.gram, 0, order * order * acc_size);
-      std::memset(a.cross, 0, order * targets * acc_size);
-      std::memset(a.target_sum, 0, targets * acc_size);
-      std::memset(a.target_sq, 0, targets * acc_size);
-    } else if (exact && !finite_diagonal(static_cast<const double*>(a.gram), order)) {
-      code = kNotFinite;
-    }
+    a.gram = output(out.gram, order * order);
+    a.cross = output(out.cross, order * a.targets);
+    a.target_sum = output(out.target_sum, a.targets);
+    a.target_sq = output(out.target_sq, a.targets);
+
+    // In place the data are checked before anything is written: a pass over x costs 1 / D of the
+    // work.
+    double total = static_cast<double>(a.rows);
+    int32_t code = !fresh && exact && !all_finite(a) ? kNotFinite : 0;
     if (sample_weight) {
-      bool good = true;
-      switch (sample_weight->scalar_type()) {
-        case ScalarType::Float:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const float*>(a.weight), rows, &total);
-          break;
-        case ScalarType::Double:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const double*>(a.weight), rows, &total);
-          break;
-        case ScalarType::Half:
-          good = scan_weights(args.weight_stride,
-                              static_cast<const torch::headeronly::Half*>(a.weight), rows, &total);
-          break;
-        default:
-          good =
-              scan_weights(args.weight_stride,
-                           static_cast<const torch::headeronly::BFloat16*>(a.weight), rows, &total);
-      }
+      const bool good =
+          a.weight_dtype == DType::kF32
+              ? scan_weights(a.weight_stride, static_cast<const float*>(a.weight), a.rows, &total)
+              : scan_weights(a.weight_stride, static_cast<const double*>(a.weight), a.rows, &total);
       if (!good) code = kBadWeight;
     }
-    static_cast<double*>(count.data_ptr())[index] = total;
+    if (a.labels && !labels_in_range(a)) code = kBadClass;
+    double* count = static_cast<double*>(out.count.data_ptr()) + index;
+    if (fresh && code == kBadClass) {
+      std::memset(a.gram, 0, order * order * acc_size);
+      std::memset(a.cross, 0, order * a.targets * acc_size);
+      std::memset(a.target_sum, 0, a.targets * acc_size);
+      std::memset(a.target_sq, 0, a.targets * acc_size);
+      *count = 0;
+    } else if (fresh || code == 0) {
+      cfl::cpu::gram(a, inner_parallel ? &cfl::parallel_for : nullptr,
+                     inner_parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
+      *count = beta == 0 ? total : beta * *count + total;
+      if (fresh && exact && code == 0 &&
+          !finite_diagonal(static_cast<const double*>(a.gram), order)) {
+        code = kNotFinite;
+      }
+    }
     static_cast<int32_t*>(info.data_ptr())[index] = code;
   };
 
-  if (count_batch == 1) {
-    one(0, true);
+  // A region costs tens of microseconds on a loaded machine: less work than that stays on this
+  // thread.
+  constexpr int64_t kParallelWork = 4'000'000;  // multiply-adds
+  const int64_t work = args.rows * order * (order / 2 + args.targets + 1) + 1;
+  if (matrices == 1) {
+    one(0, work > kParallelWork);
   } else {
     // One region for the whole batch: a matrix to a thread.
-    torch::stable::parallel_for(0, count_batch, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kParallelWork / work);
+    torch::stable::parallel_for(0, matrices, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) one(i, false);
     });
   }
-  return {gram, cross, target_sum, target_sq, count, info};
+  return info;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(
+    const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& sample_weight,
+    bool bias_column, int64_t num_classes, ScalarType acc_dtype) {
+  const int64_t order = x.size(x.dim() - 1) + bias_column;
+  const int64_t targets = !y ? 0 : num_classes ? num_classes : y->size(y->dim() - 1);
+  const Outputs out{empty_cpu(batch_shape(x, 2, {order, order}), acc_dtype),
+                    empty_cpu(batch_shape(x, 2, {order, targets}), acc_dtype),
+                    empty_cpu(batch_shape(x, 2, {targets}), acc_dtype),
+                    empty_cpu(batch_shape(x, 2, {targets}), acc_dtype),
+                    empty_cpu(batch_shape(x, 2), ScalarType::Double)};
+  Tensor info = accumulate(x, y, sample_weight, num_classes, out, 0.0, /*fresh=*/true);
+  return {out.gram, out.cross, out.target_sum, out.target_sq, out.count, info};
+}
+
+Tensor gram_op_(const Tensor& gram, const Tensor& cross, const Tensor& target_sum,
+                const Tensor& target_sq, const Tensor& count, const Tensor& x,
+                const std::optional<Tensor>& y, const std::optional<Tensor>& sample_weight,
+                int64_t num_classes, double decay) {
+  const Tensor given[] = {gram, cross, target_sum, target_sq, count};
+  Tensor dense[5];
+  for (int i = 0; i < 5; ++i) dense[i] = torch::stable::contiguous(given[i]);
+  const Outputs out{dense[0], dense[1], dense[2], dense[3], dense[4]};
+  Tensor info = accumulate(x, y, sample_weight, num_classes, out, decay, /*fresh=*/false);
+  for (int i = 0; i < 5; ++i) {
+    if (!given[i].is_contiguous()) {
+      Tensor target = given[i];
+      torch::stable::copy_(target, dense[i]);
+    }
+  }
+  return info;
 }
 
 }  // namespace
 }  // namespace cfl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) { m.impl("gram", TORCH_BOX(&cfl::cpu::gram_op)); }
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+  m.impl("gram", TORCH_BOX(&cfl::cpu::gram_op));
+  m.impl("gram_", TORCH_BOX(&cfl::cpu::gram_op_));
+}

@@ -1,3 +1,18 @@
+#ifndef CFL_DEPTH_BYTES
+#define CFL_DEPTH_BYTES 36864
+#endif
+#ifndef CFL_TAIL
+#define CFL_TAIL 32
+#endif
+#ifndef CFL_STREAM
+#define CFL_STREAM (2<<20)
+#endif
+#ifndef CFL_AMX_DEPTH
+#define CFL_AMX_DEPTH 512
+#endif
+#ifndef CFL_GROUP
+#define CFL_GROUP 24
+#endif
 // The one SIMD source of the Gram kernel, compiled once per instruction set (CFL_ISA_AMX,
 // CFL_ISA_AVX512, CFL_ISA_AVX2, or none of them: SSE2 on x86-64, NEON on aarch64).
 //
@@ -97,15 +112,29 @@ CFL_INLINE void stream(void* p, V v) {
   store_as(p, v);
 #endif
 }
+#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
+constexpr bool kCanStream = true;
+#else
+constexpr bool kCanStream = false;
+#endif
 CFL_INLINE void stream_fence() {
 #if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
   _mm_sfence();
 #endif
 }
 
-CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-CFL_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-CFL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CFL_INLINE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+CFL_INLINE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+CFL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The next row of a tile. Hidden from the optimiser, which would compute all row addresses before the
+// inner loop and push its operands out of the vector registers to keep them.
+template <class T>
+CFL_INLINE T* next_row(T* at, int64_t ld) {
+  at += ld;
+  asm volatile("" : "+r"(at));
+  return at;
+}
 
 // ---- element types ------------------------------------------------------------------------------
 
@@ -352,14 +381,17 @@ struct VectorEngine {
   static constexpr int kRows = kLanes<T> == 2 ? 2 : 4;
 #endif
   static constexpr bool kSharedPacking = true;
-  static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
-  static constexpr int64_t kGroup = 16;                            // panels kept in L2
+  static constexpr int64_t kDepth = CFL_DEPTH_BYTES / (kWidth * sizeof(T));
+  static constexpr int64_t kGroup = CFL_GROUP;
+
+  static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
+  static constexpr int64_t kFetchAhead = 32;
 
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
 
   // Packs panel p (x, bias and zeros; or targets and zeros) of rows [row, row + depth).
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const T* scale,
-                   T* dst) {
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool /*left*/,
+                   const T* scale, T* dst) {
     const GramArgs& a = plan.args;
     const bool is_x = p < plan.x_panels;
     const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
@@ -387,30 +419,40 @@ struct VectorEngine {
     Vec<T> acc[kRows][kN];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      if (update != Update::kStore) __builtin_prefetch(c + m * ldc, 1);
 #pragma GCC unroll 8
       for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
     }
-    for (int64_t k = 0; k < depth; ++k) {
-      Vec<T> bv[kN];
+    // In two pieces, with the output fetched into L1 shortly before it is needed.
+    T* at = c;
+    int64_t k = 0;
+    for (int64_t stop = depth - kFetchAhead; stop <= depth; stop += kFetchAhead) {
+      for (; k < stop; ++k) {
+        Vec<T> bv[kN];
 #pragma GCC unroll 8
-      for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
+        for (int v = 0; v < kN; ++v) bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        Vec<T> av = a[k * kWidth + m] - Vec<T>{};
+        for (int m = 0; m < kRows; ++m) {
+          const Vec<T> av = a[k * kWidth + m] - Vec<T>{};
 #pragma GCC unroll 8
-        for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
+          for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
+        }
+      }
+      if (stop == depth) break;
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; ++v) __builtin_prefetch(at + v * n, 1);
       }
     }
+    at = c;
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
 #pragma GCC unroll 8
       for (int v = 0; v < kN; ++v) {
-        T* at = c + m * ldc + v * n;
         Vec<T> r = acc[m][v];
-        if (update == Update::kAdd) r += load_as<Vec<T>>(at);
-        if (update == Update::kScaleAdd) r += beta * load_as<Vec<T>>(at);
-        store_as(at, r);
+        if (update == Update::kAdd) r += load_as<Vec<T>>(at + v * n);
+        if (update == Update::kScaleAdd) r += beta * load_as<Vec<T>>(at + v * n);
+        store_as(at + v * n, r);
       }
     }
   }
@@ -451,6 +493,140 @@ struct VectorEngine {
   }
 };
 
+#if defined(CFL_ISA_AMX)
+
+// ---- the bfloat16 tile engine -------------------------------------------------------------------
+
+// A panel is 32 columns; 32 rows of it are two tiles of 16 columns. On the right, tile row q holds
+// rows 2q and 2q + 1 interleaved; on the left it is the transpose of that, as 32-bit numbers. The
+// tile unit takes subnormal inputs for zero, as torch's bfloat16 matmul does where it uses it.
+struct TileEngine {
+  using Acc = float;
+  using Packed = uint16_t;
+  using In = BF16;
+  static constexpr int kVectors = 2;
+  static constexpr int kWidth = 32;
+  static constexpr int kRows = 32;
+  static constexpr bool kSharedPacking = false;
+  static constexpr int64_t kDepthStep = 32;
+  static constexpr int64_t kDepth = CFL_AMX_DEPTH;
+  static constexpr int64_t kGroup = 24;
+  static constexpr int64_t kTile = 512;  // elements
+
+  static int64_t panel_size(int64_t depth) { return ceil_div(depth, 32) * 2 * kTile; }
+
+  // The 16 columns from `col` of row `row` of a source of which `present` columns exist; then a
+  // bias column of ones, if asked for, and zeros.
+  static CFL_INLINE U32v columns(const Source<BF16>& src, int64_t row, int64_t col, int64_t present,
+                                 bool bias) {
+    const BF16* p = src.data + row * src.row_stride + col * src.col_stride;
+    const int64_t count = present - col;
+    if (src.col_stride == 1 && count >= 16) {
+      return __builtin_convertvector(load_as<U16h>(p), U32v);
+    }
+    U32v v = {};
+    for (int64_t c = 0; c < min64(count, 16); ++c) v[c] = p[c * src.col_stride].bits;
+    if (bias && count >= 0 && count < 16) v[count] = 0x3f80;  // 1.0
+    return v;
+  }
+
+  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, bool left,
+                   const float* /*scale*/, uint16_t* dst) {
+    const GramArgs& a = plan.args;
+    const bool is_x = p < plan.x_panels;
+    const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
+    const int64_t present = (is_x ? a.cols : a.targets) - first;
+    const bool bias = is_x && a.bias;
+    const Source<BF16> src =
+        is_x ? x_source<BF16>(a, row, first) : y_source<BF16>(a, row, first);
+    for (int64_t k = 0; k < depth; k += 32) {
+      for (int64_t col = 0; col < kWidth; col += 16, dst += kTile) {
+        F32v r[16];
+        const bool runs = src.row_stride == 1 && k + 32 <= depth && present - col >= 16;
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) {
+          if (runs) {
+            r[q] = load_as<F32v>(src.data + k + (col + q) * src.col_stride);
+            continue;
+          }
+          U32v pair = {};
+          const int64_t at = k + 2 * q;
+          if (at < depth) pair = columns(src, at, col, present, bias);
+          if (at + 1 < depth) pair |= columns(src, at + 1, col, present, bias) << 16;
+          r[q] = (F32v)pair;
+        }
+        if (left != runs) transpose<float>(r);
+#pragma GCC unroll 16
+        for (int q = 0; q < 16; ++q) store_as(dst + 32 * q, r[q]);
+      }
+    }
+  }
+
+  static void begin_part() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  static void end_part() { _tile_release(); }
+
+  // c[32][32] += the product of packed panels; tiles 0..3 accumulate. The compiler is not told that
+  // tile instructions touch memory, hence the fences.
+  static void tile(int64_t depth, const uint16_t* a, const uint16_t* b, float* c, int64_t ldc,
+                   bool add) {
+    const int64_t row = ldc * int64_t(sizeof(float));
+    asm volatile("" ::: "memory");
+    if (add) {
+      _tile_loadd(0, c, row);
+      _tile_loadd(1, c + 16, row);
+      _tile_loadd(2, c + 16 * ldc, row);
+      _tile_loadd(3, c + 16 * ldc + 16, row);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < depth; k += 32, a += 2 * kTile, b += 2 * kTile) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, row);
+    _tile_stored(1, c + 16, row);
+    _tile_stored(2, c + 16 * ldc, row);
+    _tile_stored(3, c + 16 * ldc + 16, row);
+    asm volatile("" ::: "memory");
+  }
+
+  static void block(int64_t depth, const uint16_t* a, const uint16_t* b, int64_t /*r0*/,
+                    int64_t /*r1*/, bool /*diagonal*/, float* c, int64_t ldc, int64_t rows,
+                    int64_t cols, double beta) {
+    const bool whole = rows == kWidth && cols == kWidth;
+    if (whole && (beta == 0 || beta == 1)) {
+      tile(depth, a, b, c, ldc, beta == 1);
+      return;
+    }
+    alignas(64) float product[kWidth * kWidth];
+    tile(depth, a, b, product, kWidth, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        float* to = c + i * ldc + j;
+        *to = (beta == 0 ? 0.0f : float(beta) * *to) + product[i * kWidth + j];
+      }
+    }
+  }
+};
+
+#endif  // CFL_ISA_AMX
+
 // ---- cutting the work ---------------------------------------------------------------------------
 
 template <class E>
@@ -462,6 +638,7 @@ struct Driver {
   static constexpr int64_t kStripRows = E::kWidth / E::kRows;  // micro-rows of a strip
   static constexpr size_t kPackBytes = 6 << 20;
   static constexpr size_t kPartialBytes = 2 << 20;
+  static constexpr size_t kStreamBytes = CFL_STREAM;
 
   static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t panel) {
     const int64_t rows = panel < plan.x_panels ? min64((panel + 1) * kWidth, plan.d1) : plan.d1;
@@ -503,7 +680,9 @@ struct Driver {
       while (band + 1 < plan->bands) {
         const double goal = total * double(band + 1) / double(plan->bands);
         if (goal >= before + double(rows)) break;
-        int64_t r = int64_t(goal - before);
+        // Whole vectors of rows, so that a cut never splits a vector of the transpose.
+        constexpr int64_t kStep = max64(1, kLanes<T> / E::kRows);
+        int64_t r = int64_t(goal - before) / kStep * kStep;
         const int64_t diagonal = p * kStripRows;
         if (is_x(*plan, p) && r > diagonal) r = r - diagonal < rows - r ? diagonal : rows;
         ++band;
@@ -541,19 +720,72 @@ struct Driver {
     return {base, base + plan.d1 * plan.d1, 0.0};
   }
 
-  // Writes the transpose of rows [m0, m1) of block (strip, panel).
-  static void mirror(const Plan& plan, int64_t strip, int64_t panel, int64_t m0, int64_t m1) {
+  // Whether finished blocks go to memory past the caches: for a large output of aligned rows.
+  static bool streams_output(const Plan& plan) {
+    const size_t row_bytes = size_t(plan.d1) * sizeof(T);
+    return kCanStream && plan.row_groups == 1 && row_bytes % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(plan.args.gram) % 64 == 0 &&
+           row_bytes * size_t(plan.d1) >= kStreamBytes;
+  }
+
+  // A computed block whose mirror image, and whose own place if it was computed in a staging buffer,
+  // are still to be written. The stores are issued a few at a time between the micro-rows of the next
+  // block: the machine drains about one line in 10 cycles, and a burst would stop the arithmetic.
+  struct Pending {
+    T* from;
+    int64_t ld;  // of `from`
+    int64_t strip, panel, m0, m1;
+    bool stream;
+    int step, end;  // [0, kVectors) transposes a column of vectors, [kVectors, kSteps) copies rows
+  };
+  static constexpr int kSteps = 2 * E::kVectors;
+  static constexpr int64_t kStepsPerRow = ceil_div(kSteps, kStripRows);
+
+  static void write_step(const Plan& plan, Pending* s) {
+    constexpr int64_t n = kWidth / E::kVectors;
     T* g = static_cast<T*>(plan.args.gram);
-    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    const int64_t ld = plan.d1, i0 = s->strip * kWidth, j0 = s->panel * kWidth;
     const int64_t cols = min64(kWidth, ld - j0);
-    if (strip != panel) {
-      transpose_block<T, false>(g + (i0 + m0) * ld + j0, ld, g + j0 * ld + i0 + m0, ld, m1 - m0,
-                                cols);
-      return;
+    const int step = s->step++;
+    const int64_t at = step % E::kVectors * n, end = min64(at + n, cols);
+    if (step >= E::kVectors) {  // only for whole vectors and streams
+      for (int64_t m = max64(at, s->m0); m < min64(at + n, s->m1); ++m) {
+        for (int64_t c = 0; c < cols; c += kLanes<T>) {
+          stream(g + (i0 + m) * ld + j0 + c, load_as<Vec<T>>(s->from + m * s->ld + c));
+        }
+      }
+    } else if (s->strip == s->panel) {  // complete the block itself
+      for (int64_t i = at; i < end; ++i) {
+        for (int64_t j = 0; j < i; ++j) s->from[i * s->ld + j] = s->from[j * s->ld + i];
+      }
+    } else if (at < end) {
+      const T* from = s->from + s->m0 * s->ld + at;
+      T* to = g + (j0 + at) * ld + i0 + s->m0;
+      if (s->stream) {
+        transpose_block<T, true>(from, s->ld, to, ld, s->m1 - s->m0, end - at);
+      } else {
+        transpose_block<T, false>(from, s->ld, to, ld, s->m1 - s->m0, end - at);
+      }
     }
-    for (int64_t i = 0; i < cols; ++i) {
-      for (int64_t j = 0; j < i; ++j) g[(i0 + i) * ld + i0 + j] = g[(i0 + j) * ld + i0 + i];
+  }
+  // Asks for the lines that micro-row r will write in the next panel, and for a share of those that
+  // this block's mirror image will.
+  static CFL_INLINE void prefetch_output(const Plan& plan, const T* g, int64_t strip, int64_t panel,
+                                         int64_t r, bool mirror) {
+    constexpr int64_t line = 64 / int64_t(sizeof(T));
+    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    for (int64_t m = r * E::kRows; m < (r + 1) * E::kRows; ++m) {
+      const T* next = g + min64(i0 + m, ld - 1) * ld + j0 + kWidth;
+      for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(next + c, 1);
+      if (!mirror) continue;
+      const T* image = g + min64(j0 + m, ld - 1) * ld + i0;
+      for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(image + c, 1);
+      __builtin_prefetch(image + kWidth - 1, 1);
     }
+  }
+
+  static void write_rest(const Plan& plan, Pending* s) {
+    while (s->step < s->end) write_step(plan, s);
   }
 
   static void target_stats(const Plan& plan, int64_t panel, int64_t row, int64_t depth,
@@ -593,8 +825,9 @@ struct Driver {
     double* stats = plan.target_stats + group * 2 * a.targets;
 
     const int64_t rows = row_end - row_begin;
-    const int64_t blocks = ceil_div(rows, E::kDepth);
-    const int64_t depth_max = ceil_div(rows, max64(blocks, 1));
+    const int64_t even = ceil_div(rows, max64(ceil_div(rows, E::kDepth), 1));
+    const int64_t depth_max = ceil_div(even, E::kDepthStep) * E::kDepthStep;
+    const int64_t blocks = rows > 0 ? ceil_div(rows, depth_max) : 0;
 
     // Scratch: weights of a row block, packed right-hand panels, packed strips (where the two
     // differ), and which of them hold the current row block.
@@ -614,6 +847,12 @@ struct Driver {
     char* right = right_done + flag_bytes;
     char* strips = right + slots * panel_bytes;
 
+    // With one row block, each output is written once and never read: from a staging buffer.
+    const bool streams = streams_output(plan);
+    const bool staged = streams && blocks == 1 && a.beta == 0;
+    alignas(64) T stages[2][kWidth * kWidth];
+    T* stage = stages[0];
+    Pending pending = {};
     E::begin_part();
     for (int64_t kb = 0; kb < blocks; ++kb) {
       const int64_t row = row_begin + kb * depth_max;
@@ -632,7 +871,7 @@ struct Driver {
         const int64_t slot0 = cache_all ? 0 : g0;
         for (int64_t p = g0; p < g1; ++p) {
           if (!right_done[p - slot0]) {
-            E::pack(plan, p, row, depth, nullptr,
+            E::pack(plan, p, row, depth, false, nullptr,
                     reinterpret_cast<P*>(right + (p - slot0) * panel_bytes));
             right_done[p - slot0] = 1;
           }
@@ -656,11 +895,21 @@ struct Driver {
             const int64_t block_rows = min64(kWidth, plan.d1 - i0);
             if (is_x(plan, p)) {
               const int64_t j0 = p * kWidth;
-              E::block(depth, left, b, r0, r1, p == i, out.gram + i0 * plan.d1 + j0, plan.d1,
-                       block_rows, min64(kWidth, plan.d1 - j0), beta);
-              if (last && final_output) {
-                mirror(plan, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows));
+              T* c = staged ? stage : out.gram + i0 * plan.d1 + j0;
+              const int64_t ldc = staged ? kWidth : plan.d1;
+              for (int64_t r = r0; r < r1; ++r) {
+                if (!staged) prefetch_output(plan, out.gram, i, p, r, last && final_output && !streams);
+                E::block(depth, left, b, r, r + 1, p == i, c, ldc, staged ? kWidth : block_rows,
+                         staged ? kWidth : min64(kWidth, plan.d1 - j0), beta);
+                for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
+                  write_step(plan, &pending);
+                }
               }
+              if (!last || !final_output) continue;
+              write_rest(plan, &pending);
+              pending = {c, ldc, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows),
+                         streams, 0, staged ? kSteps : E::kVectors};
+              if (staged) stage = stage == stages[0] ? stages[1] : stages[0];
             } else {
               const int64_t j0 = (p - plan.x_panels) * kWidth;
               E::block(depth, left, b, r0, r1, false, out.cross + i0 * a.targets + j0, a.targets,
@@ -670,6 +919,8 @@ struct Driver {
         }
       }
     }
+    write_rest(plan, &pending);
+    if (streams) stream_fence();
     E::end_part();
     if (a.labels) class_cross(plan, band, row_begin, row_end, out, stats);
     if (plan.row_groups > 1 &&
@@ -686,7 +937,7 @@ struct Driver {
     if (!own && (cache_all || (i >= slot0 && i < slot_end))) {
       P* at = reinterpret_cast<P*>(right + (i - slot0) * panel_bytes);
       if (!right_done[i - slot0]) {
-        E::pack(plan, i, row, depth, nullptr, at);
+        E::pack(plan, i, row, depth, false, nullptr, at);
         right_done[i - slot0] = 1;
       }
       return at;
@@ -694,7 +945,7 @@ struct Driver {
     P* at = reinterpret_cast<P*>(strips + (cache_all ? i : 0) * panel_bytes);
     if (cache_all && strip_done[i]) return at;
     if (cache_all) strip_done[i] = 1;
-    E::pack(plan, i, row, depth, weight, at);
+    E::pack(plan, i, row, depth, true, weight, at);
     return at;
   }
 
@@ -776,7 +1027,9 @@ struct Driver {
       if (!x) continue;
       for (int64_t strip = first / kWidth; strip * kWidth < end; ++strip) {
         const int64_t i0 = strip * kWidth;
-        mirror(plan, strip, p, max64(first - i0, 0), min64(end - i0, kWidth));
+        Pending block = {total.gram + i0 * ld + j0, ld, strip, p, max64(first - i0, 0),
+                         min64(end - i0, kWidth), false, 0, E::kVectors};
+        write_rest(plan, &block);
       }
     }
     if (!a.labels) return;
@@ -790,12 +1043,27 @@ struct Driver {
   static constexpr Kernel kKernel = {shape, cut, run};
 };
 
+#if !defined(CFL_ISA_AMX)
 template <class T, class S>
 const Kernel* vector_kernel() {
   return &Driver<VectorEngine<T, S>>::kKernel;
 }
+#endif
 
 }  // namespace
+
+#if defined(CFL_ISA_AMX)
+
+bool amx_compiled() { return true; }
+
+// Weights would have to be rounded to bfloat16, so they are left to the vector engine.
+const Kernel* CFL_ENTRY(const GramArgs& args) {
+  const bool served =
+      args.x_dtype == DType::kBF16 && args.acc_dtype == DType::kF32 && args.weight == nullptr;
+  return served ? &Driver<TileEngine>::kKernel : nullptr;
+}
+
+#else
 
 const Kernel* CFL_ENTRY(const GramArgs& args) {
   const bool wide = args.acc_dtype == DType::kF64;
@@ -807,5 +1075,7 @@ const Kernel* CFL_ENTRY(const GramArgs& args) {
   }
   return nullptr;
 }
+
+#endif
 
 }  // namespace cfl::cpu::detail

@@ -16,11 +16,12 @@ namespace cfl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Tests set this: fresh outputs are filled with NaN (all bits one), so that an element which no kernel
-// wrote shows.
+// Tests set this: fresh outputs are filled with NaN (all bits one), so that an element which no
+// kernel wrote shows.
 inline bool poison_fresh_memory = false;
 
-// A contiguous CPU tensor, not initialised. (The C shim costs a fraction of a trip through aten::empty.)
+// A contiguous CPU tensor, not initialised. (The C shim costs a fraction of a trip through
+// aten::empty.)
 inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   std::array<int64_t, 64> strides;
   int64_t numel = 1;
@@ -29,8 +30,7 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
     numel *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  const int32_t shim_dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides.data(), shim_dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);

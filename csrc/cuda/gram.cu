@@ -1,8 +1,9 @@
 // The exact Gram matrix: any floating-point input, float64 products and sums.
 //
-// One block owns one tile of the lower triangle and mirrors it, so nothing is computed twice. A rank-one
-// update of a 4 x 4 register tile per thread and row reads 8 values of shared memory for 16 FMAs, which
-// keeps datacenter cards at their float64 rate; on cards with slow float64 that rate is the limit anyway.
+// One block owns one tile of the lower triangle and mirrors it, so nothing is computed twice. A
+// rank-one update of a 4 x 4 register tile per thread and row reads 8 values of shared memory for
+// 16 FMAs, which keeps datacenter cards at their float64 rate; on cards with slow float64 that rate
+// is the limit anyway.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -11,21 +12,25 @@
 namespace cfl::cuda {
 namespace {
 
-constexpr int kTile = 64;     // of the result, a side
-constexpr int kDepth = 16;    // rows of x staged at a time
-constexpr int kPerThread = 4; // a side of a thread's register tile
+constexpr int kTile = 64;      // of the result, a side
+constexpr int kDepth = 16;     // rows of x staged at a time
+constexpr int kPerThread = 4;  // a side of a thread's register tile
 constexpr int kSide = kTile / kPerThread;
 
 __device__ double widen(__half value) { return static_cast<double>(__half2float(value)); }
-__device__ double widen(__nv_bfloat16 value) { return static_cast<double>(__bfloat162float(value)); }
+__device__ double widen(__nv_bfloat16 value) {
+  return static_cast<double>(__bfloat162float(value));
+}
 __device__ double widen(float value) { return static_cast<double>(value); }
 __device__ double widen(double value) { return value; }
 
 template <class T>
 __global__ void __launch_bounds__(kSide* kSide) exact_gram_kernel(ExactGramArgs args) {
-  // blockIdx.x numbers the tiles of the lower triangle row by row: tile_row (tile_row + 1) / 2 + tile_col.
+  // blockIdx.x numbers the tiles of the lower triangle row by row: tile_row (tile_row + 1) / 2 +
+  // tile_col.
   const int64_t tile = blockIdx.x;
-  int64_t tile_row = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(tile) + 1.0) - 1.0) / 2.0);
+  int64_t tile_row =
+      static_cast<int64_t>((sqrt(8.0 * static_cast<double>(tile) + 1.0) - 1.0) / 2.0);
   while (tile_row * (tile_row + 1) / 2 > tile) --tile_row;
   while ((tile_row + 1) * (tile_row + 2) / 2 <= tile) ++tile_row;
   const int64_t tile_col = tile - tile_row * (tile_row + 1) / 2;

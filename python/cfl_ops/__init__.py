@@ -4,8 +4,9 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from . import _library
 from ._version import __version__
+from .accumulate import GramAccumulator
 from .errors import CorruptDataError, LinAlgError
-from .gram import GramMoments, gram
+from .gram import GramMoments, gram, gram_, linear_gram
 from .least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
 from .proximal import (
     ProximalStep,
@@ -24,16 +25,19 @@ from . import config, learn
 __all__ = [
     "CorruptDataError",
     "Factorization",
+    "GramAccumulator",
     "GramMoments",
     "LinAlgError",
-    "RidgeCVResult",
     "ProximalStep",
+    "RidgeCVResult",
     "__version__",
     "class_ridge",
     "config",
     "factorize",
     "gram",
+    "gram_",
     "learn",
+    "linear_gram",
     "lstsq",
     "lstsq_ex",
     "pinv",

@@ -55,7 +55,7 @@ def size(op: str, name: str, value: Tensor, dim: int, expected: int, of: str) ->
 def broadcastable(op: str, **batches: torch.Size) -> torch.Size:
     """The common batch shape, or an error that lists the shapes."""
     try:
-        return torch.broadcast_shapes(*batches.values())
+        return torch.Size(torch.broadcast_shapes(*batches.values()))
     except RuntimeError:
         listing = ", ".join(f"{name} {tuple(shape)}" for name, shape in batches.items())
         raise ValueError(f"cfl_ops.{op}: the batch dimensions do not broadcast: {listing}") from None

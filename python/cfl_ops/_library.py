@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ class Op:
     python: Callable[..., Any]
     triton: str | None
     """``module:function`` below ``cfl_ops.triton_kernels``, or None."""
+    composite: bool = False
+    """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
     overload: Any = field(init=False)
     function: type[torch.autograd.Function] | None = None
 
@@ -53,10 +56,11 @@ class Op:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        # register_autograd serves plain autograd and the compiler. Under functorch transforms it raises,
-        # and forward-mode AD would silently see a zero tangent: there the Function takes over.
-        if self.function is not None and _transforming():
-            return self.function.apply(*args)  # type: ignore[no-untyped-call]
+        # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
+        # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
+        # takes over, which serves the first and refuses the second.
+        if self.function is not None and not torch.compiler.is_compiling() and _transforming():
+            return self.function.apply(*args)
         return self.overload(*args)
 
     def load_triton(self) -> Callable[..., Any]:
@@ -93,21 +97,23 @@ def define_op(
     core_dims: CoreDims,
     derivative: Derivative | None = None,
     triton: str | None = None,
+    composite: bool = False,
     tags: Sequence[torch.Tag] = (),
 ) -> Op:
     """Define an op and everything that the compiler and the transforms need to know of it.
 
     ``core_dims`` gives, for each argument of the schema, how many trailing dimensions the op itself
-    works on (None for what is not a tensor); or it is a function of the arguments that does. All dimensions before them are batch dimensions, equal for
-    all arguments when the op is called (see expand_batch); so one vmap rule serves every op: move the
-    mapped dimension to the front of the batch dimensions and expand.
+    works on (None for what is not a tensor); or it is a function of the arguments that does. All
+    dimensions before them are batch dimensions, equal for all arguments when the op is called (see
+    expand_batch); so one vmap rule serves every op: move the mapped dimension to the front of the batch
+    dimensions and expand.
     """
     name = schema.split("(", 1)[0]
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    op = Op(name, python, triton)
+    op = Op(name, python, triton, composite)
     torch.library.register_vmap(qualified, _vmap_rule(op.overload, core_dims), lib=_LIB)
     if derivative is not None:
         torch.library.register_autograd(
@@ -192,9 +198,7 @@ class _Overrides:
 
     def install(self, forced: str | None) -> None:
         if forced is not None and forced not in BACKENDS:
-            raise ValueError(
-                f"cfl_ops: backend must be one of {', '.join(BACKENDS)}, but got {forced!r}"
-            )
+            raise ValueError(f"cfl_ops: backend must be one of {', '.join(BACKENDS)}, but got {forced!r}")
         if forced == "triton" and not triton_available():
             raise RuntimeError("cfl_ops: the backend 'triton' was asked for, but triton is not installed")
         if forced == "native" and not extension_available():
@@ -204,13 +208,20 @@ class _Overrides:
         if self.library is not None:
             self.library._destroy()
         self.library = torch.library.Library(NAMESPACE, "IMPL")
+        with (
+            warnings.catch_warnings()
+        ):  # torch says that a kernel is overridden, which is what we are here for
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            self._put_kernels(self.library, forced)
+
+    def _put_kernels(self, library: torch.library.Library, forced: str | None) -> None:
         self.forced = forced
         for op in OPS.values():
             for device_type, key in DISPATCH_KEYS.items():
                 backend, kernel = _choose(op, device_type, forced)
                 self.serving[op.name, device_type] = backend
                 if kernel is not None:
-                    self.library.impl(op.name, kernel, key, allow_override=True)
+                    library.impl(op.name, kernel, key, allow_override=True)
 
 
 _overrides = _Overrides()
@@ -218,6 +229,8 @@ _overrides = _Overrides()
 
 def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable[..., Any] | None]:
     """The backend that serves an op on a device, and the kernel to put over the registered one."""
+    if op.composite:
+        return "composite", None
     native = op.has_kernel(device_type)
     triton = op.triton is not None and (device_type == "cuda" or triton_interpreted())
     if forced is None:
@@ -333,7 +346,12 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
 
 
 def _raise_if_vmap(
-    info: Any, in_dims: tuple[Any, ...], name: str, results: list[Tensor], flags: Tensor, context: list[Tensor]
+    info: Any,
+    in_dims: tuple[Any, ...],
+    name: str,
+    results: list[Tensor],
+    flags: Tensor,
+    context: list[Tensor],
 ) -> tuple[None, None]:
     def front(value: Any, dim: Any) -> Any:
         return value if dim is None else value.movedim(dim, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,7 @@ def set_backend(backend: str | None) -> None:
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is not installed.
+
     """
     _library._overrides.install(backend)
 
@@ -44,6 +46,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
         >>> with cfl_ops.config.use_backend("python"):
         ...     cfl_ops.config.backend_of("gram", "cpu")
         'python'
+
     """
     previous = get_backend()
     set_backend(backend)
@@ -72,9 +75,8 @@ def info() -> dict[str, Any]:
         "backend": get_backend() or "automatic",
     }
     if _library.extension_available():
-        from . import _C
-
-        report["extension"] = dict(_C.build_info())
+        extension = importlib.import_module("cfl_ops._C")
+        report["extension"] = dict(extension.build_info())
     else:
         report["extension"] = None
     if _library.triton_available():

@@ -4,7 +4,7 @@ import torch
 
 __all__ = ["CorruptDataError", "LinAlgError"]
 
-LinAlgError = torch.linalg.LinAlgError
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class CorruptDataError(ValueError):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 
-__all__ = ["GramMoments", "gram"]
+__all__ = ["GramMoments", "gram", "gram_", "linear_gram"]
 
 
 class GramMoments(NamedTuple):
@@ -28,10 +29,10 @@ class GramMoments(NamedTuple):
     """``(..., K)``: sum of s y."""
     target_sq: Tensor | None
     """``(..., K)``: sum of s y^2."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs of moments
     """``(...)`` float64: sum of s, the number of rows where no weights are given."""
 
-    def __add__(self, other: object) -> GramMoments:  # type: ignore[override]
+    def __add__(self, other: object) -> GramMoments:
         """The moments of both sets of rows together."""
         if not isinstance(other, GramMoments):
             return NotImplemented
@@ -61,16 +62,14 @@ class GramMoments(NamedTuple):
     def decay(self, rho: float | Tensor) -> GramMoments:
         """All moments times ``rho``: older rows count less (exponential forgetting)."""
         if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-            raise ValueError(
-                f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}"
-            )
-        return GramMoments(*(None if field is None else field * rho for field in self))  # type: ignore[arg-type]
+            raise ValueError(f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}")
+        return GramMoments._make(None if field is None else field * rho for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
-        *fields, count = (None if field is None else field.to(*args, **kwargs) for field in self)
-        assert count is not None
-        return GramMoments(*fields, count.to(torch.float64))  # type: ignore[arg-type]
+        moved = [None if field is None else field.to(*args, **kwargs) for field in self[:4]]
+        assert moved[0] is not None
+        return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
 torch.serialization.add_safe_globals([GramMoments])
@@ -164,7 +163,8 @@ def _gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    """Dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    x: Tensor
     x, y, sample_weight = ctx.saved_tensors
     acc, features = ctx.acc_dtype, x.shape[-1]
     g_gram, g_cross, g_sum, g_sq, g_count, _ = grads
@@ -239,6 +239,8 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     if code == NOT_FINITE:
         bad = int((~x[index].isfinite()).sum())
+        if bad == 0:
+            return ValueError(f"cfl_ops.gram: {where}the features of x, or their sums, overflow")
         return ValueError(
             f"cfl_ops.gram: {where}x has {bad} NaN or Inf value{'s' if bad > 1 else ''}, which the exact mode "
             "(acc_dtype=torch.float64) refuses"
@@ -302,6 +304,7 @@ def gram(
         tensor([[10., 14.,  4.],
                 [14., 20.,  6.],
                 [ 4.,  6.,  2.]])
+
     """
     args = _gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
     *out, info = GRAM(*args)
@@ -371,3 +374,333 @@ def _gram_arguments(
     core_dims = (2, 1 if classes else 2, 1)
     x, y, sample_weight = expand_batch((x, y, sample_weight), core_dims, batch)
     return x, y, sample_weight, bias_column, classes, acc_dtype
+
+
+# --- streaming ----------------------------------------------------------------------------------------------
+
+
+def _gram_python_(
+    gram: Tensor,
+    cross: Tensor,
+    target_sum: Tensor,
+    target_sq: Tensor,
+    count: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    num_classes: int,
+    decay: float,
+) -> Tensor:
+    """moments <- decay * moments + those of the new rows, unless info says that these are bad."""
+    bias_column = gram.shape[-1] > x.shape[-1]
+    *fresh, info = _gram_python(x, y, sample_weight, bias_column, num_classes, gram.dtype)
+    good = info == 0
+    for old, new, dims in zip((gram, cross, target_sum, target_sq, count), fresh, (2, 2, 1, 1, 0), strict=True):
+        keep = good[(...,) + (None,) * dims]
+        kept = old * decay if decay != 0 else torch.zeros_like(old)  # 0 forgets, whatever was there
+        old.copy_(torch.where(keep, kept + new, old))
+    return info
+
+
+GRAM_ = define_op(
+    "gram_(Tensor(a!) gram, Tensor(b!) cross, Tensor(c!) target_sum, Tensor(d!) target_sq, Tensor(e!) count, "
+    "Tensor x, Tensor? y, Tensor? sample_weight, int num_classes, float decay) -> Tensor info",
+    python=_gram_python_,
+    fake=lambda gram, *args: gram.new_empty(gram.shape[:-2], dtype=torch.int32),
+    core_dims=lambda args: (2, 2, 1, 1, 0, 2, 1 if args[8] else 2, 1, None, None),
+    triton="gram:gram_",
+)
+
+
+def gram_(
+    m: GramMoments,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    decay: float = 1.0,
+) -> GramMoments:
+    r"""Add the moments of new rows to ``m`` in place: ``m <- decay * m + gram(x, y)``.
+
+    No D x D temporary is made on the CPU. Whether there is a bias column, and how many classes, is read off
+    ``m``; half inputs add to float32 moments, and narrower inputs to float64 moments in exact mode.
+
+    Args:
+        m: moments from :func:`gram`, updated in place.
+        x: ``(..., B, D)`` in the batch shape of ``m``.
+        y: targets as in :func:`gram`, where ``m`` has them.
+        sample_weight: ``(..., B)`` weights of the rows.
+        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
+
+    Returns:
+        ``m``.
+
+    Raises:
+        What :func:`gram` raises; ``m`` is then unchanged.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> m = cfl_ops.gram(torch.ones(2, 2))
+        >>> cfl_ops.gram_(m, torch.ones(1, 2), decay=0.5).gram
+        tensor([[2., 2.],
+                [2., 2.]])
+    """
+    if not isinstance(m, GramMoments):
+        raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
+    if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
+        raise ValueError(f"cfl_ops.gram_: decay must be finite and not negative, but got {decay}")
+    _checks.floating("gram_", "x", x, 2)
+    order, width = m.gram.shape[-1], x.shape[-1]
+    if order not in (width, width + 1):
+        raise ValueError(
+            f"cfl_ops.gram_: x must have width {order} (or {order - 1} where m has a bias column), "
+            f"but got shape {tuple(x.shape)}"
+        )
+    if (m.cross is None) != (y is None):
+        raise ValueError(f"cfl_ops.gram_: m has {'no ' * (m.cross is None)}targets, so y must be as well")
+    classes = None
+    if y is not None and isinstance(y, Tensor) and y.dtype == torch.int64 and m.cross is not None:
+        classes = m.cross.shape[-1]
+    acc_dtype = m.gram.dtype if m.gram.dtype in (torch.float32, torch.float64) else None
+    x, y, sample_weight, _, num_classes, acc = _gram_arguments(
+        "gram_", x, y, order > width, sample_weight, classes, acc_dtype
+    )
+    if acc != m.gram.dtype:
+        raise TypeError(f"cfl_ops.gram_: m must be {acc} for {x.dtype} x, but it is {m.gram.dtype}")
+    _checks.same_device("gram_", "m", m.gram, x=x)
+    if x.shape[:-2] != m.gram.shape[:-2]:
+        raise ValueError(
+            f"cfl_ops.gram_: x must have the batch shape {tuple(m.gram.shape[:-2])} of m, "
+            f"but got shape {tuple(x.shape)}"
+        )
+    if m.cross is None or m.target_sum is None or m.target_sq is None:
+        empty = m.gram.new_empty(*m.gram.shape[:-1], 0)
+        moments = (m.gram, empty, empty[..., 0, :].clone(), empty[..., 0, :].clone(), m.count)
+    else:
+        moments = (m.gram, m.cross, m.target_sum, m.target_sq, m.count)
+        if y is not None and not num_classes and y.shape[-1] != m.cross.shape[-1]:
+            raise ValueError(
+                f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(y.shape)}"
+            )
+    info = GRAM_(*moments, x, y, sample_weight, num_classes, decay)
+    exact = acc == torch.float64 and x.dtype != torch.float64
+    if num_classes or exact or sample_weight is not None:
+        context = [item for item in (x, moments[2], y, sample_weight) if item is not None]
+        check_info("gram", info, [m.gram, m.count], context)
+    return m
+
+
+# --- moments of a layer's activations -------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda h: h,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "celu": F.celu,
+}
+BLOCK_BYTES = 8 << 20  # of features alive at a time: past the caches of a core nothing is gained
+
+
+def _row_blocks(rows: int, width: int, matrices: int, itemsize: int) -> list[slice]:
+    step = max(64, BLOCK_BYTES // max(1, width * matrices * itemsize))
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    h = x @ weight.mT
+    return ACTIVATIONS[activation](h if bias is None else h + bias.unsqueeze(-2))
+
+
+def _linear_gram_python(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    activation: str,
+    bias_column: bool,
+    num_classes: int,
+    acc_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """A block of rows at a time: features, activation, and their moments added in place."""
+    batch, rows = x.shape[:-2], x.shape[-2]
+    targets = 0 if y is None else num_classes or y.shape[-1]
+    order = weight.shape[-2] + bias_column
+    moments = (
+        x.new_zeros(*batch, order, order, dtype=acc_dtype),
+        x.new_zeros(*batch, order, targets, dtype=acc_dtype),
+        x.new_zeros(*batch, targets, dtype=acc_dtype),
+        x.new_zeros(*batch, targets, dtype=acc_dtype),
+        x.new_zeros(batch, dtype=torch.float64),
+    )
+    info = x.new_zeros(batch, dtype=torch.int32)
+    blocks = _row_blocks(rows, max(weight.shape[-2], x.shape[-1]), max(1, batch.numel()), x.element_size())
+    for block in blocks:
+        features = _layer(x[..., block, :], weight, bias, activation)
+        part = GRAM_.overload(
+            *moments,
+            features,
+            None if y is None else y[..., block] if num_classes else y[..., block, :],
+            None if sample_weight is None else sample_weight[..., block],
+            num_classes,
+            1.0,
+        )
+        info = torch.where(info == 0, part, info)
+    return (*moments, info)
+
+
+def _linear_gram_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    activation: str,
+    bias_column: bool,
+    num_classes: int,
+    acc_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    features = x.new_empty(*x.shape[:-1], weight.shape[-2])
+    return _gram_fake(features, y, sample_weight, bias_column, num_classes, acc_dtype)
+
+
+def _linear_gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    if isinstance(ctx, torch.autograd.function.FunctionCtx):
+        ctx.mark_non_differentiable(output[5])
+
+
+def _linear_gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """The features of a block are computed again, and differentiated through its moments."""
+    x, weight, bias, y, sample_weight = ctx.saved_tensors
+    activation, bias_column, num_classes, acc_dtype = ctx.options
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:5]) if needed]
+    by_rows: dict[int, list[Tensor]] = {i: [] for i in wanted if i in (0, 3, 4)}
+    summed: dict[int, Tensor] = {}
+    blocks = _row_blocks(x.shape[-2], max(weight.shape[-2:]), max(1, x.shape[:-2].numel()), x.element_size())
+    for block in blocks or [slice(0, 0)]:
+        inputs = [
+            x[..., block, :],
+            weight,
+            bias,
+            None if y is None else y[..., block] if num_classes else y[..., block, :],
+            None if sample_weight is None else sample_weight[..., block],
+        ]
+
+        def outputs(*varied: Tensor, inputs: list[Any] = inputs) -> tuple[Tensor, ...]:
+            given = list(inputs)
+            for position, value in zip(wanted, varied, strict=True):
+                given[position] = value
+            features = _layer(given[0], given[1], given[2], activation)
+            return _gram_python(features, given[3], given[4], bias_column, num_classes, acc_dtype)[:5]
+
+        primals, pullback = torch.func.vjp(outputs, *(inputs[i] for i in wanted))  # type: ignore[misc]
+        cotangents = tuple(
+            torch.zeros_like(primal) if grad is None else grad
+            for primal, grad in zip(primals, grads[:5], strict=True)
+        )
+        for position, grad in zip(wanted, pullback(cotangents), strict=True):
+            if position in by_rows:
+                by_rows[position].append(grad)
+            else:
+                summed[position] = grad + summed[position] if position in summed else grad
+    result: list[Any] = [None] * 9
+    for position in wanted:
+        if position not in by_rows:
+            result[position] = summed[position]
+        else:
+            rows_dim = -2 if position == 0 or (position == 3 and not num_classes) else -1
+            result[position] = torch.cat(by_rows[position], dim=rows_dim)
+    return tuple(result)
+
+
+LINEAR_GRAM = define_op(
+    "linear_gram(Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor? sample_weight, str activation, "
+    "bool bias_column, int num_classes, ScalarType acc_dtype) -> "
+    "(Tensor gram, Tensor cross, Tensor target_sum, Tensor target_sq, Tensor count, Tensor info)",
+    python=_linear_gram_python,
+    fake=_linear_gram_fake,
+    core_dims=lambda args: (2, 2, 1, 1 if args[7] else 2, 1, None, None, None, None),
+    derivative=Derivative(_linear_gram_setup_context, _linear_gram_backward),
+    composite=True,
+)
+
+
+def linear_gram(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    y: Tensor | None = None,
+    *,
+    bias_column: bool = False,
+    sample_weight: Tensor | None = None,
+    num_classes: int | None = None,
+    acc_dtype: torch.dtype | None = None,
+) -> GramMoments:
+    r"""The moments of ``act(x W^T + b)`` without ever storing these features.
+
+    A block of rows at a time goes through the layer and into the sums, so the memory beside the result does
+    not depend on the number of rows (about 16 MB).
+
+    Args:
+        x: ``(..., B, C)`` inputs of the layer.
+        weight: ``(..., D, C)``, in the dtype of ``x``.
+        bias: ``(..., D)`` or None.
+        activation: ``"relu"``, ``"gelu"`` (with erf), ``"gelu_tanh"``, ``"silu"``, ``"tanh"``, ``"celu"`` or
+            ``"identity"``.
+        y: targets, as in :func:`gram`.
+        bias_column: append a feature that is 1.
+        sample_weight: ``(..., B)`` weights of the rows.
+        num_classes: K for class indices.
+        acc_dtype: as in :func:`gram`.
+
+    Returns:
+        :class:`GramMoments` of the features ``(..., B, D)``.
+
+    Raises:
+        What :func:`gram` raises, and ``ValueError`` for an unknown activation.
+
+    Differentiable (twice), in x, weight, bias, y and sample_weight. Costs ``2 B C D + B D (D + 1)`` FLOPs.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> x, weight = torch.ones(3, 2), torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
+        >>> cfl_ops.linear_gram(x, weight, activation="relu").gram
+        tensor([[12.,  0.],
+                [ 0.,  0.]])
+    """
+    op = "linear_gram"
+    _checks.choice(op, "activation", activation, tuple(ACTIVATIONS))
+    _checks.floating(op, "x", x, 2)
+    _checks.floating(op, "weight", weight, 2)
+    _checks.size(op, "weight", weight, -1, x.shape[-1], "the width of x")
+    if bias is not None:
+        _checks.floating(op, "bias", bias, 1)
+        _checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"cfl_ops.{op}: {name} must be {x.dtype} as x is, but got {value.dtype}")
+    _checks.same_device(op, "x", x, weight=weight, bias=bias)
+    given = x.dtype
+    x, y, sample_weight, _, classes, acc = _gram_arguments(
+        op, x, y, bias_column, sample_weight, num_classes, acc_dtype
+    )
+    if x.dtype != given:  # promoted together with y
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    args = (x, weight, bias, y, sample_weight)
+    core_dims = (2, 2, 1, 1 if classes else 2, 1)
+    _checks.broadcastable(op, x=x.shape[:-2], weight=weight.shape[:-2])
+    x, weight, bias, y, sample_weight = expand_batch(args, core_dims)
+    *out, info = LINEAR_GRAM(x, weight, bias, y, sample_weight, activation, bias_column, classes, acc)
+    exact = acc == torch.float64 and x.dtype != torch.float64
+    if classes or exact or sample_weight is not None:
+        context = [item for item in (x, out[2], y, sample_weight) if item is not None]
+        check_info("gram", info, out, context)
+    if y is None:
+        return GramMoments(out[0], None, None, None, out[4])
+    return GramMoments(*out)

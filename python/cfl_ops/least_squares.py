@@ -385,6 +385,7 @@ PINV = define_op(
     fake=_pinv_fake,
     core_dims=(2, 0, 0),
     derivative=Derivative(_pinv_setup_context, _pinv_backward),
+    composite=True,
 )
 
 
@@ -446,6 +447,7 @@ LSTSQ = define_op(
     fake=_lstsq_fake,
     core_dims=(2, 2, 0),
     derivative=Derivative(_lstsq_setup_context, _lstsq_backward),
+    composite=True,
 )
 
 

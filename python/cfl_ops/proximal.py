@@ -243,7 +243,7 @@ def _proximal_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             inputs[position] = value
         return _proximal_python(*inputs, *ctx.options)[:4]
 
-    primals, pullback = torch.func.vjp(outputs, *(saved[i] for i in wanted))
+    primals, pullback = torch.func.vjp(outputs, *(saved[i] for i in wanted))  # type: ignore[misc]
     cotangents = tuple(
         torch.zeros_like(primal) if grad is None else grad
         for primal, grad in zip(primals, grads[:4], strict=True)
@@ -293,14 +293,15 @@ PROXIMAL_STEP_ = define_op(
 @explains("proximal_step")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
-    features, target = (item[index] for item in context)
+    features, target = context[0][index], context[1][index]
     prefix = f"cfl_ops.proximal_step: {where}"
     if code > 0:
-        return LinAlgError(
+        error: Exception = LinAlgError(
             f"{prefix}the system is singular (the leading minor of order {code} is not positive definite): "
             "rows or columns of features depend on one another and the penalty is zero or too small to tell; "
             "use a larger lam"
         )
+        return error
     if code == BAD_PENALTY:
         return ValueError(
             f"{prefix}lam, ridge and lam_diag must be finite and not negative (and with lam_diag, "
@@ -393,6 +394,7 @@ def proximal_step(
         tensor([[0.5000, 1.0000]])
         >>> step.loss
         tensor(0.6250)
+
     """
     step, info = _step("proximal_step", features, target, weight, bias, lam, ridge, lam_diag, reduction,
                        sample_weight, fit_bias, method)  # fmt: skip
@@ -428,6 +430,7 @@ def proximal_step_ex(
         >>> step, info = cfl_ops.proximal_step_ex(features, torch.ones(2, 1), torch.zeros(1, 3), lam=0.0)
         >>> int(info), step.weight
         (2, tensor([[0., 0., 0.]]))
+
     """
     return _step("proximal_step_ex", features, target, weight, bias, lam, ridge, lam_diag, reduction,
                  sample_weight, fit_bias, method)  # fmt: skip
@@ -458,6 +461,7 @@ def proximal_step_(
         >>> loss, grad = cfl_ops.proximal_step_(torch.eye(2), torch.ones(2, 1), weight, lam=0.5)
         >>> weight
         tensor([[0.5000, 0.5000]])
+
     """
     (loss, grad_features), info = _step_("proximal_step_", features, target, weight, bias, lam, ridge, lam_diag,
                                          reduction, sample_weight, fit_bias, method)  # fmt: skip
@@ -489,6 +493,7 @@ def proximal_step_ex_(
         >>> (loss, grad), info = cfl_ops.proximal_step_ex_(torch.eye(2), torch.ones(2, 1), weight, lam=0.5)
         >>> int(info)
         0
+
     """
     return _step_("proximal_step_ex_", features, target, weight, bias, lam, ridge, lam_diag, reduction,
                   sample_weight, fit_bias, method)  # fmt: skip

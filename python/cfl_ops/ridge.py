@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import check_info, explains, first_failure
+from ._library import Derivative, check_info, define_op, explains, first_failure
 from .errors import LinAlgError
 from .gram import GRAM
 from .least_squares import lstsq
-from .solve import ridge_solve
+from .solve import BAD_PENALTY, RIDGE_SOLVE, ridge_solve
 
 __all__ = ["RidgeCVResult", "class_ridge", "ridge", "ridge_cv", "ridge_path"]
 
@@ -148,7 +148,7 @@ def _check_finite(op: str, gram: Tensor) -> None:
 
 
 def _explain(op: str, info: Tensor) -> Exception:
-    return LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x has NaN or Inf, or its squares overflow")
+    return LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
 
 
 @explains("ridge_path")
@@ -174,14 +174,17 @@ def _shrinkage(values: Tensor, lam: Tensor) -> Tensor:
     return torch.where(total > 0, 1 / torch.where(total > 0, total, 1.0), 0.0)
 
 
-def _spectrum(op: str, x: Tensor, y: Tensor) -> _Spectrum:
+def _spectrum(x: Tensor, y: Tensor, op: str | None = None) -> _Spectrum:
+    """Checks that the data are finite in the name of ``op``, where one is given."""
     if x.shape[-2] >= x.shape[-1]:
         gram, cross = _moments(x, y)
-        _check_finite(op, gram)
+        if op is not None:
+            _check_finite(op, gram)
         values, vectors = _eigh(gram)
         return _Spectrum(values, vectors, vectors.mT @ cross)
     gram = GRAM(x.mT, None, None, False, 0, WIDE)[0]
-    _check_finite(op, gram)
+    if op is not None:
+        _check_finite(op, gram)
     values, vectors = _eigh(gram)
     # A direction without length in the rows has none in the columns.
     basis = torch.where(values.unsqueeze(-2) > 0, x.mT.to(WIDE) @ vectors, 0.0)
@@ -219,7 +222,7 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
     penalties = _penalties("ridge_path", lams, x.device)
     xc, x_mean = _centred(wide_x, bias)
     yc, y_mean = _centred(wide_y, bias)
-    s = _spectrum("ridge_path", xc, yc)
+    s = _spectrum(xc, yc, "ridge_path")
     weights = torch.stack(
         [s.basis @ (_shrinkage(s.values, lam).unsqueeze(-1) * s.cross) for lam in penalties.unbind()]
     )
@@ -264,7 +267,6 @@ def _row_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, kind: str) -> tu
     dual = rows < x.shape[-1]
     if dual:
         gram = GRAM(x.mT, None, None, False, 0, WIDE)[0]
-        _check_finite("ridge_cv", gram)
         values, left = _eigh(gram)
         basis = torch.where(values > 0, x.mT.to(WIDE) @ left, 0.0)
         spectrum = _Spectrum(values, basis, left.mT @ y.to(WIDE))
@@ -272,7 +274,6 @@ def _row_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, kind: str) -> tu
         left_cross = spectrum.cross
     else:
         gram, cross = _moments(x, y)
-        _check_finite("ridge_cv", gram)
         values, vectors = _eigh(gram)
         spectrum = _Spectrum(values, vectors, vectors.mT @ cross)
         root = values.sqrt()
@@ -323,7 +324,6 @@ def _fold_scores(
     moments = [_moments(x[begin:end], y[begin:end]) for begin, end in pieces]
     gram = torch.stack([own for own, _ in moments]).sum(0)
     cross = torch.stack([own for _, own in moments]).sum(0)
-    _check_finite("ridge_cv", gram)
     if bias:
         x_sum, y_sum = x.sum(-2, dtype=WIDE), y.sum(-2, dtype=WIDE)
     scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
@@ -363,6 +363,81 @@ def _fold_bounds(rows: int, folds: int) -> list[int]:
     return bounds
 
 
+def _ridge_cv_one(
+    x: Tensor, y: Tensor, lams: Tensor, kind: str, folds: int, per_target: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """weight, intercept, the chosen penalties, scores, info."""
+    rows, width = x.shape
+    targets = y.shape[-1]
+    if not bool(x.isfinite().all() & y.isfinite().all()):
+        return (
+            x.new_full((width, targets), torch.nan),
+            x.new_full((targets if bias else 0,), torch.nan),
+            lams.new_full((targets,) if per_target else (), torch.nan),
+            lams.new_full((lams.numel(), targets), torch.nan),
+            torch.ones((), dtype=torch.int32, device=x.device),
+        )
+    xc, x_mean = _centred(x, bias)
+    yc, y_mean = _centred(y, bias)
+    # Squares of the residuals shall neither overflow nor vanish.
+    largest = float(yc.abs().max()) if yc.numel() else 1.0
+    unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
+    scaled = yc if unit == 1.0 else (yc.to(WIDE) / unit).to(yc.dtype)
+    if folds:
+        scores, shared, gram, cross = _fold_scores(xc, scaled, lams, bias, folds)
+    else:
+        scores, spectrum = _row_scores(xc, scaled, lams, bias, kind)
+        shared = scores.mean(1)
+    chosen = (scores if per_target else shared).nan_to_num(nan=torch.inf).argmin(0)
+    lam = lams[chosen]
+    if folds and rows >= width and not per_target and float(lam) > 0:
+        weight = ridge_solve(gram, cross, lam)
+    else:
+        if folds:
+            spectrum = _spectrum(xc, scaled)
+        total = spectrum.values.unsqueeze(-1) + lam
+        inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
+        weight = (spectrum.basis.to(x.dtype) @ inner.to(x.dtype)).to(WIDE)
+    weight = weight * unit
+    intercept = _intercept(weight, x_mean, y_mean) if bias else weight.new_zeros(0)
+    info = torch.zeros((), dtype=torch.int32, device=x.device)
+    return weight.to(x.dtype), intercept.to(x.dtype), lam, scores * (unit * unit), info
+
+
+def _ridge_cv_python(
+    x: Tensor, y: Tensor, lams: Tensor, kind: str, folds: int, per_target: bool, bias: bool
+) -> tuple[Tensor, ...]:
+    batch = x.shape[:-2]
+    if not batch:
+        return tuple(value.clone() for value in _ridge_cv_one(x, y, lams, kind, folds, per_target, bias))
+    pairs = zip(x.flatten(0, -3), y.flatten(0, -3), lams.flatten(0, -2), strict=True)
+    each = [_ridge_cv_one(*pair, kind, folds, per_target, bias) for pair in pairs]
+    return tuple(torch.stack(values).unflatten(0, batch) for values in zip(*each, strict=True))
+
+
+def _ridge_cv_fake(
+    x: Tensor, y: Tensor, lams: Tensor, kind: str, folds: int, per_target: bool, bias: bool
+) -> tuple[Tensor, ...]:
+    batch, targets = x.shape[:-2], y.shape[-1]
+    return (
+        x.new_empty(*batch, x.shape[-1], targets),
+        x.new_empty(*batch, targets if bias else 0),
+        lams.new_empty(*batch, targets) if per_target else lams.new_empty(batch),
+        lams.new_empty(*batch, lams.shape[-1], targets),
+        x.new_empty(batch, dtype=torch.int32),
+    )
+
+
+RIDGE_CV = define_op(
+    "ridge_cv(Tensor x, Tensor y, Tensor lams, str kind, int folds, bool per_target, bool bias) -> "
+    "(Tensor weight, Tensor intercept, Tensor lam, Tensor scores, Tensor info)",
+    python=_ridge_cv_python,
+    fake=_ridge_cv_fake,
+    core_dims=(2, 2, 1, None, None, None, None),
+    composite=True,
+)
+
+
 def ridge_cv(
     x: Tensor,
     y: Tensor,
@@ -399,7 +474,7 @@ def ridge_cv(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or an option is not known.
-        torch.linalg.LinAlgError: x has NaN or Inf.
+        torch.linalg.LinAlgError: x or y has NaN or Inf.
 
     Not differentiable (a choice has no gradient): use :func:`ridge` at the chosen penalty. Costs ``B D^2 / 2 +
     9 D^3`` once and ``B D K`` multiply-adds for each penalty.
@@ -430,35 +505,145 @@ def ridge_cv(
         raise ValueError(f"cfl_ops.ridge_cv: cv must be 'loo', 'gcv' or a number of folds, but got {cv!r}")
     if rows < 2:
         raise ValueError(f"cfl_ops.ridge_cv: x must have at least 2 rows, but got {rows}")
-    xc, x_mean = _centred(wide_x, bias)
-    yc, y_mean = _centred(wide_y, bias)
-    # Squares of the residuals shall neither overflow nor vanish.
-    largest = float(yc.abs().max()) if yc.numel() else 1.0
-    unit = 1.0 if 1e-12 < largest < 1e12 or not 0 < largest < math.inf else 2.0 ** math.frexp(largest)[1]
-    scaled = yc if unit == 1.0 else yc / unit
+    weight, intercept, lam, scores, info = RIDGE_CV(
+        wide_x, wide_y, penalties, "folds" if folds else str(cv), folds, per_target, bias
+    )
+    check_info("ridge_cv", info, [weight, scores], [wide_x])
     dtype = _output_dtype(x, y)
-    if folds:
-        scores, shared, gram, cross = _fold_scores(xc, scaled, penalties, bias, folds)
-    else:
-        scores, spectrum = _row_scores(xc, scaled, penalties, bias, str(cv))
-        shared = scores.mean(1)
-    chosen = (scores if per_target else shared).nan_to_num(nan=torch.inf).argmin(0)
-    lam = penalties[chosen]
-    if folds and rows >= x.shape[-1] and not per_target and float(lam) > 0:
-        weight = ridge_solve(gram, cross, lam)
-    else:
-        if folds:
-            spectrum = _spectrum("ridge_cv", xc, scaled)
-        total = spectrum.values.unsqueeze(-1) + lam
-        inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
-        weight = (spectrum.basis.to(wide_x.dtype) @ inner.to(wide_x.dtype)).to(WIDE)
-    weight = weight * unit
-    scores = scores * (unit * unit)
-    intercept = _intercept(weight, x_mean, y_mean).to(dtype) if bias else None
-    return RidgeCVResult(weight.to(dtype), intercept, lam, scores)
+    return RidgeCVResult(weight.to(dtype), intercept.to(dtype) if bias else None, lam, scores)
 
 
 # --- class_ridge --------------------------------------------------------------------------------------------
+
+
+def _class_weights(
+    x: Tensor,
+    y: Tensor,
+    total: Tensor,
+    prox: Tensor,
+    weight: Tensor | None,
+    num_classes: int,
+    kappa: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The weight (D, K) in float64 and info; differentiable. The penalty total contains prox."""
+    wide, width = x.to(WIDE), x.shape[-1]
+    outside = (y < 0) | (y >= num_classes)
+    order = torch.argsort(y, stable=True)
+    counts = torch.bincount(torch.where(outside, 0, y), minlength=num_classes).tolist()
+    if bool(outside.any()):
+        return wide.new_full((width, num_classes), torch.nan), torch.full_like(outside.any(), BAD_CLASS, dtype=torch.int32)
+    members = wide[order].split(counts)
+    gram = GRAM(wide, None, None, False, 0, WIDE)[0]
+    right = torch.stack([rows.sum(0) for rows in members], dim=-1) * (kappa * scale)
+    if weight is not None:
+        right = right + prox * weight.to(WIDE)
+    if kappa == 1.0:
+        return RIDGE_SOLVE(gram, right, total, None)
+
+    # G^-1 of all right sides and all rows of the small classes, in one solve.
+    small = [k for k, count in enumerate(counts) if 0 < count <= width]
+    stacked = [right, *(members[k].mT for k in small)]
+    solved, info = RIDGE_SOLVE(gram, torch.cat(stacked, dim=-1), total, None)
+    base, *corrections = solved.split([num_classes, *(counts[k] for k in small)], dim=-1)
+    columns, zero = list(base.unbind(-1)), torch.zeros((), dtype=WIDE)
+    for k, u in zip(small, corrections, strict=True):
+        rows, z = members[k], columns[k].unsqueeze(-1)
+        # (G + c P^T P)^-1 q = z - U (I + c P U)^-1 c P z with c = kappa - 1. The inner system is positive
+        # definite for kappa < 1 too: the eigenvalues of P G^-1 P^T are at most 1.
+        inner = torch.eye(counts[k], dtype=WIDE, device=x.device) + (kappa - 1) * (rows @ u)
+        change, failed = RIDGE_SOLVE(inner, (kappa - 1) * (rows @ z), zero, None)
+        info = torch.where(info == 0, failed, info)
+        columns[k] = (z - u @ change).squeeze(-1)
+    for k, count in enumerate(counts):
+        if count > width:
+            system = gram + (kappa - 1) * (members[k].mT @ members[k])
+            whole, failed = RIDGE_SOLVE(system, right[:, k : k + 1], total, None)
+            info = torch.where(info == 0, failed, info)
+            columns[k] = whole.squeeze(-1)
+    return torch.stack(columns, dim=-1), info
+
+
+BAD_CLASS = -2
+
+
+def _class_ridge_python(
+    x: Tensor, y: Tensor, lam: Tensor, prox: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    batch = x.shape[:-2]
+    lam, prox = (value.to(x.device, WIDE) for value in (lam, prox))
+    if not batch:
+        result, info = _class_weights(x, y, lam + prox, prox, weight, *options)
+        return result.to(x.dtype), info.clone()
+    lams, proxes = lam.expand(batch).reshape(-1), prox.expand(batch).reshape(-1)
+    each = [
+        _class_weights(
+            x.flatten(0, -3)[i], y.flatten(0, -2)[i], lams[i] + proxes[i], proxes[i],
+            None if weight is None else weight.flatten(0, -3)[i], *options,
+        )
+        for i in range(lams.numel())
+    ]  # fmt: skip
+    results, infos = (torch.stack(values).unflatten(0, batch) for values in zip(*each, strict=True))
+    return results.to(x.dtype), infos
+
+
+def _class_ridge_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+    if isinstance(ctx, torch.autograd.function.FunctionCtx):
+        ctx.mark_non_differentiable(output[1])
+
+
+def _class_ridge_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    """The derivative of the fallback, which is made of differentiable ops (so twice, too)."""
+    saved = ctx.saved_tensors
+    result: list[Any] = [None] * 8
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:5]) if needed]
+    if grad is None or not wanted:
+        return tuple(result)
+
+    def output(*varied: Tensor) -> Tensor:
+        inputs = list(saved)
+        for position, value in zip(wanted, varied, strict=True):
+            inputs[position] = value
+        return _class_ridge_python(*inputs, *ctx.options)[0]
+
+    _, pullback = torch.func.vjp(output, *(saved[i] for i in wanted))
+    for position, value in zip(wanted, pullback(grad), strict=True):
+        result[position] = value
+    return tuple(result)
+
+
+CLASS_RIDGE = define_op(
+    "class_ridge(Tensor x, Tensor y, Tensor lam, Tensor prox, Tensor? weight, int num_classes, float kappa, "
+    "float scale) -> (Tensor weight, Tensor info)",
+    python=_class_ridge_python,
+    fake=lambda x, y, lam, prox, weight, num_classes, *_: (
+        x.new_empty(*x.shape[:-2], x.shape[-1], num_classes),
+        x.new_empty(x.shape[:-2], dtype=torch.int32),
+    ),
+    core_dims=(2, 1, 0, 0, 2, None, None, None),
+    derivative=Derivative(_class_ridge_setup_context, _class_ridge_backward),
+    composite=True,
+)
+
+
+@explains("class_ridge")
+def _explain_class_ridge(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    index, code, where = first_failure(info)
+    if code == BAD_CLASS:
+        y, classes = context[0][index], context[1].shape[-1]
+        row = int(((y < 0) | (y >= classes)).nonzero()[0])
+        return IndexError(
+            f"cfl_ops.class_ridge: {where}y must hold class indices from 0 to {classes - 1}, "
+            f"but got {int(y[row])} in row {row}"
+        )
+    if code == BAD_PENALTY:
+        return ValueError(f"cfl_ops.class_ridge: {where}lam and prox must be finite and not negative")
+    return LinAlgError(
+        f"cfl_ops.class_ridge: {where}a system is not positive definite (columns of x depend on one another, or x "
+        "has NaN or Inf): use a larger lam"
+    )
 
 
 def class_ridge(
@@ -529,44 +714,8 @@ def class_ridge(
         raise ValueError(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
-    total = _checks.coefficient(op, "lam", lam, x.device).to(x.device, WIDE)
-    pull = _checks.coefficient(op, "prox", prox, x.device).to(x.device, WIDE)
-    total = total + pull
-
-    wide, width = x.to(WIDE), x.shape[-1]
-    outside = (y < 0) | (y >= num_classes)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"cfl_ops.{op}: y must hold class indices from 0 to {num_classes - 1}, but got {int(y[row])} in row {row}"
-        )
-    order = torch.argsort(y, stable=True)
-    counts = torch.bincount(y, minlength=num_classes).tolist()
-    members = wide[order].split(counts)
-    gram = GRAM(x if x.dtype == WIDE else wide, None, None, False, 0, WIDE)[0]
-    right = torch.stack([rows.sum(0) for rows in members], dim=-1) * (kappa * scale)
-    if pulled and weight is not None:
-        right = right + pull * weight.to(WIDE)
-    if kappa == 1.0:
-        return ridge_solve(gram, right, total).to(x.dtype)
-
-    # G^-1 of all right sides and all rows of the small classes, in one solve.
-    small = [k for k, count in enumerate(counts) if 0 < count <= width]
-    stacked = [right, *(members[k].mT for k in small)]
-    solved = ridge_solve(gram, torch.cat(stacked, dim=-1), total)
-    base, *corrections = solved.split([num_classes, *(counts[k] for k in small)], dim=-1)
-    columns = list(base.unbind(-1))
-    for k, u in zip(small, corrections, strict=True):
-        rows = members[k]
-        # (G + c P^T P)^-1 q = z - U (I + c P U)^-1 c P z with c = kappa - 1
-        inner = torch.eye(counts[k], dtype=WIDE, device=x.device) + (kappa - 1) * (rows @ u)
-        z = columns[k].unsqueeze(-1)
-        # Positive definite for kappa < 1 too: the eigenvalues of P G^-1 P^T are at most 1.
-        change = ridge_solve(inner, (kappa - 1) * (rows @ z))
-        columns[k] = (z - u @ change).squeeze(-1)
-    for k, count in enumerate(counts):
-        if count > width:
-            rows = members[k]
-            system = gram + (kappa - 1) * (rows.mT @ rows)
-            columns[k] = ridge_solve(system, right[:, k : k + 1], total).squeeze(-1)
-    return torch.stack(columns, dim=-1).to(x.dtype)
+    penalty, pull = (_checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox)))
+    args = (x, y, penalty, pull, weight if pulled else None, num_classes, float(kappa), float(scale))
+    result, info = CLASS_RIDGE(*args)
+    check_info(op, info, [result], [y, result.detach()])
+    return result

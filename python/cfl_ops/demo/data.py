@@ -41,7 +41,12 @@ class Dataset:
     @property
     def unit(self) -> str:
         """The metric's unit, as it follows a number."""
-        return " %" if self.classes else ""
+        return "\N{NO-BREAK SPACE}%" if self.classes else ""
+
+    @property
+    def digits(self) -> int:
+        """Digits after the point at which the metric is printed."""
+        return 2 if self.classes else 3
 
     def to(self, device: torch.device) -> Dataset:
         """The same data on a device; the images stay where they are."""
@@ -119,6 +124,4 @@ def validation_split(data: Dataset, share: float = 0.2) -> Dataset:
         stratify=data.train_y if data.classes else None,
         random_state=1,
     )
-    return replace(
-        data, train_x=train_x, train_y=train_y, test_x=valid_x, test_y=valid_y, test_images=None
-    )
+    return replace(data, train_x=train_x, train_y=train_y, test_x=valid_x, test_y=valid_y, test_images=None)

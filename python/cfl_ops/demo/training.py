@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class Learner:
                 init="zeros" if setting.optimizer == "sgd" else "lecun",
                 device=device,
             )
-            groups = [{"params": list(self.backbone.parameters())}]
+            groups: list[dict[str, Any]] = [{"params": list(self.backbone.parameters())}]
         else:
             self.head = nn.Linear(setting.width, data.outputs).to(device)
             groups = [
@@ -161,17 +162,16 @@ class Learner:
         if isinstance(self.head, ClosedFormLinear):
             self.head.step(features, y)
         elif self.setting.head == "squared":
-            ((self.head(features) - dense) ** 2).sum(1).mean().backward()
+            torch.autograd.backward((self.head(features) - dense).square().sum(1).mean())
         else:
-            F.cross_entropy(self.head(features), y).backward()
+            torch.autograd.backward(F.cross_entropy(self.head(features), y))
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def diverged(self, error: Exception) -> bool:
-        """Whether an error of a step comes from numbers that ran away, not from a mistake in the code."""
-        if isinstance(error, LinAlgError):
-            return True
-        return not all(bool(parameter.isfinite().all()) for parameter in self.backbone.parameters())
+    @torch.no_grad()
+    def diverged(self, error: Exception, x: Tensor) -> bool:
+        """Whether a step failed because its numbers ran away, not because of a mistake in the code."""
+        return isinstance(error, LinAlgError) or not bool(self.backbone(x).isfinite().all())
 
     @torch.no_grad()
     def predict(self, head: nn.Module | None = None) -> Tensor:
@@ -255,6 +255,7 @@ def train_side_by_side(
 
     Returns:
         A run for each setting, evaluated where it stopped.
+
     """
     first = settings[0]
     device = data.train_x.device
@@ -293,7 +294,7 @@ def _take_turn(
         try:
             learner.step(*batch)
         except (ValueError, LinAlgError) as error:
-            if not learner.diverged(error):
+            if not learner.diverged(error, batch[0]):
                 raise
             run.failure = f"diverged at step {run.steps_done + 1}"
             run.points.append(Point(run.steps_done + 1, sum(run.step_seconds), math.nan))

@@ -61,6 +61,7 @@ class ClosedFormLinear(nn.Module):
         >>> loss = head.step(backbone(x), y)
         >>> backbone.weight.grad.shape, head(backbone(x)).shape
         (torch.Size([8, 4]), torch.Size([16, 3]))
+
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ClosedFormLinear(nn.Module):
         Returns:
             ``(loss, grad_features)``: the loss at the new head, and its gradient for the features, in their
             shape: ``features.backward(grad_features)``.
+
         """
         _checks.floating("learn.ClosedFormLinear", "features", features, 1)
         _checks.size(
@@ -157,7 +159,7 @@ class ClosedFormLinear(nn.Module):
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
         if features.requires_grad:
-            features.backward(grad_features)  # type: ignore[no-untyped-call]
+            features.backward(grad_features)
         return loss
 
     def extra_repr(self) -> str:

@@ -1,0 +1,73 @@
+# One word each: demo, test, bench, lint. `make demo` and `make test` need Python >= 3.11, pip and a C++
+# compiler, nothing else: they make .venv, install torch, build the extension, and run.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned, so that pip does not choose a CUDA build of several gigabytes. On an index without CPU builds of
+# this version: make TORCH_SPEC="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH_SPEC ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+PYTEST ?= $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow bench bench-gpu gpu-check fuzz lint format docs clean help
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit("cfl_ops needs Python >= 3.11, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH_SPEC)
+	$(PIP) install -q "cmake>=3.26" ninja "pybind11>=2.13" "scikit-build-core>=0.11" build
+	touch $@
+
+# A second run rebuilds only what changed: build/dev keeps the objects.
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e . -Cbuild-dir=build/dev
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) install -q --no-build-isolation -e ".[demo]" -Cbuild-dir=build/dev
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q --no-build-isolation -e ".[demo,test,bench]" -Cbuild-dir=build/dev
+	-$(PIP) install -q "triton==3.6.0"  # for its interpreter; where there is no such wheel those tests skip
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) install -q "ruff==0.17.6" "mypy==2.4.1" "clang-format==23.1.5" pre-commit
+	touch $@
+
+demo: $(VENV)/.demo ## train closed-form heads beside their rivals on real images, write an HTML report
+	$(BIN)/python -m cfl_ops demo $(DEMO_ARGS)
+
+test: $(VENV)/.test ## all quick tests (under 15 minutes on two cores)
+	$(PYTEST) tests $(TEST_ARGS)
+
+test-slow: $(VENV)/.test ## the long tests: streams of 10^6 updates, a thousand seeds
+	$(PYTEST) tests -m slow --timeout 7200 $(TEST_ARGS)
+
+bench: $(VENV)/.test ## ratios to the strongest peers, with FLOP and byte floors
+	$(BIN)/python -m pytest benches -q --benchmark-disable-gc --timeout 3600 $(BENCH_ARGS)
+
+bench-gpu: ## the GPU benches, with the Python that holds the CUDA torch (PYTHON=...)
+	$(PYTHON) -m pytest benches -q -m gpu $(BENCH_ARGS)
+
+gpu-check: ## on a CUDA machine, no network: build against its torch, GPU tests, sanitizer, GPU benches
+	PYTHON=$(PYTHON) bash benches/gpu_check.sh
+
+lint: $(VENV)/.lint ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.lint ## what lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean: ## remove what was built
+	rm -rf build dist $(VENV) report

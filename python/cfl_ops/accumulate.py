@@ -1,0 +1,343 @@
+"""GramAccumulator: moments of data that come in batches, from loaders, files and several machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gram import GramMoments, gram, gram_
+
+__all__ = ["GramAccumulator"]
+
+Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
+CHUNK_BYTES = 8 << 20
+FOLD_EVERY = 1024
+
+
+class GramAccumulator:
+    r"""Streams batches into :class:`GramMoments`.
+
+    Args:
+        bias_column: append a feature that is 1.
+        num_classes: K where targets are class indices.
+        acc_dtype: as in :func:`cfl_ops.gram`.
+        decay: what older batches are multiplied by at each batch: exponential forgetting below 1.
+        compensated: keep the sums in float64 with a carried rounding error (Neumaier). Batches are first
+            added to a recent sum, which is folded in every 1,024 of them, so that the error does not grow with
+            the number of batches. Not with ``decay``.
+
+    Attributes:
+        batches: how many batches went in.
+        rows: how many rows.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> accumulator = cfl_ops.GramAccumulator(bias_column=True)
+        >>> for _ in range(3):
+        ...     accumulator.update(torch.ones(10, 2), torch.ones(10, 1))
+        >>> accumulator.moments.gram
+        tensor([[30., 30., 30.],
+                [30., 30., 30.],
+                [30., 30., 30.]])
+    """
+
+    def __init__(
+        self,
+        *,
+        bias_column: bool = False,
+        num_classes: int | None = None,
+        acc_dtype: torch.dtype | None = None,
+        decay: float = 1.0,
+        compensated: bool = False,
+    ) -> None:
+        if not 0 <= decay < float("inf"):
+            raise ValueError(f"cfl_ops.GramAccumulator: decay must be finite and not negative, but got {decay}")
+        if compensated and decay != 1.0:
+            raise ValueError("cfl_ops.GramAccumulator: compensated sums do not decay; use one or the other")
+        if compensated and acc_dtype == torch.float32:
+            raise ValueError("cfl_ops.GramAccumulator: compensated sums are float64, but acc_dtype is float32")
+        self.bias_column, self.num_classes, self.decay = bias_column, num_classes, decay
+        self.compensated = compensated
+        self.acc_dtype = torch.float64 if compensated else acc_dtype
+        self.batches = 0
+        self.rows = 0
+        self._recent: GramMoments | None = None
+        self._total: list[Tensor | None] | None = None
+        self._carry: list[Tensor | None] | None = None
+
+    def update(self, x: Tensor, y: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
+        """Add a batch: ``x (..., B, D)``, ``y`` and ``sample_weight`` as in :func:`cfl_ops.gram`.
+
+        When it raises, the accumulator is as it was.
+        """
+        if self._recent is None:
+            self._recent = gram(
+                x, y, bias_column=self.bias_column, sample_weight=sample_weight,
+                num_classes=self.num_classes, acc_dtype=self.acc_dtype,
+            )  # fmt: skip
+        else:
+            gram_(self._recent, x, y, sample_weight=sample_weight, decay=self.decay)
+        self.batches += 1
+        self.rows += x.shape[-2]
+        if self.compensated and self.batches % FOLD_EVERY == 0:
+            self._fold()
+
+    def _fold(self) -> None:
+        """total + carry <- total + carry + recent, where carry holds what rounding took from total."""
+        if self._recent is None:
+            return
+        if self._total is None or self._carry is None:
+            self._total = [None if field is None else field.clone() for field in self._recent]
+            self._carry = [None if field is None else torch.zeros_like(field) for field in self._recent]
+        else:
+            for total, carry, new in zip(self._total, self._carry, self._recent, strict=True):
+                if total is None or carry is None or new is None:
+                    continue
+                summed = total + new
+                larger = total.abs() >= new.abs()
+                carry += torch.where(larger, (total - summed) + new, (new - summed) + total)
+                total.copy_(summed)
+        for field in self._recent:
+            if field is not None:
+                field.zero_()
+
+    @property
+    def moments(self) -> GramMoments:
+        """The moments so far (a copy where the sums are compensated, else the running sums themselves).
+
+        Raises:
+            RuntimeError: nothing was added yet.
+        """
+        if self._recent is None:
+            raise RuntimeError("cfl_ops.GramAccumulator: no batch was added yet")
+        if self._total is None or self._carry is None:
+            return self._recent
+        parts = zip(self._total, self._carry, self._recent, strict=True)
+        return GramMoments._make(
+            None if total is None or carry is None or new is None else total + (carry + new)
+            for total, carry, new in parts
+        )
+
+    # --- whole data sets ------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        batches: Iterable[Batch],
+        *,
+        progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1000,
+    ) -> GramAccumulator:
+        """Add all batches of a DataLoader or another iterable.
+
+        Args:
+            batches: yields ``x``, ``(x, y)`` or ``(x, y, sample_weight)``.
+            progress: show a tqdm bar.
+            checkpoint: a file that :meth:`save` writes every ``checkpoint_every`` batches and at the end. If it
+                exists, its state is loaded first and as many batches are skipped as it has seen: run the same
+                command again after a crash, with batches in the same order.
+            checkpoint_every: in batches.
+
+        Returns:
+            self.
+        """
+        skip = 0
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.load(checkpoint)
+            skip = self.batches
+        for number, batch in enumerate(_with_bar(batches, progress)):
+            if number < skip:
+                continue
+            self.update(*(batch if isinstance(batch, tuple | list) else (batch,)))
+            if checkpoint is not None and (number + 1) % checkpoint_every == 0:
+                self.save(checkpoint)
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return self
+
+    def fit_file(
+        self,
+        x: str | os.PathLike[str] | Any,
+        y: str | os.PathLike[str] | Any = None,
+        *,
+        x_name: str | None = None,
+        y_name: str | None = None,
+        batch_rows: int | None = None,
+        progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+    ) -> GramAccumulator:
+        """Add the rows of files, or arrays, that may be larger than memory.
+
+        Args:
+            x: a ``.npy`` file, a ``.safetensors`` file (with ``x_name``), or an array or tensor ``(N, D)``,
+                a memory-mapped one for instance. A mapped file is read in place, a chunk at a time.
+            y: likewise, or None.
+            x_name: the tensor's name in a safetensors file.
+            y_name: likewise for ``y``.
+            batch_rows: rows in a chunk; by default about 8 MB of ``x``.
+            progress, checkpoint, checkpoint_every: as in :meth:`fit`.
+
+        Returns:
+            self.
+        """
+        source = _open("x", x, x_name)
+        targets = None if y is None else _open("y", y, y_name)
+        if len(source.shape) != 2:
+            raise ValueError(
+                f"cfl_ops.GramAccumulator.fit_file: x must have 2 dimensions, but got shape {tuple(source.shape)}"
+            )
+        rows = source.shape[0]
+        if targets is not None and targets.shape[0] != rows:
+            raise ValueError(
+                f"cfl_ops.GramAccumulator.fit_file: y must have {rows} rows as x has, but got {targets.shape[0]}"
+            )
+        step = batch_rows or max(256, CHUNK_BYTES // max(1, source.shape[1] * source.itemsize))
+        chunks = _Chunks(source, targets, rows, step)
+        return self.fit(
+            chunks, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every
+        )
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, counters and options."""
+        return {
+            "options": {
+                "bias_column": self.bias_column, "num_classes": self.num_classes, "decay": self.decay,
+                "compensated": self.compensated, "acc_dtype": self.acc_dtype,
+            },
+            "batches": self.batches,
+            "rows": self.rows,
+            "recent": None if self._recent is None else list(self._recent),
+            "total": self._total,
+            "carry": self._carry,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, from an accumulator with the same options."""
+        mine = self.state_dict()["options"]
+        if state["options"] != mine:
+            raise ValueError(
+                f"cfl_ops.GramAccumulator: the state has other options, {state['options']}, than this "
+                f"accumulator, {mine}"
+            )
+        self.batches, self.rows = state["batches"], state["rows"]
+        self._recent = None if state["recent"] is None else GramMoments._make(state["recent"])
+        self._total, self._carry = state["total"], state["carry"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, atomically: to a temporary name first, flushed, then renamed."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(self.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Restore the state from a file that :meth:`save` wrote."""
+        self.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+    def reduce(self, group: Any = None) -> GramMoments:
+        """The moments of all ranks together, on every rank; the accumulator keeps its own.
+
+        Args:
+            group: a ``torch.distributed`` process group; None for the default one.
+        """
+        import torch.distributed as dist
+
+        fields = [None if field is None else field.clone() for field in self.moments]
+        for field in fields:
+            if field is not None:
+                dist.all_reduce(field, group=group)
+        return GramMoments._make(fields)
+
+
+class _Chunks:
+    """Chunks of rows of x (and y), as tensors that view mapped memory where they can."""
+
+    def __init__(self, x: Any, y: Any, rows: int, step: int) -> None:
+        self.x, self.y, self.rows, self.step = x, y, rows, step
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for begin in range(0, self.rows, self.step):
+            chunk = _tensor(self.x[begin : begin + self.step])
+            yield chunk if self.y is None else (chunk, _tensor(self.y[begin : begin + self.step]))
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    import warnings
+
+    with warnings.catch_warnings():  # a mapped file is read-only, which is all we do
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(value)
+
+
+class _Safetensors:
+    """A tensor of a safetensors file as a thing with a shape that is sliced by rows."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        from safetensors import safe_open
+
+        self.file = safe_open(str(path), framework="pt")
+        if name not in self.file.keys():  # noqa: SIM118  (not a dict)
+            raise KeyError(
+                f"cfl_ops.GramAccumulator.fit_file: {path} has no tensor {name!r}, only {sorted(self.file.keys())}"
+            )
+        self.slice = self.file.get_slice(name)
+        self.shape = tuple(self.slice.get_shape())
+        self.itemsize = 8 if self.slice.get_dtype() in ("F64", "I64") else 4
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        tensor: Tensor = self.slice[rows]
+        return tensor
+
+
+def _open(argument: str, source: Any, name: str | None) -> Any:
+    if not isinstance(source, str | os.PathLike):
+        return source
+    path = Path(source)
+    if path.suffix == ".npy":
+        import numpy as np
+
+        return np.load(path, mmap_mode="r")
+    if path.suffix == ".safetensors":
+        if name is None:
+            raise ValueError(
+                f"cfl_ops.GramAccumulator.fit_file: {argument} is a safetensors file, so {argument}_name must "
+                "say which of its tensors is meant"
+            )
+        return _Safetensors(path, name)
+    raise ValueError(
+        f"cfl_ops.GramAccumulator.fit_file: {argument} must be a .npy or .safetensors file, but got {path.name}"
+    )
+
+
+def _with_bar(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError(
+            'cfl_ops.GramAccumulator: progress=True needs tqdm: pip install "cfl-ops[data]"'
+        ) from None
+    bar: Iterable[Batch] = tqdm(batches, unit="batch")
+    return bar
+
+

@@ -1,0 +1,52 @@
+"""Fixtures for all tests. Triton reads TRITON_INTERPRET when its kernels are decorated, so it is set first."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import cfl_ops
+import pytest
+from cfl_ops import _library
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow (make test-slow)"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison() -> None:
+    """Fresh outputs of the extension are full of NaN, so that an element which no kernel wrote shows."""
+    if _library.extension_available():
+        from cfl_ops import _C
+
+        _C.poison_fresh_memory(True)
+
+
+@pytest.fixture(params=["native", "triton", "python"])
+def backend(request: pytest.FixtureRequest):
+    """Each backend that can run here and serves the ops that the test module lists as OPS, in turn."""
+    name = request.param
+    if name == "native" and not _library.extension_available():
+        pytest.skip("the extension is not installed")
+    if name == "triton" and not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    with cfl_ops.config.use_backend(name):
+        for op in getattr(request.module, "OPS", ()):
+            if cfl_ops.config.backend_of(op, "cpu") not in (name, "composite"):
+                pytest.skip(f"{op} has no {name} kernel")
+        yield name

@@ -1,0 +1,173 @@
+"""ClosedFormLinear: the training step, and what a module must survive."""
+
+from __future__ import annotations
+
+import io
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops.learn import ClosedFormLinear
+from torch import nn
+
+
+def data(rows=64):
+    x = torch.randn(rows, 6)
+    return x, (x[:, :3] + 0.1 * torch.randn(rows, 3)).argmax(1)
+
+
+def test_one_forward_and_one_backward_per_step() -> None:
+    calls = {"forward": 0, "backward": 0}
+    backbone = nn.Sequential(nn.Linear(6, 16), nn.GELU())
+    backbone.register_forward_hook(lambda *_: calls.__setitem__("forward", calls["forward"] + 1))
+    backbone.register_full_backward_hook(lambda *_: calls.__setitem__("backward", calls["backward"] + 1))
+    head = ClosedFormLinear(16, 3)
+    head.step(backbone(data()[0].requires_grad_()), data()[1])
+    assert calls == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("method", ["proximal", "ridge"])
+def test_trains_a_backbone(method: str) -> None:
+    backbone, head = nn.Sequential(nn.Linear(6, 32), nn.GELU()), ClosedFormLinear(32, 3, 0.1, method=method)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(150):
+        x, y = data()
+        losses.append(float(head.step(backbone(x), y)))
+        optimizer.step()
+        optimizer.zero_grad()
+    x, y = data(2000)
+    assert (head(backbone(x)).argmax(1) == y).double().mean() > 0.9
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+def test_backbone_gradient_equals_autograd_of_the_loss_at_the_new_head() -> None:
+    backbone, head = nn.Linear(6, 8).double(), ClosedFormLinear(8, 3, dtype=torch.float64)
+    x, y = data()
+    loss = head.step(backbone(x.double()), y)
+    got = backbone.weight.grad.clone()
+    backbone.zero_grad()
+    residual = nn.functional.one_hot(y, 3) - head(backbone(x.double()))
+    want_loss = residual.square().sum() / len(x)
+    want_loss.backward()
+    torch.testing.assert_close(loss, want_loss.detach())
+    torch.testing.assert_close(got, backbone.weight.grad)
+
+
+def test_state_dict_is_that_of_nn_linear() -> None:
+    head, linear = ClosedFormLinear(5, 2, init="he"), nn.Linear(5, 2)
+    linear.load_state_dict(head.state_dict())
+    assert torch.equal(linear.weight, head.weight)
+    head.load_state_dict(nn.Linear(5, 2).state_dict())
+
+
+def test_resume_continues_bit_for_bit() -> None:
+    def train(head, backbone, optimizer, batches):
+        for x, y in batches:
+            head.step(backbone(x), y)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        torch.manual_seed(1)
+        backbone = nn.Linear(6, 8)
+        return ClosedFormLinear(8, 3), backbone, torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
+
+    batches = [data() for _ in range(8)]
+    straight = fresh()
+    train(*straight, batches)
+    first = fresh()
+    train(*first, batches[:4])
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in first], buffer)
+    buffer.seek(0)
+    second = fresh()
+    for part, state in zip(second, torch.load(buffer, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*second, batches[4:])
+    assert torch.equal(second[0].weight, straight[0].weight)
+    assert torch.equal(second[1].weight, straight[1].weight)
+
+
+def test_optimizer_passes_over_the_head() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), ClosedFormLinear(8, 3, init="lecun"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    old = model[1].weight.clone()
+    model(data()[0]).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[1].weight, old)
+
+
+def test_rows_may_have_more_dimensions() -> None:
+    head, flat = ClosedFormLinear(4, 3), ClosedFormLinear(4, 3)
+    features, target = torch.randn(5, 7, 4), torch.randint(3, (5, 7))
+    loss, grad = head.update(features, target)
+    want, want_grad = flat.update(features.reshape(-1, 4), target.reshape(-1))
+    assert torch.equal(loss, want)
+    assert torch.equal(grad, want_grad.reshape(5, 7, 4))
+
+
+def test_relative_lambda_does_not_depend_on_the_scale_of_the_features() -> None:
+    features, target = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    small = ClosedFormLinear(4, 2, 0.5, relative=True, bias=False, dtype=torch.float64)
+    large = ClosedFormLinear(4, 2, 0.5, relative=True, bias=False, dtype=torch.float64)
+    small.update(features, target)
+    large.update(1000 * features, target)
+    torch.testing.assert_close(small.weight, 1000 * large.weight)
+
+
+def test_under_autocast() -> None:
+    backbone, head = nn.Linear(6, 16), ClosedFormLinear(16, 3)
+    x, y = data()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = backbone(x)
+        loss = head.step(features, y)
+    assert features.dtype == torch.bfloat16
+    assert head.weight.dtype == torch.float32
+    assert loss.isfinite()
+    assert backbone.weight.grad is not None
+
+
+def test_frozen_features_need_no_backward() -> None:
+    head = ClosedFormLinear(6, 3)
+    x, y = data()
+    assert head.step(x, y).isfinite()
+
+
+def test_dtype_and_device_moves() -> None:
+    head = ClosedFormLinear(6, 3).double()
+    x, y = data()
+    head.step(x.double(), y)
+    assert head.weight.dtype == torch.float64
+    assert head.to("meta").weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("init", ["zeros", "lecun", "xavier", "he"])
+def test_initialisations_have_their_standard_deviation(init: str) -> None:
+    head = ClosedFormLinear(400, 200, init=init)
+    want = {"zeros": 0.0, "lecun": 400**-0.5, "xavier": (2 / 600) ** 0.5, "he": (2 / 400) ** 0.5}[init]
+    assert float(head.weight.std()) == pytest.approx(want, rel=0.02)
+    assert not head.bias.any()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="method must be one of proximal, ridge, but got 'sgd'"):
+        ClosedFormLinear(4, 2, method="sgd")
+    with pytest.raises(ValueError, match="init must be one of"):
+        ClosedFormLinear(4, 2, init="ones")
+    head = ClosedFormLinear(4, 2)
+    with pytest.raises(ValueError, match="features must have size 4"):
+        head.step(torch.randn(3, 5), torch.zeros(3, dtype=torch.int64))
+    old = head.weight.clone()
+    with pytest.raises(IndexError, match="but got 2 in row 1"):
+        head.step(torch.randn(2, 4), torch.tensor([0, 2]))
+    assert torch.equal(head.weight, old)
+
+
+def test_reset_parameters_and_repr() -> None:
+    head = ClosedFormLinear(6, 3, lam=2.0)
+    head.step(*data())
+    head.reset_parameters()
+    assert not head.weight.any()
+    assert "lam=2.0" in repr(head)
+    assert isinstance(cfl_ops.learn.ClosedFormLinear, type)

@@ -1,0 +1,262 @@
+"""GramAccumulator: streams, files, checkpoints and several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cfl_ops
+from cfl_ops import GramAccumulator
+
+
+def assert_same(a: cfl_ops.GramMoments, b: cfl_ops.GramMoments, **tolerance) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_batches_equal_the_whole() -> None:
+    x, y, s = torch.randn(103, 7, dtype=torch.float64), torch.randint(4, (103,)), torch.rand(103)
+    accumulator = GramAccumulator(bias_column=True, num_classes=4)
+    for part in torch.arange(103).split(10):
+        accumulator.update(x[part], y[part], s[part])
+    assert_same(accumulator.moments, cfl_ops.gram(x, y, bias_column=True, num_classes=4, sample_weight=s))
+    assert (accumulator.batches, accumulator.rows) == (11, 103)
+
+
+def test_decay_is_exponential_forgetting() -> None:
+    x = torch.randn(3, 5, 2, dtype=torch.float64)
+    accumulator = GramAccumulator(decay=0.5)
+    for batch in x:
+        accumulator.update(batch)
+    want = sum((0.5 ** (2 - i) * b.mT @ b for i, b in enumerate(x)), torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(accumulator.moments.gram, want)
+    assert accumulator.moments.count == 5 * 1.75
+
+
+def test_fit_a_dataloader_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.randn(50, 3), torch.randn(50, 2)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    moments = GramAccumulator().fit(loader, progress=True).moments
+    assert_same(moments, cfl_ops.gram(x, y), rtol=1e-5, atol=1e-5)
+    assert "batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "memmap", "tensor"])
+def test_fit_file(kind: str, tmp_path: Path) -> None:
+    x, y = torch.randn(1000, 6), torch.randn(1000, 2)
+    names = {}
+    if kind == "npy":
+        np.save(tmp_path / "x.npy", x.numpy())
+        np.save(tmp_path / "y.npy", y.numpy())
+        sources = (tmp_path / "x.npy", str(tmp_path / "y.npy"))
+    elif kind == "safetensors":
+        save_file({"x": x, "y": y}, tmp_path / "data.safetensors")
+        sources = (tmp_path / "data.safetensors",) * 2
+        names = {"x_name": "x", "y_name": "y"}
+    elif kind == "memmap":
+        np.save(tmp_path / "x.npy", x.numpy())
+        sources = (np.load(tmp_path / "x.npy", mmap_mode="r"), y.numpy())
+    else:
+        sources = (x, y)
+    accumulator = GramAccumulator(bias_column=True).fit_file(*sources, batch_rows=96, **names)
+    assert accumulator.batches == 11
+    assert_same(accumulator.moments, cfl_ops.gram(x, y, bias_column=True), rtol=1e-5, atol=1e-4)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3, 2)}, tmp_path / "a.safetensors")
+    np.save(tmp_path / "x.npy", np.ones((3, 2)))
+    np.save(tmp_path / "y.npy", np.ones((4, 1)))
+    fit = GramAccumulator().fit_file
+    with pytest.raises(ValueError, match="x_name must say"):
+        fit(tmp_path / "a.safetensors")
+    with pytest.raises(KeyError, match="has no tensor 'z'"):
+        fit(tmp_path / "a.safetensors", x_name="z")
+    with pytest.raises(ValueError, match=r"must be a \.npy or \.safetensors file, but got a\.csv"):
+        fit(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="y must have 3 rows as x has, but got 4"):
+        fit(tmp_path / "x.npy", tmp_path / "y.npy")
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="decay must be finite"):
+        GramAccumulator(decay=-1)
+    with pytest.raises(ValueError, match="do not decay"):
+        GramAccumulator(decay=0.5, compensated=True)
+    with pytest.raises(ValueError, match="are float64"):
+        GramAccumulator(acc_dtype=torch.float32, compensated=True)
+    with pytest.raises(RuntimeError, match="no batch was added yet"):
+        _ = GramAccumulator().moments
+
+
+def test_a_bad_batch_changes_nothing() -> None:
+    accumulator = GramAccumulator(num_classes=2)
+    accumulator.update(torch.ones(2, 3), torch.tensor([0, 1]))
+    before = [f.clone() for f in accumulator.moments]
+    with pytest.raises(IndexError):
+        accumulator.update(torch.ones(2, 3), torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="sample_weight"):
+        accumulator.update(torch.ones(2, 3), torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
+    assert all(torch.equal(a, b) for a, b in zip(accumulator.moments, before, strict=True))
+    assert accumulator.batches == 1
+
+
+def test_gram_in_place_refuses_bad_rows_in_exact_mode(tmp_path: Path) -> None:
+    m = cfl_ops.gram(torch.ones(2, 3), acc_dtype=torch.float64)
+    before = m.gram.clone()
+    with pytest.raises(ValueError, match="x has 1 NaN or Inf value"):
+        cfl_ops.gram_(m, torch.tensor([[1.0, torch.nan, 2.0]]))
+    assert torch.equal(m.gram, before)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.ones(2, 5),), ValueError, r"x must have width 3 \(or 2 where m has a bias column\)"),
+        ((torch.ones(2, 3), torch.ones(2, 1)), ValueError, "m has no targets"),
+        ((torch.ones(2, 3, dtype=torch.float64),), TypeError, "float64 for float64 x"),
+        ((torch.ones(4, 2, 3),), ValueError, r"must have the batch shape \(\) of m"),
+    ],
+)
+def test_gram_in_place_bad_arguments(args, error, message) -> None:
+    m = cfl_ops.gram(torch.ones(2, 3))
+    with pytest.raises(error, match=message):
+        cfl_ops.gram_(m, *args)
+    with pytest.raises(TypeError, match="m must be GramMoments"):
+        cfl_ops.gram_(m.gram, args[0])
+
+
+def test_compensated_sums_do_not_drift() -> None:
+    """Many small float32 batches with a large mean: the error stays that of a float64 sum of few terms.
+
+    The exact sum is known: every batch is the same, and its moments are exact in float64.
+    """
+    x = torch.tensor([[1.1, -3.7], [0.3, 2.9]])
+    once = x.double().mT @ x.double()
+    batches = 20_000
+    drifting, compensated = GramAccumulator(), GramAccumulator(compensated=True)
+    for _ in range(batches):
+        drifting.update(x)
+        compensated.update(x)
+    eps = torch.finfo(torch.float64).eps
+    error = ((compensated.moments.gram - batches * once) / (batches * once)).abs().max()
+    # A recent sum of 1,024 terms errs by at most 1,024 eps of itself; folding carries its own rounding.
+    assert error <= 1026 * eps
+    assert ((drifting.moments.gram.double() - batches * once) / (batches * once)).abs().max() > 1e-6
+
+
+def test_state_survives_a_kill_between_batches(tmp_path: Path) -> None:
+    """A process that is killed hard resumes from its checkpoint and ends with the same moments."""
+    x = torch.randn(4000, 5, dtype=torch.float64)
+    np.save(tmp_path / "x.npy", x.numpy())
+    script = """
+import sys, time, cfl_ops
+class Slow(cfl_ops.GramAccumulator):
+    def update(self, *batch):
+        super().update(*batch)
+        time.sleep(float(sys.argv[2]))
+Slow(bias_column=True).fit_file(sys.argv[1] + "/x.npy", batch_rows=40, checkpoint=sys.argv[1] + "/c.pt",
+                                checkpoint_every=5)
+"""
+    slow = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), "0.05"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "c.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    slow.send_signal(signal.SIGKILL)
+    slow.wait()
+    partial = GramAccumulator(bias_column=True)
+    partial.load(tmp_path / "c.pt")
+    assert 0 < partial.batches < 100
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), "0"], check=True)
+    done = GramAccumulator(bias_column=True)
+    done.load(tmp_path / "c.pt")
+    assert done.batches == 100
+    assert_same(done.moments, cfl_ops.gram(x, bias_column=True))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".c.pt")] == []
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
+    accumulator = GramAccumulator()
+    accumulator.update(torch.ones(2, 2))
+    accumulator.save(tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="other options"):
+        GramAccumulator(bias_column=True).load(tmp_path / "c.pt")
+
+
+def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        """
+import torch, torch.distributed as dist, cfl_ops
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+x, y = torch.randn(400, 5, dtype=torch.float64), torch.randint(3, (400,))
+mine = torch.arange(dist.get_rank(), 400, dist.get_world_size())
+accumulator = cfl_ops.GramAccumulator(bias_column=True, num_classes=3)
+for part in mine.split(16):
+    accumulator.update(x[part], y[part])
+moments = accumulator.reduce()
+want = cfl_ops.gram(x, y, bias_column=True, num_classes=3)
+for a, b in zip(moments, want):
+    torch.testing.assert_close(a, b)
+assert accumulator.moments.count == len(mine)
+print("rank", dist.get_rank(), "agrees", flush=True)
+dist.destroy_process_group()
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout.count("agrees") == 4, done.stderr
+
+
+def test_linear_gram_memory_does_not_depend_on_the_batch() -> None:
+    """The peak of resident memory grows by less than the features would take (here 256 MB)."""
+    code = """
+import resource, torch, cfl_ops
+x, w = torch.randn(65536, 16), torch.randn(1024, 16)
+cfl_ops.linear_gram(x[:4096], w)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cfl_ops.linear_gram(x, w)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "celu", "identity"])
+def test_linear_gram_equals_the_layer(activation: str) -> None:
+    x, w, b, y = torch.randn(5000, 6), torch.randn(600, 6), torch.randn(600), torch.randn(5000, 2)
+    got = cfl_ops.linear_gram(x, w, b, activation, y, bias_column=True)
+    h = torch.nn.functional.linear(x, w, b)
+    functional = torch.nn.functional
+    h = {
+        "relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh,
+        "celu": functional.celu, "identity": lambda t: t,
+        "gelu_tanh": lambda t: functional.gelu(t, approximate="tanh"),
+    }[activation](h)  # fmt: skip
+    assert_same(got, cfl_ops.gram(h, y, bias_column=True), rtol=1e-4, atol=1e-3)
+
+
+def test_linear_gram_bad_arguments() -> None:
+    x, w = torch.ones(3, 2), torch.ones(4, 2)
+    with pytest.raises(ValueError, match="activation must be one of identity, relu, .*but got 'elu'"):
+        cfl_ops.linear_gram(x, w, activation="elu")
+    with pytest.raises(ValueError, match="weight must have size 2"):
+        cfl_ops.linear_gram(x, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="bias must have size 4"):
+        cfl_ops.linear_gram(x, w, torch.ones(3))
+    with pytest.raises(TypeError, match=r"weight must be torch\.float32 as x is"):
+        cfl_ops.linear_gram(x, w.double())

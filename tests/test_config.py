@@ -1,0 +1,98 @@
+"""Backends: which serves what, how one is forced, and what happens when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops import _library
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("CFL_OPS_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def test_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert cfl_ops.__version__ == project["project"]["version"]
+
+
+def test_show_names_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    cfl_ops.config.show()
+    text = capsys.readouterr().out
+    for name in _library.OPS:
+        assert name in text
+    assert torch.__version__ in text
+
+
+def test_use_backend_switches_and_restores() -> None:
+    before = cfl_ops.config.get_backend()
+    with cfl_ops.config.use_backend("python"):
+        assert cfl_ops.config.backend_of("gram", "cpu") == "python"
+    assert cfl_ops.config.get_backend() == before
+
+
+def test_environment_forces_a_backend() -> None:
+    code = "import cfl_ops; print(cfl_ops.config.backend_of('gram', 'cpu'))"
+    assert run(code, CFL_OPS_BACKEND="python").stdout.strip() == "python"
+    assert run(code, CFL_OPS_BACKEND="triton", TRITON_INTERPRET="1").stdout.strip() == "triton"
+
+
+def test_a_backend_that_cannot_serve_raises_when_called() -> None:
+    code = "import torch, cfl_ops; cfl_ops.gram(torch.ones(2, 2))"
+    error = run(code, CFL_OPS_BACKEND="triton").stderr
+    assert "cfl_ops.gram: the backend 'triton' was asked for, but it cannot serve cpu tensors" in error
+    assert "TRITON_INTERPRET=1" in error
+
+
+def test_an_unknown_backend_raises_at_import() -> None:
+    error = run("import cfl_ops", CFL_OPS_BACKEND="cuda").stderr
+    assert "backend must be one of python, triton, native, but got 'cuda'" in error
+
+
+def test_import_needs_torch_alone() -> None:
+    code = (
+        "import sys, cfl_ops; "
+        "bad = {'triton', 'sklearn', 'matplotlib', 'rich', 'typer', 'mlxtend', 'scipy'} & set(sys.modules); "
+        "print(sorted(m for m in bad if m not in sys.modules.get('torch').__dict__))"
+    )
+    out = run(code)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_every_instruction_set_gives_the_same_gram() -> None:
+    """The SIMD source is compiled for several targets; each must agree within float32 rounding."""
+    if not _library.extension_available():
+        pytest.skip("the extension is not installed")
+    from cfl_ops import _C
+
+    x, y = torch.randn(301, 67), torch.randn(301, 5)
+    want = x.double().mT @ x.double()
+    bound = 303 * torch.finfo(torch.float32).eps * (x.double().abs().mT @ x.double().abs())
+    try:
+        for isa in range(_C.best_isa() + 1):
+            _C.set_isa(isa)
+            assert ((cfl_ops.gram(x, y).gram - want).abs() <= bound).all()
+    finally:
+        _C.set_isa(_C.best_isa())
+
+
+def test_public_names_are_documented() -> None:
+    """Docstrings with arguments and an example for every public function."""
+    for name in cfl_ops.__all__:
+        item = getattr(cfl_ops, name)
+        if callable(item):
+            assert item.__doc__, name
+        if callable(item) and not isinstance(item, type):
+            assert "Example:" in item.__doc__, name

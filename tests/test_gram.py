@@ -1,0 +1,139 @@
+"""gram: what the contract table does not say."""
+
+from __future__ import annotations
+
+import io
+
+import cfl_ops
+import pytest
+import torch
+
+OPS = ("gram",)
+
+
+def test_moments_without_targets_are_none() -> None:
+    m = cfl_ops.gram(torch.randn(4, 3))
+    assert m.cross is None
+    assert m.target_sum is None
+    assert m.target_sq is None
+    assert m.count.dtype == torch.float64
+
+
+def test_exactly_symmetric(backend: str) -> None:
+    x, s = torch.randn(50, 37), torch.rand(50)
+    for m in (cfl_ops.gram(x, sample_weight=s, bias_column=True), cfl_ops.gram(x)):
+        assert torch.equal(m.gram, m.gram.mT)
+
+
+def test_add_and_decay_follow_the_rows() -> None:
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+    whole = cfl_ops.gram(x, y, bias_column=True)
+    parts = cfl_ops.gram(x[:3], y[:3], bias_column=True) + cfl_ops.gram(x[3:], y[3:], bias_column=True)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+    halved = whole.decay(0.5)
+    torch.testing.assert_close(halved.cross, whole.cross / 2)
+    assert halved.count == 5
+    with pytest.raises(ValueError, match=r"with and without targets"):
+        whole + cfl_ops.gram(x, bias_column=True)
+    with pytest.raises(ValueError, match=r"rho must be finite and not negative, but got -1"):
+        whole.decay(-1)
+
+
+def test_saves_and_loads_with_weights_only() -> None:
+    m = cfl_ops.gram(torch.randn(4, 3), torch.randn(4, 2))
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert isinstance(loaded, cfl_ops.GramMoments)
+    assert torch.equal(loaded.gram, m.gram)
+
+
+def test_to_keeps_the_count_exact() -> None:
+    m = cfl_ops.gram(torch.randn(4, 3), torch.randn(4, 2)).to(torch.float16)
+    assert m.gram.dtype == torch.float16
+    assert m.count.dtype == torch.float64
+
+
+def test_exact_mode_beats_float32_by_its_digits(backend: str) -> None:
+    x = torch.randn(3000, 6) + 100
+    want = x.double().mT @ x.double()
+    got = cfl_ops.gram(x, acc_dtype=torch.float64).gram
+    assert got.dtype == torch.float64
+    assert ((got - want).abs() / want.abs()).max() < 1e-14
+
+
+def test_huge_row_stride_is_indexed_in_64_bits() -> None:
+    """Rows 2^31 elements apart: the storage is virtual memory that is never touched in between."""
+    rows, gap = 3, 2**31 + 7
+    storage = torch.empty(gap * (rows - 1) + 4, dtype=torch.float16)
+    x = torch.as_strided(storage, (rows, 4), (gap, 1))
+    x.copy_(torch.arange(12.0).reshape(3, 4))
+    want = x.float().mT @ x.float()
+    assert torch.equal(cfl_ops.gram(x).gram, want)
+
+
+def test_mixed_dtypes_promote() -> None:
+    x, y = torch.randn(5, 3).bfloat16(), torch.randn(5, 2)
+    m = cfl_ops.gram(x, y)
+    torch.testing.assert_close(m.cross, x.float().mT @ y)
+
+
+def test_autocast_leaves_the_dtype_alone() -> None:
+    x = torch.randn(6, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = torch.nn.functional.linear(x, torch.randn(4, 3))
+        m = cfl_ops.gram(features, torch.randn(6, 2))
+    assert features.dtype == torch.bfloat16
+    assert m.gram.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        (([1.0],), {}, TypeError, "x must be a tensor, but got list"),
+        ((torch.ones(3),), {}, ValueError, r"x must have at least 2 dimensions, but got shape \(3,\)"),
+        ((torch.ones(3, 2, dtype=torch.int32),), {}, TypeError, "x must be float16.*got torch.int32"),
+        ((torch.ones(3, 2), torch.ones(4, 1)), {}, ValueError, r"y must have size 3 .*got shape \(4, 1\)"),
+        ((torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)), {}, TypeError, "needs num_classes"),
+        ((torch.ones(3, 2), torch.zeros(3)), {"num_classes": 2}, TypeError, "must be int64 class indices"),
+        ((torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)), {"num_classes": 0}, ValueError, "at least 1"),
+        ((torch.ones(3, 2),), {"num_classes": 2}, ValueError, "num_classes is given, but y is not"),
+        ((torch.ones(3, 2),), {"acc_dtype": torch.float16}, TypeError, "acc_dtype must be torch.float32 or"),
+        ((torch.ones(3, 2).double(),), {"acc_dtype": torch.float32}, TypeError, "float64 for float64 x"),
+        ((torch.ones(3, 2),), {"sample_weight": torch.ones(2)}, ValueError, "sample_weight must have size 3"),
+        ((torch.ones(2, 3, 2), torch.ones(5, 3, 1)), {}, ValueError, r"do not broadcast: x \(2,\), y \(5,\)"),
+        ((torch.ones(3, 2), torch.ones(3, 1, device="meta")), {}, ValueError, "y must be on the device of x"),
+        ((torch.ones(3, 2).to_sparse(),), {}, TypeError, "strided tensor"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(args, kwargs, error, message) -> None:
+    with pytest.raises(error, match=rf"cfl_ops\.gram: .*{message}"):
+        cfl_ops.gram(*args, **kwargs)
+
+
+def test_bad_data(backend: str) -> None:
+    x, y = torch.ones(3, 2), torch.tensor([0, 5, 1])
+    with pytest.raises(
+        IndexError, match=r"cfl_ops\.gram: y must hold class indices from 0 to 1, but got 5 in row 1"
+    ):
+        cfl_ops.gram(x, y, num_classes=2)
+    with pytest.raises(
+        ValueError, match=r"sample_weight must not be negative or NaN, but got -1\.0 in row 2"
+    ):
+        cfl_ops.gram(x, sample_weight=torch.tensor([1.0, 0.0, -1.0]))
+    bad = torch.ones(2, 3, 2)
+    bad[1, 0, 1], bad[1, 2, 0] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match=r"\(Batch element 1\): x has 2 NaN or Inf values"):
+        cfl_ops.gram(bad, acc_dtype=torch.float64)
+    assert cfl_ops.gram(bad).gram[1, 0, 0] == torch.inf
+
+
+def test_bad_data_raises_in_a_compiled_graph() -> None:
+    compiled = torch.compile(lambda x, y: cfl_ops.gram(x, y, num_classes=2).cross, fullgraph=True)
+    x = torch.randn(3, 2)
+    good = torch.tensor([0, 1, 1])
+    torch.testing.assert_close(compiled(x, good), cfl_ops.gram(x, good, num_classes=2).cross)
+    with pytest.raises(IndexError, match="but got 7 in row 2"):
+        compiled(x, torch.tensor([0, 1, 7]))

@@ -1,0 +1,284 @@
+"""proximal_step: what the contract table does not say."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import cfl_ops
+import pytest
+import torch
+from torch.nn import functional as F
+
+OPS = ("proximal_step", "proximal_step_")
+
+
+def problem(rows=6, width=9, targets=3, dtype=torch.float64):
+    return (
+        torch.randn(rows, width, dtype=dtype),
+        torch.randn(rows, targets, dtype=dtype),
+        torch.randn(targets, width, dtype=dtype),
+        torch.randn(targets, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (20, 5)])
+@pytest.mark.parametrize("fit_bias", ["penalized", "free"])
+def test_minimises_the_stated_objective(shape, fit_bias, backend: str) -> None:
+    """The gradient of the docstring's objective, by autograd, vanishes at the new head."""
+    features, target, weight, bias = problem(*shape)
+    s = torch.rand(shape[0], dtype=torch.float64)
+    lam, ridge = 0.3, 0.2
+    diag = torch.rand(shape[1], dtype=torch.float64)
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=lam, ridge=ridge, lam_diag=diag,
+                                 sample_weight=s, fit_bias=fit_bias)  # fmt: skip
+    w, b = step.weight.clone().requires_grad_(), step.bias.clone().requires_grad_()
+    residual = target - F.linear(features, w, b)
+    loss = (s * residual.square().sum(-1)).sum() / s.sum()
+    penalty = ((lam + diag) * (w - weight).square()).sum() + ridge * w.square().sum()
+    if fit_bias == "penalized":
+        penalty = penalty + lam * (b - bias).square().sum() + ridge * b.square().sum()
+    grads = torch.autograd.grad(loss + penalty, (w, b))
+    assert max(float(g.abs().max()) for g in grads) < 1e-13
+    torch.testing.assert_close(step.loss, loss.detach())
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (20, 5)])
+def test_gradient_is_the_envelope(shape, backend: str) -> None:
+    """grad_features is the total derivative of the whole objective at the minimiser (Prop. 3.1)."""
+    features, target, weight, bias = problem(*shape)
+    features.requires_grad_()
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.4)
+    change = (step.weight - weight).square().sum() + (step.bias - bias).square().sum()
+    (total,) = torch.autograd.grad(step.loss + 0.4 * change, features)
+    torch.testing.assert_close(step.grad_features.detach(), total)
+
+
+def test_class_indices_equal_one_hot(backend: str) -> None:
+    features, _, weight, bias = problem(7, 4, 5)
+    labels = torch.randint(5, (7,))
+    a = cfl_ops.proximal_step(features, labels, weight, bias, lam=0.1)
+    b = cfl_ops.proximal_step(features, F.one_hot(labels, 5).double(), weight, bias, lam=0.1)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("rows", [4, 30])
+def test_in_place_equals_functional(rows: int, backend: str) -> None:
+    features, target, weight, bias = problem(rows)
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2)
+    loss, grad = cfl_ops.proximal_step_(features, target, weight, bias, lam=0.2)
+    for a, b in zip(step, (weight, bias, loss, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_one_and_counts_agree(backend: str) -> None:
+    """A row of weight 2 counts as the row twice."""
+    features, target, weight, bias = problem(3)
+    twice = torch.tensor([0, 1, 1, 2])
+    a = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2,
+                              sample_weight=torch.tensor([1.0, 2.0, 1.0]))  # fmt: skip
+    b = cfl_ops.proximal_step(features[twice], target[twice], weight, bias, lam=0.2)
+    for x, y in zip(a[:3], b[:3], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("weights", [None, torch.zeros(2)])
+def test_no_data_is_no_step(weights, backend: str) -> None:
+    features, target, weight, bias = problem(0 if weights is None else 2)
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2, ridge=0.3, sample_weight=weights)
+    assert torch.equal(step.weight, weight)
+    assert torch.equal(step.bias, bias)
+    assert step.loss == 0
+    assert torch.equal(step.grad_features, torch.zeros_like(features))
+
+
+def test_lambda_of_zero_interpolates_where_it_can(backend: str) -> None:
+    features, target, weight, bias = problem(4, 9)
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.0)
+    torch.testing.assert_close(F.linear(features, step.weight, step.bias), target)
+    assert step.loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_singular_raises_and_leaves_the_head(shape, dtype, backend: str) -> None:
+    features, target, weight, bias = problem(*shape, dtype=dtype)
+    features[1] = features[0]
+    features[:, 2] = features[:, 1]
+    old = weight.clone(), bias.clone()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"cfl_ops\.proximal_step: the system is singular"):
+        cfl_ops.proximal_step_(features, target, weight, bias, lam=0.0)
+    (loss, grad), info = cfl_ops.proximal_step_ex_(features, target, weight, bias, lam=0.0)
+    assert info > 0
+    assert loss.isnan()
+    assert not grad.any()
+    assert torch.equal(weight, old[0])
+    assert torch.equal(bias, old[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_bad_data_is_named_and_changes_nothing(shape, backend: str) -> None:
+    features, target, weight, bias = problem(*shape)
+    labels = torch.zeros(shape[0], dtype=torch.int64)
+
+    def at(tensor, *index, value=torch.nan):
+        tensor = tensor.clone()
+        tensor[index] = value
+        return tensor
+
+    cases = [
+        ((at(features, 3, 1), target, weight, bias), {}, ValueError, "features has NaN or Inf in row 3", -1),
+        ((at(features, 0, 1, value=torch.inf), labels, weight, bias), {}, ValueError, "Inf in row 0", -1),
+        ((features, at(target, 2, 0), weight, bias), {}, ValueError, "target has NaN or Inf in row 2", -2),
+        ((features, at(labels, 4, value=3), weight, bias), {}, IndexError, r"from 0 to 2 .*got 3 in row 4", -2),
+        ((features, at(labels, 1, value=-1), weight, bias), {}, IndexError, "but got -1 in row 1", -2),
+        ((features, target, at(weight, 0, 0), bias), {}, ValueError, "weight or bias has NaN or Inf", -3),
+        ((features, target, weight, at(bias, 1)), {}, ValueError, "weight or bias has NaN or Inf", -3),
+        ((features, target, weight, bias), {"lam": torch.tensor(-1.0)}, ValueError, "finite and not neg", -4),
+        ((features, target, weight, bias), {"lam": torch.tensor(torch.nan)}, ValueError, "lam, ridge", -4),
+        ((features, target, weight, bias), {"lam_diag": -torch.ones(shape[1])}, ValueError, "lam_diag", -4),
+        ((features, target, weight, bias), {"sample_weight": at(torch.ones(shape[0]), 1, value=-1.0)},
+         ValueError, "sample_weight must be finite and not negative", -5),
+    ]  # fmt: skip
+    for args, kwargs, error, message, code in cases:
+        kwargs = {"lam": 0.5, **kwargs}
+        args = [a.clone() for a in args]
+        before = [a.clone() for a in args]
+        with pytest.raises(error, match=rf"cfl_ops\.proximal_step: .*{message}"):
+            cfl_ops.proximal_step_(*args, **kwargs)
+        step, info = cfl_ops.proximal_step_ex(*args, **kwargs)
+        assert int(info) == code
+        assert torch.equal(step.weight.nan_to_num(9), before[2].nan_to_num(9))
+        for a, b in zip(args, before, strict=True):
+            assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+
+
+def test_a_bad_batch_element_spoils_no_other(backend: str) -> None:
+    features, target, weight, bias = (t.expand(3, *t.shape).clone() for t in problem())
+    features[1, 0, 0] = torch.nan
+    step, info = cfl_ops.proximal_step_ex(features, target, weight, bias, lam=0.5)
+    assert info.tolist() == [0, -1, 0]
+    assert torch.equal(step.weight[1], weight[1])
+    assert step.loss[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match=r"\(Batch element 1\): features has NaN or Inf in row 0"):
+        cfl_ops.proximal_step(features, target, weight, bias, lam=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lam": -1.0}, ValueError, "lam must be finite and not negative, but got -1.0"),
+        ({"lam": float("nan")}, ValueError, "lam must be finite and not negative, but got nan"),
+        ({"lam": "1"}, TypeError, "lam must be a number or a tensor, but got str"),
+        ({"ridge": -2.0}, ValueError, "ridge must be finite and not negative"),
+        ({"lam_diag": torch.ones(3)}, ValueError, "lam_diag must have size 9"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, but got 'avg'"),
+        ({"fit_bias": "no"}, ValueError, "fit_bias must be one of penalized, free"),
+        ({"method": "lu"}, ValueError, "method must be one of"),
+        ({"features": torch.ones(9)}, ValueError, "features must have at least 2 dimensions"),
+        ({"features": torch.ones(6, 8)}, ValueError, r"weight must have size 8 .*width of features"),
+        ({"target": torch.ones(5, 3)}, ValueError, r"target must have size 6 .*rows of features"),
+        ({"target": torch.ones(6, 4)}, ValueError, r"target must have size 3 .*rows of weight"),
+        ({"target": torch.ones(6, 3, dtype=torch.int32)}, TypeError, "floating point, or int64"),
+        ({"bias": torch.ones(4)}, ValueError, "bias must have size 3"),
+        ({"weight": torch.ones(3, 9, dtype=torch.complex64)}, TypeError, "weight must be float16"),
+        ({"target": torch.ones(6, 3, device="meta")}, ValueError, "target must be on the device of features"),
+        ({"features": torch.ones(2, 6, 9)}, ValueError, r"weight must have the batch shape \(2,\)"),
+    ],
+)
+def test_bad_arguments(change, error, message) -> None:
+    features, target, weight, bias = problem()
+    args = {"features": features, "target": target, "weight": weight, "bias": bias, "lam": 0.5, **change}
+    with pytest.raises(error, match=rf"cfl_ops\.proximal_step_: .*{message}"):
+        cfl_ops.proximal_step_(**args)
+
+
+def test_both_ops_compile_in_one_graph_and_equal_eager() -> None:
+    def function(x, y, weight, bias, lam):
+        m = cfl_ops.gram(x, weight.new_ones(x.shape[0], 1), bias_column=True)
+        step = cfl_ops.proximal_step(x, y, weight, bias, lam=lam)
+        return m.gram, m.count, *step
+
+    args = (torch.randn(8, 20), torch.randint(3, (8,)), torch.randn(3, 20), torch.randn(3))
+    compiled = torch.compile(function, fullgraph=True)
+    for lam in (torch.tensor(0.5), torch.tensor(0.25)):
+        for got, want in zip(compiled(*args, lam), function(*args, lam), strict=True):
+            assert torch.equal(got, want)
+    with pytest.raises(IndexError, match="but got 9 in row 2"):
+        compiled(args[0], torch.tensor([0, 0, 9, 0, 0, 0, 0, 0]), *args[2:], torch.tensor(0.5))
+
+
+def test_a_schedule_of_numbers_does_not_recompile_for_each() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda x, y, w, lam: cfl_ops.proximal_step(x, y, w, lam=lam).weight, fullgraph=True, backend=counter
+    )
+    x, y, w, _ = problem()
+    for step in range(6):
+        compiled(x, y, w, 1.0 / (1 + step))
+    assert counter.frame_count <= 2  # once for the first number, once for any number
+
+
+def test_in_place_compiles() -> None:
+    features, target, weight, bias = problem(dtype=torch.float32)
+    other, other_bias = weight.clone(), bias.clone()
+    compiled = torch.compile(lambda *a: cfl_ops.proximal_step_(*a, lam=0.5), fullgraph=True)
+    got = compiled(features, target, weight, bias)
+    want = cfl_ops.proximal_step_(features, target, other, other_bias, lam=0.5)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(weight, other)
+    assert torch.equal(bias, other_bias)
+
+
+def test_step_saves_with_weights_only() -> None:
+    features, target, weight, bias = problem()
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.5)
+    buffer = io.BytesIO()
+    torch.save(step, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True).weight, step.weight)
+
+
+def test_forward_mode_is_refused_rather_than_silently_zero() -> None:
+    features, target, weight, _ = problem()
+    with pytest.raises(NotImplementedError, match=re.escape("jvp")):
+        torch.func.jvp(
+            lambda f: cfl_ops.proximal_step(f, target, weight, lam=0.5).loss, (features,), (features,)
+        )
+
+
+def test_func_grad_and_vmap_of_it() -> None:
+    features, target, weight, _ = problem()
+
+    def loss(f):
+        return cfl_ops.proximal_step(f, target, weight, lam=0.5).loss
+
+    leaf = features.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(features), leaf.grad)
+    both = torch.vmap(torch.func.grad(loss))(torch.stack([features, 2 * features]))
+    torch.testing.assert_close(both[0], leaf.grad)
+
+
+def test_one_training_step_decreases_the_loss_as_theorem_5_3_says() -> None:
+    """One closed-form step (nearly no penalty) gains at least (1 + CV^2) times the best gradient step."""
+    features, target, weight, _ = problem(40, 8)
+
+    def loss(w):
+        return (target - features @ w.mT).square().sum() / 40
+
+    new = cfl_ops.proximal_step(features, target, weight, lam=1e-12).weight
+    gain = loss(weight) - loss(new)
+    gradient = -2 / 40 * (target - features @ weight.mT).mT @ features
+    u, sigma, _ = torch.linalg.svd(features, full_matrices=False)
+    share = ((target - features @ weight.mT).mT @ u).square().sum(0)
+    share = share / share.sum()
+    mean = (share * sigma**2).sum()
+    cv2 = (share * (sigma**2 - mean) ** 2).sum() / mean**2
+    best = gradient.square().sum() / (2 / 40 * (features @ gradient.mT).square().sum())
+    for size in (0.3 * best, best, 1.7 * best):
+        assert loss(weight) - loss(weight - size * gradient) <= gain / (1 + cv2) + 1e-12
