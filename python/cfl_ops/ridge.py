@@ -516,36 +516,27 @@ def ridge_cv(
 # --- class_ridge --------------------------------------------------------------------------------------------
 
 
-def _class_weights(
-    x: Tensor,
-    y: Tensor,
-    total: Tensor,
-    prox: Tensor,
-    weight: Tensor | None,
-    num_classes: int,
-    kappa: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The weight (D, K) in float64 and info; differentiable. The penalty total contains prox."""
-    wide, width = x.to(WIDE), x.shape[-1]
-    outside = (y < 0) | (y >= num_classes)
-    order = torch.argsort(y, stable=True)
-    counts = torch.bincount(torch.where(outside, 0, y), minlength=num_classes).tolist()
+BAD_CLASS = -2
+
+
+def _class_solve_one(x: Tensor, y: Tensor, cross: Tensor, lam: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
+    wide, (width, classes) = x.to(WIDE), cross.shape
+    outside = (y < 0) | (y >= classes)
     if bool(outside.any()):
-        return wide.new_full((width, num_classes), torch.nan), torch.full_like(outside.any(), BAD_CLASS, dtype=torch.int32)
-    members = wide[order].split(counts)
+        info = torch.full((), BAD_CLASS, dtype=torch.int32, device=x.device)
+        return wide.new_full((width, classes), torch.nan), info
     gram = GRAM(wide, None, None, False, 0, WIDE)[0]
-    right = torch.stack([rows.sum(0) for rows in members], dim=-1) * (kappa * scale)
-    if weight is not None:
-        right = right + prox * weight.to(WIDE)
+    right = cross.to(WIDE)
     if kappa == 1.0:
-        return RIDGE_SOLVE(gram, right, total, None)
+        return RIDGE_SOLVE(gram, right, lam, None)
 
     # G^-1 of all right sides and all rows of the small classes, in one solve.
+    counts = torch.bincount(y, minlength=classes).tolist()
+    members = wide[torch.argsort(y, stable=True)].split(counts)
     small = [k for k, count in enumerate(counts) if 0 < count <= width]
     stacked = [right, *(members[k].mT for k in small)]
-    solved, info = RIDGE_SOLVE(gram, torch.cat(stacked, dim=-1), total, None)
-    base, *corrections = solved.split([num_classes, *(counts[k] for k in small)], dim=-1)
+    solved, info = RIDGE_SOLVE(gram, torch.cat(stacked, dim=-1), lam, None)
+    base, *corrections = solved.split([classes, *(counts[k] for k in small)], dim=-1)
     columns, zero = list(base.unbind(-1)), torch.zeros((), dtype=WIDE)
     for k, u in zip(small, corrections, strict=True):
         rows, z = members[k], columns[k].unsqueeze(-1)
@@ -558,72 +549,61 @@ def _class_weights(
     for k, count in enumerate(counts):
         if count > width:
             system = gram + (kappa - 1) * (members[k].mT @ members[k])
-            whole, failed = RIDGE_SOLVE(system, right[:, k : k + 1], total, None)
+            whole, failed = RIDGE_SOLVE(system, right[:, k : k + 1], lam, None)
             info = torch.where(info == 0, failed, info)
             columns[k] = whole.squeeze(-1)
     return torch.stack(columns, dim=-1), info
 
 
-BAD_CLASS = -2
-
-
-def _class_ridge_python(
-    x: Tensor, y: Tensor, lam: Tensor, prox: Tensor, weight: Tensor | None, *options: Any
+def _class_solve_python(
+    x: Tensor, y: Tensor, cross: Tensor, lam: Tensor, kappa: float
 ) -> tuple[Tensor, Tensor]:
+    """w_k = (X^T diag(m_k^2) X + lam I)^-1 q_k, m_k^2 = kappa in the rows of class k and 1 elsewhere."""
     batch = x.shape[:-2]
-    lam, prox = (value.to(x.device, WIDE) for value in (lam, prox))
+    lam = lam.to(x.device, WIDE)
     if not batch:
-        result, info = _class_weights(x, y, lam + prox, prox, weight, *options)
-        return result.to(x.dtype), info.clone()
-    lams, proxes = lam.expand(batch).reshape(-1), prox.expand(batch).reshape(-1)
-    each = [
-        _class_weights(
-            x.flatten(0, -3)[i], y.flatten(0, -2)[i], lams[i] + proxes[i], proxes[i],
-            None if weight is None else weight.flatten(0, -3)[i], *options,
-        )
-        for i in range(lams.numel())
-    ]  # fmt: skip
-    results, infos = (torch.stack(values).unflatten(0, batch) for values in zip(*each, strict=True))
-    return results.to(x.dtype), infos
+        weight, info = _class_solve_one(x, y, cross, lam, kappa)
+        return weight.to(cross.dtype), info
+    lams = lam.expand(batch).reshape(-1)
+    flat = zip(x.flatten(0, -3), y.flatten(0, -2), cross.flatten(0, -3), lams, strict=True)
+    each = [_class_solve_one(*item, kappa) for item in flat]
+    weights, infos = (torch.stack(values).unflatten(0, batch) for values in zip(*each, strict=True))
+    return weights.to(cross.dtype), infos
 
 
-def _class_ridge_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+def _class_solve_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], inputs[3], output[0])
+    ctx.kappa, ctx.cross_dtype = inputs[4], inputs[2].dtype
     if isinstance(ctx, torch.autograd.function.FunctionCtx):
         ctx.mark_non_differentiable(output[1])
 
 
-def _class_ridge_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-    """The derivative of the fallback, which is made of differentiable ops (so twice, too)."""
-    saved = ctx.saved_tensors
-    result: list[Any] = [None] * 8
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:5]) if needed]
-    if grad is None or not wanted:
-        return tuple(result)
-
-    def output(*varied: Tensor) -> Tensor:
-        inputs = list(saved)
-        for position, value in zip(wanted, varied, strict=True):
-            inputs[position] = value
-        return _class_ridge_python(*inputs, *ctx.options)[0]
-
-    _, pullback = torch.func.vjp(output, *(saved[i] for i in wanted))
-    for position, value in zip(wanted, pullback(grad), strict=True):
-        result[position] = value
-    return tuple(result)
+def _class_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    """With z_k = S_k^-1 wbar_k: qbar = z, and from Sbar_k = -z_k w_k^T
+    Xbar = -((M^2 * X Z) W^T + (M^2 * X W) Z^T), lambar = -<Z, W>.
+    """
+    if grad is None:
+        return None, None, None, None, None
+    x, y, lam, weight = ctx.saved_tensors
+    z, _ = CLASS_SOLVE(x, y, grad.to(ctx.cross_dtype), lam, ctx.kappa)
+    wide, w, wide_z = x.to(WIDE), weight.to(WIDE), z.to(WIDE)
+    own = y.unsqueeze(-1) == torch.arange(weight.shape[-1], device=y.device)
+    square = torch.where(own, ctx.kappa, 1.0).to(WIDE)
+    grad_x = -((square * (wide @ wide_z)) @ w.mT + (square * (wide @ w)) @ wide_z.mT)
+    each = -(wide_z * w).sum((-2, -1))
+    grad_lam = (each if lam.ndim else each.sum()).to(lam.device, lam.dtype)
+    return grad_x.to(x.dtype), None, z, grad_lam, None
 
 
-CLASS_RIDGE = define_op(
-    "class_ridge(Tensor x, Tensor y, Tensor lam, Tensor prox, Tensor? weight, int num_classes, float kappa, "
-    "float scale) -> (Tensor weight, Tensor info)",
-    python=_class_ridge_python,
-    fake=lambda x, y, lam, prox, weight, num_classes, *_: (
-        x.new_empty(*x.shape[:-2], x.shape[-1], num_classes),
+CLASS_SOLVE = define_op(
+    "class_solve(Tensor x, Tensor y, Tensor cross, Tensor lam, float kappa) -> (Tensor weight, Tensor info)",
+    python=_class_solve_python,
+    fake=lambda x, y, cross, lam, kappa: (
+        cross.new_empty(cross.shape),
         x.new_empty(x.shape[:-2], dtype=torch.int32),
     ),
-    core_dims=(2, 1, 0, 0, 2, None, None, None),
-    derivative=Derivative(_class_ridge_setup_context, _class_ridge_backward),
+    core_dims=(2, 1, 2, 0, None),
+    derivative=Derivative(_class_solve_setup_context, _class_solve_backward),
     composite=True,
 )
 
@@ -715,7 +695,14 @@ def class_ridge(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
     penalty, pull = (_checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox)))
-    args = (x, y, penalty, pull, weight if pulled else None, num_classes, float(kappa), float(scale))
-    result, info = CLASS_RIDGE(*args)
+    wide = x.to(WIDE)
+    own = (y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)).to(WIDE)
+    cross = (kappa * scale) * (wide.mT @ own)
+    total = penalty.to(x.device, WIDE)
+    if pulled and weight is not None:
+        total = total + pull.to(x.device, WIDE)
+        cross = cross + pull.to(x.device, WIDE) * weight.to(WIDE)
+    solved, info = CLASS_SOLVE(wide, y, cross, total, float(kappa))
+    result = solved.to(x.dtype)
     check_info(op, info, [result], [y, result.detach()])
     return result
