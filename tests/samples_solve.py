@@ -76,7 +76,9 @@ def _solve_oracle(gram, cross, lam, lam_diag):
     safe = torch.where(usable[..., None, None], system, torch.eye(system.shape[-1], dtype=F64))
     values = torch.linalg.eigvalsh(safe)
     eps = torch.finfo(F64).eps * system.shape[-1]
-    good = usable & (values > eps * values.abs().amax(-1, keepdim=True)).all(-1) if values.shape[-1] else usable
+    good = (
+        usable & (values > eps * values.abs().amax(-1, keepdim=True)).all(-1) if values.shape[-1] else usable
+    )
     safe = torch.where(good[..., None, None], safe, torch.eye(system.shape[-1], dtype=F64))
     solution = torch.linalg.solve(safe, right)
     return torch.where(good[..., None, None], solution, torch.nan), None
@@ -129,7 +131,10 @@ def _matrix_case(name, rows, cols, *, sides=None, batch=(), rank=None, edit=None
         if rank is None:
             a = eighths(*batch, rows, cols)
         else:
-            a = eighths(*batch, rows, rank) @ torch.randint(-1, 2, (*batch, rank, cols), generator=generator).double()
+            a = (
+                eighths(*batch, rows, rank)
+                @ torch.randint(-1, 2, (*batch, rank, cols), generator=generator).double()
+            )
         if edit is not None:
             a = edit(a)
         args = [a.to(dtype)]
@@ -158,11 +163,19 @@ def _true_pinv(a: Tensor, rtol=None, atol=None) -> tuple[Tensor, Tensor, Tensor]
     if a.numel() == 0:
         return wide.mT, torch.zeros(a.shape[:-2], dtype=torch.int64), torch.ones(a.shape[:-2])
     safe = torch.where(bad[..., None, None], 0.0, wide)
+    if rtol is None and atol is None and 0 not in safe.abs().amax(-2) and a.shape[-2] > a.shape[-1]:
+        scale = safe.abs().amax(-2)
+        u, s, vt = torch.linalg.svd(safe / scale.unsqueeze(-2), full_matrices=False)
+        if bool((s[..., -1] > 1e-10 * s[..., 0]).all()):  # of full rank, whatever the sizes of the columns
+            p = (vt.mT / scale.unsqueeze(-1) / s.unsqueeze(-2)) @ u.mT
+            return p, torch.full(a.shape[:-2], s.shape[-1]), s[..., 0] / s[..., -1]
     u, s, vt = torch.linalg.svd(safe, full_matrices=False)
     if rtol is None and atol is None:
         cut = 1e-10 * s[..., :1]  # ranks of these samples are missing exactly
     else:
-        cut = torch.maximum(torch.zeros(()) if atol is None else atol, (0.0 if rtol is None else rtol) * s[..., :1])
+        cut = torch.maximum(
+            torch.zeros(()) if atol is None else atol, (0.0 if rtol is None else rtol) * s[..., :1]
+        )
     kept = s > cut
     p = (vt.mT * (kept / torch.where(kept, s, 1.0)).unsqueeze(-2)) @ u.mT
     smallest = torch.where(kept, s, torch.inf).amin(-1)
@@ -214,7 +227,13 @@ def _matrix_cases(sides, more):
         case("no rows", 0, 3),
         case("no columns", 3, 0),
         case("no batch", 3, 2, batch=(0,)),
-        case("columns of many sizes", 30, 4, edit=lambda a: a * torch.tensor([1e-30, 1.0, 1e10, 1e25]), dtypes=(F64,)),
+        case(
+            "columns of many sizes",
+            30,
+            4,
+            edit=lambda a: a * torch.tensor([1e-30, 1.0, 1e10, 1e25]),
+            dtypes=(F64,),
+        ),
     ]
 
 
@@ -252,7 +271,13 @@ def _tall_factor_oracle(t, b, *_):
 def _tall_factor_bound(t, b, *_):
     inverse = _tall_factor_oracle(t, b)[0]
     condition = torch.linalg.cond(inverse)[..., None, None]
-    return [1e2 * torch.finfo(F64).eps * condition * _norm(inverse), 0.0, _tall_gram_bound(t, b, None)[1], 0, 0]
+    return [
+        1e2 * torch.finfo(F64).eps * condition * _norm(inverse),
+        0.0,
+        _tall_gram_bound(t, b, None)[1],
+        0,
+        0,
+    ]
 
 
 def _small_pinv_oracle(a, limit):
@@ -267,7 +292,15 @@ def _cv_case(name, rows, cols, kind, folds, per_target, bias):
     def make(dtype):
         x = _randn(rows, rows, cols) + 2
         y = x @ _randn(1, cols, 3) + _randn(2, rows, 3)
-        return [x.to(dtype), y.to(dtype), torch.tensor([0.1, 3.0, 50.0], dtype=F64), kind, folds, per_target, bias]
+        return [
+            x.to(dtype),
+            y.to(dtype),
+            torch.tensor([0.1, 3.0, 50.0], dtype=F64),
+            kind,
+            folds,
+            per_target,
+            bias,
+        ]
 
     return Case(name, make, dtypes=WIDE)
 
@@ -319,14 +352,20 @@ def _class_case(name, rows, cols, classes, kappa, *, batch=(), gradcheck=False):
         y = torch.randint(classes, (*batch, rows), generator=torch.Generator().manual_seed(rows))
         y[..., : rows // 2] = 0  # more rows than columns in one class
         lam = torch.tensor(0.7, dtype=F64)
-        return [_randn(3, *batch, rows, cols).to(dtype), y, _randn(4, *batch, cols, classes).to(dtype), lam, kappa]
+        return [
+            _randn(3, *batch, rows, cols).to(dtype),
+            y,
+            _randn(4, *batch, cols, classes).to(dtype),
+            lam,
+            kappa,
+        ]
 
     return Case(name, make, dtypes=WIDE, gradcheck=gradcheck)
 
 
 def _class_systems(x, y, cross, lam, kappa):
     own = y.unsqueeze(-2) == torch.arange(cross.shape[-1]).unsqueeze(-1)
-    square = torch.where(own, kappa, 1.0).double()  # (..., K, B)
+    square = 1 + (kappa - 1) * own.double()  # (..., K, B)
     wide = x.double().unsqueeze(-3)
     return wide.mT @ (square.unsqueeze(-1) * wide) + lam * torch.eye(x.shape[-1], dtype=F64)
 

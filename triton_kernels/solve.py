@@ -77,14 +77,14 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
         shift = shift + lam_diag.to(torch.float64)
     # A penalty that is refused becomes NaN, which no pivot survives.
     shift = torch.where(good, shift, torch.nan).expand(*batch, order).contiguous()
-    solution = torch.empty(
-        cross.shape, dtype=torch.promote_types(gram.dtype, cross.dtype), device=gram.device
-    )
+    dtype = torch.promote_types(gram.dtype, cross.dtype)
+    working = torch.promote_types(dtype, torch.float32)  # the interpreter cannot store bfloat16
+    solution = torch.empty(cross.shape, dtype=working, device=gram.device)
     info = torch.empty(batch, dtype=torch.int32, device=gram.device)
     width = min(COLUMNS, triton.next_power_of_2(columns))
     _solve_kernel[(info.numel(), triton.cdiv(columns, width))](
-        gram.contiguous(), cross.contiguous(), shift, solution, info, order, columns,
+        gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, info, order, columns,
         order * torch.finfo(torch.float64).eps,
         ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=1 if order <= 16 else 4,
     )  # fmt: skip
-    return solution, torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
+    return solution.to(dtype), torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)

@@ -56,7 +56,13 @@ def with_ones(z: Tensor) -> Tensor:
 
 
 def accuracy(
-    solve: Solver, seed: int, alpha: float, beta: float, dtype: torch.dtype, wide: bool, keep: list[Tensor] | None
+    solve: Solver,
+    seed: int,
+    alpha: float,
+    beta: float,
+    dtype: torch.dtype,
+    wide: bool,
+    keep: list[Tensor] | None,
 ) -> float:
     generator = torch.Generator().manual_seed(seed)
     x, y = two_spirals(dtype)
@@ -100,7 +106,9 @@ SOLVERS: tuple[tuple[str, Solver, torch.dtype, bool], ...] = (
 
 
 def table(seeds: int, ours_only: bool) -> None:
-    print(f"{'alpha':>5} {'solver':32} {'accuracy % (mean +- std)':>26} {'worst':>7} {'failed':>6}   thesis (CPU)")
+    print(
+        f"{'alpha':>5} {'solver':32} {'accuracy % (mean +- std)':>26} {'worst':>7} {'failed':>6}   thesis (CPU)"
+    )
     for alpha, beta in SETTINGS:
         for name, solve, dtype, wide in SOLVERS:
             ours = name.startswith("ours")
@@ -133,7 +141,9 @@ def timing(matrices: int = 40) -> None:
     targets = [torch.randn(z.shape[0], 32) for z in layers]
     single = [t[:, :1].contiguous() for t in targets]
     runs: dict[str, Callable[[], list[Tensor]]] = {
-        "torch.linalg.pinv f32 @ T": lambda: [torch.linalg.pinv(z) @ t for z, t in zip(layers, targets, strict=True)],
+        "torch.linalg.pinv f32 @ T": lambda: [
+            torch.linalg.pinv(z) @ t for z, t in zip(layers, targets, strict=True)
+        ],
         "torch.linalg.pinv f32": lambda: [torch.linalg.pinv(z) for z in layers],
         "torch.linalg.pinv f64": lambda: [torch.linalg.pinv(z) for z in wide_layers],
         "cfl_ops.lstsq f32, 32 right sides": lambda: [
@@ -151,13 +161,17 @@ def timing(matrices: int = 40) -> None:
             run()
             best[name] = min(best[name], (time.process_time() - start) / len(layers))
     f32, f64 = best["torch.linalg.pinv f32"], best["torch.linalg.pinv f64"]
-    print(f"\n{len(layers)} layer matrices of 5000 x 33, CPU ms each, one thread; speed against torch.linalg.pinv")
+    print(
+        f"\n{len(layers)} layer matrices of 5000 x 33, CPU ms each, one thread; speed against torch.linalg.pinv"
+    )
     for name, seconds in best.items():
         print(f"{name:36} {1e3 * seconds:8.3f} {f32 / seconds:8.2f}x f32 {f64 / seconds:8.2f}x f64")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=100, help="runs per cell (the thesis: 1000)")
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
     parser.add_argument("--timing", action="store_true", help="only the speed of lstsq on these matrices")

@@ -87,6 +87,7 @@ TALL_GRAM = define_op(
     python=_tall_gram_python,
     fake=_tall_gram_fake,
     core_dims=(2, 2, 2),
+    helper=True,
 )
 NARROW = 64  # the widest matrix (and right side) that the kernel of tall_gram is made for
 
@@ -210,6 +211,7 @@ TALL_FACTOR = define_op(
     python=_tall_factor_python,
     fake=_tall_factor_fake,
     core_dims=(2, 2, None, None, None),
+    helper=True,
 )
 
 
@@ -225,7 +227,7 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
         shift = max(SHIFT, 8 * order * torch.finfo(WIDE).eps)
         # The kernel is made for many rows; many small matrices go side by side through ridge_solve.
         narrow = order <= NARROW and t.shape[-2] >= 4 * order
-        tall_factor = TALL_FACTOR if narrow else _tall_factor_python
+        tall_factor: Callable[..., Any] = TALL_FACTOR if narrow else _tall_factor_python
         left, right, cross, rank, info = tall_factor(t, b, WELL_CONDITIONED, shift, KEPT)
         return _Factors(t, left, right, None, rank, info != 0, None if b is None else cross)
 
@@ -310,6 +312,7 @@ SMALL_PINV = define_op(
         a.new_empty(a.shape[:-2], dtype=torch.int32),
     ),
     core_dims=(2, None),
+    helper=True,
 )
 
 

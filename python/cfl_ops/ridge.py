@@ -88,9 +88,7 @@ def _fit(x: Tensor, y: Tensor, lam: float | Tensor) -> Tensor:
     return x.mT.to(WIDE) @ ridge_solve(gram, y.to(WIDE), lam)
 
 
-def ridge(
-    x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     r"""Ridge regression from data, in scikit-learn's convention.
 
     .. math:: \min_W \|Y - X W\|_F^2 + \lambda \|W\|_F^2, \quad W = (X^T X + \lambda I)^{-1} X^T Y
@@ -121,7 +119,11 @@ def ridge(
         (tensor([[1.]]), tensor([2.]))
     """
     wide_x, wide_y = _check_xy("ridge", x, y)
-    penalty = lam if not isinstance(lam, Tensor) and lam == 0 else _checks.coefficient("ridge", "lam", lam, x.device)
+    penalty = (
+        lam
+        if not isinstance(lam, Tensor) and lam == 0
+        else _checks.coefficient("ridge", "lam", lam, x.device)
+    )
     xc, x_mean = _centred(wide_x, bias)
     yc, y_mean = _centred(wide_y, bias)
     weight = _fit(xc, yc, penalty)
@@ -291,7 +293,9 @@ def _row_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, kind: str) -> tu
             leverage = leverage.mean().expand(rows)
         # A row that fits itself alone tells nothing; its residual counts as it stands.
         room = 1 - leverage
-        scales.append(torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf).square().to(dtype))
+        scales.append(
+            torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf).square().to(dtype)
+        )
     for part in _chunks(rows, y.shape[-1], dtype):
         target = y[..., part]
         own = left_cross[..., part]
@@ -588,7 +592,7 @@ def _class_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, .
     z, _ = CLASS_SOLVE(x, y, grad.to(ctx.cross_dtype), lam, ctx.kappa)
     wide, w, wide_z = x.to(WIDE), weight.to(WIDE), z.to(WIDE)
     own = y.unsqueeze(-1) == torch.arange(weight.shape[-1], device=y.device)
-    square = torch.where(own, ctx.kappa, 1.0).to(WIDE)
+    square = 1 + (ctx.kappa - 1) * own.to(WIDE)
     grad_x = -((square * (wide @ wide_z)) @ w.mT + (square * (wide @ w)) @ wide_z.mT)
     each = -(wide_z * w).sum((-2, -1))
     grad_lam = (each if lam.ndim else each.sum()).to(lam.device, lam.dtype)
@@ -694,7 +698,9 @@ def class_ridge(
         raise ValueError(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
-    penalty, pull = (_checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox)))
+    penalty, pull = (
+        _checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
+    )
     wide = x.to(WIDE)
     own = (y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)).to(WIDE)
     cross = (kappa * scale) * (wide.mT @ own)

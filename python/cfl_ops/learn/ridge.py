@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -21,7 +22,7 @@ def _foreign(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
-        return torch.from_dlpack(value)
+        return torch.utils.dlpack.from_dlpack(value)
     return None
 
 
@@ -85,7 +86,8 @@ class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ig
     def predict(self, X: Any) -> Any:
         """Predictions ``(n,)`` or ``(n, K)``: a tensor for a tensor, else an array."""
         check_is_fitted(self)
-        coef, offset = torch.as_tensor(self.coef_), torch.as_tensor(self.intercept_)
+        coef = torch.as_tensor(self.coef_)
+        offset = torch.as_tensor(self.intercept_, dtype=coef.dtype, device=coef.device)
         x = _foreign(X)
         if x is not None:
             x, _ = _check_tensors(x, None)
@@ -95,8 +97,7 @@ class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ig
                 )
             return x @ coef.to(x.device, x.dtype).mT + offset.to(x.device, x.dtype)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        coef, offset = coef.cpu().numpy(), offset.cpu().numpy()
-        return X @ coef.T + offset
+        return X @ coef.cpu().numpy().T + offset.cpu().numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination R^2 of the prediction, averaged over targets."""
@@ -139,7 +140,11 @@ class Ridge(_LinearModel):
 
     def fit(self, X: Any, y: Any) -> Ridge:
         """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
-        if not isinstance(self.alpha, Real) or isinstance(self.alpha, bool) or not 0 <= self.alpha < float("inf"):
+        if (
+            not isinstance(self.alpha, Real)
+            or isinstance(self.alpha, bool)
+            or not 0 <= self.alpha < float("inf")
+        ):
             raise ValueError(f"Ridge: alpha must be finite and not negative, but got {self.alpha!r}")
         x, target, foreign = self._validated(X, y)
         result = ridge(x, _columns(target), float(self.alpha), bias=bool(self.fit_intercept))
@@ -191,7 +196,9 @@ class RidgeCV(_LinearModel):
         x, target, foreign = self._validated(X, y)
         if x.shape[0] < 2:
             raise ValueError(f"RidgeCV: X must have at least 2 samples, but got n_samples = {x.shape[0]}")
-        cv: str | int = "loo" if self.cv is None else int(self.cv) if isinstance(self.cv, Integral) else self.cv
+        cv: str | int = (
+            "loo" if self.cv is None else int(self.cv) if isinstance(self.cv, Integral) else self.cv
+        )
         result = ridge_cv(
             x,
             _columns(target),
@@ -203,8 +210,8 @@ class RidgeCV(_LinearModel):
         self._store(result.weight, result.intercept, target, foreign)
         scores = result.scores
         if result.lam.ndim == 0:
-            self.alpha_ = float(result.lam)
-            self.best_score_ = -float(scores.mean(1).min())
+            self.alpha_: Any = float(result.lam)
+            self.best_score_: Any = -float(scores.mean(1).min())
         else:
             best = -scores.amin(0)
             several = target.ndim == 2
