@@ -96,7 +96,9 @@ def layers() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("peer", "asked"), [("float32", 1.8), ("float64", 3.3)])
-@pytest.mark.benchmark(group="lstsq on the layers of T2 (5000 x 33 float32, one side) against torch.linalg.pinv")
+@pytest.mark.benchmark(
+    group="lstsq on the layers of T2 (5000 x 33 float32, one side) against torch.linalg.pinv"
+)
 def bench_lstsq(benchmark, layers: list[torch.Tensor], peer: str, asked: float) -> None:
     side = torch.randn(5000, 1)
     theirs = layers if peer == "float32" else [z.double() for z in layers]

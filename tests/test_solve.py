@@ -53,7 +53,9 @@ def test_ridge_solve_on_every_instruction_set(isa: int, dtype: torch.dtype) -> N
 def test_ridge_solve_names_the_bad_system() -> None:
     gram = spd(5, 4)
     gram[3] = 0
-    with pytest.raises(torch.linalg.LinAlgError, match=r"\(Batch element 3\): the system is not positive definite"):
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"\(Batch element 3\): the system is not positive definite"
+    ):
         cfl_ops.ridge_solve(gram, randn(5, 4, 1))
     solution, info = cfl_ops.ridge_solve_ex(gram, randn(5, 4, 1))
     assert info.tolist() == [0, 0, 0, 1, 0]
@@ -119,13 +121,23 @@ def test_tolerances_mean_what_torch_means(dtype: torch.dtype) -> None:
     s = torch.tensor([1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4], dtype=F64)
     a = ((u[:, :7] * s) @ v.mT).to(dtype)
     b = randn(12, 2, dtype=dtype)
-    for kwargs in ({"rtol": 3e-4}, {"atol": 0.3}, {"rtol": 1e-2, "atol": 3e-3}, {"rtol": 0.0, "atol": 0.03}, {"rtol": 1.0}):
+    for kwargs in (
+        {"rtol": 3e-4},
+        {"atol": 0.3},
+        {"rtol": 1e-2, "atol": 3e-3},
+        {"rtol": 0.0, "atol": 0.03},
+        {"rtol": 1.0},
+    ):
         want = torch.linalg.pinv(a.double(), **kwargs)
-        torch.testing.assert_close(cfl_ops.pinv(a, **kwargs).double(), want, rtol=0, atol=1e-5 * float(want.norm()))
+        torch.testing.assert_close(
+            cfl_ops.pinv(a, **kwargs).double(), want, rtol=0, atol=1e-5 * float(want.norm())
+        )
         wide = cfl_ops.pinv(a.mT, **kwargs).double()
         torch.testing.assert_close(wide, want.mT, rtol=0, atol=1e-5 * float(want.norm()))
     want = torch.linalg.pinv(a.double(), rtol=3e-4) @ b.double()
-    torch.testing.assert_close(cfl_ops.lstsq(a, b, rtol=3e-4).double(), want, rtol=0, atol=1e-5 * float(want.norm()))
+    torch.testing.assert_close(
+        cfl_ops.lstsq(a, b, rtol=3e-4).double(), want, rtol=0, atol=1e-5 * float(want.norm())
+    )
     batch = torch.stack([a, a])
     each = cfl_ops.pinv(batch, rtol=torch.tensor([3e-4, 3e-2], dtype=F64))
     torch.testing.assert_close(each[1], cfl_ops.pinv(a, rtol=3e-2))
@@ -205,7 +217,11 @@ def test_factorize_of_missing_rank() -> None:
 
 
 def test_gradients_within_the_matrices_of_one_rank() -> None:
-    u, v, b = randn(5, 2).requires_grad_(), randn(2, 4, seed=1).requires_grad_(), randn(5, 2, seed=2).requires_grad_()
+    u, v, b = (
+        randn(5, 2).requires_grad_(),
+        randn(2, 4, seed=1).requires_grad_(),
+        randn(5, 2, seed=2).requires_grad_(),
+    )
     assert torch.autograd.gradcheck(lambda u, v, b: cfl_ops.lstsq(u @ v, b), (u, v, b), atol=1e-5)
     assert torch.autograd.gradcheck(lambda u, v: cfl_ops.pinv(u @ v), (u, v), atol=1e-5)
     assert torch.autograd.gradgradcheck(lambda u, v: cfl_ops.pinv(u @ v), (u, v), atol=1e-4)
@@ -225,9 +241,13 @@ def test_ridge_and_its_path_are_scikit_learns(shape: tuple[int, int], bias: bool
         for i, lam in enumerate(lams):
             peer = linear_model.Ridge(alpha=lam, fit_intercept=bias).fit(x.numpy(), y.numpy())
             got = cfl_ops.ridge(x.to(dtype), y.to(dtype), lam, bias=bias)
-            for weight, intercept in ((got, None), (path, None)) if not bias else (got, (path[0][i], path[1][i])):
+            for weight, intercept in (
+                ((got, None), (path, None)) if not bias else (got, (path[0][i], path[1][i]))
+            ):
                 weight = weight[i] if not bias and weight is path else weight
-                torch.testing.assert_close(weight.double(), torch.from_numpy(peer.coef_.T), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    weight.double(), torch.from_numpy(peer.coef_.T), rtol=tolerance, atol=tolerance
+                )
                 if intercept is not None:
                     torch.testing.assert_close(
                         intercept.double(), torch.from_numpy(peer.intercept_), rtol=tolerance, atol=tolerance

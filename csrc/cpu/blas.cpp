@@ -24,8 +24,8 @@ struct Routines {
 };
 
 struct Library {
-  using Syevd = void (*)(const char*, const char*, const Int*, double*, const Int*, double*, double*,
-                         const Int*, Int*, const Int*, Int*);
+  using Syevd = void (*)(const char*, const char*, const Int*, double*, const Int*, double*,
+                         double*, const Int*, Int*, const Int*, Int*);
   Routines<float> f32;
   Routines<double> f64;
   Syevd syevd = nullptr;
@@ -133,8 +133,8 @@ int64_t eigh(int64_t n, double* a, double* values) {
   const char job = 'V', uplo = 'L';
   Int info = 0;
   // The columns of the column-major result are the rows of the row-major one.
-  library().syevd(&job, &uplo, &nn, a, &nn, values, work.data(), &numbers, integer_work.data(), &integers,
-                  &info);
+  library().syevd(&job, &uplo, &nn, a, &nn, values, work.data(), &numbers, integer_work.data(),
+                  &integers, &info);
   return info;
 }
 

@@ -1,6 +1,6 @@
-// tall_gram and tall_factor on the CPU: from tensors to the kernel of tall_gram.h, a run of rows to a
-// thread, and the small dense algebra that lstsq and pinv do on its result.
-// Semantics: python/cfl_ops/least_squares.py (the fallback).
+// tall_gram and tall_factor on the CPU: from tensors to the kernel of tall_gram.h, a run of rows to
+// a thread, and the small dense algebra that lstsq and pinv do on its result. Semantics:
+// python/cfl_ops/least_squares.py (the fallback).
 
 #include <algorithm>
 #include <cmath>
@@ -87,8 +87,11 @@ struct Inputs {
   Batched ts, bs, ws;
   int64_t rows, batch;
 
-  Inputs(const Tensor& t_in, const std::optional<Tensor>& b_in, const std::optional<Tensor>& w_in) : t(t_in) {
-    const auto served = [](ScalarType type) { return type == ScalarType::Float || type == ScalarType::Double; };
+  Inputs(const Tensor& t_in, const std::optional<Tensor>& b_in, const std::optional<Tensor>& w_in)
+      : t(t_in) {
+    const auto served = [](ScalarType type) {
+      return type == ScalarType::Float || type == ScalarType::Double;
+    };
     if (!served(t.scalar_type())) t = torch::stable::to(t, ScalarType::Float);
     const int64_t ndim = t.dim();
     rows = t.size(ndim - 2);
@@ -99,7 +102,8 @@ struct Inputs {
     args.t_col_stride = t.stride(ndim - 1);
     ts = Batched(t, 2);
     if (b_in) {
-      b = b_in->scalar_type() == t.scalar_type() ? *b_in : torch::stable::to(*b_in, t.scalar_type());
+      b = b_in->scalar_type() == t.scalar_type() ? *b_in
+                                                 : torch::stable::to(*b_in, t.scalar_type());
       args.k = b->size(b->dim() - 1);
       args.b_row_stride = b->stride(b->dim() - 2);
       args.b_col_stride = b->stride(b->dim() - 1);
@@ -146,10 +150,11 @@ std::tuple<Tensor, Tensor> tall_gram(const Tensor& t, const std::optional<Tensor
   return {gram, cross};
 }
 
-// --- tall_factor --------------------------------------------------------------------------------------
+// --- tall_factor
+// --------------------------------------------------------------------------------------
 
-// The inverse of the lower triangular Cholesky factor of a (s x s), zeros above; false where a pivot is
-// lost. a is overwritten.
+// The inverse of the lower triangular Cholesky factor of a (s x s), zeros above; false where a
+// pivot is lost. a is overwritten.
 bool inverse_factor(int64_t s, double* a, double* inverse) {
   std::vector<double> diagonal(static_cast<size_t>(s));
   for (int64_t i = 0; i < s; ++i) diagonal[i] = a[i * s + i];
@@ -172,8 +177,8 @@ bool inverse_factor(int64_t s, double* a, double* inverse) {
   return true;
 }
 
-// Removes from the rows of `vectors` (count x s) what lies in the span of the rows of `null` (q x s), which
-// are made orthonormal.
+// Removes from the rows of `vectors` (count x s) what lies in the span of the rows of `null` (q x
+// s), which are made orthonormal.
 void project_out(int64_t s, double* null, int64_t q, double* vectors, int64_t count) {
   auto remove = [&](double* from, const double* unit) {
     double dot = 0;
@@ -198,8 +203,8 @@ void project_out(int64_t s, double* null, int64_t q, double* vectors, int64_t co
   }
 }
 
-// left (s x s) and right of the pseudoinverse right left^T T^T, from the float64 Gram; returns the rank, or
-// -1 where the Gram is not finite. Mathematics: _factors and _second_pass of the fallback.
+// left (s x s) and right of the pseudoinverse right left^T T^T, from the float64 Gram; returns the
+// rank, or -1 where the Gram is not finite. Mathematics: _factors and _second_pass of the fallback.
 int64_t factor(const Inputs& in, int64_t index, bool parallel, const double* gram, double* left,
                double* right, double well_conditioned, double shift, double kept) {
   const int64_t s = in.args.s;
@@ -236,7 +241,8 @@ int64_t factor(const Inputs& in, int64_t index, bool parallel, const double* gra
   }
 
   equilibrate(shift);
-  if (!inverse_factor(s, system.data(), inverse.data())) return -1;  // cannot be: shift is above rounding
+  if (!inverse_factor(s, system.data(), inverse.data()))
+    return -1;                          // cannot be: shift is above rounding
   std::vector<double>& first = system;  // D^-1 L^-T
   for (int64_t i = 0; i < s; ++i) {
     for (int64_t j = 0; j < s; ++j) first[i * s + j] = inverse[j * s + i] / scale[i];
@@ -265,9 +271,10 @@ int64_t factor(const Inputs& in, int64_t index, bool parallel, const double* gra
   return s - lost;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tall_factor(const Tensor& t, const std::optional<Tensor>& b,
-                                                               double well_conditioned, double shift,
-                                                               double kept) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tall_factor(const Tensor& t,
+                                                               const std::optional<Tensor>& b,
+                                                               double well_conditioned,
+                                                               double shift, double kept) {
   const Inputs in(t, b, std::nullopt);
   const int64_t s = in.args.s, k = in.args.k;
   Tensor left = empty_cpu(batch_shape(t, 2, {s, s}), ScalarType::Double);
@@ -281,10 +288,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tall_factor(const Tensor& t, 
     mine.gram = gram.data();
     mine.cross = static_cast<double*>(cross.data_ptr()) + index * s * k;
     sum_rows(mine, in.rows, parallel);
-    const int64_t found = factor(in, index, parallel, gram.data(),
-                                 static_cast<double*>(left.data_ptr()) + index * s * s,
-                                 static_cast<double*>(right.data_ptr()) + index * s * s, well_conditioned,
-                                 shift, kept);
+    const int64_t found = factor(
+        in, index, parallel, gram.data(), static_cast<double*>(left.data_ptr()) + index * s * s,
+        static_cast<double*>(right.data_ptr()) + index * s * s, well_conditioned, shift, kept);
     static_cast<int64_t*>(rank.data_ptr())[index] = std::max<int64_t>(found, 0);
     static_cast<int32_t*>(info.data_ptr())[index] = found < 0;
   });

@@ -1,8 +1,8 @@
-// ridge_solve on the CPU: batches of small systems side by side in the lanes of a vector register, larger
-// ones through torch's LAPACK. Semantics: python/cfl_ops/solve.py (the fallback).
+// ridge_solve on the CPU: batches of small systems side by side in the lanes of a vector register,
+// larger ones through torch's LAPACK. Semantics: python/cfl_ops/solve.py (the fallback).
 //
-// float32 systems are factored in float32; those whose pivots come near what rounding leaves behind are
-// solved again in float64, so that the answer is float64's wherever the two differ much.
+// float32 systems are factored in float32; those whose pivots come near what rounding leaves behind
+// are solved again in float64, so that the answer is float64's wherever the two differ much.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -147,7 +147,8 @@ int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
     for (int64_t i0 = 0; i0 < n; i0 += kTile) {
       for (int64_t j0 = 0; j0 <= i0; j0 += kTile) {
         for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i) {
-          for (int64_t j = j0; j < std::min(i + 1, j0 + kTile); ++j) system[i * n + j] = a[j * n + i];
+          for (int64_t j = j0; j < std::min(i + 1, j0 + kTile); ++j)
+            system[i * n + j] = a[j * n + i];
         }
       }
     }
@@ -155,7 +156,8 @@ int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
     for (int64_t i = 0; i < n; ++i) std::copy_n(a + i * n, i + 1, system + i * n);
   }
   for (int64_t i = 0; i < n; ++i) {
-    system[i * n + i] += static_cast<Acc>(s.shift_of(index)) + (diag ? static_cast<Acc>(diag[i]) : Acc(0));
+    system[i * n + i] +=
+        static_cast<Acc>(s.shift_of(index)) + (diag ? static_cast<Acc>(diag[i]) : Acc(0));
     original[i] = system[i * n + i];
   }
   const int64_t info = potrf_lower(n, system, n);
@@ -249,7 +251,8 @@ void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info
     double* base = at + static_cast<int64_t>(lane_of.size()) * per_lane;
     std::copy_n(static_cast<const float*>(group.a[lane]), size, base);
     std::copy_n(static_cast<const float*>(group.b[lane]), right, base + size);
-    if (s.has_diag) std::copy_n(static_cast<const float*>(group.shift_diag[lane]), n, base + size + 2 * right);
+    if (s.has_diag)
+      std::copy_n(static_cast<const float*>(group.shift_diag[lane]), n, base + size + 2 * right);
     shift[lane_of.size()] = static_cast<double>(static_cast<const float*>(group.shift)[lane]);
     lane_of.push_back(lane);
     if (static_cast<int>(lane_of.size()) == wide.lanes) flush();
@@ -328,7 +331,8 @@ void solve(const Systems<T>& s) {
     return;
   }
   const int64_t lanes = kernel<T>().lanes;
-  // A group costs about as much as two systems through LAPACK, or one where the calls are what costs.
+  // A group costs about as much as two systems through LAPACK, or one where the calls are what
+  // costs.
   const bool side_by_side = s.n <= kSmall && (s.batch >= 3 || s.n <= 16);
   if (side_by_side || !blas_available()) {
     const int64_t groups = (s.batch + lanes - 1) / lanes;
@@ -344,7 +348,8 @@ void solve(const Systems<T>& s) {
   }
 }
 
-// --- from tensors ------------------------------------------------------------------------------------
+// --- from tensors
+// ------------------------------------------------------------------------------------
 
 bool dense(const Tensor& tensor, bool transposed) {
   const int64_t ndim = tensor.dim(), rows = tensor.size(ndim - 2), cols = tensor.size(ndim - 1);
@@ -358,8 +363,8 @@ Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
 }
 
 template <class T>
-void run(const Tensor& gram, const Tensor& cross, const Tensor& lam, const std::optional<Tensor>& lam_diag,
-         const Tensor& x, const Tensor& info) {
+void run(const Tensor& gram, const Tensor& cross, const Tensor& lam,
+         const std::optional<Tensor>& lam_diag, const Tensor& x, const Tensor& info) {
   constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
   Tensor a = in_dtype(gram, kType), b = in_dtype(cross, kType);
   Systems<T> s{};
@@ -390,7 +395,9 @@ void run(const Tensor& gram, const Tensor& cross, const Tensor& lam, const std::
 
 std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, const Tensor& lam,
                                        const std::optional<Tensor>& lam_diag) {
-  auto is = [&](ScalarType dtype) { return gram.scalar_type() == dtype || cross.scalar_type() == dtype; };
+  auto is = [&](ScalarType dtype) {
+    return gram.scalar_type() == dtype || cross.scalar_type() == dtype;
+  };
   const bool wide = is(ScalarType::Double);
   Tensor x = empty_cpu(batch_shape(cross, 0), wide ? ScalarType::Double : ScalarType::Float);
   Tensor info = empty_cpu(batch_shape(gram, 2), ScalarType::Int);
@@ -402,7 +409,8 @@ std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, 
   return {x, info};
 }
 
-// --- small_pinv ---------------------------------------------------------------------------------------
+// --- small_pinv
+// ---------------------------------------------------------------------------------------
 
 // P of a batch of small matrices of full rank, and info: 1 where another path has to do it.
 std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
@@ -410,7 +418,8 @@ std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
   const bool is_double = a.scalar_type() == ScalarType::Double;
   Tensor in = is_double ? a : in_dtype(a, ScalarType::Float);
   if (!dense(in, false)) in = torch::stable::contiguous(in);
-  Tensor p = empty_cpu(batch_shape(a, 2, {cols, rows}), is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor p = empty_cpu(batch_shape(a, 2, {cols, rows}),
+                       is_double ? ScalarType::Double : ScalarType::Float);
   Tensor info = empty_cpu(batch_shape(a, 2), ScalarType::Int);
   const auto kernels = cfl::cpu::kernels();
   const detail::PinvKernel& kernel = is_double ? *kernels.pinv_f64 : *kernels.pinv_f32;
@@ -429,9 +438,10 @@ std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
     group.t = t;
     group.p = out;
     group.limit = limit;
-    // The trace of the inverse is at least 1 / pivot; without this a pivot of mere rounding could pass,
-    // for T^T has nothing along it that would show in P.
-    group.tolerance = std::max(1 / limit, static_cast<double>(group.s) * std::numeric_limits<double>::epsilon());
+    // The trace of the inverse is at least 1 / pivot; without this a pivot of mere rounding could
+    // pass, for T^T has nothing along it that would show in P.
+    group.tolerance =
+        std::max(1 / limit, static_cast<double>(group.s) * std::numeric_limits<double>::epsilon());
     group.refine = is_double;
     group.info = codes;
     group.scratch = memory.get<char>(kernel.scratch_bytes(group.m, group.s));

@@ -1,8 +1,9 @@
-// Raw CPU kernel for batches of small symmetric positive definite systems. Plain data only: an inline
-// function here would be compiled for several instruction sets under one name.
+// Raw CPU kernel for batches of small symmetric positive definite systems. Plain data only: an
+// inline function here would be compiled for several instruction sets under one name.
 //
-// A group is as many systems as a vector register has lanes; every number of the algorithm is a vector
-// that holds one number of each system, so the systems are solved side by side without any shuffling.
+// A group is as many systems as a vector register has lanes; every number of the algorithm is a
+// vector that holds one number of each system, so the systems are solved side by side without any
+// shuffling.
 #pragma once
 
 #include <cstddef>
@@ -10,21 +11,21 @@
 
 namespace cfl::cpu::detail {
 
-// (A_l + diag(shift)) X_l = B_l for each lane l. All pointers are to the kernel's own type T, float or
-// double. A (n x n) and B, X (n x k) are dense and row-major. Of A the lower triangle is used.
+// (A_l + diag(shift)) X_l = B_l for each lane l. All pointers are to the kernel's own type T, float
+// or double. A (n x n) and B, X (n x k) are dense and row-major. Of A the lower triangle is used.
 struct SolveGroup {
   int64_t n = 0, k = 0;
-  int64_t valid = 0;                      // how many lanes have an output of their own
-  const void* const* a = nullptr;         // one pointer per lane
-  const void* const* next_a = nullptr;    // the next group's, to prefetch; or null
+  int64_t valid = 0;                    // how many lanes have an output of their own
+  const void* const* a = nullptr;       // one pointer per lane
+  const void* const* next_a = nullptr;  // the next group's, to prefetch; or null
   const void* const* b = nullptr;
   void* const* x = nullptr;
-  bool upper = false;                     // the lower triangle of A^T is the one to use
-  const void* shift = nullptr;            // (lanes)
+  bool upper = false;                       // the lower triangle of A^T is the one to use
+  const void* shift = nullptr;              // (lanes)
   const void* const* shift_diag = nullptr;  // one pointer to n numbers per lane, or null
-  double tolerance = 0;                   // a pivot up to tolerance * (its diagonal entry) is lost
-  int32_t* info = nullptr;                // (lanes): 0, or the order of the first leading minor lost
-  void* scratch = nullptr;                // 64-byte aligned
+  double tolerance = 0;     // a pivot up to tolerance * (its diagonal entry) is lost
+  int32_t* info = nullptr;  // (lanes): 0, or the order of the first leading minor lost
+  void* scratch = nullptr;  // 64-byte aligned
 };
 
 struct SolveKernel {
@@ -34,7 +35,8 @@ struct SolveKernel {
   void (*run)(const SolveGroup* group);
 };
 
-// P_l = (T_l^T T_l)^-1 T_l^T for each lane l, in double, of tall T (m x s, m >= s) of type float or double.
+// P_l = (T_l^T T_l)^-1 T_l^T for each lane l, in double, of tall T (m x s, m >= s) of type float or
+// double.
 struct PinvGroup {
   int64_t m = 0, s = 0;
   bool wide = false;  // memory holds T^T and takes P^T

@@ -3,11 +3,12 @@
 // No C++ standard library here, and everything but the entry point in an unnamed namespace: see
 // gram_kernel_isa.cpp.
 //
-// Scheme. The lanes of a vector belong to different systems ("interleaved"). A is kept as tile rows of
-// four rows each; tile row t holds, for each column j < 4 (t + 1), its four entries side by side, so
-// that the inner loop reads two streams forward. Right sides are stored the same way, transposed: four
-// of them are one more tile row, and forward substitution is the same step as factoring a row below the
-// diagonal. Left-looking: a 4 x 4 tile lives in registers while all columns to its left are subtracted.
+// Scheme. The lanes of a vector belong to different systems ("interleaved"). A is kept as tile rows
+// of four rows each; tile row t holds, for each column j < 4 (t + 1), its four entries side by
+// side, so that the inner loop reads two streams forward. Right sides are stored the same way,
+// transposed: four of them are one more tile row, and forward substitution is the same step as
+// factoring a row below the diagonal. Left-looking: a 4 x 4 tile lives in registers while all
+// columns to its left are subtracted.
 
 #include <math.h>
 #include <string.h>
@@ -94,7 +95,8 @@ CFL_INLINE F64v root(F64v v) {
 #endif
 }
 
-// --- between one system's memory and the lanes ----------------------------------------------------
+// --- between one system's memory and the lanes
+// ----------------------------------------------------
 
 template <class T, int S>
 CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
@@ -176,7 +178,8 @@ void load_matrix(const SolveGroup& g, int64_t tiles, T* to) {
   // Rows beyond n are those of an identity.
   for (int64_t row = n; row < tiles * kTile; ++row) {
     T* base = to + tile_row(row / kTile) * w;
-    for (int64_t col = 0; col < row; ++col) store<T>(base + (col * kTile + row % kTile) * w, Vec<T>{});
+    for (int64_t col = 0; col < row; ++col)
+      store<T>(base + (col * kTile + row % kTile) * w, Vec<T>{});
     store<T>(base + (row * kTile + row % kTile) * w, Vec<T>{} + T(1));
   }
 }
@@ -245,7 +248,8 @@ void store_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols
   }
 }
 
-// --- the algorithm ----------------------------------------------------------------------------------
+// --- the algorithm
+// ----------------------------------------------------------------------------------
 
 template <class T>
 using Tile = Vec<T>[kTile][kTile];
@@ -466,7 +470,8 @@ void run(const SolveGroup* group) {
   for (int lane = 0; lane < w; ++lane) g.info[lane] = int32_t(info[lane]);
 }
 
-// --- pseudoinverses ---------------------------------------------------------------------------------
+// --- pseudoinverses
+// ---------------------------------------------------------------------------------
 
 typedef float F32h __attribute__((vector_size(kBytes / 2)));
 
@@ -484,20 +489,21 @@ CFL_INLINE void store_narrow(float* p, F64v v) {
 
 constexpr int kWide = kLanes<double>;
 
-// Where the number (i, r) of P, or (r, i) of T, is kept: four rows r of T to a tile row, as right sides.
+// Where the number (i, r) of P, or (r, i) of T, is kept: four rows r of T to a tile row, as right
+// sides.
 struct PinvLayout {
-  int64_t tiles, rows, height;  // of the Gram; of T; the padded s
+  int64_t tiles, rows, height;                                   // of the Gram; of T; the padded s
   int64_t gram, columns, right, scale, correction, spare, size;  // in vectors
   PinvLayout(int64_t m, int64_t s) {
     tiles = (s + kTile - 1) / kTile;
     rows = (m + kTile - 1) / kTile;
     height = tiles * kTile;
     gram = 0;
-    columns = gram + tile_row(tiles);             // T by tiles of four columns, for its Gram matrix
+    columns = gram + tile_row(tiles);  // T by tiles of four columns, for its Gram matrix
     right = columns + tiles * rows * kTile * kTile;  // T^T, then P
     scale = right + rows * height * kTile;
-    correction = scale + height;                  // I - P T
-    spare = correction + height * height;         // a tile row of P
+    correction = scale + height;           // I - P T
+    spare = correction + height * height;  // a tile row of P
     size = spare + height * kTile;
   }
   int64_t column_at(int64_t r, int64_t i) const {
@@ -586,7 +592,8 @@ void newton_step(const PinvLayout& at, int64_t m, double* memory) {
 #pragma GCC unroll 4
         for (int jj = 0; jj < kTile; ++jj) {
           const F64v one = F64v{} + (i + ii == j + jj ? 1.0 : 0.0);
-          store<double>(memory + (at.correction + (i + ii) * at.height + j + jj) * kWide, c[ii][jj] + one);
+          store<double>(memory + (at.correction + (i + ii) * at.height + j + jj) * kWide,
+                        c[ii][jj] + one);
         }
       }
     }
@@ -610,7 +617,8 @@ void newton_step(const PinvLayout& at, int64_t m, double* memory) {
 #pragma GCC unroll 4
       for (int ii = 0; ii < kTile; ++ii) {
 #pragma GCC unroll 4
-        for (int u = 0; u < kTile; ++u) store<double>(spare + ((i + ii) * kTile + u) * kWide, c[ii][u]);
+        for (int u = 0; u < kTile; ++u)
+          store<double>(spare + ((i + ii) * kTile + u) * kWide, c[ii][u]);
       }
     }
     for (int64_t e = 0; e < at.height * kTile; ++e) {
@@ -661,7 +669,8 @@ void run_pinv(const PinvGroup* group) {
     for (int64_t r = 0; r < at.rows; ++r) {
       double* x = memory + at.right_at(r * kTile, i) * kWide;
 #pragma GCC unroll 4
-      for (int u = 0; u < kTile; ++u) store<double>(x + u * kWide, load<double>(x + u * kWide) * mine);
+      for (int u = 0; u < kTile; ++u)
+        store<double>(x + u * kWide, load<double>(x + u * kWide) * mine);
     }
   }
 
@@ -708,7 +717,7 @@ constexpr SolveKernel kKernel = {kLanes<T>, scratch_bytes<T>, run<T>};
 
 }  // namespace
 
-SolveKernels CFL_ENTRY() { 
+SolveKernels CFL_ENTRY() {
   return {&kKernel<float>, &kKernel<double>, &kPinvKernel<float>, &kPinvKernel<double>};
 }
 

@@ -6,8 +6,8 @@
 
 namespace cfl::cpu::detail {
 
-// With Q = T W (or T where w is null): gram (s, s) = Q^T Q, cross (s, k) = Q^T B, summed in float64 over
-// the rows [begin, end). Both are overwritten; gram is symmetric.
+// With Q = T W (or T where w is null): gram (s, s) = Q^T Q, cross (s, k) = Q^T B, summed in float64
+// over the rows [begin, end). Both are overwritten; gram is symmetric.
 struct TallGram {
   int64_t s = 0, k = 0;
   bool wide = false;  // T and B are double, else float

@@ -4,8 +4,8 @@
 // gram_kernel_isa.cpp.
 //
 // Scheme. The lanes of a vector are rows of T. A block of rows is converted to float64 and laid out
-// column after column; its rotation by W and its products are then 4 x 4 tiles of vectors in registers.
-// The products stay vectors (one sum per lane) until the last row.
+// column after column; its rotation by W and its products are then 4 x 4 tiles of vectors in
+// registers. The products stay vectors (one sum per lane) until the last row.
 
 #include <string.h>
 
@@ -29,8 +29,8 @@ namespace {
 
 constexpr int kBytes = CFL_VECTOR_BYTES;
 constexpr int kLanes = kBytes / 8;
-constexpr int kDepth = 16;               // vectors of rows in a block
-constexpr int kRows = kDepth * kLanes;   // rows in a block
+constexpr int kDepth = 16;              // vectors of rows in a block
+constexpr int kRows = kDepth * kLanes;  // rows in a block
 constexpr int kTile = 4;
 
 typedef double Vec __attribute__((vector_size(kBytes)));
@@ -74,7 +74,8 @@ CFL_INLINE void transpose(Vec (&r)[kLanes]) {
   if constexpr (kLanes > 4) transpose_step<4>(r);
 }
 
-// Rows [0, rows) of `cols` columns into columns of kRows numbers each; missing rows and columns are zero.
+// Rows [0, rows) of `cols` columns into columns of kRows numbers each; missing rows and columns are
+// zero.
 template <class S>
 void load_block(const S* from, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
                 double* to) {
@@ -106,7 +107,8 @@ void load_block(const S* from, int64_t row_stride, int64_t col_stride, int64_t r
       to[j * kRows + i] = double(from[i * row_stride + j * col_stride]);
     }
   }
-  if (rows == kRows) memset(to + cols * kRows, 0, size_t((padded(cols) - cols) * kRows) * sizeof(double));
+  if (rows == kRows)
+    memset(to + cols * kRows, 0, size_t((padded(cols) - cols) * kRows) * sizeof(double));
 }
 
 // q_j = sum_i w_ij x_i for the columns of a block; w (s, ld) with zero columns up to ld.
@@ -172,8 +174,8 @@ CFL_INLINE double total(const double* lanes) {
 }
 
 struct Layout {
-  int64_t ls, lk;       // s and k, padded
-  int64_t pairs, other; // tiles of the triangle, tiles of the cross products
+  int64_t ls, lk;                  // s and k, padded
+  int64_t pairs, other;            // tiles of the triangle, tiles of the cross products
   int64_t x, q, b, w, sums, size;  // offsets and size, in numbers
   Layout(int64_t s, int64_t k) : ls(padded(s)), lk(padded(k)) {
     const int64_t t = ls / kTile, tile = kTile * kTile * kLanes;
@@ -203,12 +205,14 @@ void accumulate(const TallGram& g, const Layout& at, int64_t begin, int64_t end,
     const double* p = g.w ? q : x;
     double* to = memory + at.sums;
     for (int64_t i = 0; i < at.ls; i += kTile) {
-      for (int64_t j = 0; j <= i; j += kTile, to += tile) multiply(p + i * kRows, p + j * kRows, to);
+      for (int64_t j = 0; j <= i; j += kTile, to += tile)
+        multiply(p + i * kRows, p + j * kRows, to);
     }
     if (g.k == 0) continue;
     load_block<S>(right + row * g.b_row_stride, g.b_row_stride, g.b_col_stride, rows, g.k, b);
     for (int64_t i = 0; i < at.ls; i += kTile) {
-      for (int64_t j = 0; j < at.lk; j += kTile, to += tile) multiply(p + i * kRows, b + j * kRows, to);
+      for (int64_t j = 0; j < at.lk; j += kTile, to += tile)
+        multiply(p + i * kRows, b + j * kRows, to);
     }
   }
 }
@@ -221,9 +225,11 @@ void run(const TallGram* args, int64_t begin, int64_t end, void* scratch) {
   memset(memory + at.sums, 0, size_t((at.pairs + at.other) * tile) * sizeof(double));
   if (g.w) {
     memset(memory + at.w, 0, size_t(at.ls * at.ls) * sizeof(double));
-    for (int64_t i = 0; i < g.s; ++i) memcpy(memory + at.w + i * at.ls, g.w + i * g.s, size_t(g.s) * 8);
+    for (int64_t i = 0; i < g.s; ++i)
+      memcpy(memory + at.w + i * at.ls, g.w + i * g.s, size_t(g.s) * 8);
   }
-  g.wide ? accumulate<double>(g, at, begin, end, memory) : accumulate<float>(g, at, begin, end, memory);
+  g.wide ? accumulate<double>(g, at, begin, end, memory)
+         : accumulate<float>(g, at, begin, end, memory);
   const double* sums = memory + at.sums;
   for (int64_t i0 = 0; i0 < at.ls; i0 += kTile) {
     for (int64_t j0 = 0; j0 <= i0; j0 += kTile, sums += tile) {

@@ -219,8 +219,8 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
     """Factor tall matrices ``t (..., m, s)``; ``cut`` of the largest singular value, or None for our rule."""
     order = t.shape[-1]
     if cut is not None:
-        basis, right, rank, bad = _by_svd(t, cut, equilibrate=False)
-        return _Factors(t, right, right, basis, rank, bad, None)
+        unit, right, rank, bad = _by_svd(t, cut, equilibrate=False)
+        return _Factors(t, right, right, unit, rank, bad, None)
     if t.dtype != WIDE:
         if b is not None and (b.dtype != t.dtype or b.shape[-1] > NARROW):
             b = None
@@ -245,12 +245,12 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
     left = inverse / outer_scale
     right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
     rank = torch.where(bad, 0, order)
-    basis = None
+    basis: Tensor | None = None
     if bool(hard.all()):
         basis, right, rank, _ = _by_svd(t, _rounding(order), equilibrate=True)
     elif bool(hard.any()):
-        basis = scaled @ left
-        basis[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
+        basis = mixed = scaled @ left
+        mixed[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
     return _Factors(scaled, left, right, basis, rank, bad, None if b is None else cross)
 
 
@@ -472,7 +472,8 @@ def _explain_factorize(info: Tensor, context: Sequence[Tensor]) -> Exception:
 def _explain(op: str, info: Tensor, a: Tensor) -> Exception:
     index, _, where = first_failure(info)
     row = int((~a[index].isfinite().all(-1)).nonzero()[0])
-    return LinAlgError(f"cfl_ops.{op}: {where}a has NaN or Inf in row {row}")
+    error: Exception = LinAlgError(f"cfl_ops.{op}: {where}a has NaN or Inf in row {row}")
+    return error
 
 
 # --- the public functions -----------------------------------------------------------------------------------
@@ -537,6 +538,7 @@ def lstsq(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> Tensor
                 [1.5000]])
     """
     args = _lstsq_arguments("lstsq", a, b, rtol)
+    solution: Tensor
     solution, _, info = LSTSQ(*args)
     check_info("lstsq", info, [solution], [args[0]])
     return solution
@@ -600,6 +602,7 @@ def pinv(a: Tensor, *, rtol: float | Tensor | None = None, atol: float | Tensor 
                 [0.0000, 0.0000, 0.2500]])
     """
     args = _pinv_arguments("pinv", a, rtol, atol)
+    result: Tensor
     result, _, info = PINV(*args)
     check_info("pinv", info, [result], [args[0]])
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,8 @@ def _check_finite(op: str, gram: Tensor) -> None:
 
 
 def _explain(op: str, info: Tensor) -> Exception:
-    return LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
+    error: Exception = LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
+    return error
 
 
 @explains("ridge_path")
@@ -324,7 +326,7 @@ def _fold_scores(
     rows = x.shape[-2]
     bounds = _fold_bounds(rows, folds)
     dtype = x.dtype
-    pieces = list(zip(bounds[:-1], bounds[1:], strict=True))
+    pieces = list(pairwise(bounds))
     moments = [_moments(x[begin:end], y[begin:end]) for begin, end in pieces]
     gram = torch.stack([own for own, _ in moments]).sum(0)
     cross = torch.stack([own for _, own in moments]).sum(0)
@@ -532,7 +534,8 @@ def _class_solve_one(x: Tensor, y: Tensor, cross: Tensor, lam: Tensor, kappa: fl
     gram = GRAM(wide, None, None, False, 0, WIDE)[0]
     right = cross.to(WIDE)
     if kappa == 1.0:
-        return RIDGE_SOLVE(gram, right, lam, None)
+        whole, info = RIDGE_SOLVE(gram, right, lam, None)
+        return whole, info
 
     # G^-1 of all right sides and all rows of the small classes, in one solve.
     counts = torch.bincount(y, minlength=classes).tolist()
@@ -624,10 +627,11 @@ def _explain_class_ridge(info: Tensor, context: Sequence[Tensor]) -> Exception:
         )
     if code == BAD_PENALTY:
         return ValueError(f"cfl_ops.class_ridge: {where}lam and prox must be finite and not negative")
-    return LinAlgError(
+    error: Exception = LinAlgError(
         f"cfl_ops.class_ridge: {where}a system is not positive definite (columns of x depend on one another, or x "
         "has NaN or Inf): use a larger lam"
     )
+    return error
 
 
 def class_ridge(
@@ -709,6 +713,6 @@ def class_ridge(
         total = total + pull.to(x.device, WIDE)
         cross = cross + pull.to(x.device, WIDE) * weight.to(WIDE)
     solved, info = CLASS_SOLVE(wide, y, cross, total, float(kappa))
-    result = solved.to(x.dtype)
+    result: Tensor = solved.to(x.dtype)
     check_info(op, info, [result], [y, result.detach()])
     return result

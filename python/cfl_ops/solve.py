@@ -104,11 +104,13 @@ def _explain_ridge_solve(info: Tensor, context: Sequence[Tensor]) -> Exception:
     lower = gram.tril()
     if not bool(lower.isfinite().all()):
         row = int((~lower.isfinite().all(-1)).nonzero()[0])
-        return LinAlgError(f"{prefix}gram has NaN or Inf in row {row}")
-    return LinAlgError(
+        error: Exception = LinAlgError(f"{prefix}gram has NaN or Inf in row {row}")
+        return error
+    error = LinAlgError(
         f"{prefix}the system is not positive definite (the leading minor of order {code} is not, or only "
         "within rounding): use a larger lam, or lstsq for the minimum-norm solution"
     )
+    return error
 
 
 def _ridge_solve_arguments(
@@ -166,6 +168,7 @@ def ridge_solve(
                 [2.]])
     """
     args = _ridge_solve_arguments("ridge_solve", gram, cross, lam, lam_diag)
+    solution: Tensor
     solution, info = RIDGE_SOLVE(*args)
     check_info("ridge_solve", info, [solution], [args[0]])
     return solution
