@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <stdexcept>
+#include <vector>
 
 namespace cfl::cpu {
 namespace {
@@ -23,8 +24,11 @@ struct Routines {
 };
 
 struct Library {
+  using Syevd = void (*)(const char*, const char*, const Int*, double*, const Int*, double*,
+                         double*, const Int*, Int*, const Int*, Int*);
   Routines<float> f32;
   Routines<double> f64;
+  Syevd syevd = nullptr;
 
   Library() {
     // RTLD_NOLOAD: only a library that is already in the process, hence the one torch uses. A
@@ -41,6 +45,7 @@ struct Library {
     find("dgemm_", f64.gemm);
     find("dpotrf_", f64.potrf);
     find("dtrsm_", f64.trsm);
+    find("dsyevd_", syevd);
   }
 };
 
@@ -116,7 +121,22 @@ void potrs_right_impl(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64
 
 }  // namespace
 
-bool blas_available() { return library().f32.complete() && library().f64.complete(); }
+bool blas_available() {
+  return library().f32.complete() && library().f64.complete() && library().syevd;
+}
+
+int64_t eigh(int64_t n, double* a, double* values) {
+  if (n == 0) return 0;
+  const Int nn = narrow(n), integers = narrow(3 + 5 * n), numbers = narrow(1 + 6 * n + 2 * n * n);
+  std::vector<double> work(numbers);
+  std::vector<Int> integer_work(integers);
+  const char job = 'V', uplo = 'L';
+  Int info = 0;
+  // The columns of the column-major result are the rows of the row-major one.
+  library().syevd(&job, &uplo, &nn, a, &nn, values, work.data(), &numbers, integer_work.data(),
+                  &integers, &info);
+  return info;
+}
 
 #define CFL_DEFINE(T)                                                                         \
   void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a, \

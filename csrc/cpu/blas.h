@@ -30,6 +30,10 @@ int64_t potrf_lower(int64_t n, double* a, int64_t lda);
 void potrs_lower(int64_t n, int64_t k, const float* l, int64_t ldl, float* b, int64_t ldb);
 void potrs_lower(int64_t n, int64_t k, const double* l, int64_t ldl, double* b, int64_t ldb);
 
+// Eigenvalues (rising) and, in the rows of a, eigenvectors of the symmetric a (n x n, dense).
+// Returns LAPACK's info.
+int64_t eigh(int64_t n, double* a, double* values);
+
 // Row-major B (k x n) <- B (L L^T)^-1.
 void potrs_lower_right(int64_t n, int64_t k, const float* l, int64_t ldl, float* b, int64_t ldb);
 void potrs_lower_right(int64_t n, int64_t k, const double* l, int64_t ldl, double* b, int64_t ldb);

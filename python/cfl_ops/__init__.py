@@ -41,6 +41,7 @@ from .codec import (
 )
 from .errors import CorruptDataError, LinAlgError
 from .gram import GramMoments, gram, gram_, linear_gram
+from .least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
 from .proximal import (
     ProximalStep,
     proximal_step,
@@ -52,6 +53,8 @@ from .proximal import (
 )
 from .recursive import RecursiveRidge
 from .rescaled import rescaled_proximal_step
+from .ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
+from .solve import ridge_solve, ridge_solve_ex
 
 _library.load_backends()
 
@@ -59,12 +62,14 @@ from . import config, learn
 
 __all__ = [
     "CorruptDataError",
+    "Factorization",
     "GramAccumulator",
     "GramMoments",
     "LinAlgError",
     "ProximalStep",
     "QuantizedTensor",
     "RecursiveRidge",
+    "RidgeCVResult",
     "SafeCholesky",
     "__version__",
     "allocate_bits",
@@ -79,6 +84,7 @@ __all__ = [
     "cholesky_update_",
     "cholesky_update_ex",
     "cholesky_update_ex_",
+    "class_ridge",
     "compress",
     "compress_state_dict",
     "config",
@@ -86,6 +92,7 @@ __all__ = [
     "decompress_state_dict",
     "dequantize",
     "estimate_entropy",
+    "factorize",
     "gram",
     "gram_",
     "huffman_decode",
@@ -93,6 +100,10 @@ __all__ = [
     "learn",
     "linear_gram",
     "load_file",
+    "lstsq",
+    "lstsq_ex",
+    "pinv",
+    "pinv_ex",
     "proximal_step",
     "proximal_step_",
     "proximal_step_ex",
@@ -101,6 +112,11 @@ __all__ = [
     "quantize",
     "quantize_ex",
     "rescaled_proximal_step",
+    "ridge",
+    "ridge_cv",
+    "ridge_path",
+    "ridge_solve",
+    "ridge_solve_ex",
     "ridge_step",
     "safe_cholesky",
     "safe_cholesky_ex",

@@ -49,6 +49,8 @@ class Op:
     """``module:function`` below ``cfl_ops.triton_kernels``, or None."""
     composite: bool = False
     """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
+    helper: bool = False
+    """A step of composite ops: where a forced backend has no kernel for it, its fallback serves."""
     overload: Any = field(init=False)
     function: type[torch.autograd.Function] | None = None
 
@@ -98,6 +100,7 @@ def define_op(
     derivative: Derivative | None = None,
     triton: str | None = None,
     composite: bool = False,
+    helper: bool = False,
     tags: Sequence[torch.Tag] = (),
 ) -> Op:
     """Define an op and everything that the compiler and the transforms need to know of it.
@@ -113,7 +116,7 @@ def define_op(
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    op = Op(name, python, triton, composite)
+    op = Op(name, python, triton, composite, helper)
     torch.library.register_vmap(qualified, _vmap_rule(op.overload, core_dims), lib=_LIB)
     if derivative is not None:
         torch.library.register_autograd(
@@ -244,6 +247,8 @@ def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable
         return "native", None
     if forced == "triton" and triton:
         return "triton", _lazy_triton(op)
+    if op.helper:
+        return "python", op.python if native else None
     return "none", _refuse(op, device_type, forced)
 
 

@@ -1,6 +1,26 @@
 """Learning algorithms, each a thin layer over the ops."""
 
+from typing import TYPE_CHECKING, Any
+
 from .closed_form_linear import ClosedFormLinear
 from .train_step import train_step
 
-__all__ = ["ClosedFormLinear", "train_step"]
+if TYPE_CHECKING:
+    from .ridge import Ridge, RidgeCV
+
+__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
+
+# These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
+_ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_ESTIMATORS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

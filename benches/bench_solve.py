@@ -1,0 +1,165 @@
+"""ridge_solve, pinv, lstsq and ridge_cv against torch, numpy, scikit-learn and himalaya."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cfl_ops
+import numpy as np
+import pytest
+import torch
+from _ratio import compare
+
+BATCH = {129: 512, 256: 128, 512: 32}
+
+
+def systems(order: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = BATCH.get(order, 4096)
+    gram = torch.empty(batch, order, order, dtype=dtype)
+    for part in gram.split(256):
+        x = torch.randn(len(part), order, order, dtype=dtype)
+        part.copy_(x @ x.mT / order)
+    gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return gram, torch.randn(batch, order, 4, dtype=dtype)
+
+
+def torch_cholesky(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_solve(cross, torch.linalg.cholesky_ex(gram)[0])
+
+
+def asked_of(order: int, dtype: torch.dtype) -> float:
+    if order > 128:
+        return 1.0
+    if dtype == torch.float32:
+        return 12.0 if order <= 16 else 10.0
+    return 5.0 if order in (4, 32, 64) else 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("order", [4, 8, 16, 32, 64, 128, 129, 256, 512])
+@pytest.mark.benchmark(group="ridge_solve, 4096 systems (fewer above 128), 4 sides, against torch Cholesky")
+def bench_ridge_solve(benchmark, order: int, dtype: torch.dtype) -> None:
+    gram, cross = systems(order, dtype)
+    compare(
+        benchmark,
+        f"n={order} {str(dtype)[6:]}",
+        lambda: cfl_ops.ridge_solve(gram, cross),
+        {"torch": lambda: torch_cholesky(gram, cross)},
+        flops=len(gram) * (order**3 / 3 + 8 * order**2) * 2,
+        bytes_moved=gram.nbytes / 2 + 2 * cross.nbytes,
+        asked=asked_of(order, dtype),
+    )
+
+
+@pytest.mark.parametrize("order", [4, 8, 16, 32, 64, 128])
+@pytest.mark.benchmark(group="ridge_solve, 4096 systems, float32, against the best of torch.solve and numpy")
+def bench_ridge_solve_best(benchmark, order: int) -> None:
+    gram, cross = systems(order, torch.float32)
+    a, b = gram.numpy(), cross.numpy()
+    compare(
+        benchmark,
+        f"n={order}",
+        lambda: cfl_ops.ridge_solve(gram, cross),
+        {"torch.solve": lambda: torch.linalg.solve(gram, cross), "numpy": lambda: np.linalg.solve(a, b)},
+        flops=len(gram) * (order**3 / 3 + 8 * order**2) * 2,
+        asked=6.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("order", [8, 16, 32, 64])
+@pytest.mark.benchmark(group="pinv of 1024 square matrices against torch.linalg.pinv")
+def bench_pinv(benchmark, order: int, dtype: torch.dtype) -> None:
+    a = torch.randn(1024, order, order, dtype=dtype)
+    compare(
+        benchmark,
+        f"n={order} {str(dtype)[6:]}",
+        lambda: cfl_ops.pinv(a),
+        {"torch": lambda: torch.linalg.pinv(a)},
+        flops=1024 * 3.7 * order**3,
+        bytes_moved=2 * a.nbytes,
+        asked=5.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[torch.Tensor]:
+    """The matrices that lstsq meets in T2."""
+    sys.path.insert(0, str(Path(__file__).parent / "paper"))
+    import t2
+
+    kept: list[torch.Tensor] = []
+    for seed in range(5):
+        t2.accuracy(cfl_ops.lstsq, seed, 0.1, 10.0, torch.float32, True, kept)
+    return [z for z in kept if z.shape[1] == 33]
+
+
+@pytest.mark.parametrize(("peer", "asked"), [("float32", 1.8), ("float64", 3.3)])
+@pytest.mark.benchmark(
+    group="lstsq on the layers of T2 (5000 x 33 float32, one side) against torch.linalg.pinv"
+)
+def bench_lstsq(benchmark, layers: list[torch.Tensor], peer: str, asked: float) -> None:
+    side = torch.randn(5000, 1)
+    theirs = layers if peer == "float32" else [z.double() for z in layers]
+    compare(
+        benchmark,
+        f"against {peer} pinv",
+        lambda: [cfl_ops.lstsq(z, side) for z in layers],
+        {"torch": lambda: [torch.linalg.pinv(z) for z in theirs]},
+        flops=len(layers) * 5000 * 33 * 33 * 3,
+        asked=asked,
+        budget=3.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def regression() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 500, generator=generator)
+    weight = torch.randn(500, 1000, generator=generator) * 0.1
+    noise = torch.randn(5000, 1000, generator=generator) * torch.logspace(-1, 1, 1000)
+    return x, x @ weight + noise, np.logspace(-1, 4, 10)
+
+
+@pytest.mark.benchmark(group="ridge_cv, 5000 x 500 x 1000 targets x 10 lambdas, float32")
+def bench_leave_one_out(benchmark, regression) -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    x, y, lams = regression
+    peer = sklearn.RidgeCV(alphas=lams, fit_intercept=False, alpha_per_target=True)
+    same = np.array_equal(peer.fit(x.numpy(), y.numpy()).alpha_, cfl_ops.ridge_cv(x, y, lams).lam.numpy())
+    compare(
+        benchmark,
+        "leave-one-out",
+        lambda: cfl_ops.ridge_cv(x, y, lams),
+        {"scikit-learn": lambda: peer.fit(x.numpy(), y.numpy())},
+        flops=2 * 5000 * 500 * (1000 * 11 + 750),
+        asked=2.5,
+        note=f"same lambdas: {same}",
+    )
+
+
+@pytest.mark.parametrize(("peer", "asked"), [("scikit-learn", 9.0), ("himalaya", 15.0)])
+@pytest.mark.benchmark(group="ridge_cv, 5000 x 500 x 1000 targets x 10 lambdas, float32")
+def bench_folds(benchmark, regression, peer: str, asked: float) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    x, y, lams = regression
+    if peer == "scikit-learn":
+        model = pytest.importorskip("sklearn.linear_model").RidgeCV(alphas=lams, fit_intercept=False, cv=5)
+        theirs = model.fit(x.numpy(), y.numpy()).alpha_
+    else:
+        pytest.importorskip("himalaya.backend").set_backend("numpy")
+        ridge = pytest.importorskip("himalaya.ridge")
+        model = ridge.RidgeCV(alphas=lams, fit_intercept=False, cv=selection.KFold(5))
+        theirs = model.fit(x.numpy(), y.numpy()).best_alphas_
+    per_target = peer == "himalaya"
+    ours = cfl_ops.ridge_cv(x, y, lams, cv=5, per_target=per_target).lam.numpy()
+    compare(
+        benchmark,
+        "5 folds",
+        lambda: cfl_ops.ridge_cv(x, y, lams, cv=5, per_target=per_target),
+        {peer: lambda: model.fit(x.numpy(), y.numpy())},
+        flops=2 * 5000 * 500 * (1000 * 11 + 250),
+        asked=asked,
+        note=f"same lambdas: {np.allclose(theirs, ours, rtol=1e-4)}",
+    )

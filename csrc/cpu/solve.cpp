@@ -1,0 +1,470 @@
+// ridge_solve on the CPU: batches of small systems side by side in the lanes of a vector register,
+// larger ones through torch's LAPACK. Semantics: python/cfl_ops/solve.py (the fallback).
+//
+// float32 systems are factored in float32; those whose pivots come near what rounding leaves behind
+// are solved again in float64, so that the answer is float64's wherever the two differ much.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/blas.h"
+#include "cpu/gram_kernel.h"
+#include "cpu/solve_kernel.h"
+#include "cpu/tensor.h"
+
+namespace cfl::cpu {
+namespace {
+
+using detail::SolveGroup;
+using detail::SolveKernel;
+
+constexpr int32_t kBadPenalty = -1;
+constexpr int64_t kSmall = 128;  // the largest order that is solved side by side
+// A float32 pivot below this many times n eps is not trusted.
+constexpr double kDoubt = 4.0;
+
+detail::SolveKernels kernels() {
+  switch (isa()) {
+#if defined(CFL_HAVE_X86_ISAS)
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return detail::solve_kernels_avx512();
+    case Isa::kAvx2:
+      return detail::solve_kernels_avx2();
+#endif
+    default:
+      return detail::solve_kernels_generic();
+  }
+}
+
+template <class T>
+const SolveKernel& kernel() {
+  const auto kernels = cfl::cpu::kernels();
+  return std::is_same_v<T, float> ? *kernels.f32 : *kernels.f64;
+}
+
+// 64-byte aligned memory that a thread keeps for its next call.
+class Memory {
+ public:
+  ~Memory() { std::free(data_); }
+  template <class T>
+  T* get(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Element i of a batch, without a division where the batch has a single stride.
+class Walk {
+ public:
+  Walk() = default;
+  Walk(const Tensor& tensor, int64_t core)
+      : batched_(tensor, core), data_(static_cast<char*>(tensor.data_ptr())) {
+    const int64_t dims = tensor.dim() - core;
+    const auto element = static_cast<int64_t>(tensor.element_size());
+    int64_t expected = 0;
+    bool first = true;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+      if (tensor.size(i) == 1) continue;
+      if (first) {
+        stride_ = tensor.stride(i) * element;
+        first = false;
+      } else if (tensor.stride(i) * element != expected) {
+        simple_ = false;
+      }
+      expected = (first ? 0 : tensor.stride(i) * element) * tensor.size(i);
+    }
+  }
+  template <class T>
+  T* at(int64_t index) const {
+    if (simple_) return reinterpret_cast<T*>(data_ + index * stride_);
+    return batched_.at<T>(index);
+  }
+
+ private:
+  Batched batched_;
+  char* data_ = nullptr;
+  int64_t stride_ = 0;
+  bool simple_ = true;
+};
+
+template <class T>
+struct Systems {
+  int64_t n, k, batch;
+  Walk a, b, x, shift_diag;
+  bool upper, has_diag;
+  const double* shift;  // one number, or one for each system
+  bool one_shift;
+  int32_t* info;
+  double shift_of(int64_t i) const { return shift[one_shift ? 0 : i]; }
+};
+
+bool bad_penalty(double value) { return !(value >= 0) || !std::isfinite(value); }
+
+template <class T>
+bool penalty_is_bad(const Systems<T>& s, int64_t index) {
+  if (bad_penalty(s.shift_of(index))) return true;
+  if (!s.has_diag) return false;
+  const T* diag = s.shift_diag.template at<T>(index);
+  return std::any_of(diag, diag + s.n, [](T value) { return bad_penalty(value); });
+}
+
+template <class T>
+void fill_nan(T* x, int64_t count) {
+  std::fill_n(x, count, std::numeric_limits<T>::quiet_NaN());
+}
+
+// One system through LAPACK, in Acc; returns info. x may be written in any case.
+template <class T, class Acc>
+int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
+  const int64_t n = s.n, k = s.k;
+  thread_local Memory memory;
+  constexpr bool kCopyRight = !std::is_same_v<T, Acc>;
+  Acc* system = memory.get<Acc>(static_cast<size_t>(n * n + n + (kCopyRight ? n * k : 0)));
+  Acc* original = system + n * n;
+  const T* a = s.a.template at<T>(index);
+  const T* diag = s.has_diag ? s.shift_diag.template at<T>(index) : nullptr;
+  if (s.upper) {  // tiles, so that neither side is walked across its rows for long
+    constexpr int64_t kTile = 32;
+    for (int64_t i0 = 0; i0 < n; i0 += kTile) {
+      for (int64_t j0 = 0; j0 <= i0; j0 += kTile) {
+        for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i) {
+          for (int64_t j = j0; j < std::min(i + 1, j0 + kTile); ++j)
+            system[i * n + j] = a[j * n + i];
+        }
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) std::copy_n(a + i * n, i + 1, system + i * n);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    system[i * n + i] +=
+        static_cast<Acc>(s.shift_of(index)) + (diag ? static_cast<Acc>(diag[i]) : Acc(0));
+    original[i] = system[i * n + i];
+  }
+  const int64_t info = potrf_lower(n, system, n);
+  const int64_t reached = info > 0 ? info - 1 : n;
+  for (int64_t i = 0; i < reached; ++i) {
+    const Acc pivot = system[i * n + i] * system[i * n + i];
+    if (!(pivot > static_cast<Acc>(tolerance) * original[i]) || !std::isfinite(pivot)) {
+      return static_cast<int32_t>(i + 1);
+    }
+  }
+  if (info > 0) return static_cast<int32_t>(info);
+  const T* b = s.b.template at<T>(index);
+  if constexpr (kCopyRight) {
+    Acc* right = original + n;
+    std::copy_n(b, n * k, right);
+    potrs_lower(n, k, system, n, right, k);
+    std::copy_n(right, n * k, x);
+  } else {
+    std::copy_n(b, n * k, x);
+    potrs_lower(n, k, system, n, x, k);
+  }
+  return 0;
+}
+
+template <class T>
+void solve_large(const Systems<T>& s, int64_t index) {
+  T* x = s.x.template at<T>(index);
+  const double order = static_cast<double>(s.n);
+  int32_t info = kBadPenalty;
+  if (!penalty_is_bad(s, index)) {
+    const double eps = std::numeric_limits<T>::epsilon();
+    if constexpr (std::is_same_v<T, float>) {
+      info = solve_one<T, T>(s, index, kDoubt * order * eps, x);
+    }
+    if (info != 0) {
+      info = solve_one<T, double>(s, index, order * std::numeric_limits<double>::epsilon(), x);
+    }
+  }
+  if (info != 0) fill_nan(x, s.n * s.k);
+  s.info[index] = info;
+}
+
+// The float64 answer of the systems of a float32 group that are in doubt.
+void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info) {
+  const SolveKernel& wide = kernel<double>();
+  const int64_t n = s.n, k = s.k, size = n * n, right = n * k;
+  thread_local Memory numbers, scratch;
+  // Per lane: the system, its right sides, its solution and its penalties; then the shifts.
+  const int64_t per_lane = size + 2 * right + n;
+  double* at = numbers.get<double>(static_cast<size_t>(wide.lanes * (per_lane + 1)));
+  std::vector<const void*> a(wide.lanes), b(wide.lanes), diag(wide.lanes);
+  std::vector<void*> x(wide.lanes);
+  std::vector<int64_t> lane_of;
+  std::vector<int32_t> codes(wide.lanes);
+  double* shift = at + wide.lanes * per_lane;
+
+  auto flush = [&] {
+    for (size_t i = 0; i < static_cast<size_t>(wide.lanes); ++i) {
+      const size_t from = std::min(i, lane_of.size() - 1);  // idle lanes repeat the last system
+      double* base = at + static_cast<int64_t>(from) * per_lane;
+      a[i] = base;
+      b[i] = base + size;
+      x[i] = base + size + right;
+      diag[i] = base + size + 2 * right;
+      shift[i] = shift[from];
+    }
+    SolveGroup again;
+    again.n = n;
+    again.k = k;
+    again.valid = static_cast<int64_t>(lane_of.size());
+    again.a = a.data();
+    again.b = b.data();
+    again.x = x.data();
+    again.upper = s.upper;
+    again.shift = shift;
+    again.shift_diag = s.has_diag ? diag.data() : nullptr;
+    again.tolerance = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+    again.info = codes.data();
+    again.scratch = scratch.get<char>(wide.scratch_bytes(n, k));
+    wide.run(&again);
+    for (size_t i = 0; i < lane_of.size(); ++i) {
+      const int64_t lane = lane_of[i];
+      info[lane] = codes[i];
+      std::copy_n(static_cast<const double*>(x[i]), right, static_cast<float*>(group.x[lane]));
+    }
+    lane_of.clear();
+  };
+
+  for (int64_t lane = 0; lane < group.valid; ++lane) {
+    if (info[lane] == 0) continue;
+    double* base = at + static_cast<int64_t>(lane_of.size()) * per_lane;
+    std::copy_n(static_cast<const float*>(group.a[lane]), size, base);
+    std::copy_n(static_cast<const float*>(group.b[lane]), right, base + size);
+    if (s.has_diag)
+      std::copy_n(static_cast<const float*>(group.shift_diag[lane]), n, base + size + 2 * right);
+    shift[lane_of.size()] = static_cast<double>(static_cast<const float*>(group.shift)[lane]);
+    lane_of.push_back(lane);
+    if (static_cast<int>(lane_of.size()) == wide.lanes) flush();
+  }
+  if (!lane_of.empty()) flush();
+}
+
+template <class T>
+void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
+  const SolveKernel& k = kernel<T>();
+  const int64_t lanes = k.lanes;
+  thread_local Memory memory;
+  alignas(64) T shift[64 / sizeof(T)];
+  const void *a[2][16], *b[16], *diag[16];
+  void* x[16];
+  int32_t info[16];
+  SolveGroup group;
+  group.n = s.n;
+  group.k = s.k;
+  group.b = b;
+  group.x = x;
+  group.upper = s.upper;
+  group.shift = shift;
+  group.shift_diag = s.has_diag ? diag : nullptr;
+  group.tolerance = static_cast<double>(s.n) * std::numeric_limits<T>::epsilon() *
+                    (std::is_same_v<T, float> ? kDoubt : 1.0);
+  group.info = info;
+  group.scratch = memory.get<char>(k.scratch_bytes(s.n, s.k));
+
+  auto systems_of = [&](int64_t group_index, const void** to) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      to[lane] = s.a.template at<T>(std::min(group_index * lanes + lane, s.batch - 1));
+    }
+  };
+  systems_of(begin, a[begin & 1]);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * lanes;
+    group.valid = std::min(lanes, s.batch - first);
+    group.a = a[index & 1];
+    if (index + 1 < end) systems_of(index + 1, a[(index + 1) & 1]);
+    group.next_a = index + 1 < end ? a[(index + 1) & 1] : nullptr;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t i = std::min(first + lane, s.batch - 1);
+      b[lane] = s.b.template at<T>(i);
+      x[lane] = s.x.template at<T>(i);
+      if (s.has_diag) diag[lane] = s.shift_diag.template at<T>(i);
+      shift[lane] = static_cast<T>(s.shift_of(i));
+    }
+    k.run(&group);
+    if constexpr (std::is_same_v<T, float>) {
+      if (std::any_of(info, info + group.valid, [](int32_t code) { return code != 0; })) {
+        solve_again(s, group, info);
+      }
+    }
+    for (int64_t lane = 0; lane < group.valid; ++lane) {
+      int32_t code = info[lane];
+      if ((!s.one_shift || s.has_diag) && penalty_is_bad(s, first + lane)) {
+        code = kBadPenalty;
+        fill_nan(static_cast<T*>(x[lane]), s.n * s.k);
+      }
+      s.info[first + lane] = code;
+    }
+  }
+}
+
+template <class T>
+void solve(const Systems<T>& s) {
+  if (s.batch == 0) return;
+  if (s.one_shift && bad_penalty(s.shift[0])) {
+    for (int64_t i = 0; i < s.batch; ++i) fill_nan(s.x.template at<T>(i), s.n * s.k);
+    std::fill_n(s.info, s.batch, kBadPenalty);
+    return;
+  }
+  if (s.n == 0) {
+    for (int64_t i = 0; i < s.batch; ++i) s.info[i] = penalty_is_bad(s, i) ? kBadPenalty : 0;
+    return;
+  }
+  const int64_t lanes = kernel<T>().lanes;
+  // A group costs about as much as two systems through LAPACK, or one where the calls are what
+  // costs.
+  const bool side_by_side = s.n <= kSmall && (s.batch >= 3 || s.n <= 16);
+  if (side_by_side || !blas_available()) {
+    const int64_t groups = (s.batch + lanes - 1) / lanes;
+    const int64_t work = std::max<int64_t>(1, s.n * s.n * (s.n / 3 + 2 * s.k) * lanes / 4);
+    torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 100000 / work),
+                                [&](int64_t begin, int64_t end) { solve_groups(s, begin, end); });
+  } else if (s.batch == 1) {
+    solve_large(s, 0);  // LAPACK has the threads to itself
+  } else {
+    torch::stable::parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) solve_large(s, i);
+    });
+  }
+}
+
+// --- from tensors
+// ------------------------------------------------------------------------------------
+
+bool dense(const Tensor& tensor, bool transposed) {
+  const int64_t ndim = tensor.dim(), rows = tensor.size(ndim - 2), cols = tensor.size(ndim - 1);
+  const int64_t row = tensor.stride(ndim - 2), col = tensor.stride(ndim - 1);
+  if (transposed) return (rows <= 1 || row == 1) && (cols <= 1 || col == rows);
+  return (cols <= 1 || col == 1) && (rows <= 1 || row == cols);
+}
+
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+template <class T>
+void run(const Tensor& gram, const Tensor& cross, const Tensor& lam,
+         const std::optional<Tensor>& lam_diag, const Tensor& x, const Tensor& info) {
+  constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+  Tensor a = in_dtype(gram, kType), b = in_dtype(cross, kType);
+  Systems<T> s{};
+  s.upper = !dense(a, false) && dense(a, true);
+  if (!s.upper && !dense(a, false)) a = torch::stable::contiguous(a);
+  if (!dense(b, false)) b = torch::stable::contiguous(b);
+  const Tensor shift = torch::stable::contiguous(in_dtype(lam, ScalarType::Double));
+  std::optional<Tensor> diag;
+  if (lam_diag) {
+    diag = in_dtype(*lam_diag, kType);
+    if (diag->size(diag->dim() - 1) > 1 && diag->stride(diag->dim() - 1) != 1) {
+      diag = torch::stable::contiguous(*diag);
+    }
+    s.shift_diag = Walk(*diag, 1);
+  }
+  s.n = a.size(a.dim() - 1);
+  s.k = b.size(b.dim() - 1);
+  s.batch = product(batch_shape(a, 2));
+  s.a = Walk(a, 2);
+  s.b = Walk(b, 2);
+  s.x = Walk(x, 2);
+  s.has_diag = lam_diag.has_value();
+  s.shift = static_cast<const double*>(shift.data_ptr());
+  s.one_shift = shift.dim() == 0;
+  s.info = static_cast<int32_t*>(info.data_ptr());
+  solve(s);
+}
+
+std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, const Tensor& lam,
+                                       const std::optional<Tensor>& lam_diag) {
+  auto is = [&](ScalarType dtype) {
+    return gram.scalar_type() == dtype || cross.scalar_type() == dtype;
+  };
+  const bool wide = is(ScalarType::Double);
+  Tensor x = empty_cpu(batch_shape(cross, 0), wide ? ScalarType::Double : ScalarType::Float);
+  Tensor info = empty_cpu(batch_shape(gram, 2), ScalarType::Int);
+  (wide ? &run<double> : &run<float>)(gram, cross, lam, lam_diag, x, info);
+  if (!wide && !is(ScalarType::Float)) {
+    const bool same = gram.scalar_type() == cross.scalar_type();
+    if (same) x = torch::stable::to(x, gram.scalar_type());
+  }
+  return {x, info};
+}
+
+// --- small_pinv
+// ---------------------------------------------------------------------------------------
+
+// P of a batch of small matrices of full rank, and info: 1 where another path has to do it.
+std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
+  const int64_t ndim = a.dim(), rows = a.size(ndim - 2), cols = a.size(ndim - 1);
+  const bool is_double = a.scalar_type() == ScalarType::Double;
+  Tensor in = is_double ? a : in_dtype(a, ScalarType::Float);
+  if (!dense(in, false)) in = torch::stable::contiguous(in);
+  Tensor p = empty_cpu(batch_shape(a, 2, {cols, rows}),
+                       is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor info = empty_cpu(batch_shape(a, 2), ScalarType::Int);
+  const auto kernels = cfl::cpu::kernels();
+  const detail::PinvKernel& kernel = is_double ? *kernels.pinv_f64 : *kernels.pinv_f32;
+  const int64_t batch = product(batch_shape(a, 2)), lanes = kernel.lanes;
+  const Walk ins(in, 2), outs(p, 2);
+  auto* infos = static_cast<int32_t*>(info.data_ptr());
+  torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
+    thread_local Memory memory;
+    const void* t[16];
+    void* out[16];
+    int32_t codes[16];
+    detail::PinvGroup group;
+    group.m = std::max(rows, cols);
+    group.s = std::min(rows, cols);
+    group.wide = rows < cols;
+    group.t = t;
+    group.p = out;
+    group.limit = limit;
+    // The trace of the inverse is at least 1 / pivot; without this a pivot of mere rounding could
+    // pass, for T^T has nothing along it that would show in P.
+    group.tolerance =
+        std::max(1 / limit, static_cast<double>(group.s) * std::numeric_limits<double>::epsilon());
+    group.refine = is_double;
+    group.info = codes;
+    group.scratch = memory.get<char>(kernel.scratch_bytes(group.m, group.s));
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * lanes;
+      group.valid = std::min(lanes, batch - first);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t i = std::min(first + lane, batch - 1);
+        t[lane] = ins.at<char>(i);
+        out[lane] = outs.at<char>(i);
+      }
+      kernel.run(&group);
+      std::copy_n(codes, group.valid, infos + first);
+    }
+  });
+  if (a.scalar_type() != p.scalar_type()) p = torch::stable::to(p, a.scalar_type());
+  return {p, info};
+}
+
+}  // namespace
+}  // namespace cfl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+  m.impl("ridge_solve", TORCH_BOX(&cfl::cpu::ridge_solve));
+  m.impl("small_pinv", TORCH_BOX(&cfl::cpu::small_pinv));
+}

@@ -1,0 +1,221 @@
+"""Ridge and RidgeCV: scikit-learn estimators over the ops. Importing this module imports scikit-learn."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from ..ridge import ridge, ridge_cv
+
+__all__ = ["Ridge", "RidgeCV"]
+
+
+def _foreign(value: Any) -> Tensor | None:
+    """A torch tensor, or an array of another library on any device (DLPack) as one; else None."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
+        return torch.utils.dlpack.from_dlpack(value)
+    return None
+
+
+def _check_tensors(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The checks that scikit-learn makes of arrays, for tensors."""
+    values = {"X": x} if y is None else {"X": x, "y": y}
+    for name, value in values.items():
+        dims = (2,) if name == "X" else (1, 2)
+        if value.ndim not in dims:
+            raise ValueError(
+                f"cfl_ops.learn: {name} must have {' or '.join(map(str, dims))} dimensions, "
+                f"but got shape {tuple(value.shape)}"
+            )
+        if value.shape[0] == 0:
+            raise ValueError(f"cfl_ops.learn: {name} must have at least 1 row, but got {tuple(value.shape)}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"cfl_ops.learn: {name} must be finite, but has NaN or Inf")
+    if y is not None and y.shape[0] != x.shape[0]:
+        raise ValueError(f"cfl_ops.learn: y must have the {x.shape[0]} rows of X, but got {y.shape[0]}")
+    x = x.detach() if x.is_floating_point() else x.detach().to(torch.float64)
+    return x, None if y is None else y.detach().to(x.device, x.dtype)
+
+
+class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """What Ridge and RidgeCV share: input, prediction and attributes.
+
+    NumPy in gives NumPy attributes and predictions; a torch tensor, or what speaks DLPack (CuPy), gives torch
+    tensors on its device.
+    """
+
+    fit_intercept: bool
+
+    def _validated(self, X: Any, y: Any) -> tuple[Tensor, Tensor, bool]:
+        x = _foreign(X)
+        if x is not None:
+            other = _foreign(y)
+            target = torch.as_tensor(y) if other is None else other
+            x, checked = _check_tensors(x, target)
+            assert checked is not None
+            self.n_features_in_ = x.shape[1]
+            return x, checked, True
+        if y is None:
+            raise ValueError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y is None."
+            )
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True)
+        return torch.from_numpy(np.array(X)), torch.from_numpy(np.array(y, dtype=X.dtype)), False
+
+    def _store(self, weight: Tensor, intercept: Tensor | None, y: Tensor, foreign: bool) -> None:
+        coef = weight.mT if y.ndim == 2 else weight[:, 0]
+        coef = coef.contiguous()
+        if intercept is None:
+            offset: Any = 0.0
+        elif y.ndim == 2:
+            offset = intercept if foreign else intercept.numpy()
+        else:
+            offset = intercept[0] if foreign else float(intercept[0])
+        self.coef_ = coef if foreign else coef.numpy()
+        self.intercept_ = offset
+
+    def predict(self, X: Any) -> Any:
+        """Predictions ``(n,)`` or ``(n, K)``: a tensor for a tensor, else an array."""
+        check_is_fitted(self)
+        coef = torch.as_tensor(self.coef_)
+        offset = torch.as_tensor(self.intercept_, dtype=coef.dtype, device=coef.device)
+        x = _foreign(X)
+        if x is not None:
+            x, _ = _check_tensors(x, None)
+            if x.shape[1] != self.n_features_in_:
+                raise ValueError(
+                    f"cfl_ops.learn: X must have {self.n_features_in_} features, as in fit, but got {x.shape[1]}"
+                )
+            return x @ coef.to(x.device, x.dtype).mT + offset.to(x.device, x.dtype)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return X @ coef.cpu().numpy().T + offset.cpu().numpy()
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The coefficient of determination R^2 of the prediction, averaged over targets."""
+        if _foreign(X) is not None:
+            X = _foreign(X).cpu().numpy()  # type: ignore[union-attr]
+        if _foreign(y) is not None:
+            y = _foreign(y).cpu().numpy()  # type: ignore[union-attr]
+        return float(super().score(X, y, sample_weight))
+
+
+def _columns(y: Tensor) -> Tensor:
+    return y if y.ndim == 2 else y.unsqueeze(-1)
+
+
+class Ridge(_LinearModel):
+    r"""Ridge regression, as :class:`sklearn.linear_model.Ridge`, over :func:`cfl_ops.ridge`.
+
+    .. math:: \min_w \|y - X w\|^2 + \alpha \|w\|^2
+
+    Args:
+        alpha: the penalty, not negative; 0 gives the minimum-norm least-squares fit.
+        fit_intercept: fit an intercept, which is not penalised.
+
+    Attributes:
+        coef_: ``(D,)``, or ``(K, D)`` for targets ``(B, K)``.
+        intercept_: a number, or ``(K,)``; 0.0 without an intercept.
+        n_features_in_: D.
+
+    Example:
+        >>> import numpy as np
+        >>> from cfl_ops.learn import Ridge
+        >>> model = Ridge(alpha=2.0).fit(np.array([[0.0], [1.0], [2.0]]), np.array([1.0, 3.0, 5.0]))
+        >>> model.predict(np.array([[3.0]]))
+        array([5.])
+    """
+
+    def __init__(self, alpha: float = 1.0, *, fit_intercept: bool = True) -> None:
+        self.alpha = alpha
+        self.fit_intercept = fit_intercept
+
+    def fit(self, X: Any, y: Any) -> Ridge:
+        """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
+        if (
+            not isinstance(self.alpha, Real)
+            or isinstance(self.alpha, bool)
+            or not 0 <= self.alpha < float("inf")
+        ):
+            raise ValueError(f"Ridge: alpha must be finite and not negative, but got {self.alpha!r}")
+        x, target, foreign = self._validated(X, y)
+        result = ridge(x, _columns(target), float(self.alpha), bias=bool(self.fit_intercept))
+        weight, intercept = result if isinstance(result, tuple) else (result, None)
+        self._store(weight, intercept, target, foreign)
+        return self
+
+
+class RidgeCV(_LinearModel):
+    r"""Ridge regression with its penalty cross-validated, as :class:`sklearn.linear_model.RidgeCV`.
+
+    Over :func:`cfl_ops.ridge_cv`: one eigendecomposition for all penalties and targets.
+
+    Args:
+        alphas: the penalties to choose from.
+        fit_intercept: fit an intercept, which is not penalised.
+        cv: None or "loo" (leave-one-out), "gcv", or a number of folds.
+        alpha_per_target: choose a penalty for each target.
+
+    Attributes:
+        coef_, intercept_, n_features_in_: as those of :class:`Ridge`.
+        alpha_: the chosen penalty: a number, or ``(K,)`` with ``alpha_per_target`` and targets ``(B, K)``.
+        best_score_: minus the mean squared error there, in the form of ``alpha_``.
+        scores_: ``(len(alphas), K)``: the mean squared errors.
+
+    Example:
+        >>> import numpy as np
+        >>> from cfl_ops.learn import RidgeCV
+        >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+        >>> RidgeCV(alphas=(0.01, 100.0)).fit(x, 2 * x[:, 0]).alpha_
+        0.01
+    """
+
+    def __init__(
+        self,
+        alphas: Any = (0.1, 1.0, 10.0),
+        *,
+        fit_intercept: bool = True,
+        cv: str | int | None = None,
+        alpha_per_target: bool = False,
+    ) -> None:
+        self.alphas = alphas
+        self.fit_intercept = fit_intercept
+        self.cv = cv
+        self.alpha_per_target = alpha_per_target
+
+    def fit(self, X: Any, y: Any) -> RidgeCV:
+        """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
+        x, target, foreign = self._validated(X, y)
+        if x.shape[0] < 2:
+            raise ValueError(f"RidgeCV: X must have at least 2 samples, but got n_samples = {x.shape[0]}")
+        cv: str | int = (
+            "loo" if self.cv is None else int(self.cv) if isinstance(self.cv, Integral) else self.cv
+        )
+        result = ridge_cv(
+            x,
+            _columns(target),
+            torch.as_tensor(np.atleast_1d(np.asarray(self.alphas, dtype=np.float64))),
+            cv=cv,
+            per_target=bool(self.alpha_per_target),
+            bias=bool(self.fit_intercept),
+        )
+        self._store(result.weight, result.intercept, target, foreign)
+        scores = result.scores
+        if result.lam.ndim == 0:
+            self.alpha_: Any = float(result.lam)
+            self.best_score_: Any = -float(scores.mean(1).min())
+        else:
+            best = -scores.amin(0)
+            several = target.ndim == 2
+            self.alpha_ = result.lam.cpu().numpy() if several else float(result.lam[0])
+            self.best_score_ = best.cpu().numpy() if several else float(best[0])
+        self.scores_ = scores if foreign else scores.numpy()
+        return self

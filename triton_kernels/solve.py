@@ -1,0 +1,90 @@
+"""ridge_solve on a GPU: one program per small system, which stays in registers from load to answer."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python
+from torch import Tensor
+
+__all__ = ["ridge_solve"]
+
+LARGEST = 64  # above, torch's batched factorisation takes over
+COLUMNS = 32  # right sides to a program
+
+
+@triton.jit
+def _solve_kernel(
+    gram_ptr, cross_ptr, shift_ptr, solution_ptr, info_ptr, order, columns, tolerance,
+    ORDER: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, ORDER)
+    sides = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = rows < order
+    # The lower triangle, mirrored; an identity beyond the order.
+    low = tl.maximum(rows[:, None], rows[None, :])
+    high = tl.minimum(rows[:, None], rows[None, :])
+    both = inside[:, None] & inside[None, :]
+    diagonal = rows[:, None] == rows[None, :]
+    gram = tl.load(gram_ptr + matrix * order * order + low * order + high, mask=both, other=0.0)
+    shift = tl.load(shift_ptr + matrix * order + rows, mask=inside, other=1.0)
+    system = gram.to(tl.float64) + tl.where(diagonal, shift[:, None], 0.0)
+    original = tl.sum(tl.where(diagonal, system, 0.0), axis=1)
+    held = inside[:, None] & (sides < columns)[None, :]
+    at = (matrix * order + rows[:, None]) * columns + sides[None, :]
+    right = tl.load(cross_ptr + at, mask=held, other=0.0).to(tl.float64)
+
+    info = 0
+    for j in range(0, order):
+        # Column j of the symmetric remainder is its row j.
+        column = tl.sum(tl.where(rows[None, :] == j, system, 0.0), axis=1)
+        pivot = tl.sum(tl.where(rows == j, column, 0.0), axis=0)
+        scale = tl.sum(tl.where(rows == j, original, 0.0), axis=0)
+        # Inf fails the second half: Inf - Inf is NaN.
+        good = (pivot > tolerance * scale) & (pivot - pivot == 0.0)
+        info = tl.where((info == 0) & (good == 0), j + 1, info)
+        pivot = tl.where(good, pivot, 1.0)
+        below = tl.where(rows > j, column / pivot, 0.0)
+        row = tl.sum(tl.where(rows[:, None] == j, system, 0.0), axis=0)
+        right_row = tl.sum(tl.where(rows[:, None] == j, right, 0.0), axis=0)
+        system -= below[:, None] * row[None, :]
+        right -= below[:, None] * right_row[None, :]
+    pivots = tl.sum(tl.where(diagonal, system, 0.0), axis=1)
+    for step in range(0, order):
+        j = order - 1 - step
+        pivot = tl.sum(tl.where(rows == j, pivots, 0.0), axis=0)
+        answer = tl.sum(tl.where(rows[:, None] == j, right, 0.0), axis=0) / pivot
+        column = tl.sum(tl.where(rows[None, :] == j, system, 0.0), axis=1)
+        change = tl.where(rows < j, column, 0.0)[:, None] * answer[None, :]
+        right = tl.where(rows[:, None] == j, answer[None, :], right - change)
+    right = tl.where(info == 0, right, float("nan"))
+    tl.store(solution_ptr + at, right.to(solution_ptr.dtype.element_ty), mask=held)
+    tl.store(info_ptr + matrix, info, mask=tl.program_id(1) == 0)
+
+
+def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The launcher: in float64 registers, whatever the dtype (cards with slow float64 are slow here)."""
+    order, columns = cross.shape[-2:]
+    batch = gram.shape[:-2]
+    if order > LARGEST or order == 0 or cross.numel() == 0:
+        return _ridge_solve_python(gram, cross, lam, lam_diag)
+    shift = lam.to(gram.device, torch.float64).expand(batch).unsqueeze(-1)
+    good = (shift >= 0) & shift.isfinite()
+    if lam_diag is not None:
+        good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
+        shift = shift + lam_diag.to(torch.float64)
+    # A penalty that is refused becomes NaN, which no pivot survives.
+    shift = torch.where(good, shift, torch.nan).expand(*batch, order).contiguous()
+    dtype = torch.promote_types(gram.dtype, cross.dtype)
+    working = torch.promote_types(dtype, torch.float32)  # the interpreter cannot store bfloat16
+    solution = torch.empty(cross.shape, dtype=working, device=gram.device)
+    info = torch.empty(batch, dtype=torch.int32, device=gram.device)
+    width = min(COLUMNS, triton.next_power_of_2(columns))
+    _solve_kernel[(info.numel(), triton.cdiv(columns, width))](
+        gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, info, order, columns,
+        order * torch.finfo(torch.float64).eps,
+        ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=1 if order <= 16 else 4,
+    )  # fmt: skip
+    return solution.to(dtype), torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
