@@ -228,6 +228,7 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
   STD_TORCH_CHECK(
       (one_minimum || minimum.numel() == groups) && (one_maximum || maximum.numel() == groups),
       "cfl_ops.dequantize: the ranges do not fit the symbols");
+  const int bytes = symbol_size(q);
   Tensor w = empty_cpu(batch_shape(q, 1, {size}), minimum.scalar_type());
   const Kernel* k = kernel();
   constexpr int64_t kBlock = 1 << 15;
