@@ -222,7 +222,12 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
   const Tensor minimum = torch::stable::contiguous(minimum_in),
                maximum = torch::stable::contiguous(maximum_in);
   const Float dtype = float_kind(minimum.scalar_type());
-  const int64_t size = q.size(q.dim() - 1), groups = minimum.numel();
+  const int64_t size = q.size(q.dim() - 1), groups = product(batch_shape(q, 1));
+  // A 0-d end of the range serves every batch (expand_batch).
+  const bool one_minimum = minimum.numel() == 1, one_maximum = maximum.numel() == 1;
+  STD_TORCH_CHECK(
+      (one_minimum || minimum.numel() == groups) && (one_maximum || maximum.numel() == groups),
+      "cfl_ops.dequantize: the ranges do not fit the symbols");
   const int bytes = symbol_size(q);
   Tensor w = empty_cpu(batch_shape(q, 1, {size}), minimum.scalar_type());
   const Kernel* k = kernel();
@@ -235,8 +240,9 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
                     count = std::min(kBlock, size - first);
       int wide = 0;
       const Affine a =
-          make_affine(dtype, read_float(dtype, minimum.data_ptr(), g),
-                      read_float(dtype, maximum.data_ptr(), g), static_cast<int>(bits), &wide);
+          make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
+                      read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
+                      static_cast<int>(bits), &wide);
       const int64_t at = g * size + first;
       k->dequantize(dtype, static_cast<const uint8_t*>(q.data_ptr()) + at * bytes, bytes, count, &a,
                     wide, static_cast<uint8_t*>(w.data_ptr()) + at * w.element_size());

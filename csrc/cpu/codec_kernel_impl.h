@@ -1060,8 +1060,8 @@ void quantize(Float dtype, const void* w, int64_t n, const Affine* a, int wide, 
 }
 
 #if CFL_CODEC_ISA == 512
-// float32 weights go past the caches: they are written once, and their lines need not be read for it.
-// Returns how many were written.
+// float32 weights go past the caches: they are written once, and their lines need not be read for
+// it. Returns how many were written.
 template <class S>
 int64_t dequantize_stream(const S* q, int64_t n, float origin, float step, float* out) {
   constexpr int64_t kWorthIt = 4096;

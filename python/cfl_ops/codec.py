@@ -173,7 +173,8 @@ def _dequantize_fake(symbols: Tensor, minimum: Tensor, maximum: Tensor, bits: in
 
 
 def _dequantize_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    symbols, _, _, ctx.bits = inputs
+    symbols, minimum, maximum, ctx.bits = inputs
+    ctx.shapes = minimum.shape, maximum.shape
     ctx.save_for_backward(symbols)
 
 
@@ -182,7 +183,9 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, 
     (symbols,) = ctx.saved_tensors
     t = (symbols.to(torch.float64) + 0.5) / 2.0**ctx.bits
     wide = grad.to(torch.float64)
-    return None, (wide * (1 - t)).sum(-1).to(grad.dtype), (wide * t).sum(-1).to(grad.dtype), None
+    low, high = ctx.shapes
+    grad_minimum = (wide * (1 - t)).sum(-1).sum_to_size(low).to(grad.dtype)
+    return None, grad_minimum, (wide * t).sum(-1).sum_to_size(high).to(grad.dtype), None
 
 
 DEQUANTIZE = define_op(
