@@ -266,9 +266,10 @@ struct Source {
   int64_t row_stride, col_stride;
 };
 
-// dst[k * kWidth + c] = scale[k] * src(k, c), for c < cols; `scale` may be null.
-template <class T, class S, int kWidth>
-void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* scale, T* dst) {
+// dst[k * ld + c] = scale[k] * src(k, c), for c < cols; `scale` may be null.
+template <class T, class S>
+void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* scale, T* dst,
+                  int64_t ld) {
   constexpr int n = kLanes<T>;
   const int64_t full = cols / n * n;
   int64_t packed = 0;  // columns that a vector loop has dealt with
@@ -276,16 +277,11 @@ void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* sca
     packed = full;
     for (int64_t k = 0; k < rows; ++k) {
       const S* s = src.data + k * src.row_stride;
-      T* d = dst + k * kWidth;
+      T* d = dst + k * ld;
       // The next panel's part of this row: its rows are too far apart for the hardware to guess.
-      __builtin_prefetch(s + kWidth);
-      __builtin_prefetch(reinterpret_cast<const char*>(s + kWidth) + 64);
-      __builtin_prefetch(reinterpret_cast<const char*>(s + kWidth) + 128);
+      for (int64_t c = 0; c < cols; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(s + ld + c);
       if (scale) {
         for (int64_t c = 0; c < full; c += n) store_as(d + c, Convert<T>::load(s + c) * scale[k]);
-      } else if (full == kWidth) {
-#pragma GCC unroll 8
-        for (int64_t c = 0; c < kWidth; c += n) store_as(d + c, Convert<T>::load(s + c));
       } else {
         for (int64_t c = 0; c < full; c += n) store_as(d + c, Convert<T>::load(s + c));
       }
@@ -303,12 +299,12 @@ void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* sca
         }
         transpose<T>(r);
 #pragma GCC unroll 16
-        for (int m = 0; m < n; ++m) store_as(dst + (k + m) * kWidth + c, r[m]);
+        for (int m = 0; m < n; ++m) store_as(dst + (k + m) * ld + c, r[m]);
       }
       for (int64_t k = full_rows; k < rows; ++k) {
         for (int m = 0; m < n; ++m) {
           const T v = to_float(src.data[(c + m) * src.col_stride + k]);
-          dst[k * kWidth + c + m] = scale ? scale[k] * v : v;
+          dst[k * ld + c + m] = scale ? scale[k] * v : v;
         }
       }
     }
@@ -318,7 +314,7 @@ void pack_columns(const Source<S>& src, int64_t rows, int64_t cols, const T* sca
     const S* s = src.data + k * src.row_stride;
     for (int64_t c = packed; c < cols; ++c) {
       const T v = to_float(s[c * src.col_stride]);
-      dst[k * kWidth + c] = scale ? scale[k] * v : v;
+      dst[k * ld + c] = scale ? scale[k] * v : v;
     }
   }
 }
@@ -340,6 +336,24 @@ CFL_INLINE Source<S> y_source(const GramArgs& a, int64_t row, int64_t col) {
   return {static_cast<const S*>(a.y) + row * a.y_row_stride + col * a.y_col_stride, a.y_row_stride,
           a.y_col_stride};
 }
+
+// A run of columns of x (with the bias) or of the dense targets.
+struct Panel {
+  bool is_x;
+  int64_t first, width;
+};
+
+// A packed panel, or x itself: element (k, c) is data[k * stride + c].
+template <class P>
+struct Operand {
+  const P* data;
+  int64_t stride;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 // ---- the vector engine --------------------------------------------------------------------------
 
@@ -366,40 +380,41 @@ struct VectorEngine {
   static constexpr int kRows = kLanes<T> == 2 ? 2 : 4;
 #endif
   static constexpr bool kSharedPacking = true;
+  static constexpr bool kReadsInPlace = kSame<T, S>;
   static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
-  static constexpr int64_t kGroup = 24;  // panels kept in L2
-
+  static constexpr int64_t kGroup = 24;                            // panels kept in L2
   static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
   static constexpr int64_t kOperandsAhead = 16, kOutputAhead = 32;  // prefetch, in rows
 
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
+  static int64_t stride(int64_t width) { return ceil_div(width, kLanes<T>) * kLanes<T>; }
 
-  // Packs panel p (x, bias and zeros; or targets and zeros) of rows [row, row + depth).
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const T* scale,
+  // Packs rows [row, row + depth) of a panel (x, bias and zeros; or targets and zeros).
+  static void pack(const Plan& plan, Panel panel, int64_t row, int64_t depth, const T* scale,
                    T* dst) {
     const GramArgs& a = plan.args;
-    const bool is_x = p < plan.x_panels;
-    const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
-    const int64_t present = max64(0, min64(kWidth, (is_x ? a.cols : a.targets) - first));
-    pack_columns<T, S, kWidth>(is_x ? x_source<S>(a, row, first) : y_source<S>(a, row, first),
-                               depth, present, scale, dst);
-    if (present == kWidth) return;
-    const bool has_bias = is_x && a.bias && first + present == a.cols;
+    const int64_t ld = stride(panel.width);
+    const int64_t present = min64(panel.width, (panel.is_x ? a.cols : a.targets) - panel.first);
+    pack_columns<T, S>(
+        panel.is_x ? x_source<S>(a, row, panel.first) : y_source<S>(a, row, panel.first), depth,
+        present, scale, dst, ld);
+    if (present == ld) return;
     for (int64_t k = 0; k < depth; ++k) {
-      T* d = dst + k * kWidth + present;
-      memset(d, 0, (kWidth - present) * sizeof(T));
-      if (has_bias) d[0] = scale ? scale[k] : T(1);
+      T* d = dst + k * ld + present;
+      memset(d, 0, size_t(ld - present) * sizeof(T));
+      if (present < panel.width) d[0] = scale ? scale[k] : T(1);  // the bias
     }
   }
 
   static void begin_part() {}
   static void end_part() {}
 
-  // c[kRows][kN vectors] from kRows columns of strip a and kN vectors of panel b.
-  // Not inlined: the accumulators and operands take every vector register.
+  // c[kRows][kN vectors] from kRows columns of strip a and kN vectors of panel b. Not inlined: the
+  // accumulators and operands take every vector register.
   template <int kN>
-  static __attribute__((noinline)) void tile(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, Update update,
-                   T beta) {
+  static __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, const T* b,
+                                             int64_t ldb, T* c, int64_t ldc, Update update,
+                                             T beta) {
     constexpr int n = kLanes<T>;
     Vec<T> acc[kRows][kN];
 #pragma GCC unroll 8
@@ -411,17 +426,17 @@ struct VectorEngine {
     T* at = c;
     int64_t k = 0;
     for (int64_t stop = depth - kOutputAhead; stop <= depth; stop += kOutputAhead) {
-      for (; k < stop; ++k) {
+      for (; k < stop; ++k, a += lda, b += ldb) {
         Vec<T> bv[kN];
 #pragma GCC unroll 8
         for (int v = 0; v < kN; ++v) {
-          bv[v] = load_as<Vec<T>>(b + k * kWidth + v * n);
-          __builtin_prefetch(b + (k + kOperandsAhead) * kWidth + v * n);
+          bv[v] = load_as<Vec<T>>(b + v * n);
+          __builtin_prefetch(b + kOperandsAhead * ldb + v * n);
         }
-        __builtin_prefetch(a + (k + kOperandsAhead) * kWidth);
+        __builtin_prefetch(a + kOperandsAhead * lda);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
-          const Vec<T> av = a[k * kWidth + m] - Vec<T>{};
+          const Vec<T> av = a[m] - Vec<T>{};
 #pragma GCC unroll 8
           for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
         }
@@ -448,8 +463,8 @@ struct VectorEngine {
 
   // Micro-rows [r0, r1) of the block (strip a, panel b) at c, which has rows x cols valid entries.
   // On the diagonal, vectors wholly under it are left alone.
-  static void block(int64_t depth, const T* a, const T* b, int64_t r0, int64_t r1, bool diagonal,
-                    T* c, int64_t ldc, int64_t rows, int64_t cols, double beta) {
+  static void block(int64_t depth, Operand<T> a, Operand<T> b, int64_t r0, int64_t r1,
+                    bool diagonal, T* c, int64_t ldc, int64_t rows, int64_t cols, double beta) {
     constexpr int n = kLanes<T>;
     const Update update = update_for(beta);
     const int last = int(ceil_div(cols, n));
@@ -461,10 +476,12 @@ struct VectorEngine {
       T* out = whole ? c + m0 * ldc + first * n : edge;
       const int64_t ld = whole ? ldc : kWidth;
       const Update how = whole ? update : Update::kStore;
+      const T* left = a.data + m0;
+      const T* right = b.data + first * n;
       switch (last - first) {
-        case 3: tile<3>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
-        case 2: tile<2>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
-        case 1: tile<1>(depth, a + m0, b + first * n, out, ld, how, T(beta)); break;
+        case 3: tile<3>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
+        case 2: tile<2>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
+        case 1: tile<1>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
         default: continue;
       }
       if (whole) continue;
@@ -497,12 +514,14 @@ struct TileEngine {
   static constexpr int kWidth = 32;
   static constexpr int kRows = 32;
   static constexpr bool kSharedPacking = false;
+  static constexpr bool kReadsInPlace = false;
   static constexpr int64_t kDepthStep = 32;
   static constexpr int64_t kDepth = 320;
   static constexpr int64_t kGroup = 24;
   static constexpr int64_t kTile = 512;  // elements
 
   static int64_t panel_size(int64_t depth) { return ceil_div(depth, 32) * 2 * kTile; }
+  static int64_t stride(int64_t /*width*/) { return kWidth; }
 
   // The 16 columns from `col` of row `row` of a source of which `present` columns exist; then a
   // bias column of ones, if asked for, and zeros.
@@ -521,15 +540,13 @@ struct TileEngine {
   }
 
   // The right packing; transposed inputs come as runs of 32 rows, that is in the left packing.
-  static void pack(const Plan& plan, int64_t p, int64_t row, int64_t depth, const float* /*scale*/,
-                   uint16_t* dst) {
+  static void pack(const Plan& plan, Panel panel, int64_t row, int64_t depth,
+                   const float* /*scale*/, uint16_t* dst) {
     const GramArgs& a = plan.args;
-    const bool is_x = p < plan.x_panels;
-    const int64_t first = (is_x ? p : p - plan.x_panels) * kWidth;
-    const int64_t present = (is_x ? a.cols : a.targets) - first;
-    const bool bias = is_x && a.bias;
+    const int64_t present = (panel.is_x ? a.cols : a.targets) - panel.first;
+    const bool bias = panel.is_x && a.bias;
     const Source<BF16> src =
-        is_x ? x_source<BF16>(a, row, first) : y_source<BF16>(a, row, first);
+        panel.is_x ? x_source<BF16>(a, row, panel.first) : y_source<BF16>(a, row, panel.first);
     for (int64_t k = 0; k < depth; k += 32) {
       for (int64_t col = 0; col < kWidth; col += 16, dst += kTile) {
         F32v r[16];
@@ -609,16 +626,16 @@ struct TileEngine {
     asm volatile("" ::: "memory");
   }
 
-  static void block(int64_t depth, const uint16_t* a, const uint16_t* b, int64_t /*r0*/,
+  static void block(int64_t depth, Operand<uint16_t> a, Operand<uint16_t> b, int64_t /*r0*/,
                     int64_t /*r1*/, bool /*diagonal*/, float* c, int64_t ldc, int64_t rows,
                     int64_t cols, double beta) {
     const bool whole = rows == kWidth && cols == kWidth;
     if (whole && (beta == 0 || beta == 1)) {
-      tile(depth, a, b, c, ldc, beta == 1);
+      tile(depth, a.data, b.data, c, ldc, beta == 1);
       return;
     }
     alignas(64) float product[kWidth * kWidth];
-    tile(depth, a, b, product, kWidth, false);
+    tile(depth, a.data, b.data, product, kWidth, false);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
         float* to = c + i * ldc + j;
@@ -638,16 +655,29 @@ struct Driver {
   using P = typename E::Packed;
   using S = typename E::In;
   static constexpr int64_t kWidth = E::kWidth;
-  static constexpr int64_t kStripRows = E::kWidth / E::kRows;  // micro-rows of a strip
+  static constexpr int64_t kLanesT = kLanes<T>;
   static constexpr size_t kPackBytes = 6 << 20;
   static constexpr size_t kPartialBytes = 2 << 20;
   static constexpr size_t kStreamBytes = 2 << 20;
+  static constexpr int64_t kInPlaceBytes = 512;
 
-  static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t panel) {
-    const int64_t rows = panel < plan.x_panels ? min64((panel + 1) * kWidth, plan.d1) : plan.d1;
-    return ceil_div(rows, E::kRows);
-  }
   static CFL_INLINE bool is_x(const Plan& plan, int64_t panel) { return panel < plan.x_panels; }
+
+  static CFL_INLINE Panel panel_of(const Plan& plan, int64_t p) {
+    if (!is_x(plan, p)) {
+      const int64_t first = (p - plan.x_panels) * kWidth;
+      return {false, first, min64(kWidth, plan.args.targets - first)};
+    }
+    const int64_t first = p * kWidth - (p == plan.x_panels - 1 ? plan.early : 0);
+    const int64_t end = (p + 1) * kWidth - (p == plan.x_panels - 2 ? plan.early : 0);
+    return {true, first, min64(end, plan.d1) - first};
+  }
+
+  // The micro-rows above a panel's lower edge: all that it takes part in.
+  static CFL_INLINE int64_t micro_rows(const Plan& plan, int64_t p) {
+    const Panel panel = panel_of(plan, p);
+    return ceil_div(panel.is_x ? panel.first + panel.width : plan.d1, E::kRows);
+  }
 
   static int64_t dense_targets(const GramArgs& a) { return a.y ? a.targets : 0; }
 
@@ -656,6 +686,10 @@ struct Driver {
     plan->d1 = a.cols + (a.bias ? 1 : 0);
     plan->x_panels = ceil_div(plan->d1, kWidth);
     plan->panels = plan->x_panels + ceil_div(dense_targets(a), kWidth);
+    // A last panel of one vector would be slow: it takes another from the panel before.
+    const bool one_vector = ceil_div(plan->d1, kLanesT) % E::kVectors == 1;
+    plan->early =
+        E::kVectors > 2 && kLanesT % E::kRows == 0 && one_vector && plan->x_panels > 1 ? kLanesT : 0;
     plan->partial_bytes = size_t(plan->d1) * size_t(plan->d1 + a.targets) * sizeof(T);
     // Row groups share no packing work, but each costs a pass over the output; bands repeat part
     // of the packing. A band should stay a few panels wide.
@@ -669,12 +703,11 @@ struct Driver {
     plan->bands = max64(1, threads / groups);
   }
 
-  // Cuts the sequence of micro-tiles into bands of about equal numbers of vectors, never inside a
-  // diagonal block, which its owner must mirror as a whole.
+  // Cuts the sequence of micro-rows into bands of about equal length, never inside a diagonal block,
+  // which its owner must mirror as a whole.
   static void cut(Plan* plan) {
-    const double overhead = 1.0;
     double total = 0;
-    for (int64_t p = 0; p < plan->panels; ++p) total += double(micro_rows(*plan, p)) * overhead;
+    for (int64_t p = 0; p < plan->panels; ++p) total += double(micro_rows(*plan, p));
     int64_t band = 0;
     double before = 0;
     plan->band_begin[0] = {0, 0};
@@ -684,9 +717,9 @@ struct Driver {
         const double goal = total * double(band + 1) / double(plan->bands);
         if (goal >= before + double(rows)) break;
         // Whole vectors of rows, so that a cut never splits a vector of the transpose.
-        constexpr int64_t kStep = max64(1, kLanes<T> / E::kRows);
+        constexpr int64_t kStep = max64(1, kLanesT / E::kRows);
         int64_t r = int64_t(goal - before) / kStep * kStep;
-        const int64_t diagonal = p * kStripRows;
+        const int64_t diagonal = panel_of(*plan, p).first / E::kRows;
         if (is_x(*plan, p) && r > diagonal) r = r - diagonal < rows - r ? diagonal : rows;
         ++band;
         plan->band_begin[band] = r < rows ? TilePos{p, r} : TilePos{p + 1, 0};
@@ -737,18 +770,19 @@ struct Driver {
   struct Pending {
     T* from;
     int64_t ld;  // of `from`
-    int64_t strip, panel, m0, m1;
+    Panel strip, panel;
+    int64_t m0, m1;  // rows of the strip
     bool stream;
     int step, end;  // [0, kVectors) transposes a column of vectors, [kVectors, kSteps) copies rows
   };
   static constexpr int kSteps = 2 * E::kVectors;
-  static constexpr int64_t kStepsPerRow = ceil_div(kSteps, kStripRows);
+  static constexpr int64_t kStepsPerRow = ceil_div(kSteps, kWidth / E::kRows);
 
   static void write_step(const Plan& plan, Pending* s) {
     constexpr int64_t n = kWidth / E::kVectors;
     T* g = static_cast<T*>(plan.args.gram);
-    const int64_t ld = plan.d1, i0 = s->strip * kWidth, j0 = s->panel * kWidth;
-    const int64_t cols = min64(kWidth, ld - j0);
+    const int64_t ld = plan.d1, i0 = s->strip.first, j0 = s->panel.first;
+    const int64_t cols = s->panel.width;
     const int step = s->step++;
     const int64_t at = step % E::kVectors * n, end = min64(at + n, cols);
     if (step >= E::kVectors) {  // only for whole vectors and streams
@@ -757,7 +791,7 @@ struct Driver {
           stream(g + (i0 + m) * ld + j0 + c, load_as<Vec<T>>(s->from + m * s->ld + c));
         }
       }
-    } else if (s->strip == s->panel) {  // complete the block itself
+    } else if (i0 == j0) {  // complete the block itself
       for (int64_t i = at; i < end; ++i) {
         for (int64_t j = 0; j < i; ++j) s->from[i * s->ld + j] = s->from[j * s->ld + i];
       }
@@ -773,15 +807,15 @@ struct Driver {
   }
   // Asks for the lines that micro-row r will write in the next panel, and for a share of those that
   // this block's mirror image will.
-  static CFL_INLINE void prefetch_output(const Plan& plan, const T* g, int64_t strip, int64_t panel,
+  static CFL_INLINE void prefetch_output(const Plan& plan, const T* g, Panel strip, Panel panel,
                                          int64_t r, bool mirror) {
     constexpr int64_t line = 64 / int64_t(sizeof(T));
-    const int64_t ld = plan.d1, i0 = strip * kWidth, j0 = panel * kWidth;
+    const int64_t ld = plan.d1;
     for (int64_t m = r * E::kRows; m < (r + 1) * E::kRows; ++m) {
-      const T* next = g + min64(i0 + m, ld - 1) * ld + j0 + kWidth;
+      const T* next = g + min64(strip.first + m, ld - 1) * ld + panel.first + panel.width;
       for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(next + c, 1);
       if (!mirror) continue;
-      const T* image = g + min64(j0 + m, ld - 1) * ld + i0;
+      const T* image = g + min64(panel.first + m, ld - 1) * ld + strip.first;
       for (int64_t c = 0; c < kWidth; c += line) __builtin_prefetch(image + c, 1);
       __builtin_prefetch(image + kWidth - 1, 1);
     }
@@ -791,11 +825,10 @@ struct Driver {
     while (s->step < s->end) write_step(plan, s);
   }
 
-  static void target_stats(const Plan& plan, int64_t panel, int64_t row, int64_t depth,
+  static void target_stats(const Plan& plan, Panel panel, int64_t row, int64_t depth,
                            const T* weight, double* stats) {
     const GramArgs& a = plan.args;
-    const int64_t first = (panel - plan.x_panels) * kWidth;
-    const int64_t cols = min64(kWidth, a.targets - first);
+    const int64_t first = panel.first, cols = panel.width;
     const Source<S> y = y_source<S>(a, row, first);
     T sum[kWidth] = {}, square[kWidth] = {};
     for (int64_t k = 0; k < depth; ++k) {
@@ -812,6 +845,50 @@ struct Driver {
       stats[a.targets + first + c] += double(square[c]);
     }
   }
+
+  // The operands of the current row block. Packed panels: all of them if they fit, else those of the
+  // current group as right factors and one strip as the left factor.
+  struct Packs {
+    const Plan& plan;
+    const T* weight;
+    bool all;
+    bool in_place;  // x is read where it lies
+    int64_t row, depth;
+    int64_t first, end;  // the panels that have a slot
+    int64_t panel_bytes;
+    char *rights, *right_done, *lefts, *left_done;
+
+    P* slot(char* base, int64_t at) const { return reinterpret_cast<P*>(base + at * panel_bytes); }
+
+    Operand<P> right(int64_t p) {
+      const Panel panel = panel_of(plan, p);
+      if constexpr (E::kReadsInPlace) {
+        if (in_place && panel.is_x) {
+          const Source<S> x = x_source<S>(plan.args, row, panel.first);
+          return {x.data, x.row_stride};
+        }
+      }
+      P* at = slot(rights, p - first);
+      if (!right_done[p - first]) {
+        E::pack(plan, panel, row, depth, nullptr, at);
+        right_done[p - first] = 1;
+      }
+      return {at, E::stride(panel.width)};
+    }
+
+    Operand<P> left(int64_t i) {
+      const bool has_right = !weight && i >= first && i < end;
+      if (has_right && E::kSharedPacking) return right(i);
+      const Panel panel = panel_of(plan, i);
+      P* at = slot(lefts, all ? i : 0);
+      if (!all || !left_done[i]) {
+        if (all) left_done[i] = 1;
+        if (!has_right) E::pack(plan, panel, row, depth, weight, at);
+        if constexpr (!E::kSharedPacking) E::flip(depth, has_right ? right(i).data : at, at);
+      }
+      return {at, E::stride(panel.width)};
+    }
+  };
 
   static void run(const Plan* plan_ptr, int64_t part) {
     const Plan& plan = *plan_ptr;
@@ -847,8 +924,14 @@ struct Driver {
     T* weight = a.weight ? reinterpret_cast<T*>(memory) : nullptr;
     char* flags = memory + weight_bytes;
     char* panels = flags + flag_bytes;
-    Packs packs = {plan, weight, all, 0, 0, 0, panel_end, panel_bytes,
+    Packs packs = {plan, weight, all, false, 0, 0, 0, panel_end, panel_bytes,
                    panels, flags, panels + slots * panel_bytes, flags + slots};
+
+    // Few columns in short rows need no packing. A vector that reaches past the end of its row reads
+    // the next one, whose part of the product is dropped; after the last row there may be nothing.
+    const bool in_place = E::kReadsInPlace && !a.weight && !a.bias && a.x_col_stride == 1 &&
+                          a.x_row_stride >= max64(plan.d1, kLanesT) &&
+                          a.x_row_stride * int64_t(sizeof(T)) <= kInPlaceBytes;
 
     // With one row block, each output is written once and never read: from a staging buffer.
     const bool streams = streams_output(plan);
@@ -869,6 +952,7 @@ struct Driver {
       memset(flags, 0, size_t(flag_bytes));
       packs.row = row;
       packs.depth = depth;
+      packs.in_place = in_place && (plan.d1 % kLanesT == 0 || row + depth < a.rows);
 
       for (int64_t g0 = lo.panel; g0 < panel_end; g0 += E::kGroup) {
         const int64_t g1 = min64(g0 + E::kGroup, panel_end);
@@ -878,45 +962,45 @@ struct Driver {
           packs.end = g1;
         }
         for (int64_t p = g0; p < g1; ++p) {
-          packs.right_panel(p);
+          packs.right(p);
           if (!is_x(plan, p) && rows_of(plan, band, p).end == micro_rows(plan, p)) {
-            target_stats(plan, p, row, depth, weight, stats);
+            target_stats(plan, panel_of(plan, p), row, depth, weight, stats);
           }
         }
         for (int64_t i = 0; i < min64(g1, plan.x_panels); ++i) {
-          const P* left = nullptr;
+          const Panel strip = panel_of(plan, i);
+          const int64_t above = strip.first / E::kRows;
+          Operand<P> left = {};
           for (int64_t p = g0; p < g1; ++p) {
             if (is_x(plan, p) && p < i) continue;
             const Rows mine = rows_of(plan, band, p);
-            const int64_t r0 = max64(mine.begin - i * kStripRows, 0);
-            const int64_t r1 = min64(mine.end - i * kStripRows, kStripRows);
+            const int64_t r0 = max64(mine.begin - above, 0);
+            const int64_t r1 = min64(mine.end - above, ceil_div(strip.width, E::kRows));
             if (r0 >= r1) continue;
-            if (!left) left = packs.strip(i);
-            const P* b = packs.right_panel(p);
-            const int64_t i0 = i * kWidth;
-            const int64_t block_rows = min64(kWidth, plan.d1 - i0);
-            if (is_x(plan, p)) {
-              const int64_t j0 = p * kWidth;
-              T* c = staged ? stage : out.gram + i0 * plan.d1 + j0;
-              const int64_t ldc = staged ? kWidth : plan.d1;
-              for (int64_t r = r0; r < r1; ++r) {
-                if (!staged) prefetch_output(plan, out.gram, i, p, r, last && final_output && !streams);
-                E::block(depth, left, b, r, r + 1, p == i, c, ldc, staged ? kWidth : block_rows,
-                         staged ? kWidth : min64(kWidth, plan.d1 - j0), beta);
-                for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
-                  write_step(plan, &pending);
-                }
-              }
-              if (!last || !final_output) continue;
-              write_rest(plan, &pending);
-              pending = {c, ldc, i, p, r0 * E::kRows, min64(r1 * E::kRows, block_rows),
-                         streams, 0, staged ? kSteps : E::kVectors};
-              if (staged) stage = stage == stages[0] ? stages[1] : stages[0];
-            } else {
-              const int64_t j0 = (p - plan.x_panels) * kWidth;
-              E::block(depth, left, b, r0, r1, false, out.cross + i0 * a.targets + j0, a.targets,
-                       block_rows, min64(kWidth, a.targets - j0), beta);
+            if (!left.data) left = packs.left(i);
+            const Operand<P> right = packs.right(p);
+            const Panel panel = panel_of(plan, p);
+            if (!panel.is_x) {
+              E::block(depth, left, right, r0, r1, false,
+                       out.cross + strip.first * a.targets + panel.first, a.targets, strip.width,
+                       panel.width, beta);
+              continue;
             }
+            T* c = staged ? stage : out.gram + strip.first * plan.d1 + panel.first;
+            const int64_t ldc = staged ? kWidth : plan.d1;
+            const bool finished = last && final_output;
+            for (int64_t r = r0; r < r1; ++r) {
+              if (!staged) prefetch_output(plan, out.gram, strip, panel, r, finished && !streams);
+              E::block(depth, left, right, r, r + 1, p == i, c, ldc, strip.width, panel.width, beta);
+              for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
+                write_step(plan, &pending);
+              }
+            }
+            if (!finished) continue;
+            write_rest(plan, &pending);
+            pending = {c, ldc, strip, panel, r0 * E::kRows, min64(r1 * E::kRows, strip.width),
+                       streams, 0, staged ? kSteps : E::kVectors};
+            if (staged) stage = stage == stages[0] ? stages[1] : stages[0];
           }
         }
       }
@@ -931,40 +1015,6 @@ struct Driver {
     }
   }
 
-  // Packed panels of the current row block: all of them if they fit, else those of the current
-  // group as right factors and one strip as the left factor.
-  struct Packs {
-    const Plan& plan;
-    const T* weight;
-    bool all;
-    int64_t row, depth;
-    int64_t first, end;  // the panels that have a slot
-    int64_t panel_bytes;
-    char *right, *right_done, *strips, *strip_done;
-
-    P* slot(char* base, int64_t at) const { return reinterpret_cast<P*>(base + at * panel_bytes); }
-
-    const P* right_panel(int64_t p) {
-      P* at = slot(right, p - first);
-      if (!right_done[p - first]) {
-        E::pack(plan, p, row, depth, nullptr, at);
-        right_done[p - first] = 1;
-      }
-      return at;
-    }
-
-    const P* strip(int64_t i) {
-      const P* same = !weight && i >= first && i < end ? right_panel(i) : nullptr;
-      if (same && E::kSharedPacking) return same;
-      P* at = slot(strips, all ? i : 0);
-      if (all && strip_done[i]) return at;
-      if (all) strip_done[i] = 1;
-      if (!same) E::pack(plan, i, row, depth, weight, at);
-      if constexpr (!E::kSharedPacking) E::flip(depth, same ? same : at, at);
-      return at;
-    }
-  };
-
   // ---- class indices ----------------------------------------------------------------------------
 
   // cross[:, k] and the target statistics of one-hot targets, for this band's share of the rows of
@@ -977,31 +1027,36 @@ struct Driver {
     const int64_t c_begin = plan.d1 * band / plan.bands, c_end = plan.d1 * (band + 1) / plan.bands;
     const int64_t fit = int64_t(kPartialBytes / sizeof(T)) / classes / n * n;
     const int64_t width = min64(max64(fit, n), ceil_div(c_end - c_begin, n) * n);
+    const int64_t block = max64(8192, 64 * classes);  // rows summed before they join the total
     T* sums = static_cast<T*>(plan.scratch(size_t(classes * width) * sizeof(T)));
     for (int64_t c0 = c_begin; c0 < c_end; c0 += width) {
       const int64_t cols = min64(width, c_end - c0);
       const int64_t x_cols = min64(cols, max64(a.cols - c0, 0));
       const int64_t full = a.x_col_stride == 1 ? x_cols / n * n : 0;
-      memset(sums, 0, size_t(classes * width) * sizeof(T));
-      for (int64_t row = row_begin; row < row_end; ++row) {
-        T* to = sums + a.labels[row * a.label_stride] * width;
-        const T s = a.weight ? weight_at<T>(a, row) : T(1);
-        const Source<S> x = x_source<S>(a, row, c0);
-        for (int64_t c = 0; c < full; c += n) {
-          Vec<T> v = Convert<T>::load(x.data + c);
-          store_as(to + c, load_as<Vec<T>>(to + c) + s * v);
-        }
-        for (int64_t c = full; c < x_cols; ++c) to[c] += s * T(to_float(x.data[c * x.col_stride]));
-        if (x_cols < cols) to[x_cols] += s;
-      }
       T* c_out = out.cross + c0 * classes;
-      if (out.beta == 0) {
-        transpose_block<T, false>(sums, width, c_out, classes, classes, cols);
-      } else {
+      for (int64_t first = row_begin; first < row_end; first += block) {
+        const T beta = T(first == row_begin ? out.beta : 1.0);
+        memset(sums, 0, size_t(classes * width) * sizeof(T));
+        for (int64_t row = first; row < min64(first + block, row_end); ++row) {
+          T* to = sums + a.labels[row * a.label_stride] * width;
+          const T s = a.weight ? weight_at<T>(a, row) : T(1);
+          const Source<S> x = x_source<S>(a, row, c0);
+          for (int64_t c = 0; c < full; c += n) {
+            store_as(to + c, load_as<Vec<T>>(to + c) + s * Convert<T>::load(x.data + c));
+          }
+          for (int64_t c = full; c < x_cols; ++c) {
+            to[c] += s * T(to_float(x.data[c * x.col_stride]));
+          }
+          if (x_cols < cols) to[x_cols] += s;
+        }
+        if (beta == 0) {
+          transpose_block<T, false>(sums, width, c_out, classes, classes, cols);
+          continue;
+        }
         for (int64_t c = 0; c < cols; ++c) {
           for (int64_t k = 0; k < classes; ++k) {
             T& at = c_out[c * classes + k];
-            at = T(out.beta) * at + sums[k * width + c];
+            at = beta * at + sums[k * width + c];
           }
         }
       }
@@ -1026,10 +1081,9 @@ struct Driver {
       const Rows mine = rows_of(plan, band, p);
       const int64_t first = mine.begin * E::kRows;
       const int64_t end = min64(mine.end * E::kRows, plan.d1);
-      const bool x = is_x(plan, p);
-      const int64_t ld = x ? plan.d1 : a.targets;
-      const int64_t j0 = (x ? p : p - plan.x_panels) * kWidth;
-      const int64_t cols = min64(kWidth, ld - j0);
+      const Panel panel = panel_of(plan, p);
+      const bool x = panel.is_x;
+      const int64_t ld = x ? plan.d1 : a.targets, j0 = panel.first, cols = panel.width;
       for (int64_t g = 1; g < plan.row_groups; ++g) {
         const Output part = output_of(plan, g);
         const T* from = (x ? part.gram : part.cross) + j0;
@@ -1041,10 +1095,12 @@ struct Driver {
         }
       }
       if (!x) continue;
-      for (int64_t strip = first / kWidth; strip * kWidth < end; ++strip) {
-        const int64_t i0 = strip * kWidth;
-        Pending block = {total.gram + i0 * ld + j0, ld, strip, p, max64(first - i0, 0),
-                         min64(end - i0, kWidth), false, 0, E::kVectors};
+      for (int64_t i = 0; i <= p; ++i) {
+        const Panel strip = panel_of(plan, i);
+        const int64_t m0 = max64(first - strip.first, 0), m1 = min64(end - strip.first, strip.width);
+        if (m0 >= m1) continue;
+        Pending block = {total.gram + strip.first * ld + j0, ld, strip, panel, m0, m1,
+                         false, 0, E::kVectors};
         write_rest(plan, &block);
       }
     }
@@ -1052,7 +1108,9 @@ struct Driver {
     const int64_t c_begin = plan.d1 * band / plan.bands, c_end = plan.d1 * (band + 1) / plan.bands;
     for (int64_t g = 1; g < plan.row_groups; ++g) {
       const T* from = output_of(plan, g).cross;
-      for (int64_t at = c_begin * a.targets; at < c_end * a.targets; ++at) total.cross[at] += from[at];
+      for (int64_t at = c_begin * a.targets; at < c_end * a.targets; ++at) {
+        total.cross[at] += from[at];
+      }
     }
   }
 
