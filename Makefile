@@ -9,6 +9,8 @@ TORCH_SPEC ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+# Processes that share the tests, a thread each.
+WORKERS ?= 2
 PYTEST ?= $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow bench bench-gpu gpu-check fuzz lint format docs clean help
@@ -44,7 +46,7 @@ demo: $(VENV)/.demo ## train closed-form heads beside their rivals on real image
 	$(BIN)/python -m cfl_ops demo $(DEMO_ARGS)
 
 test: $(VENV)/.test ## all quick tests (under 15 minutes on two cores)
-	$(PYTEST) tests $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) tests -n $(WORKERS) $(TEST_ARGS)
 
 test-slow: $(VENV)/.test ## the long tests: streams of 10^6 updates, a thousand seeds
 	$(PYTEST) tests -m slow --timeout 7200 $(TEST_ARGS)

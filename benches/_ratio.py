@@ -99,11 +99,36 @@ def compare(
         synchronize: time a GPU.
     """
     timing = time_interleaved({"ours": ours, **peers}, budget=budget, synchronize=synchronize)
+    _add_row(benchmark, title, timing, flops, bytes_moved, asked, note)
+    benchmark.pedantic(ours, rounds=3, iterations=1, warmup_rounds=1)
+    return timing
+
+
+def record(
+    benchmark,
+    title: str,
+    seconds: dict[str, float],
+    *,
+    flops: float = 0.0,
+    bytes_moved: float = 0.0,
+    asked: float | None = None,
+    note: str = "",
+) -> Timing:
+    """As ``compare``, for times that were measured elsewhere (in a process of its own, say)."""
+    timing = Timing(seconds)
+    _add_row(benchmark, title, timing, flops, bytes_moved, asked, note)
+    benchmark.pedantic(lambda: None, rounds=1)
+    return timing
+
+
+def _add_row(
+    benchmark, title: str, timing: Timing, flops: float, bytes_moved: float, asked: float | None, note: str
+) -> None:
     row = {
         "group": benchmark.group or "",
         "title": title,
         "ours_ms": timing.seconds["ours"] * 1e3,
-        **{f"{name}_ms": seconds * 1e3 for name, seconds in timing.seconds.items() if name != "ours"},
+        **{f"{name}_ms": value * 1e3 for name, value in timing.seconds.items() if name != "ours"},
         "peer": timing.peer,
         "speedup": timing.speedup,
         "asked": asked,
@@ -113,5 +138,3 @@ def compare(
     }
     ROWS.append(row)
     benchmark.extra_info.update({key: value for key, value in row.items() if value is not None})
-    benchmark.pedantic(ours, rounds=3, iterations=1, warmup_rounds=1)
-    return timing

@@ -122,8 +122,6 @@ def _export():
     return args, dynamic, other
 
 
-
-
 # --- gram_: the same samples, added to moments that are there already ------------------------------------------
 
 
@@ -139,7 +137,12 @@ def _in_place(case: Case, decay: float) -> Case:
 
         old = randn(*batch, order, order)
         count = torch.full(batch, 5.0, dtype=torch.float64)
-        moments = [old + old.mT, randn(*batch, order, targets), randn(*batch, targets), randn(*batch, targets)]
+        moments = [
+            old + old.mT,
+            randn(*batch, order, targets),
+            randn(*batch, targets),
+            randn(*batch, targets),
+        ]
         return [*moments, count, x, y, weight, classes, decay]
 
     return Case(case.name, make, case.dtypes, opcheck=case.opcheck)
@@ -235,6 +238,19 @@ LAYER_CASES = [
 ]
 
 
+def _export_in_place():
+    args, dynamic, other = _export()
+    old = _in_place(CASES[1], 0.5).make(torch.float32)
+    return [*old[:8], *old[8:]], (None,) * 5 + dynamic, [*old[:5], *other[:3], *old[8:]]
+
+
+def _export_layer():
+    args = LAYER_CASES[0].make(torch.float32)
+    other = _layer_case("", 41, 5, 9, targets=2, weights=True, ones=True).make(torch.float32)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    return args, ({0: rows}, None, None, {0: rows}, {0: rows}), other
+
+
 SPECS = [
     OpSpec(
         GRAM,
@@ -243,7 +259,6 @@ SPECS = [
         _bound,
         differentiable=(0, 1, 2),
         grad_outputs=5,
-        triton_dtypes=(torch.float32, torch.float64, torch.float16),
         export_dynamic=_export,
     ),
     OpSpec(
@@ -252,7 +267,7 @@ SPECS = [
         _oracle_,
         _bound_,
         mutates=(0, 1, 2, 3, 4),
-        triton_dtypes=(torch.float32, torch.float64, torch.float16),
+        export_dynamic=_export_in_place,
     ),
     OpSpec(
         LINEAR_GRAM,
@@ -261,5 +276,6 @@ SPECS = [
         _bound_layer,
         differentiable=(0, 1, 2, 3, 4),
         grad_outputs=5,
+        export_dynamic=_export_layer,
     ),
 ]

@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import cfl_ops
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import cfl_ops
 from cfl_ops import GramAccumulator
+from safetensors.torch import save_file
 
 
 def assert_same(a: cfl_ops.GramMoments, b: cfl_ops.GramMoments, **tolerance) -> None:

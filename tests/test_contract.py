@@ -174,16 +174,21 @@ def test_export(spec: contract.OpSpec, backend: str) -> None:
         pytest.skip(f"{spec.op.name} lists no sample for export")
     skip_unless_served(spec, backend)
 
-    class Module(torch.nn.Module):
-        def forward(self, *args):
-            return spec.op(*args, *constants)
-
     args, dynamic_shapes, others = spec.export_dynamic()
-    constants = [a for a in args if not isinstance(a, torch.Tensor)]
-    tensors = tuple(a for a in args if isinstance(a, torch.Tensor))
-    program = torch.export.export(Module(), tensors, dynamic_shapes={"args": dynamic_shapes})
-    other = tuple(a for a in others if isinstance(a, torch.Tensor))
-    got = contract.as_tuple(program.module()(*contract.clone_args(other)))
+    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            full = list(args)
+            for i, value in zip(tensors, given, strict=True):
+                full[i] = value
+            return spec.op(*full)
+
+    def chosen(values):
+        return tuple(contract.clone_args([values[i] for i in tensors]))
+
+    program = torch.export.export(Module(), chosen(args), dynamic_shapes={"given": dynamic_shapes})
+    got = contract.as_tuple(program.module()(*chosen(others)))
     want = contract.as_tuple(spec.op(*contract.clone_args(others)))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)

@@ -13,6 +13,8 @@ import cfl_ops
 import contract
 
 pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, and there is none", allow_module_level=True)
 TYPED = [
     pytest.param(spec, case, dtype, id=f"{spec.op.name}-{case.name.replace(' ', '_')}-{str(dtype)[6:]}")
     for spec in contract.load()

@@ -137,3 +137,19 @@ def test_bad_data_raises_in_a_compiled_graph() -> None:
     torch.testing.assert_close(compiled(x, good), cfl_ops.gram(x, good, num_classes=2).cross)
     with pytest.raises(IndexError, match="but got 7 in row 2"):
         compiled(x, torch.tensor([0, 1, 7]))
+
+
+def test_two_threads_give_the_same_bits_every_time() -> None:
+    """Large enough for a parallel region; the result is a function of the number of threads alone."""
+    x, y = torch.randn(20_000, 70), torch.randn(20_000, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, second = cfl_ops.gram(x, y), cfl_ops.gram(x, y)
+        assert torch.equal(first.gram, second.gram)
+        assert torch.equal(first.cross, second.cross)
+        want = x.double().mT @ x.double()
+        bound = 20_002 * torch.finfo(torch.float32).eps * (x.double().abs().mT @ x.double().abs())
+        assert ((first.gram - want).abs() <= bound).all()
+    finally:
+        torch.set_num_threads(before)

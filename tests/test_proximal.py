@@ -282,3 +282,33 @@ def test_one_training_step_decreases_the_loss_as_theorem_5_3_says() -> None:
     best = gradient.square().sum() / (2 / 40 * (features @ gradient.mT).square().sum())
     for size in (0.3 * best, best, 1.7 * best):
         assert loss(weight) - loss(weight - size * gradient) <= gain / (1 + cv2) + 1e-12
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lam", [1.0, 1e-9])
+def test_conjugate_gradients_agree_with_the_factorisation(shape, dtype, lam) -> None:
+    """Where they converge (lam = 1) to their tolerance, else through the fallback; the loss is true."""
+    features, target, weight, bias = problem(*shape, dtype=dtype)
+    s = torch.rand(shape[0], dtype=dtype)
+    args = (features, target, weight, bias)
+    step = cfl_ops.proximal_step(*args, lam=lam, sample_weight=s, method="cg")
+    want = cfl_ops.proximal_step(*args, lam=lam, sample_weight=s, method="cholesky")
+    # Residual 1e-6 (1e-12) of the right side; the smallest eigenvalue is at least t = lam sum(s).
+    tolerance = (1e-4 if dtype == torch.float32 else 1e-9) if lam == 1.0 else 5e-2
+    if lam < 1 and dtype == torch.float64:
+        tolerance = 1e-5
+    assert (step.weight - want.weight).norm() <= tolerance * want.weight.norm()
+    residual = target - F.linear(features, step.weight, step.bias)
+    true = (s * residual.square().sum(-1)).sum() / s.sum()
+    assert abs(step.loss - true) <= 1e-3 * true + 1e-9
+    gradient = -2 / s.sum() * (s.unsqueeze(-1) * residual) @ step.weight
+    assert (step.grad_features - gradient).norm() <= 1e-2 * gradient.norm() + 1e-5
+
+
+def test_plan_tells_the_method() -> None:
+    plan = cfl_ops.config.plan_proximal
+    assert plan(32, 4096, 100)["side"] == "dual"
+    assert plan(4096, 128, 100)["side"] == "primal"
+    assert plan(1024, 1024, 100)["cg_iterations"] == 0
+    assert plan(20000, 20000, 4)["cg_iterations"] >= 24

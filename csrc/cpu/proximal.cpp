@@ -57,6 +57,9 @@ bool all_finite(const T* values, int64_t rows, int64_t cols, int64_t stride) {
   return true;
 }
 
+// Below this many iterations conjugate gradients are not worth starting.
+constexpr int64_t kLeastIterations = 24;
+
 // One head and one batch, all in T, rows contiguous within themselves.
 template <class T>
 struct Problem {
@@ -73,6 +76,7 @@ struct Problem {
   const T* lam_diag;  // (width) contiguous, or null
   double lam, ridge;
   bool mean, free_bias;
+  std::string method;
   T* grad;      // (rows, width) contiguous
   double loss;  // out
 };
@@ -266,6 +270,176 @@ struct Penalties {
 
 double ratio(double mu, double t) { return t > 0 ? mu / t : 1.0; }
 
+// Multiply-adds of the direct solve on the smaller side, and of one conjugate-gradient iteration.
+double direct_work(int64_t rows, int64_t width, int64_t k) {
+  const double n = static_cast<double>(std::min(rows, width)),
+               m = static_cast<double>(std::max(rows, width));
+  return n * n * m / 2 + n * n * n / 6 + n * n * static_cast<double>(k);
+}
+// Fewer than 32 right sides leave an iteration bound by reading the features twice.
+double iteration_work(int64_t rows, int64_t width, int64_t k) {
+  return 2.0 * static_cast<double>(rows) * static_cast<double>(width) *
+         static_cast<double>(std::max<int64_t>(k, 32));
+}
+
+// How many conjugate-gradient iterations to try before the direct solve; 0 for none. "auto" risks a
+// quarter of the direct solve, and only where that buys enough iterations to have a chance.
+int64_t cg_budget(const std::string& method, int64_t rows, int64_t width, int64_t k) {
+  if (method == "cholesky") return 0;
+  const double ratio = direct_work(rows, width, k) / iteration_work(rows, width, k);
+  if (method == "cg") return std::max<int64_t>(200, static_cast<int64_t>(2 * ratio));
+  const auto budget = static_cast<int64_t>(ratio / 4);
+  return budget >= kLeastIterations ? budget : 0;
+}
+
+// The system of either side as an operator on (order, k), and its diagonal.
+template <class T>
+struct SystemOperator {
+  bool dual;
+  const T* p;
+  int64_t stride, rows, width;
+  const T* sample;     // primal: row weights, or null
+  const T* root;       // dual: the column of ones, weighted, or null
+  bool bias;           // primal: a last feature that is 1
+  double ones_scale;   // of the dual's column of ones
+  const T* penalties;  // (order)
+  int64_t order;
+
+  // through (rows or width, k) is scratch.
+  void apply(const T* a, int64_t k, T* out, T* through) const {
+    if (dual) {
+      gemm(true, false, width, k, rows, T(1), p, stride, a, k, T(0), through, k);
+      gemm(false, false, rows, k, width, T(1), p, stride, through, k, T(0), out, k);
+      std::vector<double> sums(root ? k : 0, 0.0);
+      for (int64_t i = 0; root && i < rows; ++i) {
+        for (int64_t c = 0; c < k; ++c) sums[c] += ones_scale * root[i] * a[i * k + c];
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < k; ++c) {
+          out[i * k + c] +=
+              penalties[i] * a[i * k + c] + (root ? static_cast<T>(root[i] * sums[c]) : T(0));
+        }
+      }
+      return;
+    }
+    gemm(false, false, rows, k, width, T(1), p, stride, a, k, T(0), through, k);
+    std::vector<double> sums(k, 0.0);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T s = sample ? sample[i] : T(1);
+      for (int64_t c = 0; c < k; ++c) {
+        T& value = through[i * k + c];
+        value = s * (bias ? value + a[width * k + c] : value);
+        sums[c] += value;
+      }
+    }
+    gemm(true, false, width, k, rows, T(1), p, stride, through, k, T(0), out, k);
+    for (int64_t c = 0; bias && c < k; ++c) out[width * k + c] = static_cast<T>(sums[c]);
+    for (int64_t j = 0; j < order; ++j) {
+      for (int64_t c = 0; c < k; ++c) out[j * k + c] += penalties[j] * a[j * k + c];
+    }
+  }
+
+  void diagonal(T* out) const {
+    std::fill_n(out, order, T(0));
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const T s = sample ? sample[i] : T(1);
+      total += s;
+      for (int64_t j = 0; j < width; ++j) {
+        const T value = p[i * stride + j];
+        out[dual ? i : j] += s * value * value;
+      }
+    }
+    if (!dual && bias) out[width] = static_cast<T>(total);
+    for (int64_t i = 0; i < order; ++i) {
+      out[i] += penalties[i];
+      if (dual && root) out[i] += static_cast<T>(ones_scale * root[i] * root[i]);
+    }
+  }
+};
+
+// Conjugate gradients with a diagonal preconditioner, every column of b (order, k) on its own, from
+// x = 0: the unknown is the change of the head, so that is the warm start. Converged when each
+// column's true residual b - A x is below the tolerance; then b holds that residual. False
+// otherwise, with b as it was.
+template <class T>
+bool conjugate_gradient(const SystemOperator<T>& op, T* b, T* x, int64_t k, int64_t budget,
+                        Scratch& scratch) {
+  const double tolerance = std::is_same_v<T, float> ? 1e-6 : 1e-12;
+  const int64_t n = op.order, size = n * k;
+  T* r = scratch.take<T>(size);
+  T* z = scratch.take<T>(size);
+  T* direction = scratch.take<T>(size);
+  T* image = scratch.take<T>(size);
+  T* through = scratch.take<T>((op.dual ? op.width : op.rows) * k);
+  std::vector<T> inverse(n);
+  op.diagonal(inverse.data());
+  for (T& value : inverse) {
+    if (!(value > 0)) return false;
+    value = 1 / value;
+  }
+  auto dots = [&](const T* a, const T* c, std::vector<double>& out) {
+    std::fill(out.begin(), out.end(), 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) out[j] += static_cast<double>(a[i * k + j]) * c[i * k + j];
+    }
+  };
+  std::vector<double> target(k), rho(k), next(k), curvature(k), norms(k);
+  dots(b, b, target);
+  std::fill_n(x, size, T(0));
+  std::memcpy(r, b, size * sizeof(T));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < k; ++j) direction[i * k + j] = inverse[i] * r[i * k + j];
+  }
+  dots(r, direction, rho);
+  auto converged = [&]() {
+    dots(r, r, norms);
+    for (int64_t j = 0; j < k; ++j) {
+      if (!(norms[j] <= tolerance * tolerance * target[j])) return false;
+    }
+    return true;
+  };
+  for (int64_t step = 0; step < budget; ++step) {
+    op.apply(direction, k, image, through);
+    dots(direction, image, curvature);
+    for (int64_t j = 0; j < k; ++j) {
+      if (!std::isfinite(curvature[j])) return false;
+      curvature[j] =
+          curvature[j] > 0 ? rho[j] / curvature[j] : 0.0;  // a column that is done stands still
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) {
+        const T alpha = static_cast<T>(curvature[j]);
+        x[i * k + j] += alpha * direction[i * k + j];
+        r[i * k + j] -= alpha * image[i * k + j];
+        z[i * k + j] = inverse[i] * r[i * k + j];
+      }
+    }
+    if (converged()) {  // by the recursion; now in truth
+      op.apply(x, k, image, through);
+      for (int64_t i = 0; i < size; ++i) r[i] = b[i] - image[i];
+      dots(r, r, norms);
+      for (int64_t j = 0; j < k; ++j) {
+        if (!(norms[j] <= 100 * tolerance * tolerance * target[j])) return false;
+      }
+      std::memcpy(b, r, size * sizeof(T));
+      return true;
+    }
+    dots(r, z, next);
+    for (int64_t j = 0; j < k; ++j) {
+      const double beta = rho[j] > 0 ? next[j] / rho[j] : 0.0;
+      rho[j] = next[j];
+      curvature[j] = beta;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) {
+        direction[i * k + j] = z[i * k + j] + static_cast<T>(curvature[j]) * direction[i * k + j];
+      }
+    }
+  }
+  return false;
+}
+
 template <class T>
 int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
   const int64_t B = pb.rows, D = pb.width, K = pb.targets;
@@ -379,21 +553,42 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   int64_t info = 0;
   bool solved = false;
   T* alpha = q;
-  if constexpr (std::is_same_v<T, float>) {
-    T* system = scratch.take<T>(B * B);
-    T* rhs = scratch.take<T>(B * K);
-    std::memcpy(rhs, q, B * K * sizeof(T));
-    info = solve.template operator()<T>(rhs, system, &spread);
-    solved = info == 0 && trusted(spread, B);
-    // A refinement step costs 2 B D K multiply-adds in float64, all in float64 B^2 D / 2 + B^3 / 6
-    // + B^2 K.
-    if (info == 0 && !solved &&
-        8.0 * K * D < static_cast<double>(B) * D + B * B / 3.0 + 2.0 * B * K) {
-      const RowOperator op{
-          half ? half : p, half ? D : p_stride, B, D, ones ? root.data() : nullptr, ones_scale, t};
-      solved = refine(op, system, q, rhs, K, scratch);
+  const T* remainder = nullptr;  // q - system alpha, where alpha is inexact
+  const int64_t budget = t > 0 ? cg_budget(pb.method, B, D, K) : 0;
+  if (budget > 0) {
+    std::vector<T> penalties(B, static_cast<T>(t));
+    const SystemOperator<T> op{
+        true,  half ? half : p, half ? D : p_stride, B, D, nullptr, ones ? root.data() : nullptr,
+        false, ones_scale,      penalties.data(),    B};
+    T* x = scratch.take<T>(B * K);
+    solved = conjugate_gradient(op, q, x, K, budget, scratch);
+    if (solved) {
+      alpha = x;
+      remainder = q;
     }
-    if (solved) alpha = rhs;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (!solved) {
+      T* system = scratch.take<T>(B * B);
+      T* rhs = scratch.take<T>(B * K);
+      std::memcpy(rhs, q, B * K * sizeof(T));
+      info = solve.template operator()<T>(rhs, system, &spread);
+      solved = info == 0 && trusted(spread, B);
+      // A refinement step costs 2 B D K multiply-adds in float64, all in float64
+      // B^2 D / 2 + B^3 / 6 + B^2 K.
+      if (info == 0 && !solved &&
+          8.0 * K * D < static_cast<double>(B) * D + B * B / 3.0 + 2.0 * B * K) {
+        const RowOperator op{half ? half : p,
+                             half ? D : p_stride,
+                             B,
+                             D,
+                             ones ? root.data() : nullptr,
+                             ones_scale,
+                             t};
+        solved = refine(op, system, q, rhs, K, scratch);
+      }
+      if (solved) alpha = rhs;
+    }
   }
   if (!solved) {
     double* system = scratch.take<double>(B * B);
@@ -405,8 +600,11 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
 
   double loss = 0;
-  for (int64_t i = 0; i < B * K; ++i) loss += static_cast<double>(alpha[i]) * alpha[i];
-  pb.loss = loss * t * t / pen.scale;
+  for (int64_t i = 0; i < B * K; ++i) {
+    const double residual = t * alpha[i] + (remainder ? remainder[i] : T(0));
+    loss += residual * residual;
+  }
+  pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;  // the caller finds out why; nothing was written yet
 
   // W <- anchor + A^T PE
@@ -438,14 +636,33 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     }
   }
   // grad = -(2 / scale) root (t A) W_new
-  if (pb.sample) {
+  if (pb.sample || remainder) {
     for (int64_t i = 0; i < B; ++i) {
-      for (int64_t k = 0; k < K; ++k) alpha[i * K + k] *= root[i];
+      for (int64_t k = 0; k < K; ++k) {
+        const T rest = remainder ? static_cast<T>(remainder[i * K + k] / t) : T(0);
+        alpha[i * K + k] = root[i] * (alpha[i * K + k] + rest);
+      }
     }
   }
   gemm(false, false, B, D, K, static_cast<T>(-2.0 * t / pen.scale), alpha, K, pb.weight, D, T(0),
        pb.grad, D);
   return 0;
+}
+
+// residual (n, K) = Y - [X 1] head for n rows from `begin` on, the head transposed: (order, K).
+template <class T>
+void fill_residual(const Problem<T>& pb, int64_t begin, int64_t n, const T* head, T* residual) {
+  const int64_t D = pb.width, K = pb.targets;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = begin + i;
+    for (int64_t k = 0; k < K; ++k) {
+      const T y = pb.target ? pb.target[row * pb.target_stride + k] : T(0);
+      residual[i * K + k] = pb.bias ? y - head[D * K + k] : y;
+    }
+    if (pb.labels) residual[i * K + pb.labels[row * pb.label_stride]] += T(1);
+  }
+  gemm(false, false, n, K, D, T(-1), pb.phi + begin * pb.phi_stride, pb.phi_stride, head, K, T(1),
+       residual, K);
 }
 
 template <class T>
@@ -489,7 +706,27 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   int64_t info = 0;
   bool solved = false;
   T* change = scratch.take<T>(order * K);
-  if constexpr (std::is_same_v<T, float>) {
+  const int64_t budget = cg_budget(pb.method, B, D, K);
+  if (budget > 0) {
+    std::vector<T> penalties(order);
+    for (int64_t j = 0; j < order; ++j) penalties[j] = static_cast<T>(penalty(j));
+    const SystemOperator<T> op{false, pb.phi,           pb.phi_stride, B,
+                               D,     pb.sample,        nullptr,       pb.bias != nullptr,
+                               0.0,   penalties.data(), order};
+    // The right side from the residual at the anchor: X^T S (Y - X Wa).
+    T* residual = scratch.take<T>(B * K);
+    T* right = scratch.take<T>(order * K);
+    fill_residual(pb, 0, B, anchor, residual);
+    std::vector<double> sums(K, 0.0);
+    for (int64_t i = 0; i < B; ++i) {
+      const T s = pb.sample ? pb.sample[i] : T(1);
+      for (int64_t k = 0; k < K; ++k) sums[k] += residual[i * K + k] *= s;
+    }
+    gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, residual, K, T(0), right, K);
+    for (int64_t k = 0; pb.bias && k < K; ++k) right[D * K + k] = static_cast<T>(sums[k]);
+    solved = conjugate_gradient(op, right, change, K, budget, scratch);
+  }
+  if (std::is_same_v<T, float> && !solved) {
     T* system = scratch.take<T>(order * order);
     info = solve.template operator()<T>(system, change, &spread);
     solved = info == 0 && trusted(spread, order);
@@ -514,16 +751,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   double loss = 0;
   for (int64_t begin = 0; begin < B; begin += kBlock) {
     const int64_t n = std::min(kBlock, B - begin);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = begin + i;
-      for (int64_t k = 0; k < K; ++k) {
-        const T y = pb.target ? pb.target[row * pb.target_stride + k] : T(0);
-        residual[i * K + k] = pb.bias ? y - anchor[D * K + k] : y;
-      }
-      if (pb.labels) residual[i * K + pb.labels[row * pb.label_stride]] += T(1);
-    }
-    const T* phi = pb.phi + begin * pb.phi_stride;
-    gemm(false, false, n, K, D, T(-1), phi, pb.phi_stride, anchor, K, T(1), residual, K);
+    fill_residual(pb, begin, n, anchor, residual);
     for (int64_t i = 0; i < n; ++i) {
       const T s = pb.sample ? pb.sample[begin + i] : T(1);
       double sum = 0;
@@ -645,7 +873,8 @@ template <class T>
 void run(const Tensor& features, const Tensor& target, const Tensor& weight,
          const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
          const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
-         bool mean, bool free_bias, const Tensor& loss, const Tensor& grad, const Tensor& info) {
+         const std::string& method, bool mean, bool free_bias, const Tensor& loss,
+         const Tensor& grad, const Tensor& info) {
   constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
   const int64_t ndim = features.dim();
   Problem<T> base{};
@@ -653,6 +882,7 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
   base.width = features.size(ndim - 1);
   base.targets = weight.size(weight.dim() - 2);
   base.mean = mean;
+  base.method = method;
   base.free_bias = free_bias;
   const Tensor phi = prepared(features, kType, 2, false);
   base.phi_stride = base.rows > 1 ? std::max(phi.stride(ndim - 2), base.width) : base.width;
@@ -707,14 +937,14 @@ InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weig
                 const std::optional<Tensor>& bias, const Tensor& lam,
                 const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
                 const std::optional<Tensor>& sample_weight, const std::string& reduction,
-                const std::string& fit_bias) {
+                const std::string& fit_bias, const std::string& method) {
   const ScalarType dtype = weight.scalar_type();
   Tensor loss = empty_cpu(batch_shape(features, 2), dtype);
   Tensor grad = like(features, dtype);
   Tensor info = empty_cpu(batch_shape(features, 2), ScalarType::Int);
   auto go = dtype == ScalarType::Double ? &run<double> : &run<float>;
-  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction == "mean",
-     fit_bias == "free", loss, grad, info);
+  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, method,
+     reduction == "mean", fit_bias == "free", loss, grad, info);
   if (features.scalar_type() != dtype) grad = torch::stable::to(grad, features.scalar_type());
   return {loss, grad, info};
 }
@@ -731,13 +961,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
     const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
     const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
     std::string reduction, std::string fit_bias, std::string method) {
-  (void)method;
   const ScalarType dtype = compute_dtype(features, weight);
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
   auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
-                                    sample_weight, reduction, fit_bias);
+                                    sample_weight, reduction, fit_bias, method);
   if (weight.scalar_type() != dtype)
     new_weight = torch::stable::to(new_weight, weight.scalar_type());
   if (bias && bias->scalar_type() != dtype)
@@ -751,18 +980,17 @@ InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tenso
                        const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
                        const std::optional<Tensor>& sample_weight, std::string reduction,
                        std::string fit_bias, std::string method) {
-  (void)method;
   const ScalarType dtype = compute_dtype(features, weight);
   auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
   if (direct(weight) && (!bias || direct(*bias))) {
     return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction,
-                   fit_bias);
+                   fit_bias, method);
   }
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
   auto result = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight,
-                        reduction, fit_bias);
+                        reduction, fit_bias, method);
   Tensor out = weight;
   torch::stable::copy_(out, new_weight);
   if (bias) {

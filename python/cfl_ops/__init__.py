@@ -14,7 +14,10 @@ from .proximal import (
     proximal_step_,
     proximal_step_ex,
     proximal_step_ex_,
+    proximal_update,
+    ridge_step,
 )
+from .rescaled import rescaled_proximal_step
 from .ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
 from .solve import ridge_solve, ridge_solve_ex
 
@@ -46,9 +49,12 @@ __all__ = [
     "proximal_step_",
     "proximal_step_ex",
     "proximal_step_ex_",
+    "proximal_update",
+    "rescaled_proximal_step",
     "ridge",
     "ridge_cv",
     "ridge_path",
     "ridge_solve",
     "ridge_solve_ex",
+    "ridge_step",
 ]

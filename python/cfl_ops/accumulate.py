@@ -44,6 +44,7 @@ class GramAccumulator:
         tensor([[30., 30., 30.],
                 [30., 30., 30.],
                 [30., 30., 30.]])
+
     """
 
     def __init__(
@@ -56,11 +57,15 @@ class GramAccumulator:
         compensated: bool = False,
     ) -> None:
         if not 0 <= decay < float("inf"):
-            raise ValueError(f"cfl_ops.GramAccumulator: decay must be finite and not negative, but got {decay}")
+            raise ValueError(
+                f"cfl_ops.GramAccumulator: decay must be finite and not negative, but got {decay}"
+            )
         if compensated and decay != 1.0:
             raise ValueError("cfl_ops.GramAccumulator: compensated sums do not decay; use one or the other")
         if compensated and acc_dtype == torch.float32:
-            raise ValueError("cfl_ops.GramAccumulator: compensated sums are float64, but acc_dtype is float32")
+            raise ValueError(
+                "cfl_ops.GramAccumulator: compensated sums are float64, but acc_dtype is float32"
+            )
         self.bias_column, self.num_classes, self.decay = bias_column, num_classes, decay
         self.compensated = compensated
         self.acc_dtype = torch.float64 if compensated else acc_dtype
@@ -88,7 +93,7 @@ class GramAccumulator:
             self._fold()
 
     def _fold(self) -> None:
-        """total + carry <- total + carry + recent, where carry holds what rounding took from total."""
+        """Total + carry <- total + carry + recent, where carry holds what rounding took from total."""
         if self._recent is None:
             return
         if self._total is None or self._carry is None:
@@ -112,6 +117,7 @@ class GramAccumulator:
 
         Raises:
             RuntimeError: nothing was added yet.
+
         """
         if self._recent is None:
             raise RuntimeError("cfl_ops.GramAccumulator: no batch was added yet")
@@ -145,6 +151,7 @@ class GramAccumulator:
 
         Returns:
             self.
+
         """
         skip = 0
         if checkpoint is not None and Path(checkpoint).exists():
@@ -185,6 +192,7 @@ class GramAccumulator:
 
         Returns:
             self.
+
         """
         source = _open("x", x, x_name)
         targets = None if y is None else _open("y", y, y_name)
@@ -199,9 +207,7 @@ class GramAccumulator:
             )
         step = batch_rows or max(256, CHUNK_BYTES // max(1, source.shape[1] * source.itemsize))
         chunks = _Chunks(source, targets, rows, step)
-        return self.fit(
-            chunks, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every
-        )
+        return self.fit(chunks, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
 
     # --- state ----------------------------------------------------------------------------------------------
 
@@ -253,6 +259,7 @@ class GramAccumulator:
 
         Args:
             group: a ``torch.distributed`` process group; None for the default one.
+
         """
         import torch.distributed as dist
 
@@ -339,5 +346,3 @@ def _with_bar(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
         ) from None
     bar: Iterable[Batch] = tqdm(batches, unit="batch")
     return bar
-
-

@@ -12,7 +12,7 @@ import torch
 
 from . import _library
 
-__all__ = ["backend_of", "get_backend", "info", "set_backend", "show", "use_backend"]
+__all__ = ["backend_of", "get_backend", "info", "plan_proximal", "set_backend", "show", "use_backend"]
 
 
 def get_backend() -> str | None:
@@ -105,3 +105,30 @@ def show() -> None:
     print(f"{'op':<24}{'cpu':<10}{'cuda':<10}")
     for name, backends in report["ops"].items():
         print(f"{name:<24}{backends['cpu']:<10}{backends['cuda']:<10}")
+
+
+def plan_proximal(rows: int, width: int, targets: int) -> dict[str, Any]:
+    """What ``method="auto"`` of :func:`cfl_ops.proximal_step` does on the CPU at this size, and what it costs.
+
+    Returns:
+        ``side`` (``"dual"``: the B x B system, or ``"primal"``: the D x D one), the multiply-adds of the
+        ``direct`` solve, of one conjugate-gradient ``iteration`` and of the ``head`` around them (forward,
+        weight update, gradient), and ``cg_iterations``, how many iterations are tried first (0: none).
+
+    Example:
+        >>> import cfl_ops
+        >>> plan = cfl_ops.config.plan_proximal(32, 4096, 100)
+        >>> plan["side"], plan["cg_iterations"]
+        ('dual', 0)
+    """
+    small, large = min(rows, width), max(rows, width)
+    direct = small * small * large / 2 + small**3 / 6 + small * small * targets
+    iteration = 2.0 * rows * width * max(targets, 32)  # fewer right sides are bound by reading the features
+    budget = int(direct / iteration / 4) if iteration else 0
+    return {
+        "side": "dual" if rows <= width else "primal",
+        "direct": direct,
+        "iteration": iteration,
+        "head": (3.0 if rows <= width else 2.0) * rows * width * targets,
+        "cg_iterations": budget if budget >= 24 else 0,
+    }

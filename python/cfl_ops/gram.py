@@ -391,11 +391,13 @@ def _gram_python_(
     num_classes: int,
     decay: float,
 ) -> Tensor:
-    """moments <- decay * moments + those of the new rows, unless info says that these are bad."""
+    """Moments <- decay * moments + those of the new rows, unless info says that these are bad."""
     bias_column = gram.shape[-1] > x.shape[-1]
     *fresh, info = _gram_python(x, y, sample_weight, bias_column, num_classes, gram.dtype)
     good = info == 0
-    for old, new, dims in zip((gram, cross, target_sum, target_sq, count), fresh, (2, 2, 1, 1, 0), strict=True):
+    for old, new, dims in zip(
+        (gram, cross, target_sum, target_sq, count), fresh, (2, 2, 1, 1, 0), strict=True
+    ):
         keep = good[(...,) + (None,) * dims]
         kept = old * decay if decay != 0 else torch.zeros_like(old)  # 0 forgets, whatever was there
         old.copy_(torch.where(keep, kept + new, old))
@@ -444,6 +446,7 @@ def gram_(
         >>> cfl_ops.gram_(m, torch.ones(1, 2), decay=0.5).gram
         tensor([[2., 2.],
                 [2., 2.]])
+
     """
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
@@ -673,6 +676,7 @@ def linear_gram(
         >>> cfl_ops.linear_gram(x, weight, activation="relu").gram
         tensor([[12.,  0.],
                 [ 0.,  0.]])
+
     """
     op = "linear_gram"
     _checks.choice(op, "activation", activation, tuple(ACTIVATIONS))

@@ -12,11 +12,19 @@ from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 from .errors import LinAlgError
 
-__all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
+__all__ = [
+    "ProximalStep",
+    "proximal_step",
+    "proximal_step_",
+    "proximal_step_ex",
+    "proximal_step_ex_",
+    "proximal_update",
+    "ridge_step",
+]
 
 REDUCTIONS = ("mean", "sum")
 BIAS_FITS = ("penalized", "free")
-METHODS = ("auto", "cholesky")
+METHODS = ("auto", "cholesky", "cg")
 
 # What a negative info of the op says; a positive one is the order of the first leading minor of the
 # system that is not positive definite.
@@ -368,7 +376,11 @@ def proximal_step(
         sample_weight: ``(..., B)`` weights s >= 0 of the rows, 1 by default.
         fit_bias: ``"penalized"`` treats the bias as the weight of a feature that is 1 (the paper's choice);
             ``"free"`` fits it without a penalty, by centring.
-        method: ``"auto"`` or ``"cholesky"``.
+        method: ``"cholesky"`` factors the system; ``"cg"`` runs conjugate gradients on all K right sides from
+            the old head, to a true residual of 1e-6 (float64: 1e-12) of the right side's, and falls back on
+            the factorisation where they do not converge (in the native CPU kernel; others always factor);
+            ``"auto"`` tries them where a quarter of the factorisation's work buys at least 24 iterations,
+            see :func:`cfl_ops.config.plan_proximal`.
 
     Returns:
         :class:`ProximalStep` ``(weight, bias, loss, grad_features)``: the last two are the squared loss at the
@@ -497,6 +509,85 @@ def proximal_step_ex_(
     """
     return _step_("proximal_step_ex_", features, target, weight, bias, lam, ridge, lam_diag, reduction,
                   sample_weight, fit_bias, method)  # fmt: skip
+
+
+def proximal_update(
+    features: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lam: float | Tensor,
+    ridge: float | Tensor = 0.0,
+    lam_diag: Tensor | None = None,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    fit_bias: str = "penalized",
+    method: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The new ``(weight, bias)`` of :func:`proximal_step`, for those who need no gradient.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> weight, bias = cfl_ops.proximal_update(torch.eye(2), torch.ones(2, 1), torch.zeros(1, 2), lam=0.5)
+        >>> weight
+        tensor([[0.5000, 0.5000]])
+
+    """
+    step, info = _step("proximal_update", features, target, weight, bias, lam, ridge, lam_diag, reduction,
+                       sample_weight, fit_bias, method)  # fmt: skip
+    _raise(info, [t for t in step if t is not None], features, target, weight)
+    return step.weight, step.bias
+
+
+def ridge_step(
+    features: Tensor,
+    target: Tensor,
+    num_classes: int | None = None,
+    *,
+    lam: float | Tensor,
+    bias: bool = True,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    fit_bias: str = "penalized",
+    method: str = "auto",
+) -> ProximalStep:
+    """The ridge head of this batch alone (Eq. 1-2, 10-12): a step without memory of an earlier head.
+
+    Args:
+        features: ``(..., B, D)``.
+        target: ``(..., B, K)``, or class indices ``(..., B)`` int64 with ``num_classes``.
+        num_classes: K for class indices.
+        lam: the ridge coefficient, in the convention of ``reduction``.
+        bias: whether to fit a bias.
+        reduction, sample_weight, fit_bias, method: as in :func:`proximal_step`.
+
+    Returns:
+        :class:`ProximalStep`.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> cfl_ops.ridge_step(torch.eye(2), torch.tensor([0, 1]), 2, lam=0.5, bias=False).weight
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+
+    """
+    _checks.floating("ridge_step", "features", features, 2)
+    _checks.tensor("ridge_step", "target", target, 1)
+    if target.dtype == torch.int64:
+        if num_classes is None:
+            raise TypeError("cfl_ops.ridge_step: target of class indices (int64) needs num_classes")
+        outputs = num_classes
+    else:
+        _checks.floating("ridge_step", "target", target, 2)
+        outputs = target.shape[-1]
+    dtype = features.dtype if features.dtype == torch.float64 else torch.float32
+    weight = features.new_zeros(*features.shape[:-2], outputs, features.shape[-1], dtype=dtype)
+    zero_bias = weight.new_zeros(weight.shape[:-1]) if bias else None
+    step, info = _step("ridge_step", features, target, weight, zero_bias, 0.0, lam, None, reduction,
+                       sample_weight, fit_bias, method)  # fmt: skip
+    _raise(info, [t for t in step if t is not None], features, target, weight)
+    return step
 
 
 def _step(op: str, *args: Any) -> tuple[ProximalStep, Tensor]:

@@ -171,3 +171,35 @@ def test_reset_parameters_and_repr() -> None:
     assert not head.weight.any()
     assert "lam=2.0" in repr(head)
     assert isinstance(cfl_ops.learn.ClosedFormLinear, type)
+
+
+@pytest.mark.parametrize(
+    ("order", "forwards"), [("head-first", 1), ("backbone-first", 2), ("backbone-first-cached", 1)]
+)
+def test_orders_of_the_training_step(order: str, forwards: int) -> None:
+    backbone, head = nn.Sequential(nn.Linear(6, 16), nn.GELU()), ClosedFormLinear(16, 3, init="lecun")
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.05, momentum=0.9)
+    calls = []
+    backbone.register_forward_hook(lambda *_: calls.append(1))
+    losses = [
+        float(cfl_ops.learn.train_step(backbone, head, optimizer, *data(), order=order)) for _ in range(60)
+    ]
+    assert len(calls) == 60 * forwards
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+    with pytest.raises(ValueError, match="order must be one of head-first"):
+        cfl_ops.learn.train_step(backbone, head, optimizer, *data(), order="both")
+
+
+def test_backbone_first_takes_the_gradient_at_the_old_head() -> None:
+    backbone, head = (
+        nn.Linear(6, 8, dtype=torch.float64),
+        ClosedFormLinear(8, 3, init="he", dtype=torch.float64),
+    )
+    x, y = data()
+    old = head.weight.clone()
+    loss = (nn.functional.one_hot(y, 3) - backbone(x.double()) @ old.mT).square().sum() / len(x)
+    (want,) = torch.autograd.grad(loss, backbone.weight)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=1.0)
+    before = backbone.weight.detach().clone()
+    cfl_ops.learn.train_step(backbone, head, optimizer, x.double(), y, order="backbone-first")
+    torch.testing.assert_close(before - backbone.weight.detach(), want)

@@ -34,7 +34,7 @@ from rich.table import Table
 from .. import config
 from . import EXTRAS, report
 from . import data as datasets
-from .defaults import BATCH_SIZES, EPOCHS, tuned
+from .defaults import BATCH_SIZES, EPOCHS, tuned, tuned_sizes
 from .summary import number, summarize
 from .training import HEADS, Run, Setting, train_side_by_side, warm_up
 
@@ -160,11 +160,11 @@ HELP = "\n\n".join(
         "[bold]cross-entropy[/] is one trained on cross-entropy (classification only).",
         "Ctrl-C stops the training and still writes the report of what is done (exit code 130).",
         "[bold]How the default learning rates and penalties were chosen[/], with the same effort for each "
-        "head: for each head and batch size (8, 32, 128 with sgd, 32 with adam; others take those of the "
-        "nearest), six learning rates times five penalties were trained with one seed on 80 % of the training "
-        "part and judged on the other 20 %; the best four were trained with four more seeds, and the lowest "
-        "mean won, if none of ten further seeds diverged. Where the winner lay at the edge of the grid, the grid grew there, at most twice. The test "
-        "part had no say. "
+        "head: for each head and batch size, six learning rates times five penalties were trained with one "
+        "seed on 80 % of the training part and judged on the other 20 %; the best four were trained with four "
+        "more seeds, and the lowest mean won, if none of ten further seeds diverged. Where the winner lay at "
+        "the edge of the grid, the grid grew there, at most twice. The test part had no say. Tuned were "
+        f"{tuned_sizes()}; other batch sizes take what is best for the nearest. "
         "[italic]python -m cfl_ops.demo.tune[/] does it again.",
     )
 )
@@ -447,7 +447,7 @@ def _train(
 
 def _table(runs: list[Run], groups: list[list[Setting]], data: datasets.Dataset) -> Table:
     """The metric and the speed of each head and batch size so far."""
-    summary = summarize(runs)
+    summary = summarize(runs, data)
     table = Table(title=f"{data.title}: {data.metric} (mean so far), and steps per second", expand=True)
     sizes = sorted({group[0].batch_size for group in groups})
     table.add_column("head")

@@ -44,6 +44,11 @@ class Dataset:
         return "\N{NO-BREAK SPACE}%" if self.classes else ""
 
     @property
+    def resolution(self) -> float:
+        """The step in which the metric moves: one image of the test part; 0 for a regression."""
+        return 100 / len(self.test_x) if self.classes else 0.0
+
+    @property
     def digits(self) -> int:
         """Digits after the point at which the metric is printed."""
         return 2 if self.classes else 3

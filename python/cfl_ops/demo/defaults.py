@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BATCH_SIZES", "EPOCHS", "TABLE", "tuned"]
+__all__ = ["BATCH_SIZES", "EPOCHS", "TABLE", "tuned", "tuned_sizes"]
 
 TABLE = Path(__file__).with_name("defaults.json")
 BATCH_SIZES = (8, 32, 128)
@@ -27,3 +27,13 @@ def tuned(data: str, optimizer: str, head: str, batch_size: int) -> tuple[float,
     entries = _table()[data][optimizer][head]
     nearest = min(entries, key=lambda size: abs(math.log(int(size) / batch_size)))
     return float(entries[nearest]["lr"]), float(entries[nearest]["penalty"])
+
+
+def tuned_sizes() -> str:
+    """The batch sizes that were tried, in words, by data set and optimiser."""
+    parts = []
+    for data, optimizers in _table().items():
+        for optimizer, heads in optimizers.items():
+            sizes = sorted({int(size) for entries in heads.values() for size in entries})
+            parts.append(f"{data} with {optimizer} at {', '.join(map(str, sizes))}")
+    return "; ".join(parts)

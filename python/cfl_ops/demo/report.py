@@ -60,7 +60,7 @@ def write(
         The path of the report.
 
     """
-    summary = summarize(runs)
+    summary = summarize(runs, data)
     words = sentences(summary, data)
     folder.mkdir(parents=True, exist_ok=True)
     results = _results(runs, summary, data, facts, words, interrupted)
@@ -182,7 +182,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 def _floor(data: Dataset) -> float:
     """What stands for zero errors on a logarithmic axis: half a mistake."""
-    return 50 / len(data.test_x) if data.classes else 1e-6
+    return data.resolution / 2 if data.classes else 1e-6
 
 
 def _curves(summary: Summary, data: Dataset) -> list[dict[str, str]]:

@@ -43,15 +43,20 @@ class Interval:
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """Mean and Student-t 95 % interval of the finite values; None if there is none."""
+def interval(values: Sequence[float], resolution: float = 0.0) -> Interval | None:
+    """Mean and Student-t 95 % interval of the finite values; None if there is none.
+
+    The half width is at least ``resolution``, the step in which the values move: a few seeds that make
+    equally many mistakes by chance would give an interval of no width.
+    """
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return None
     n = len(values)
     if n == 1:
         return Interval(values[0], None, 1)
-    return Interval(fmean(values), float(stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n), n)
+    half = float(stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    return Interval(fmean(values), max(half, resolution), n)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Comparison:
     def verdict(self) -> str:
         """``lower``, ``higher``, or ``unclear`` where the interval holds zero or there is none."""
         half = self.difference.half
-        if half is None or abs(self.difference.mean) <= half:
+        if half is None or abs(self.difference.mean) < 1.000001 * half:
             return "unclear"
         return "lower" if self.difference.mean < 0 else "higher"
 
@@ -118,7 +123,7 @@ class Summary:
     comparisons: list[Comparison]
 
 
-def summarize(runs: Sequence[Run]) -> Summary:
+def summarize(runs: Sequence[Run], data: Dataset) -> Summary:
     """Group the runs that took a step by head and batch size."""
     runs = [run for run in runs if run.steps_done]
     heads = [name for name in HEADS if any(run.setting.head == name for run in runs)]
@@ -129,12 +134,12 @@ def summarize(runs: Sequence[Run]) -> Summary:
         here = {name: _runs_of(runs, name, batch_size) for name in heads}
         for name in heads:
             if here[name]:
-                cells[name, batch_size] = _cell(name, batch_size, here[name], here.get(reference or "", []))
+                cells[name, batch_size] = _cell(data, here[name], here.get(reference or "", []))
     pairs = [("proximal", other) for other in heads if other != "proximal"] if "proximal" in heads else []
     comparisons = []
     for batch_size in batch_sizes:
         for head, other in pairs:
-            difference = _difference(cells.get((head, batch_size)), cells.get((other, batch_size)))
+            difference = _difference(data, cells.get((head, batch_size)), cells.get((other, batch_size)))
             if difference is not None:
                 comparisons.append(Comparison(head, other, batch_size, difference))
     return Summary(heads, batch_sizes, reference, cells, comparisons)
@@ -146,7 +151,7 @@ def _runs_of(runs: Sequence[Run], head: str, batch_size: int) -> list[Run]:
     return [run for run in mine if run.finished] or mine
 
 
-def _cell(head: str, batch_size: int, runs: list[Run], reference: list[Run]) -> Cell:
+def _cell(data: Dataset, runs: list[Run], reference: list[Run]) -> Cell:
     milliseconds = [1000 * seconds for run in runs for seconds in run.step_seconds]
     low, _, high = quantiles(milliseconds, n=4) if len(milliseconds) > 1 else milliseconds * 3
     ratio, ratio_range = None, None
@@ -163,12 +168,12 @@ def _cell(head: str, batch_size: int, runs: list[Run], reference: list[Run]) -> 
             ratio = median(quotient for each in quotients for quotient in each)
             ratio_range = min(map(median, quotients)), max(map(median, quotients))
     return Cell(
-        head,
-        batch_size,
+        runs[0].setting.head,
+        runs[0].setting.batch_size,
         runs,
         complete=all(run.finished for run in runs),
-        online=interval([run.online for run in runs]),
-        refit=interval([run.refit for run in runs if run.refit is not None]),
+        online=interval([run.online for run in runs], data.resolution),
+        refit=interval([run.refit for run in runs if run.refit is not None], data.resolution),
         step_ms=median(milliseconds),
         step_ms_quartiles=(low, high),
         ratio=ratio,
@@ -176,13 +181,12 @@ def _cell(head: str, batch_size: int, runs: list[Run], reference: list[Run]) -> 
     )
 
 
-def _difference(cell: Cell | None, other: Cell | None) -> Interval | None:
+def _difference(data: Dataset, cell: Cell | None, other: Cell | None) -> Interval | None:
     if cell is None or other is None:
         return None
     theirs = {run.setting.seed: run.online for run in other.runs}
-    return interval(
-        [run.online - theirs[run.setting.seed] for run in cell.runs if run.setting.seed in theirs]
-    )
+    values = [run.online - theirs[run.setting.seed] for run in cell.runs if run.setting.seed in theirs]
+    return interval(values, data.resolution)
 
 
 def sentences(summary: Summary, data: Dataset) -> list[str]:
@@ -272,6 +276,6 @@ def number(value: float, data: Dataset) -> str:
 
 def difference(value: Interval, data: Dataset) -> str:
     """A difference of metrics with its sign and interval; of percentages in points."""
-    text = f"{value.mean:+.{data.digits}f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{round(value.mean, data.digits) + 0.0:+.{data.digits}f}".replace("-", "\N{MINUS SIGN}")
     half = "" if value.half is None else f" ± {value.half:.{data.digits}f}"
     return text + half + (" points" if data.classes else "")

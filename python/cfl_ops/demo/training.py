@@ -225,7 +225,7 @@ def _batches(data: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor
             yield data.train_x[index], data.train_y[index], dense[index]
 
 
-def _evaluation_steps(steps: int, count: int = 24) -> list[int]:
+def _evaluation_steps(steps: int, count: int) -> list[int]:
     """Where to evaluate: closer together at the start, where the curves move."""
     return sorted({max(1, round(steps * (i / count) ** 2)) for i in range(1, count + 1)})
 
@@ -241,6 +241,8 @@ def train_side_by_side(
     *,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda steps: None,
+    evaluations: int = 24,
+    refit: bool = True,
 ) -> list[Run]:
     """Train several heads on the same batches, taking turns of a few steps.
 
@@ -252,6 +254,8 @@ def train_side_by_side(
         data: on the device to train on.
         stop: asked at every turn; when true, the runs end where they are.
         progress: told how many steps were taken (or skipped, after a divergence).
+        evaluations: how often the curves are sampled.
+        refit: whether closed-form heads are re-estimated on the whole training set at the end.
 
     Returns:
         A run for each setting, evaluated where it stopped.
@@ -264,7 +268,7 @@ def train_side_by_side(
     pairs = list(zip(learners, runs, strict=True))
     batches = _batches(data, first.batch_size, first.seed)
     done, turn = 0, 0
-    for target in _evaluation_steps(first.steps):
+    for target in _evaluation_steps(first.steps, evaluations):
         while done < target and not stop():
             count = min(TURN, target - done)
             turn_batches = list(itertools.islice(batches, count))
@@ -281,7 +285,7 @@ def train_side_by_side(
             break
     for learner, run in pairs:
         if run.failure is None and run.steps_done:
-            _finish(learner, run)
+            _finish(learner, run, refit)
     return runs
 
 
@@ -310,11 +314,11 @@ def _evaluate(learner: Learner, run: Run) -> None:
         run.failure = f"diverged by step {run.steps_done}"
 
 
-def _finish(learner: Learner, run: Run) -> None:
+def _finish(learner: Learner, run: Run, refit: bool) -> None:
     output = learner.predict()
     run.online, run.loss = learner.metric(output), learner.loss(output)
     run.predictions = (output.argmax(1) if learner.data.classes else output).cpu()
-    if HEADS[run.setting.head].closed_form:
+    if refit and HEADS[run.setting.head].closed_form:
         run.refit = learner.metric(learner.predict(learner.refit()))
 
 

@@ -5,8 +5,8 @@
 For each head and batch size: a grid of six learning rates times five penalties is trained with one seed on
 80 % of the training part and judged on the other 20 %; the best four are trained with four more seeds; the
 lowest mean wins, if none of ten further seeds diverges, else the next. Where the winner lies at the edge of
-the grid, the grid grows by a row there and the choice is made again, at most twice. The judge is the demo's own metric, then the head's own loss where that
-ties. The test part takes no part in it.
+the grid, the grid grows by a row there and the choice is made again, at most twice. The judge is the demo's
+own metric, then the head's own loss where that ties. The test part takes no part in it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def choose(data: datasets.Dataset, optimizer: str, head: str, batch_size: int, s
         for seed in seeds[len(mine) :]:
             lr, penalty = candidate
             setting = Setting(head, batch_size, seed, steps, lr, penalty, optimizer)
-            mine += train_side_by_side([setting], data)
+            mine += train_side_by_side([setting], data, evaluations=6, refit=False)
         return _judge(mine[: len(seeds)])
 
     def stable(candidate: Candidate) -> bool:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from .closed_form_linear import ClosedFormLinear
+from .train_step import train_step
 
-__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV"]
+__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
 
 # These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
 _ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}

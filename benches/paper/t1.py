@@ -1,0 +1,145 @@
+"""T1: training steps per second with a closed-form head over those with a cross-entropy head (rSPS).
+
+A ResNet-18 on 32 x 32 images (synthetic, K = 100) trains for real in the cells given; the two heads take turns
+step by step, and the ratio of their median step times is printed beside the paper's (A100, CIFAR-100) and with
+the spread of the ratio of neighbouring steps. Cells too slow for this machine can be modelled:
+(backbone + cross-entropy head) / (backbone + closed-form head), with the backbone measured once at B = 32.
+
+Run: python benches/paper/t1.py --cells 32x512,32x4096,128x4096
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from cfl_ops.learn import ClosedFormLinear
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 100
+PAPER = {  # ResNet-18, targets.md T1
+    32: dict(zip((128, 256, 512, 1024, 2048, 4096), (1.11, 1.11, 0.98, 0.86, 0.65, 0.37), strict=True)),
+    128: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.98, 0.97, 0.95, 0.88, 0.72, 0.52), strict=True)),
+    1024: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.92, 0.93, 0.92, 0.92, 0.89, 0.84), strict=True)),
+    4096: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.89, 0.88, 0.87, 0.90, 0.89, 0.88), strict=True)),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.skip(x))
+
+
+def resnet18(width: int, features: int) -> nn.Sequential:
+    """For 32 x 32 images; another number of features than 8 x width comes from a linear layer and a ReLU."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for stage, stride in enumerate((1, 2, 2, 2)):
+        outputs = width * 2**stage
+        layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
+        inputs = outputs
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if inputs != features:
+        layers += [nn.Linear(inputs, features), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def steps(rows: int, features: int, width: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A training step with the closed-form head, and one with cross-entropy, of twin networks."""
+    x, y = torch.randn(rows, 3, 32, 32), torch.randint(CLASSES, (rows,))
+
+    def twin() -> tuple[nn.Sequential, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        backbone = resnet18(width, features)
+        return backbone, torch.optim.SGD(backbone.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+    backbone, optimizer = twin()
+    closed = ClosedFormLinear(features, CLASSES, lam=1.0)
+
+    def closed_form() -> None:
+        closed.step(backbone(x), y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    rival, rival_optimizer = twin()
+    head = nn.Linear(features, CLASSES)
+    rival_optimizer.add_param_group({"params": list(head.parameters())})
+
+    def cross_entropy() -> None:
+        F.cross_entropy(head(rival(x)), y).backward()
+        rival_optimizer.step()
+        rival_optimizer.zero_grad()
+
+    return closed_form, cross_entropy
+
+
+def measure(contenders: tuple[Callable[[], None], ...], repeats: int) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in contenders]
+    for function in contenders:
+        function()
+    for repeat in range(repeats):
+        order = range(len(contenders)) if repeat % 2 == 0 else reversed(range(len(contenders)))
+        for i in order:
+            start = time.perf_counter()
+            contenders[i]()
+            times[i].append(time.perf_counter() - start)
+    return times
+
+
+def main(
+    cells: Annotated[
+        str, typer.Option(help="BxD, separated by commas: trained for real")
+    ] = "32x512,32x4096,128x4096",
+    width: Annotated[int, typer.Option(help="width of the first stage; 64 is ResNet-18")] = 64,
+    repeats: Annotated[int, typer.Option(help="steps of each head")] = 8,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+) -> None:
+    """Print rSPS for each cell beside the paper's."""
+    torch.set_num_threads(threads)
+    table = Table(title=f"rSPS of a width-{width} ResNet-18, {threads} thread(s), K = {CLASSES}")
+    for name in (
+        "B",
+        "D",
+        "cross-entropy ms",
+        "closed form ms",
+        "rSPS",
+        "spread (quartiles)",
+        "paper (A100)",
+    ):
+        table.add_column(name, justify="right")
+    for cell in cells.split(","):
+        rows, features = (int(part) for part in cell.split("x"))
+        closed, cross = measure(steps(rows, features, width), repeats)
+        ratios = [b / a for a, b in zip(closed, cross, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        table.add_row(
+            str(rows), str(features), f"{statistics.median(cross) * 1e3:.1f}",
+            f"{statistics.median(closed) * 1e3:.1f}",
+            f"{statistics.median(cross) / statistics.median(closed):.3f}", f"{low:.3f} - {high:.3f}",
+            f"{PAPER.get(rows, {}).get(features, float('nan')):.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
