@@ -15,10 +15,9 @@ import math
 import time
 from collections.abc import Callable
 
+import cfl_ops
 import torch
 from torch import Tensor
-
-import cfl_ops
 
 HIDDEN = (32, 32, 32, 32)
 SETTINGS = ((0.1, 10.0), (1.0, 2.0))

@@ -52,7 +52,7 @@ class _Factors(NamedTuple):
         return self.right @ self.basis.mT
 
     def solve(self, b: Tensor) -> Tensor:
-        """pinv b"""
+        """Pinv b"""
         if self.basis is not None:
             x = self.basis.mT @ b.to(WIDE)
         else:

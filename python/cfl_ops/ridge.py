@@ -27,7 +27,7 @@ CHUNK_BYTES = 64 << 20  # of predictions in work at a time, whatever the number 
 
 
 def _check_xy(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y in their common dtype (at least float32) and with their common batch shape."""
+    """X and y in their common dtype (at least float32) and with their common batch shape."""
     _checks.floating(op, "x", x, 2)
     _checks.floating(op, "y", y, 2)
     _checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
@@ -49,7 +49,7 @@ def _moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """x with its column means taken away, and the means in float64 (zero without a bias).
+    """X with its column means taken away, and the means in float64 (zero without a bias).
 
     What the rounded mean leaves behind is no larger than rounding of x - mean itself.
     """
@@ -318,7 +318,7 @@ def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
 def _fold_scores(
     x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k folds of consecutive rows: the moments of the others are all moments less the fold's own.
+    """K folds of consecutive rows: the moments of the others are all moments less the fold's own.
 
     Returns the scores (L, K), their mean over targets and folds relative to each fold's variance (L), which is
     1 - R^2, and the moments of all rows.

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from cfl_ops.learn import Ridge, RidgeCV  # noqa: E402
-from sklearn import linear_model  # noqa: E402
-from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+from cfl_ops.learn import Ridge, RidgeCV
+from sklearn import linear_model
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 
 @parametrize_with_checks([Ridge(), RidgeCV(), RidgeCV(alpha_per_target=True), RidgeCV(cv=3)])
