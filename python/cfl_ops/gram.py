@@ -376,6 +376,24 @@ def _gram_arguments(
     return x, y, sample_weight, bias_column, classes, acc_dtype
 
 
+# --- the exact Gram matrix alone: what CUDA C++ serves where it is compiled in ----------------------------------
+
+
+def _exact_gram_python(x: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """X^T S X in float64, of x (..., B, D) in any floating-point dtype and float64 weights (..., B)."""
+    wide = x.double()
+    return _symmetric(_weighted(wide, sample_weight).mT @ wide)
+
+
+EXACT_GRAM = define_op(
+    "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
+    python=_exact_gram_python,
+    fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
+    core_dims=(2, 1),
+    helper=True,
+)
+
+
 # --- streaming ----------------------------------------------------------------------------------------------
 
 
