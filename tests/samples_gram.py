@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.gram import ACTIVATIONS, GRAM, GRAM_, LINEAR_GRAM
+from cfl_ops.gram import ACTIVATIONS, EXACT_GRAM, GRAM, GRAM_, LINEAR_GRAM
 from contract import Case, OpSpec
 from torch import Tensor
 
@@ -251,7 +251,34 @@ def _export_layer():
     return args, ({0: rows}, None, None, {0: rows}, {0: rows}), other
 
 
+def _exact_case(name: str, rows: int, width: int, weights: bool, batch: tuple[int, ...] = (2,)) -> Case:
+    def make(dtype: torch.dtype):
+        x, _, weight, *_ = _case("", rows, width, weights=weights, batch=batch).make(dtype)
+        return [x, None if weight is None else weight.double()]
+
+    return Case(name, make)
+
+
+def _oracle_exact(x, weight):
+    return [_oracle(x, None, weight, False, 0, torch.float64)[0]]
+
+
+def _bound_exact(x, weight):
+    return [_bound(x, None, weight, False, 0, torch.float64)[0]]
+
+
 SPECS = [
+    OpSpec(
+        EXACT_GRAM,
+        [
+            _exact_case("weights", 19, 7, True),
+            _exact_case("plain", 70, 66, False),
+            _exact_case("no rows", 0, 5, True),
+            _exact_case("no batch dimension", 6, 4, False, ()),
+        ],
+        _oracle_exact,
+        _bound_exact,
+    ),
     OpSpec(
         GRAM,
         CASES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
+from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
 from torch import Tensor
 
 __all__ = ["gram", "gram_"]
@@ -152,7 +152,10 @@ def gram(
     gram_out = torch.zeros(matrices, order, order, dtype=acc_dtype, device=x.device)
     tiles = triton.cdiv(order, options["TILE"])
     triangle = tiles * (tiles + 1) // 2
-    if gram_out.numel() and rows:
+    if gram_out.numel() and rows and not bias_column and acc_dtype == torch.float64 and _exact_kernel(x):
+        exact_weight = None if weight is None else weight.double()
+        gram_out = EXACT_GRAM.overload(x3, exact_weight)
+    elif gram_out.numel() and rows:
         splits, per_split = _split(rows, triangle * matrices, options["DEPTH"])
         parts = gram_out.new_empty(splits, *gram_out.shape) if splits > 1 else gram_out.unsqueeze(0)
         _gram_kernel[(triangle, splits, matrices)](
@@ -232,6 +235,11 @@ def gram_(
         kept = old * decay if decay != 0 else torch.zeros_like(old)
         old.copy_(torch.where(keep, kept + new, old))
     return info
+
+
+def _exact_kernel(x: Tensor) -> bool:
+    """Whether the CUDA C++ kernel of float64 sums is compiled in; Triton's float64 dots are not measured."""
+    return x.is_cuda and EXACT_GRAM.has_kernel("cuda")
 
 
 def _split(rows: int, programs: int, depth: int) -> tuple[int, int]:

@@ -99,10 +99,13 @@ const Kernel* kernel_for(const GramArgs& args) {
     case Isa::kAmx:
       if (const Kernel* kernel = detail::kernel_amx(args)) return kernel;
       [[fallthrough]];
-    case Isa::kAvx512: return detail::kernel_avx512(args);
-    case Isa::kAvx2: return detail::kernel_avx2(args);
+    case Isa::kAvx512:
+      return detail::kernel_avx512(args);
+    case Isa::kAvx2:
+      return detail::kernel_avx2(args);
 #endif
-    default: return detail::kernel_generic(args);
+    default:
+      return detail::kernel_generic(args);
   }
 }
 
@@ -153,10 +156,14 @@ void run_parts(int64_t begin, int64_t end, void* ctx) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kGeneric: return "generic";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAmx: return "amx";
+    case Isa::kGeneric:
+      return "generic";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "";
 }

@@ -40,8 +40,8 @@ struct GramArgs {
   double beta = 0.0;
   void* gram = nullptr;  // (D1, D1), required
 
-  int64_t targets = 0;        // K; 0 for no targets
-  const void* y = nullptr;    // dense targets (rows, K) of type x_dtype, or null
+  int64_t targets = 0;      // K; 0 for no targets
+  const void* y = nullptr;  // dense targets (rows, K) of type x_dtype, or null
   int64_t y_row_stride = 0;
   int64_t y_col_stride = 1;
   const int64_t* labels = nullptr;  // class indices (rows), or null; excludes y

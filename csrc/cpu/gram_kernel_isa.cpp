@@ -6,8 +6,8 @@
 // same reason everything but the entry point lives in an unnamed namespace.
 //
 // Scheme. Columns are cut into panels of NR. For each block of kc rows, a panel is packed (and
-// converted to the accumulation type) as kc runs of NR numbers. The block (strip i, panel p), p >= i,
-// of the output is the product of two packed panels; "strip" is a panel in its role as the left
+// converted to the accumulation type) as kc runs of NR numbers. The block (strip i, panel p), p >=
+// i, of the output is the product of two packed panels; "strip" is a panel in its role as the left
 // factor. Without weights both roles share one packing. Dense targets are further panels on the
 // right. The lower triangle is written as the transpose of each block after its last row block.
 
@@ -112,8 +112,8 @@ CFL_INLINE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b;
 CFL_INLINE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 CFL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The next row of a tile. Hidden from the optimiser, which would compute all row addresses before the
-// inner loop and push its operands out of the vector registers to keep them.
+// The next row of a tile. Hidden from the optimiser, which would compute all row addresses before
+// the inner loop and push its operands out of the vector registers to keep them.
 template <class T>
 CFL_INLINE T* next_row(T* at, int64_t ld) {
   at += ld;
@@ -156,7 +156,9 @@ CFL_INLINE F32h widen_half(const BF16* p) {
   return (F32h)(__builtin_convertvector(load_as<U16q>(p), U32h) << 16);
 }
 #if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
-CFL_INLINE F32v widen(const F16* p) { return (F32v)_mm512_maskz_cvtph_ps(__mmask16(-1), load_as<__m256i>(p)); }
+CFL_INLINE F32v widen(const F16* p) {
+  return (F32v)_mm512_maskz_cvtph_ps(__mmask16(-1), load_as<__m256i>(p));
+}
 CFL_INLINE F32h widen_half(const F16* p) { return (F32h)_mm256_cvtph_ps(load_as<__m128i>(p)); }
 #elif defined(CFL_ISA_AVX2)
 CFL_INLINE F32v widen(const F16* p) { return (F32v)_mm256_cvtph_ps(load_as<__m128i>(p)); }
@@ -479,10 +481,17 @@ struct VectorEngine {
       const T* left = a.data + m0;
       const T* right = b.data + first * n;
       switch (last - first) {
-        case 3: tile<3>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
-        case 2: tile<2>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
-        case 1: tile<1>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta)); break;
-        default: continue;
+        case 3:
+          tile<3>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
+          break;
+        case 2:
+          tile<2>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
+          break;
+        case 1:
+          tile<1>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
+          break;
+        default:
+          continue;
       }
       if (whole) continue;
       for (int64_t m = 0; m < min64(kRows, rows - m0); ++m) {
@@ -688,8 +697,9 @@ struct Driver {
     plan->panels = plan->x_panels + ceil_div(dense_targets(a), kWidth);
     // A last panel of one vector would be slow: it takes another from the panel before.
     const bool one_vector = ceil_div(plan->d1, kLanesT) % E::kVectors == 1;
-    plan->early =
-        E::kVectors > 2 && kLanesT % E::kRows == 0 && one_vector && plan->x_panels > 1 ? kLanesT : 0;
+    plan->early = E::kVectors > 2 && kLanesT % E::kRows == 0 && one_vector && plan->x_panels > 1
+                      ? kLanesT
+                      : 0;
     plan->partial_bytes = size_t(plan->d1) * size_t(plan->d1 + a.targets) * sizeof(T);
     // Row groups share no packing work, but each costs a pass over the output; bands repeat part
     // of the packing. A band should stay a few panels wide.
@@ -703,8 +713,8 @@ struct Driver {
     plan->bands = max64(1, threads / groups);
   }
 
-  // Cuts the sequence of micro-rows into bands of about equal length, never inside a diagonal block,
-  // which its owner must mirror as a whole.
+  // Cuts the sequence of micro-rows into bands of about equal length, never inside a diagonal
+  // block, which its owner must mirror as a whole.
   static void cut(Plan* plan) {
     double total = 0;
     for (int64_t p = 0; p < plan->panels; ++p) total += double(micro_rows(*plan, p));
@@ -764,9 +774,10 @@ struct Driver {
            row_bytes * size_t(plan.d1) >= kStreamBytes;
   }
 
-  // A computed block whose mirror image, and whose own place if it was computed in a staging buffer,
-  // are still to be written. The stores are issued a few at a time between the micro-rows of the next
-  // block: the machine drains about one line in 10 cycles, and a burst would stop the arithmetic.
+  // A computed block whose mirror image, and whose own place if it was computed in a staging
+  // buffer, are still to be written. The stores are issued a few at a time between the micro-rows
+  // of the next block: the machine drains about one line in 10 cycles, and a burst would stop the
+  // arithmetic.
   struct Pending {
     T* from;
     int64_t ld;  // of `from`
@@ -846,8 +857,8 @@ struct Driver {
     }
   }
 
-  // The operands of the current row block. Packed panels: all of them if they fit, else those of the
-  // current group as right factors and one strip as the left factor.
+  // The operands of the current row block. Packed panels: all of them if they fit, else those of
+  // the current group as right factors and one strip as the left factor.
   struct Packs {
     const Plan& plan;
     const T* weight;
@@ -894,10 +905,10 @@ struct Driver {
     const Plan& plan = *plan_ptr;
     const GramArgs& a = plan.args;
     const int64_t group = part / plan.bands, band = part % plan.bands;
-    const int64_t row_begin = a.rows / plan.row_groups * group +
-                              min64(group, a.rows % plan.row_groups);
-    const int64_t row_end = a.rows / plan.row_groups * (group + 1) +
-                            min64(group + 1, a.rows % plan.row_groups);
+    const int64_t row_begin =
+        a.rows / plan.row_groups * group + min64(group, a.rows % plan.row_groups);
+    const int64_t row_end =
+        a.rows / plan.row_groups * (group + 1) + min64(group + 1, a.rows % plan.row_groups);
     const Output out = output_of(plan, group);
     const TilePos lo = plan.band_begin[band], hi = plan.band_begin[band + 1];
     const int64_t panel_end = hi.row > 0 ? hi.panel + 1 : hi.panel;
@@ -919,16 +930,28 @@ struct Driver {
     const int64_t strip_slots = all ? (own_strips ? panel_end : 0) : 1;
     const int64_t weight_bytes = (depth_max * int64_t(sizeof(T)) + 63) / 64 * 64;
     const int64_t flag_bytes = (slots + strip_slots + 63) / 64 * 64;
-    char* memory = static_cast<char*>(plan.scratch(
-        size_t(weight_bytes + flag_bytes + (slots + strip_slots) * panel_bytes)));
+    char* memory = static_cast<char*>(
+        plan.scratch(size_t(weight_bytes + flag_bytes + (slots + strip_slots) * panel_bytes)));
     T* weight = a.weight ? reinterpret_cast<T*>(memory) : nullptr;
     char* flags = memory + weight_bytes;
     char* panels = flags + flag_bytes;
-    Packs packs = {plan, weight, all, false, 0, 0, 0, panel_end, panel_bytes,
-                   panels, flags, panels + slots * panel_bytes, flags + slots};
+    Packs packs = {plan,
+                   weight,
+                   all,
+                   false,
+                   0,
+                   0,
+                   0,
+                   panel_end,
+                   panel_bytes,
+                   panels,
+                   flags,
+                   panels + slots * panel_bytes,
+                   flags + slots};
 
-    // Few columns in short rows need no packing. A vector that reaches past the end of its row reads
-    // the next one, whose part of the product is dropped; after the last row there may be nothing.
+    // Few columns in short rows need no packing. A vector that reaches past the end of its row
+    // reads the next one, whose part of the product is dropped; after the last row there may be
+    // nothing.
     const bool in_place = E::kReadsInPlace && !a.weight && !a.bias && a.x_col_stride == 1 &&
                           a.x_row_stride >= max64(plan.d1, kLanesT) &&
                           a.x_row_stride * int64_t(sizeof(T)) <= kInPlaceBytes;
@@ -991,15 +1014,23 @@ struct Driver {
             const bool finished = last && final_output;
             for (int64_t r = r0; r < r1; ++r) {
               if (!staged) prefetch_output(plan, out.gram, strip, panel, r, finished && !streams);
-              E::block(depth, left, right, r, r + 1, p == i, c, ldc, strip.width, panel.width, beta);
+              E::block(depth, left, right, r, r + 1, p == i, c, ldc, strip.width, panel.width,
+                       beta);
               for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {
                 write_step(plan, &pending);
               }
             }
             if (!finished) continue;
             write_rest(plan, &pending);
-            pending = {c, ldc, strip, panel, r0 * E::kRows, min64(r1 * E::kRows, strip.width),
-                       streams, 0, staged ? kSteps : E::kVectors};
+            pending = {c,
+                       ldc,
+                       strip,
+                       panel,
+                       r0 * E::kRows,
+                       min64(r1 * E::kRows, strip.width),
+                       streams,
+                       0,
+                       staged ? kSteps : E::kVectors};
             if (staged) stage = stage == stages[0] ? stages[1] : stages[0];
           }
         }
@@ -1097,10 +1128,11 @@ struct Driver {
       if (!x) continue;
       for (int64_t i = 0; i <= p; ++i) {
         const Panel strip = panel_of(plan, i);
-        const int64_t m0 = max64(first - strip.first, 0), m1 = min64(end - strip.first, strip.width);
+        const int64_t m0 = max64(first - strip.first, 0),
+                      m1 = min64(end - strip.first, strip.width);
         if (m0 >= m1) continue;
-        Pending block = {total.gram + strip.first * ld + j0, ld, strip, panel, m0, m1,
-                         false, 0, E::kVectors};
+        Pending block = {
+            total.gram + strip.first * ld + j0, ld, strip, panel, m0, m1, false, 0, E::kVectors};
         write_rest(plan, &block);
       }
     }
@@ -1142,10 +1174,14 @@ const Kernel* CFL_ENTRY(const GramArgs& args) {
 const Kernel* CFL_ENTRY(const GramArgs& args) {
   const bool wide = args.acc_dtype == DType::kF64;
   switch (args.x_dtype) {
-    case DType::kF16: return wide ? vector_kernel<double, F16>() : vector_kernel<float, F16>();
-    case DType::kBF16: return wide ? vector_kernel<double, BF16>() : vector_kernel<float, BF16>();
-    case DType::kF32: return wide ? vector_kernel<double, float>() : vector_kernel<float, float>();
-    case DType::kF64: return wide ? vector_kernel<double, double>() : nullptr;
+    case DType::kF16:
+      return wide ? vector_kernel<double, F16>() : vector_kernel<float, F16>();
+    case DType::kBF16:
+      return wide ? vector_kernel<double, BF16>() : vector_kernel<float, BF16>();
+    case DType::kF32:
+      return wide ? vector_kernel<double, float>() : vector_kernel<float, float>();
+    case DType::kF64:
+      return wide ? vector_kernel<double, double>() : nullptr;
   }
   return nullptr;
 }

@@ -19,17 +19,17 @@ struct TilePos {
 // a row group is a range of the samples. Groups after the first accumulate into `partial`.
 struct Plan {
   GramArgs args;
-  int64_t d1;         // output rows: cols + bias
-  int64_t x_panels;   // column panels of the Gram part
-  int64_t panels;     // ... plus those of dense targets
-  int64_t early;      // columns by which the last Gram panel begins before its regular place
+  int64_t d1;        // output rows: cols + bias
+  int64_t x_panels;  // column panels of the Gram part
+  int64_t panels;    // ... plus those of dense targets
+  int64_t early;     // columns by which the last Gram panel begins before its regular place
   int64_t row_groups;
   int64_t bands;
   TilePos* band_begin;  // bands + 1 places
   char* partial;        // row_groups - 1 buffers of partial_bytes
   size_t partial_bytes;
-  double* target_stats;  // row_groups x 2 x K: sums, then sums of squares
-  int* band_done;        // per band: how many row groups have finished
+  double* target_stats;            // row_groups x 2 x K: sums, then sums of squares
+  int* band_done;                  // per band: how many row groups have finished
   void* (*scratch)(size_t bytes);  // 64-byte aligned memory of the calling thread
 };
 

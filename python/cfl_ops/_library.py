@@ -11,6 +11,7 @@ one) a derivative. Faster kernels then take over per device:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -112,6 +113,7 @@ def define_op(
     dimensions and expand.
     """
     name = schema.split("(", 1)[0]
+    python = _contiguous_results(python)
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
@@ -125,6 +127,19 @@ def define_op(
         op.function = _make_function(op, derivative)
     OPS[name] = op
     return op
+
+
+def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
+    """A fallback whose results have the strides that fakes promise, whatever torch ops left behind."""
+
+    @functools.wraps(python)
+    def dense(*args: Any) -> Any:
+        out = python(*args)
+        if isinstance(out, Tensor):
+            return out.contiguous()
+        return out if out is None else tuple(value.contiguous() for value in out)
+
+    return dense
 
 
 def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Function]:

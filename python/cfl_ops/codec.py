@@ -208,6 +208,12 @@ def quantize_ex(
     """As :func:`quantize`, with the number of NaN and Inf values of each group instead of an error.
 
     Where it is not zero, all symbols of the group are 0 and its range is that of the finite values.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> q, bad = cfl_ops.quantize_ex(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]), per="row")
+        >>> bad
+        tensor([0, 1], dtype=torch.int32)
     """
     _checks.floating("quantize", "w", w, 0)
     _check_bits("quantize", bits)
@@ -932,7 +938,14 @@ def compress_state_dict(
 
 
 def decompress_state_dict(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict that :func:`compress_state_dict` took; raises CorruptDataError as :func:`decompress`."""
+    """The state dict that :func:`compress_state_dict` took; raises CorruptDataError as :func:`decompress`.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> blobs = cfl_ops.compress_state_dict({"w": torch.zeros(3)})
+        >>> cfl_ops.decompress_state_dict(blobs)
+        {'w': tensor([0., 0., 0.])}
+    """
     out = {}
     for name, blob in blobs.items():
         try:
@@ -994,6 +1007,13 @@ def load_file(path: str | os.PathLike[str], *, device: torch.device | str = "cpu
     Raises:
         CorruptDataError: the file is not one, or a byte of it is wrong, missing or too many.
 
+    Example:
+        >>> import os, tempfile, torch, cfl_ops
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.cflz")
+        ...     size = cfl_ops.save_file({"w": torch.zeros(3)}, path)
+        ...     cfl_ops.load_file(path)
+        {'w': tensor([0., 0., 0.])}
     """
     op = "load_file"
     data = Path(path).read_bytes()
