@@ -213,7 +213,7 @@ def quantize_ex(
         >>> import torch, cfl_ops
         >>> q, bad = cfl_ops.quantize_ex(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]), per="row")
         >>> bad
-        tensor([0, 1], dtype=torch.int32)
+        tensor([0, 1])
     """
     _checks.floating("quantize", "w", w, 0)
     _check_bits("quantize", bits)
