@@ -383,6 +383,7 @@ struct VectorEngine {
 #endif
   static constexpr bool kSharedPacking = true;
   static constexpr bool kReadsInPlace = kSame<T, S>;
+  static constexpr bool kTakesWhole = true;                        // see run_whole
   static constexpr int64_t kDepth = 36864 / (kWidth * sizeof(T));  // kc: a panel fits L1
   static constexpr int64_t kGroup = 24;                            // panels kept in L2
   static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
@@ -524,6 +525,7 @@ struct TileEngine {
   static constexpr int kRows = 32;
   static constexpr bool kSharedPacking = false;
   static constexpr bool kReadsInPlace = false;
+  static constexpr bool kTakesWhole = false;
   static constexpr int64_t kDepthStep = 32;
   static constexpr int64_t kDepth = 320;
   static constexpr int64_t kGroup = 24;
@@ -668,7 +670,7 @@ struct Driver {
   static constexpr size_t kPackBytes = 6 << 20;
   static constexpr size_t kPartialBytes = 2 << 20;
   static constexpr size_t kStreamBytes = 2 << 20;
-  static constexpr int64_t kInPlaceBytes = 512;
+  static constexpr int64_t kInPlaceBytes = 1024;
 
   static CFL_INLINE bool is_x(const Plan& plan, int64_t panel) { return panel < plan.x_panels; }
 
@@ -689,6 +691,13 @@ struct Driver {
   }
 
   static int64_t dense_targets(const GramArgs& a) { return a.y ? a.targets : 0; }
+
+  // Up to how many rows it is faster to compute both triangles, as measured: see run_whole.
+  static int64_t whole_rows(const Plan& plan) {
+    const int64_t megabytes = int64_t(size_t(plan.d1) * size_t(plan.d1) * sizeof(T) >> 20);
+    if (streams_output(plan)) return megabytes <= 8 ? 16 : megabytes <= 32 ? 8 : 0;
+    return megabytes <= 8 ? 12 : 40;
+  }
 
   static void shape(Plan* plan, int64_t threads) {
     const GramArgs& a = plan->args;
@@ -711,6 +720,7 @@ struct Driver {
     }
     plan->row_groups = groups;
     plan->bands = max64(1, threads / groups);
+    plan->whole = E::kTakesWhole && a.beta == 0 && !a.weight && a.rows <= whole_rows(*plan);
   }
 
   // Cuts the sequence of micro-rows into bands of about equal length, never inside a diagonal
@@ -861,13 +871,15 @@ struct Driver {
   // the current group as right factors and one strip as the left factor.
   struct Packs {
     const Plan& plan;
-    const T* weight;
+    T* weight;  // of the row block; null without weights
     bool all;
     bool in_place;  // x is read where it lies
     int64_t row, depth;
     int64_t first, end;  // the panels that have a slot
-    int64_t panel_bytes;
+    int64_t panel_bytes, flag_bytes;
     char *rights, *right_done, *lefts, *left_done;
+
+    void forget() { memset(right_done, 0, size_t(flag_bytes)); }  // both sets of flags
 
     P* slot(char* base, int64_t at) const { return reinterpret_cast<P*>(base + at * panel_bytes); }
 
@@ -901,6 +913,70 @@ struct Driver {
     }
   };
 
+  static Packs make_packs(const Plan& plan, int64_t panel_end, int64_t depth) {
+    const GramArgs& a = plan.args;
+    const int64_t panel_bytes = ceil_div(E::panel_size(depth) * int64_t(sizeof(P)), 64) * 64;
+    const bool own_lefts = !E::kSharedPacking || a.weight;
+    const int64_t fit = int64_t(kPackBytes) / max64(panel_bytes, 64);
+    const bool all = panel_end * (own_lefts ? 2 : 1) <= fit;
+    const int64_t rights = all ? panel_end : min64(E::kGroup, panel_end);
+    const int64_t lefts = all ? (own_lefts ? panel_end : 0) : 1;
+    const int64_t weight_bytes = ceil_div(depth * int64_t(sizeof(T)), 64) * 64;
+    const int64_t flag_bytes = ceil_div(rights + lefts, 64) * 64;
+    char* memory = static_cast<char*>(
+        plan.scratch(size_t(weight_bytes + flag_bytes + (rights + lefts) * panel_bytes)));
+    char* flags = memory + weight_bytes;
+    char* panels = flags + flag_bytes;
+    return {plan,
+            a.weight ? reinterpret_cast<T*>(memory) : nullptr,
+            all,
+            false,
+            0,
+            0,
+            0,
+            panel_end,
+            panel_bytes,
+            flag_bytes,
+            panels,
+            flags,
+            panels + rights * panel_bytes,
+            flags + rights};
+  }
+
+  // Few columns in short rows need no packing. A vector that reaches past the end of its row reads
+  // the next one, whose part of the product is dropped; after the last row there may be nothing.
+  static bool reads_in_place(const Plan& plan) {
+    const GramArgs& a = plan.args;
+    return E::kReadsInPlace && !a.weight && !a.bias && a.x_col_stride == 1 &&
+           a.x_row_stride >= max64(plan.d1, kLanesT) &&
+           a.x_row_stride * int64_t(sizeof(T)) <= kInPlaceBytes;
+  }
+
+  // With very few rows the time is that of writing the output, which is fastest from left to right:
+  // both triangles are computed. They agree to the last bit, as products commute.
+  static void run_whole(const Plan& plan, int64_t band) {
+    const GramArgs& a = plan.args;
+    Packs packs = make_packs(plan, plan.panels, a.rows);
+    packs.forget();
+    packs.depth = a.rows;
+    const int64_t rows = ceil_div(plan.d1, E::kRows);
+    const int64_t begin = rows * band / plan.bands, end = rows * (band + 1) / plan.bands;
+    for (int64_t i = 0; i < plan.x_panels; ++i) {
+      const Panel strip = panel_of(plan, i);
+      const int64_t above = strip.first / E::kRows;
+      const int64_t r1 = min64(end - above, ceil_div(strip.width, E::kRows));
+      for (int64_t r = max64(begin - above, 0); r < r1; ++r) {
+        for (int64_t p = 0; p < plan.panels; ++p) {
+          const Panel panel = panel_of(plan, p);
+          const int64_t ld = panel.is_x ? plan.d1 : a.targets;
+          T* c = static_cast<T*>(panel.is_x ? a.gram : a.cross) + strip.first * ld + panel.first;
+          E::block(a.rows, packs.left(i), packs.right(p), r, r + 1, false, c, ld, strip.width,
+                   panel.width, 0.0);
+        }
+      }
+    }
+  }
+
   static void run(const Plan* plan_ptr, int64_t part) {
     const Plan& plan = *plan_ptr;
     const GramArgs& a = plan.args;
@@ -914,47 +990,24 @@ struct Driver {
     const int64_t panel_end = hi.row > 0 ? hi.panel + 1 : hi.panel;
     const bool final_output = plan.row_groups == 1;
     double* stats = plan.target_stats + group * 2 * a.targets;
+    if (plan.whole) {  // no row groups: bands share the rows of the output
+      if constexpr (E::kTakesWhole) run_whole(plan, band);
+      if (band == 0) {
+        for (int64_t p = plan.x_panels; p < plan.panels; ++p) {
+          target_stats(plan, panel_of(plan, p), 0, a.rows, nullptr, stats);
+        }
+      }
+      if (a.labels) class_cross(plan, band, row_begin, row_end, out, stats);
+      return;
+    }
 
     const int64_t rows = row_end - row_begin;
     const int64_t even = ceil_div(rows, max64(ceil_div(rows, E::kDepth), 1));
     const int64_t depth_max = ceil_div(even, E::kDepthStep) * E::kDepthStep;
     const int64_t blocks = rows > 0 ? ceil_div(rows, depth_max) : 0;
 
-    // Scratch: weights of a row block, packed right-hand panels, packed strips (where the two
-    // differ), and which of them hold the current row block.
-    const int64_t panel_bytes = (E::panel_size(depth_max) * int64_t(sizeof(P)) + 63) / 64 * 64;
-    const bool own_strips = !E::kSharedPacking || a.weight;
-    const int64_t fit = int64_t(kPackBytes) / max64(panel_bytes, 64);
-    const bool all = panel_end * (own_strips ? 2 : 1) <= fit;
-    const int64_t slots = all ? panel_end : min64(E::kGroup, panel_end);
-    const int64_t strip_slots = all ? (own_strips ? panel_end : 0) : 1;
-    const int64_t weight_bytes = (depth_max * int64_t(sizeof(T)) + 63) / 64 * 64;
-    const int64_t flag_bytes = (slots + strip_slots + 63) / 64 * 64;
-    char* memory = static_cast<char*>(
-        plan.scratch(size_t(weight_bytes + flag_bytes + (slots + strip_slots) * panel_bytes)));
-    T* weight = a.weight ? reinterpret_cast<T*>(memory) : nullptr;
-    char* flags = memory + weight_bytes;
-    char* panels = flags + flag_bytes;
-    Packs packs = {plan,
-                   weight,
-                   all,
-                   false,
-                   0,
-                   0,
-                   0,
-                   panel_end,
-                   panel_bytes,
-                   panels,
-                   flags,
-                   panels + slots * panel_bytes,
-                   flags + slots};
-
-    // Few columns in short rows need no packing. A vector that reaches past the end of its row
-    // reads the next one, whose part of the product is dropped; after the last row there may be
-    // nothing.
-    const bool in_place = E::kReadsInPlace && !a.weight && !a.bias && a.x_col_stride == 1 &&
-                          a.x_row_stride >= max64(plan.d1, kLanesT) &&
-                          a.x_row_stride * int64_t(sizeof(T)) <= kInPlaceBytes;
+    Packs packs = make_packs(plan, panel_end, depth_max);
+    const bool in_place = reads_in_place(plan);
 
     // With one row block, each output is written once and never read: from a staging buffer.
     const bool streams = streams_output(plan);
@@ -969,25 +1022,25 @@ struct Driver {
       if (depth <= 0) break;
       const bool last = row + depth == row_end;
       const double beta = kb == 0 ? out.beta : 1.0;
-      if (weight) {
-        for (int64_t k = 0; k < depth; ++k) weight[k] = weight_at<T>(a, row + k);
+      if (packs.weight) {
+        for (int64_t k = 0; k < depth; ++k) packs.weight[k] = weight_at<T>(a, row + k);
       }
-      memset(flags, 0, size_t(flag_bytes));
+      packs.forget();
       packs.row = row;
       packs.depth = depth;
       packs.in_place = in_place && (plan.d1 % kLanesT == 0 || row + depth < a.rows);
 
       for (int64_t g0 = lo.panel; g0 < panel_end; g0 += E::kGroup) {
         const int64_t g1 = min64(g0 + E::kGroup, panel_end);
-        if (!all) {
-          memset(flags, 0, size_t(flag_bytes));
+        if (!packs.all) {
+          packs.forget();
           packs.first = g0;
           packs.end = g1;
         }
         for (int64_t p = g0; p < g1; ++p) {
           packs.right(p);
           if (!is_x(plan, p) && rows_of(plan, band, p).end == micro_rows(plan, p)) {
-            target_stats(plan, panel_of(plan, p), row, depth, weight, stats);
+            target_stats(plan, panel_of(plan, p), row, depth, packs.weight, stats);
           }
         }
         for (int64_t i = 0; i < min64(g1, plan.x_panels); ++i) {

@@ -23,6 +23,7 @@ struct Plan {
   int64_t x_panels;  // column panels of the Gram part
   int64_t panels;    // ... plus those of dense targets
   int64_t early;     // columns by which the last Gram panel begins before its regular place
+  bool whole;        // compute both triangles (very few rows)
   int64_t row_groups;
   int64_t bands;
   TilePos* band_begin;  // bands + 1 places
