@@ -142,6 +142,9 @@ void write_stats(void* data, const double* stats, const Plan& plan) {
   }
 }
 
+// Less work than this (a few microseconds) is not worth a parallel region.
+constexpr double kParallelProducts = 1e6;
+
 struct Call {
   const Kernel* kernel;
   const Plan* plan;
@@ -195,7 +198,10 @@ int64_t gram(const GramArgs& args, ParallelFor parallel_for, int num_threads) {
   if (args.targets == 0) plan.args.y = nullptr, plan.args.labels = nullptr;
   plan.scratch = pack_scratch;
   const Kernel* kernel = kernel_for(args);
-  kernel->shape(&plan, parallel_for && num_threads > 1 ? num_threads : 1);
+  const int64_t d1 = args.cols + (args.bias ? 1 : 0);
+  const double products = double(args.rows + 1) * double(d1) * double(d1 + args.targets);
+  const bool parallel = parallel_for && num_threads > 1 && products >= kParallelProducts;
+  kernel->shape(&plan, parallel ? num_threads : 1);
 
   std::vector<detail::TilePos> band_begin(size_t(plan.bands + 1));
   std::vector<int> band_done(size_t(plan.bands), 0);

@@ -667,9 +667,11 @@ struct Driver {
   using S = typename E::In;
   static constexpr int64_t kWidth = E::kWidth;
   static constexpr int64_t kLanesT = kLanes<T>;
-  static constexpr size_t kPackBytes = 6 << 20;
-  static constexpr size_t kPartialBytes = 2 << 20;
-  static constexpr size_t kStreamBytes = 2 << 20;
+  // Scratch of a thread: packed panels, the sums of a row group, and class sums in their turn.
+  static constexpr size_t kPackBytes = 4 << 20;
+  static constexpr size_t kPartialBytes = 4 << 20;
+  static constexpr size_t kClassBytes = 1 << 20;
+  static constexpr size_t kStreamBytes = 2 << 20;  // smaller outputs stay in the caches
   static constexpr int64_t kInPlaceBytes = 1024;
 
   static CFL_INLINE bool is_x(const Plan& plan, int64_t panel) { return panel < plan.x_panels; }
@@ -1109,7 +1111,7 @@ struct Driver {
     const GramArgs& a = plan.args;
     const int64_t classes = a.targets;
     const int64_t c_begin = plan.d1 * band / plan.bands, c_end = plan.d1 * (band + 1) / plan.bands;
-    const int64_t fit = int64_t(kPartialBytes / sizeof(T)) / classes / n * n;
+    const int64_t fit = int64_t(kClassBytes / sizeof(T)) / classes / n * n;
     const int64_t width = min64(max64(fit, n), ceil_div(c_end - c_begin, n) * n);
     const int64_t block = max64(8192, 64 * classes);  // rows summed before they join the total
     T* sums = static_cast<T*>(plan.scratch(size_t(classes * width) * sizeof(T)));
