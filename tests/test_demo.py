@@ -190,7 +190,9 @@ def test_mnist5k_trains(tmp_path):
     assert code == 0
     page, results = read(tmp_path)
     assert "MNIST, 5,000 images" in page
-    assert all(cell["online"]["mean"] < 60 for cell in results["summary"])
+    for cell in results["summary"]:
+        # After so few steps the online ridge head knows little but its last 32 images.
+        assert (cell["refit"] if cell["head"] == "ridge" else cell["online"])["mean"] < 60, cell["head"]
 
 
 # --- how it ends otherwise ----------------------------------------------------------------------------------
@@ -453,6 +455,9 @@ def test_defaults_cover_every_head():
                     lr, penalty = defaults.tuned(name, optimizer, head, size)
                     assert lr in tune.LEARNING_RATES
                     assert penalty in tune.PENALTIES[head]
+                # An entry that tune.py wrote says how it did: no guess is passed off as tuned.
+                entries = defaults._table()[name][optimizer][head].values()
+                assert all("validation" in entry for entry in entries)
     assert defaults.tuned("digits", "sgd", "ridge", 7) == defaults.tuned("digits", "sgd", "ridge", 8)
     assert defaults.tuned("digits", "sgd", "ridge", 4096) == defaults.tuned("digits", "sgd", "ridge", 128)
 
