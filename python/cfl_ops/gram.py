@@ -309,13 +309,30 @@ def gram(
     args = _gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
     *out, info = GRAM(*args)
     x, y, sample_weight, _, classes, acc_dtype = args
+    _check_data(info, out, x, y, sample_weight, classes, out[2], acc_dtype)
+    return _as_moments(out, y)
+
+
+def _check_data(
+    info: Tensor,
+    results: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    classes: int,
+    target_sum: Tensor,
+    acc_dtype: torch.dtype,
+) -> None:
+    """Raise for what info says, wherever data can be refused at all: other calls need not synchronise."""
     exact = acc_dtype == torch.float64 and x.dtype != torch.float64
     if classes or exact or sample_weight is not None:
-        context = [item for item in (x, out[2], y, sample_weight) if item is not None]
-        check_info("gram", info, out, context)
-    if y is None:
-        return GramMoments(out[0], None, None, None, out[4])
-    return GramMoments(*out)
+        context = [item for item in (x, target_sum, y, sample_weight) if item is not None]
+        check_info("gram", info, results, context)
+
+
+def _as_moments(out: Sequence[Tensor], y: Tensor | None) -> GramMoments:
+    """The op's results, without the zero-width ones where there are no targets."""
+    return GramMoments(out[0], None, None, None, out[4]) if y is None else GramMoments(*out)
 
 
 def _gram_arguments(
@@ -504,10 +521,7 @@ def gram_(
                 f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(y.shape)}"
             )
     info = GRAM_(*moments, x, y, sample_weight, num_classes, decay)
-    exact = acc == torch.float64 and x.dtype != torch.float64
-    if num_classes or exact or sample_weight is not None:
-        context = [item for item in (x, moments[2], y, sample_weight) if item is not None]
-        check_info("gram", info, [m.gram, m.count], context)
+    _check_data(info, [m.gram, m.count], x, y, sample_weight, num_classes, moments[2], acc)
     return m
 
 
@@ -719,10 +733,5 @@ def linear_gram(
     _checks.broadcastable(op, x=x.shape[:-2], weight=weight.shape[:-2])
     x, weight, bias, y, sample_weight = expand_batch(args, core_dims)
     *out, info = LINEAR_GRAM(x, weight, bias, y, sample_weight, activation, bias_column, classes, acc)
-    exact = acc == torch.float64 and x.dtype != torch.float64
-    if classes or exact or sample_weight is not None:
-        context = [item for item in (x, out[2], y, sample_weight) if item is not None]
-        check_info("gram", info, out, context)
-    if y is None:
-        return GramMoments(out[0], None, None, None, out[4])
-    return GramMoments(*out)
+    _check_data(info, out, x, y, sample_weight, classes, out[2], acc)
+    return _as_moments(out, y)
