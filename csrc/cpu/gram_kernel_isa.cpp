@@ -388,6 +388,7 @@ struct VectorEngine {
   static constexpr int64_t kGroup = 24;                            // panels kept in L2
   static constexpr int64_t kDepthStep = 1;                         // row blocks are multiples of it
   static constexpr int64_t kOperandsAhead = 16, kOutputAhead = 32;  // prefetch, in rows
+  static constexpr int64_t kFewRows = 144;
 
   static int64_t panel_size(int64_t depth) { return depth * kWidth; }
   static int64_t stride(int64_t width) { return ceil_div(width, kLanes<T>) * kLanes<T>; }
@@ -413,8 +414,9 @@ struct VectorEngine {
   static void end_part() {}
 
   // c[kRows][kN vectors] from kRows columns of strip a and kN vectors of panel b. Not inlined: the
-  // accumulators and operands take every vector register.
-  template <int kN>
+  // accumulators and operands take every vector register. kFew: a product of few rows, whose
+  // operands are in L1, so that asking for them would only cost instructions.
+  template <int kN, bool kFew>
   static __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, const T* b,
                                              int64_t ldb, T* c, int64_t ldc, Update update,
                                              T beta) {
@@ -425,18 +427,20 @@ struct VectorEngine {
 #pragma GCC unroll 8
       for (int v = 0; v < kN; ++v) acc[m][v] = Vec<T>{};
     }
-    // In two pieces, with the output fetched into L1 shortly before it is needed.
+    // In two pieces, with the output fetched into L1 shortly before it is needed. An output that is
+    // only written is not fetched: whole lines are stored without being read first.
     T* at = c;
     int64_t k = 0;
-    for (int64_t stop = depth - kOutputAhead; stop <= depth; stop += kOutputAhead) {
+    const int64_t ahead = kFew || update == Update::kStore ? 0 : kOutputAhead;
+    for (int64_t stop = depth - ahead;; stop = depth) {
       for (; k < stop; ++k, a += lda, b += ldb) {
         Vec<T> bv[kN];
 #pragma GCC unroll 8
         for (int v = 0; v < kN; ++v) {
           bv[v] = load_as<Vec<T>>(b + v * n);
-          __builtin_prefetch(b + kOperandsAhead * ldb + v * n);
+          if constexpr (!kFew) __builtin_prefetch(b + kOperandsAhead * ldb + v * n);
         }
-        __builtin_prefetch(a + kOperandsAhead * lda);
+        if constexpr (!kFew) __builtin_prefetch(a + kOperandsAhead * lda);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
           const Vec<T> av = a[m] - Vec<T>{};
@@ -444,7 +448,7 @@ struct VectorEngine {
           for (int v = 0; v < kN; ++v) acc[m][v] += av * bv[v];
         }
       }
-      if (stop == depth) break;
+      if (k == depth) break;
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m, at = next_row(at, ldc)) {
 #pragma GCC unroll 8
@@ -464,6 +468,10 @@ struct VectorEngine {
     }
   }
 
+  static constexpr decltype(&tile<1, false>) kTiles[2][kVectors] = {
+      {tile<1, false>, tile<2, false>, tile<3, false>},
+      {tile<1, true>, tile<2, true>, tile<3, true>}};
+
   // Micro-rows [r0, r1) of the block (strip a, panel b) at c, which has rows x cols valid entries.
   // On the diagonal, vectors wholly under it are left alone.
   static void block(int64_t depth, Operand<T> a, Operand<T> b, int64_t r0, int64_t r1,
@@ -481,19 +489,9 @@ struct VectorEngine {
       const Update how = whole ? update : Update::kStore;
       const T* left = a.data + m0;
       const T* right = b.data + first * n;
-      switch (last - first) {
-        case 3:
-          tile<3>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
-          break;
-        case 2:
-          tile<2>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
-          break;
-        case 1:
-          tile<1>(depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
-          break;
-        default:
-          continue;
-      }
+      if (first >= last) continue;
+      const bool few = depth <= kFewRows && how == Update::kStore;
+      kTiles[few][last - first - 1](depth, left, a.stride, right, b.stride, out, ld, how, T(beta));
       if (whole) continue;
       for (int64_t m = 0; m < min64(kRows, rows - m0); ++m) {
         T* to = c + (m0 + m) * ldc + first * n;
@@ -694,11 +692,12 @@ struct Driver {
 
   static int64_t dense_targets(const GramArgs& a) { return a.y ? a.targets : 0; }
 
-  // Up to how many rows it is faster to compute both triangles, as measured: see run_whole.
+  // Up to how many rows it is faster to compute both triangles, as measured: see run_whole. Mirror
+  // images that cannot be streamed are costly once the output is far larger than the caches.
   static int64_t whole_rows(const Plan& plan) {
     const int64_t megabytes = int64_t(size_t(plan.d1) * size_t(plan.d1) * sizeof(T) >> 20);
-    if (streams_output(plan)) return megabytes <= 8 ? 16 : megabytes <= 32 ? 8 : 0;
-    return megabytes <= 8 ? 12 : 40;
+    if (streams_output(plan)) return megabytes <= 32 ? 28 : 0;
+    return megabytes < 2 ? 40 : megabytes <= 16 ? 56 : 144;
   }
 
   static void shape(Plan* plan, int64_t threads) {
@@ -967,13 +966,14 @@ struct Driver {
       const Panel strip = panel_of(plan, i);
       const int64_t above = strip.first / E::kRows;
       const int64_t r1 = min64(end - above, ceil_div(strip.width, E::kRows));
-      for (int64_t r = max64(begin - above, 0); r < r1; ++r) {
+      // Three micro-rows at a time, so that a panel is fetched into L1 a third as often.
+      for (int64_t r = max64(begin - above, 0); r < r1; r += 3) {
         for (int64_t p = 0; p < plan.panels; ++p) {
           const Panel panel = panel_of(plan, p);
           const int64_t ld = panel.is_x ? plan.d1 : a.targets;
           T* c = static_cast<T*>(panel.is_x ? a.gram : a.cross) + strip.first * ld + panel.first;
-          E::block(a.rows, packs.left(i), packs.right(p), r, r + 1, false, c, ld, strip.width,
-                   panel.width, 0.0);
+          E::block(a.rows, packs.left(i), packs.right(p), r, min64(r + 3, r1), false, c, ld,
+                   strip.width, panel.width, 0.0);
         }
       }
     }
@@ -1068,7 +1068,8 @@ struct Driver {
             const int64_t ldc = staged ? kWidth : plan.d1;
             const bool finished = last && final_output;
             for (int64_t r = r0; r < r1; ++r) {
-              if (!staged) prefetch_output(plan, out.gram, strip, panel, r, finished && !streams);
+              if (!staged && beta != 0)
+                prefetch_output(plan, out.gram, strip, panel, r, finished && !streams);
               E::block(depth, left, right, r, r + 1, p == i, c, ldc, strip.width, panel.width,
                        beta);
               for (int64_t k = 0; k < kStepsPerRow && pending.step < pending.end; ++k) {

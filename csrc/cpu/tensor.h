@@ -11,6 +11,10 @@
 #include <initializer_list>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace cfl {
 
 using torch::headeronly::ScalarType;
@@ -19,6 +23,23 @@ using torch::stable::Tensor;
 // Tests set this: fresh outputs are filled with NaN (all bits one), so that an element which no
 // kernel wrote shows.
 inline bool poison_fresh_memory = false;
+
+// Asks for huge pages for fresh memory so large that malloc has mapped it for this tensor alone:
+// the first writes then fault 512 times less often. Only advice; a kernel without huge pages
+// ignores it.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kAlwaysMapped = size_t(32) << 20;  // the most that glibc's threshold grows to
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  if (bytes < kAlwaysMapped) return;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 // A contiguous CPU tensor, not initialised. (The C shim costs a fraction of a trip through
 // aten::empty.)
@@ -34,6 +55,7 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides.data(), shim_dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
+  advise_huge_pages(result.data_ptr(), result.numel() * result.element_size());
   if (poison_fresh_memory && result.numel() > 0) {
     std::memset(result.data_ptr(), 0xff, result.numel() * result.element_size());
   }
