@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -153,6 +154,28 @@ def test_compensated_sums_do_not_drift() -> None:
     # A recent sum of 1,024 terms errs by at most 1,024 eps of itself; folding carries its own rounding.
     assert error <= 1026 * eps
     assert ((drifting.moments.gram.double() - batches * once) / (batches * once)).abs().max() > 1e-6
+
+
+@pytest.mark.slow
+def test_a_million_batches_as_exact_as_one_pass() -> None:
+    """10^6 small float32 batches: within a small multiple of the error of one float64 pass."""
+    cycle = torch.randn(1000, 8, 12) + 1.5
+    once = [x.double().mT @ x.double() for x in cycle]
+    exact = torch.tensor(
+        [[math.fsum(g[i, j].item() for g in once) * 1000 for j in range(12)] for i in range(12)],
+        dtype=torch.float64,
+    )
+    accumulator, plain = GramAccumulator(compensated=True), torch.zeros(12, 12, dtype=torch.float64)
+    for _ in range(1000):
+        for x, product in zip(cycle, once, strict=True):
+            accumulator.update(x)
+            plain += product
+    scale = exact.abs().max()
+    ours = ((accumulator.moments.gram - exact).abs().max() / scale).item()
+    one_pass = ((plain - exact).abs().max() / scale).item()
+    print(f"relative error after 10^6 batches: compensated {ours:.1e}, plain float64 sums {one_pass:.1e}")
+    # FOLD_EVERY = 1,024 additions of eps / 2 of their own sum, and 8 products to a batch.
+    assert ours <= 1040 * torch.finfo(torch.float64).eps
 
 
 def test_state_survives_a_kill_between_batches(tmp_path: Path) -> None:
