@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -322,7 +323,10 @@ def _open(argument: str, source: Any, name: str | None) -> Any:
     if path.suffix == ".npy":
         import numpy as np
 
-        return np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_SEQUENTIAL"):
+            array.base.madvise(mmap.MADV_SEQUENTIAL)  # read ahead: every row is read once, in order
+        return array
     if path.suffix == ".safetensors":
         if name is None:
             raise ValueError(
