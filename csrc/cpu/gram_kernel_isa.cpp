@@ -675,13 +675,13 @@ struct Driver {
   static CFL_INLINE bool is_x(const Plan& plan, int64_t panel) { return panel < plan.x_panels; }
 
   static CFL_INLINE Panel panel_of(const Plan& plan, int64_t p) {
-    if (!is_x(plan, p)) {
-      const int64_t first = (p - plan.x_panels) * kWidth;
-      return {false, first, min64(kWidth, plan.args.targets - first)};
-    }
-    const int64_t first = p * kWidth - (p == plan.x_panels - 1 ? plan.early : 0);
-    const int64_t end = (p + 1) * kWidth - (p == plan.x_panels - 2 ? plan.early : 0);
-    return {true, first, min64(end, plan.d1) - first};
+    const bool x = is_x(plan, p);
+    const int64_t at = x ? p : p - plan.x_panels;
+    const int64_t count = x ? plan.x_panels : plan.panels - plan.x_panels;
+    const int64_t early = x ? plan.early : plan.early_targets;
+    const int64_t first = at * kWidth - (at == count - 1 ? early : 0);
+    const int64_t end = (at + 1) * kWidth - (at == count - 2 ? early : 0);
+    return {x, first, min64(end, x ? plan.d1 : plan.args.targets) - first};
   }
 
   // The micro-rows above a panel's lower edge: all that it takes part in.
@@ -706,10 +706,12 @@ struct Driver {
     plan->x_panels = ceil_div(plan->d1, kWidth);
     plan->panels = plan->x_panels + ceil_div(dense_targets(a), kWidth);
     // A last panel of one vector would be slow: it takes another from the panel before.
-    const bool one_vector = ceil_div(plan->d1, kLanesT) % E::kVectors == 1;
-    plan->early = E::kVectors > 2 && kLanesT % E::kRows == 0 && one_vector && plan->x_panels > 1
-                      ? kLanesT
-                      : 0;
+    auto early = [](int64_t columns, int64_t panels) -> int64_t {
+      const bool one_vector = ceil_div(columns, kLanesT) % E::kVectors == 1;
+      return E::kVectors > 2 && kLanesT % E::kRows == 0 && one_vector && panels > 1 ? kLanesT : 0;
+    };
+    plan->early = early(plan->d1, plan->x_panels);
+    plan->early_targets = early(dense_targets(a), plan->panels - plan->x_panels);
     plan->partial_bytes = size_t(plan->d1) * size_t(plan->d1 + a.targets) * sizeof(T);
     // Row groups share no packing work, but each costs a pass over the output; bands repeat part
     // of the packing. A band should stay a few panels wide.
@@ -850,6 +852,7 @@ struct Driver {
   static void target_stats(const Plan& plan, Panel panel, int64_t row, int64_t depth,
                            const T* weight, double* stats) {
     const GramArgs& a = plan.args;
+    if (!a.target_sum && !a.target_sq) return;
     const int64_t first = panel.first, cols = panel.width;
     const Source<S> y = y_source<S>(a, row, first);
     T sum[kWidth] = {}, square[kWidth] = {};

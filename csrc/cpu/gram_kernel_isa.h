@@ -19,11 +19,12 @@ struct TilePos {
 // a row group is a range of the samples. Groups after the first accumulate into `partial`.
 struct Plan {
   GramArgs args;
-  int64_t d1;        // output rows: cols + bias
-  int64_t x_panels;  // column panels of the Gram part
-  int64_t panels;    // ... plus those of dense targets
-  int64_t early;     // columns by which the last Gram panel begins before its regular place
-  bool whole;        // compute both triangles (very few rows)
+  int64_t d1;             // output rows: cols + bias
+  int64_t x_panels;       // column panels of the Gram part
+  int64_t panels;         // ... plus those of dense targets
+  int64_t early;          // columns by which the last Gram panel begins before its regular place
+  int64_t early_targets;  // likewise for the last panel of the targets
+  bool whole;             // compute both triangles (very few rows)
   int64_t row_groups;
   int64_t bands;
   TilePos* band_begin;  // bands + 1 places

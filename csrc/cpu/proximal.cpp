@@ -60,6 +60,9 @@ bool all_finite(const T* values, int64_t rows, int64_t cols, int64_t stride) {
 // Below this many iterations conjugate gradients are not worth starting.
 constexpr int64_t kLeastIterations = 24;
 
+// Up to how many rows the Gram kernel serves the forward product, too: there it outruns gemm.
+constexpr int64_t kFusedRows = 256;
+
 // One head and one batch, all in T, rows contiguous within themselves.
 template <class T>
 struct Problem {
@@ -155,6 +158,13 @@ int64_t factor(T* system, int64_t order, double* spread) {
   return info != 0 ? info : lost;
 }
 
+void run_gram(const GramArgs& args) {
+  const int64_t work = args.rows * args.cols * (args.cols + 2 * args.targets);
+  const bool parallel = work > 8'000'000;  // else a region costs more
+  cfl::cpu::gram(args, parallel ? &cfl::parallel_for : nullptr,
+                 parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
+}
+
 // The Gram matrix, in Acc, of the rows (B x B) or columns (D x D) of p (rows x width).
 template <class T, class Acc>
 void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, const T* sample,
@@ -179,9 +189,25 @@ void side_gram(bool of_rows, const Problem<T>& pb, const T* p, int64_t stride, c
     args.label_stride = pb.label_stride;
     args.cross = cross;
   }
-  const bool parallel = args.rows * args.cols * args.cols > 8'000'000;  // else a region costs more
-  cfl::cpu::gram(args, parallel ? &cfl::parallel_for : nullptr,
-                 parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
+  run_gram(args);
+}
+
+// P P^T (B x B) and P W^T (B x K) in one pass over P, whose rows are packed once for both.
+template <class T>
+void row_gram_and_forward(const Problem<T>& pb, const T* weight, T* system, T* forward) {
+  GramArgs args;
+  args.rows = pb.width;
+  args.cols = pb.rows;
+  args.x = pb.phi;
+  args.y = weight;
+  args.x_dtype = args.acc_dtype = kDType<T>;
+  args.x_row_stride = args.y_row_stride = 1;
+  args.x_col_stride = pb.phi_stride;
+  args.y_col_stride = pb.width;
+  args.gram = system;
+  args.targets = pb.targets;
+  args.cross = forward;
+  run_gram(args);
 }
 
 // The system P P^T + ones_scale root root^T + t I, applied to a vector in float64.
@@ -465,15 +491,25 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     anchor = copy;
     anchor_scale = 1.0;
   }
+  // The system's Gram matrix comes with the forward product where it is that of Phi itself.
+  const int64_t budget = pen.t > 0 ? cg_budget(pb.method, B, D, K) : 0;
+  T* gram = nullptr;
+  if (B <= kFusedRows && budget == 0 && !centred && !pb.sample && !pb.lam_diag) {
+    gram = scratch.take<T>(B * B);
+    row_gram_and_forward(pb, anchor, gram, q);
+  }
   for (int64_t i = 0; i < B; ++i) {
     for (int64_t k = 0; k < K; ++k) {
       const T y = pb.target ? pb.target[i * pb.target_stride + k] : T(0);
-      q[i * K + k] = pb.bias ? y - anchor_bias[k] : y;
+      const T start = pb.bias ? y - anchor_bias[k] : y;
+      q[i * K + k] = gram ? start - static_cast<T>(anchor_scale) * q[i * K + k] : start;
     }
     if (pb.labels) q[i * K + pb.labels[i * pb.label_stride]] += T(1);
   }
-  gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D, T(1),
-       q, K);
+  if (!gram) {
+    gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D,
+         T(1), q, K);
+  }
 
   // P: the features, centred and scaled by the root of the row weights. Most steps need no copy.
   const T* p = pb.phi;
@@ -532,8 +568,10 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
 
   auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
-    side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
-                      nullptr);
+    if (static_cast<void*>(system) != gram) {
+      side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
+                        nullptr);
+    }
     for (int64_t i = 0; i < B; ++i) {
       if (ones) {
         for (int64_t j = 0; j < B; ++j) {
@@ -554,7 +592,6 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   bool solved = false;
   T* alpha = q;
   const T* remainder = nullptr;  // q - system alpha, where alpha is inexact
-  const int64_t budget = t > 0 ? cg_budget(pb.method, B, D, K) : 0;
   if (budget > 0) {
     std::vector<T> penalties(B, static_cast<T>(t));
     const SystemOperator<T> op{
@@ -569,7 +606,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
   if constexpr (std::is_same_v<T, float>) {
     if (!solved) {
-      T* system = scratch.take<T>(B * B);
+      T* system = gram ? gram : scratch.take<T>(B * B);
       T* rhs = scratch.take<T>(B * K);
       std::memcpy(rhs, q, B * K * sizeof(T));
       info = solve.template operator()<T>(rhs, system, &spread);
@@ -591,7 +628,9 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     }
   }
   if (!solved) {
-    double* system = scratch.take<double>(B * B);
+    double* system = nullptr;
+    if constexpr (std::is_same_v<T, double>) system = gram;
+    if (!system) system = scratch.take<double>(B * B);
     double* rhs = scratch.take<double>(B * K);
     for (int64_t i = 0; i < B * K; ++i) rhs[i] = q[i];
     info = solve.template operator()<double>(rhs, system, &spread);
