@@ -57,11 +57,27 @@ bool all_finite(const T* values, int64_t rows, int64_t cols, int64_t stride) {
   return true;
 }
 
+// to (cols x rows, dense) = transpose of from (rows x cols, dense), a tile at a time: a column of a
+// large matrix touches a line for each element.
+template <class T>
+void transpose(int64_t rows, int64_t cols, const T* from, T* to) {
+  constexpr int64_t kTile = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += kTile) {
+    const int64_t i1 = std::min(i0 + kTile, rows);
+    for (int64_t j0 = 0; j0 < cols; j0 += kTile) {
+      const int64_t j1 = std::min(j0 + kTile, cols);
+      for (int64_t j = j0; j < j1; ++j) {
+        for (int64_t i = i0; i < i1; ++i) to[j * rows + i] = from[i * cols + j];
+      }
+    }
+  }
+}
+
 // Below this many iterations conjugate gradients are not worth starting.
 constexpr int64_t kLeastIterations = 24;
 
 // Up to how many rows the Gram kernel serves the forward product, too: there it outruns gemm.
-constexpr int64_t kFusedRows = 256;
+constexpr int64_t kFusedRows = 4096;
 
 // One head and one batch, all in T, rows contiguous within themselves.
 template <class T>
@@ -718,10 +734,10 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
 
   // The anchor with its bias, transposed: (order, K).
   T* anchor = scratch.take<T>(order * K);
-  for (int64_t j = 0; j < D; ++j) {
-    const double t = penalty(j), shrink = ratio(t - rho, t);
-    for (int64_t k = 0; k < K; ++k)
-      anchor[j * K + k] = static_cast<T>(shrink * pb.weight[k * D + j]);
+  transpose(K, D, pb.weight, anchor);
+  for (int64_t j = 0; rho > 0 && j < D; ++j) {
+    const T shrink = static_cast<T>(ratio(penalty(j) - rho, penalty(j)));
+    for (int64_t k = 0; k < K; ++k) anchor[j * K + k] *= shrink;
   }
   for (int64_t k = 0; pb.bias && k < K; ++k) {
     anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
@@ -729,11 +745,11 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
 
   auto solve = [&]<class Acc>(Acc* system, Acc* rhs, double* spread) -> int64_t {
     side_gram<T, Acc>(false, pb, pb.phi, pb.phi_stride, pb.sample, pb.bias != nullptr, system, rhs);
-    if constexpr (std::is_same_v<Acc, T>) {
-      gemm(false, false, order, K, order, Acc(-1), system, order, anchor, K, Acc(1), rhs, K);
-    } else {
-      std::vector<Acc> wide(anchor, anchor + order * K);
-      gemm(false, false, order, K, order, Acc(-1), system, order, wide.data(), K, Acc(1), rhs, K);
+    // X^T S Y + t anchor gives the head itself: one product fewer than its change would cost.
+    for (int64_t j = 0; j < order; ++j) {
+      for (int64_t k = 0; k < K; ++k) {
+        rhs[j * K + k] += static_cast<Acc>(penalty(j)) * anchor[j * K + k];
+      }
     }
     for (int64_t j = 0; j < order; ++j) system[j * order + j] += static_cast<Acc>(penalty(j));
     const int64_t info = factor(system, order, spread);
@@ -744,7 +760,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   double spread = 0;
   int64_t info = 0;
   bool solved = false;
-  T* change = scratch.take<T>(order * K);
+  T* head = scratch.take<T>(order * K);
   const int64_t budget = cg_budget(pb.method, B, D, K);
   if (budget > 0) {
     std::vector<T> penalties(order);
@@ -763,11 +779,12 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     }
     gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, residual, K, T(0), right, K);
     for (int64_t k = 0; pb.bias && k < K; ++k) right[D * K + k] = static_cast<T>(sums[k]);
-    solved = conjugate_gradient(op, right, change, K, budget, scratch);
+    solved = conjugate_gradient(op, right, head, K, budget, scratch);
+    for (int64_t i = 0; solved && i < order * K; ++i) head[i] += anchor[i];
   }
   if (std::is_same_v<T, float> && !solved) {
     T* system = scratch.take<T>(order * order);
-    info = solve.template operator()<T>(system, change, &spread);
+    info = solve.template operator()<T>(system, head, &spread);
     solved = info == 0 && trusted(spread, order);
   }
   if (!solved) {
@@ -775,22 +792,19 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     double* rhs = scratch.take<double>(order * K);
     info = solve.template operator()<double>(system, rhs, &spread);
     if (info != 0) return info;
-    for (int64_t i = 0; i < order * K; ++i) change[i] = static_cast<T>(rhs[i]);
+    for (int64_t i = 0; i < order * K; ++i) head[i] = static_cast<T>(rhs[i]);
   }
-  for (int64_t i = 0; i < order * K; ++i) anchor[i] += change[i];
-  if (!all_finite(anchor, order, K, K)) return -100;
+  if (!all_finite(head, order, K, K)) return -100;
 
   T* fresh = scratch.take<T>(K * D);
-  for (int64_t j = 0; j < D; ++j) {
-    for (int64_t k = 0; k < K; ++k) fresh[k * D + j] = anchor[j * K + k];
-  }
+  transpose(D, K, head, fresh);
   // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
   constexpr int64_t kBlock = 256;
   T* residual = scratch.take<T>(std::min(B, kBlock) * K);
   double loss = 0;
   for (int64_t begin = 0; begin < B; begin += kBlock) {
     const int64_t n = std::min(kBlock, B - begin);
-    fill_residual(pb, begin, n, anchor, residual);
+    fill_residual(pb, begin, n, head, residual);
     for (int64_t i = 0; i < n; ++i) {
       const T s = pb.sample ? pb.sample[begin + i] : T(1);
       double sum = 0;
@@ -806,7 +820,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;
   std::memcpy(pb.weight, fresh, K * D * sizeof(T));
-  for (int64_t k = 0; pb.bias && k < K; ++k) pb.bias[k] = anchor[D * K + k];
+  for (int64_t k = 0; pb.bias && k < K; ++k) pb.bias[k] = head[D * K + k];
   return 0;
 }
 
@@ -872,7 +886,7 @@ int32_t step(Problem<T>& pb) {
     return fail(code == 1 ? 0 : code);
   }
 
-  const int64_t info = pb.rows <= D ? dual_step(pb, pen, t_diag) : primal_step(pb, pen, t_diag);
+  const int64_t info = pb.rows < D ? dual_step(pb, pen, t_diag) : primal_step(pb, pen, t_diag);
   if (info == 0) return 0;
   const int32_t cause = diagnose(pb);
   return fail(cause != 1 || info < 0 ? cause : static_cast<int32_t>(info));
