@@ -2,10 +2,12 @@
 
 A ResNet-18 on 32 x 32 images (synthetic, K = 100) trains for real in the cells given; the two heads take turns
 step by step, and the ratio of their median step times is printed beside the paper's (A100, CIFAR-100) and with
-the spread of the ratio of neighbouring steps. Cells too slow for this machine can be modelled:
-(backbone + cross-entropy head) / (backbone + closed-form head), with the backbone measured once at B = 32.
+the spread of the ratio of neighbouring steps. Cells too slow for this machine are modelled with --model:
+(backbone + cross-entropy head) / (backbone + closed-form head), both heads timed at the cell's size and the
+backbone (forward, backward, update) at B = 32 and that D, times B / 32. They are marked "model".
 
 Run: python benches/paper/t1.py --cells 32x512,32x4096,128x4096
+     python benches/paper/t1.py --cells '' --model all
 """
 
 from __future__ import annotations
@@ -93,6 +95,41 @@ def steps(rows: int, features: int, width: int) -> tuple[Callable[[], None], Cal
     return closed_form, cross_entropy
 
 
+def head_seconds(rows: int, features: int) -> tuple[float, float]:
+    """Seconds of the closed-form head and of the cross-entropy head alone, from features to their gradient."""
+    x, y = torch.randn(rows, features).relu_(), torch.randint(CLASSES, (rows,))
+    closed, head = ClosedFormLinear(features, CLASSES, lam=1.0), nn.Linear(features, CLASSES)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    leaf = x.clone().requires_grad_()
+
+    def closed_form() -> None:
+        closed.step(leaf, y)
+        leaf.grad = None
+
+    def cross_entropy() -> None:
+        F.cross_entropy(head(leaf), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        leaf.grad = None
+
+    closed_times, cross_times = measure((closed_form, cross_entropy), 15)
+    return min(closed_times), min(cross_times)
+
+
+def backbone_seconds(features: int, width: int) -> float:
+    """Seconds of the backbone's forward, backward and update at B = 32."""
+    backbone = resnet18(width, features)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    x, gradient = torch.randn(32, 3, 32, 32), torch.randn(32, features)
+
+    def step() -> None:
+        backbone(x).backward(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return min(measure((step,), 4)[0])
+
+
 def measure(contenders: tuple[Callable[[], None], ...], repeats: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in contenders]
     for function in contenders:
@@ -113,6 +150,7 @@ def main(
     width: Annotated[int, typer.Option(help="width of the first stage; 64 is ResNet-18")] = 64,
     repeats: Annotated[int, typer.Option(help="steps of each head")] = 8,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+    model: Annotated[str, typer.Option(help="BxD, separated by commas, or all: modelled")] = "",
 ) -> None:
     """Print rSPS for each cell beside the paper's."""
     torch.set_num_threads(threads)
@@ -127,7 +165,7 @@ def main(
         "paper (A100)",
     ):
         table.add_column(name, justify="right")
-    for cell in cells.split(","):
+    for cell in filter(None, cells.split(",")):
         rows, features = (int(part) for part in cell.split("x"))
         closed, cross = measure(steps(rows, features, width), repeats)
         ratios = [b / a for a, b in zip(closed, cross, strict=True)]
@@ -137,6 +175,19 @@ def main(
             f"{statistics.median(closed) * 1e3:.1f}",
             f"{statistics.median(cross) / statistics.median(closed):.3f}", f"{low:.3f} - {high:.3f}",
             f"{PAPER.get(rows, {}).get(features, float('nan')):.2f}",
+        )  # fmt: skip
+    everything = [f"{rows}x{features}" for rows, row in PAPER.items() for features in row]
+    backbones: dict[int, float] = {}
+    for cell in everything if model == "all" else filter(None, model.split(",")):
+        rows, features = (int(part) for part in cell.split("x"))
+        if features not in backbones:
+            backbones[features] = backbone_seconds(features, width)
+        backbone = backbones[features] * rows / 32
+        closed_head, cross_head = head_seconds(rows, features)
+        table.add_row(
+            str(rows), str(features), f"{(backbone + cross_head) * 1e3:.1f}",
+            f"{(backbone + closed_head) * 1e3:.1f}", f"{(backbone + cross_head) / (backbone + closed_head):.3f}",
+            "model", f"{PAPER.get(rows, {}).get(features, float('nan')):.2f}",
         )  # fmt: skip
     Console().print(table)
 

@@ -315,6 +315,45 @@ def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
     return total.to(WIDE) / squares.shape[0]
 
 
+class _Held(NamedTuple):
+    """A fold left out, as the regression of ``target`` on ``design`` plus what no design reaches.
+
+    With ``own = H^T H`` of the fold's rows H factored as ``C^T C``, ``|y - H w|^2 = |z - C w|^2 + |y|^2 - |z|^2``
+    where ``z = C^-T H^T y``: D rows instead of the fold's. The last terms do not depend on w.
+    """
+
+    design: Tensor
+    target: Tensor
+    rest: Tensor
+    """(K) float64"""
+
+
+def _held(
+    rows: Tensor, y: Tensor, vectors: Tensor, moments: tuple[Tensor, ...], means: tuple[Tensor, Tensor] | None
+) -> _Held:
+    """The fold in the coordinates of ``vectors``, less the means of the training rows."""
+    gram, cross, squares, x_sum, y_sum = moments
+    count, width, dtype = rows.shape[0], rows.shape[1], rows.dtype
+    zero = torch.zeros(y.shape[-1], dtype=WIDE, device=y.device)
+    if count > width + width // 4:
+        if means is not None:
+            x_mean, y_mean = means
+            gram = gram - torch.outer(x_sum, x_mean) - torch.outer(x_mean, x_sum - count * x_mean)
+            cross = cross - torch.outer(x_sum, y_mean) - torch.outer(x_mean, y_sum - count * y_mean)
+            squares = squares - 2 * y_mean * y_sum + count * y_mean.square()
+        factor, info = torch.linalg.cholesky_ex(gram)
+        pivots = factor.diagonal()
+        # A factor of an ill-conditioned matrix would lose the digits of z.
+        if int(info) == 0 and float(pivots.min()) > 1e-5 * float(pivots.max()):
+            z = torch.linalg.solve_triangular(factor, cross, upper=False)
+            rest = (squares - z.square().sum(0)).clamp_min(0)
+            return _Held((factor.mT @ vectors).to(dtype), z.to(dtype), rest)
+    if means is None:
+        return _Held(rows @ vectors.to(dtype), y, zero)
+    rotated = (rows.to(WIDE) - means[0]) @ vectors
+    return _Held(rotated.to(dtype), (y.to(WIDE) - means[1]).to(dtype), zero)
+
+
 def _fold_scores(
     x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,41 +363,52 @@ def _fold_scores(
     1 - R^2, and the moments of all rows.
     """
     rows = x.shape[-2]
-    bounds = _fold_bounds(rows, folds)
     dtype = x.dtype
-    pieces = list(pairwise(bounds))
-    moments = [_moments(x[begin:end], y[begin:end]) for begin, end in pieces]
-    gram = torch.stack([own for own, _ in moments]).sum(0)
-    cross = torch.stack([own for _, own in moments]).sum(0)
-    if bias:
-        x_sum, y_sum = x.sum(-2, dtype=WIDE), y.sum(-2, dtype=WIDE)
+    pieces = list(pairwise(_fold_bounds(rows, folds)))
+    moments = []
+    for begin, end in pieces:
+        gram, cross, y_sum, squares, *_ = GRAM(x[begin:end], y[begin:end], None, False, 0, WIDE)
+        moments.append((gram, cross, squares, x[begin:end].sum(-2, dtype=WIDE), y_sum))
+    gram, cross, _, x_sum, y_sum = (torch.stack(parts).sum(0) for parts in zip(*moments, strict=True))
     scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
-    one = torch.ones((), dtype=dtype, device=x.device)
     relative = torch.zeros(lams.numel(), dtype=WIDE, device=x.device)
-    for (begin, end), (own_gram, own_cross) in zip(pieces, moments, strict=True):
-        held, held_y = x[begin:end], y[begin:end]
+    for (begin, end), own in zip(pieces, moments, strict=True):
+        own_gram, own_cross, own_squares, own_x_sum, own_y_sum = own
         train_gram, train_cross = gram - own_gram, cross - own_cross
-        count = rows - (end - begin)
+        count, held = rows - (end - begin), end - begin
+        means = None
         if bias:
-            x_mean = (x_sum - held.sum(-2, dtype=WIDE)) / count
-            y_mean = (y_sum - held_y.sum(-2, dtype=WIDE)) / count
-            train_gram = train_gram - count * torch.outer(x_mean, x_mean)
-            train_cross = train_cross - count * torch.outer(x_mean, y_mean)
+            means = (x_sum - own_x_sum) / count, (y_sum - own_y_sum) / count
+            train_gram = train_gram - count * torch.outer(means[0], means[0])
+            train_cross = train_cross - count * torch.outer(*means)
         values, vectors = _eigh(train_gram)
-        rotated = ((held.to(WIDE) - x_mean) @ vectors).to(dtype) if bias else held @ vectors.to(dtype)
+        fold = _held(x[begin:end], y[begin:end], vectors, own, means)
         rotated_cross = vectors.mT @ train_cross
-        offset = (held_y.to(WIDE) - y_mean).to(dtype) if bias else held_y
-        variance = held_y.to(WIDE).var(0, correction=0)
-        for part in _chunks(end - begin, y.shape[-1], dtype):
-            for index, lam in enumerate(lams.unbind()):
-                inner = (_shrinkage(values, lam).unsqueeze(-1) * rotated_cross[:, part]).to(dtype)
-                residual = torch.addmm(offset[:, part], rotated, inner, alpha=-1)
-                error = _weighted_mean(residual.square_(), one.expand(end - begin))
-                scores[index, part] += error * ((end - begin) / rows)
+        variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
+        # What rounding leaves of the variance of a constant target is none.
+        variance = torch.where(variance > 1e-14 * (own_squares / held), variance, 0.0)
+        # In the working precision, scaled so that nothing overflows that the weights would not.
+        top = values[-1:].clamp_min(torch.finfo(WIDE).tiny)
+        scaled_cross = (rotated_cross / top).to(dtype)
+        shrinkage = [(top * _shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in lams.unbind()]
+        one = torch.ones(fold.design.shape[0], dtype=dtype, device=x.device)
+        for part in _chunks(fold.design.shape[0], y.shape[-1], dtype):
+            residual = torch.empty_like(fold.target[:, part])
+            for index, factor in enumerate(shrinkage):
+                torch.mm(fold.design, factor * scaled_cross[:, part], out=residual)
+                residual.sub_(fold.target[:, part]).square_()
+                error = ((one @ residual).to(WIDE) + fold.rest[part]) / held
+                scores[index, part] += error * (held / rows)
                 # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
                 share = torch.where(variance[part] > 0, error / variance[part], (error > 0).to(WIDE))
                 relative[index] += share.sum() / (folds * y.shape[-1])
     return scores, relative, gram, cross
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    """One pass over each: NaN and Inf show in the extremes."""
+    ends = [end for value in tensors if value.numel() for end in torch.aminmax(value)]
+    return bool(torch.stack(ends).isfinite().all()) if ends else True
 
 
 def _fold_bounds(rows: int, folds: int) -> list[int]:
@@ -375,7 +425,7 @@ def _ridge_cv_one(
     """weight, intercept, the chosen penalties, scores, info."""
     rows, width = x.shape
     targets = y.shape[-1]
-    if not bool(x.isfinite().all() & y.isfinite().all()):
+    if not _all_finite(x, y):
         return (
             x.new_full((width, targets), torch.nan),
             x.new_full((targets if bias else 0,), torch.nan),
@@ -386,7 +436,7 @@ def _ridge_cv_one(
     xc, x_mean = _centred(x, bias)
     yc, y_mean = _centred(y, bias)
     # Squares of the residuals shall neither overflow nor vanish.
-    largest = float(yc.abs().max()) if yc.numel() else 1.0
+    largest = max(-float(yc.min()), float(yc.max())) if yc.numel() else 1.0
     unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
     scaled = yc if unit == 1.0 else (yc.to(WIDE) / unit).to(yc.dtype)
     if folds:
@@ -399,7 +449,10 @@ def _ridge_cv_one(
     if folds and rows >= width and not per_target and float(lam) > 0:
         weight = ridge_solve(gram, cross, lam)
     else:
-        if folds:
+        if folds and rows >= width:
+            values, vectors = _eigh(gram)
+            spectrum = _Spectrum(values, vectors, vectors.mT @ cross)
+        elif folds:
             spectrum = _spectrum(xc, scaled)
         total = spectrum.values.unsqueeze(-1) + lam
         inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
