@@ -368,7 +368,8 @@ def _fold_scores(
     moments = []
     for begin, end in pieces:
         gram, cross, y_sum, squares, *_ = GRAM(x[begin:end], y[begin:end], None, False, 0, WIDE)
-        moments.append((gram, cross, squares, x[begin:end].sum(-2, dtype=WIDE), y_sum))
+        x_sum = x[begin:end].sum(-2, dtype=WIDE) if bias else y_sum.new_zeros(())
+        moments.append((gram, cross, squares, x_sum, y_sum))
     gram, cross, _, x_sum, y_sum = (torch.stack(parts).sum(0) for parts in zip(*moments, strict=True))
     scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
     relative = torch.zeros(lams.numel(), dtype=WIDE, device=x.device)
@@ -436,7 +437,7 @@ def _ridge_cv_one(
     xc, x_mean = _centred(x, bias)
     yc, y_mean = _centred(y, bias)
     # Squares of the residuals shall neither overflow nor vanish.
-    largest = max(-float(yc.min()), float(yc.max())) if yc.numel() else 1.0
+    largest = max(map(abs, torch.stack(torch.aminmax(yc)).tolist())) if yc.numel() else 1.0
     unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
     scaled = yc if unit == 1.0 else (yc.to(WIDE) / unit).to(yc.dtype)
     if folds:
