@@ -304,17 +304,42 @@ def test_ridge_cv_bad_arguments() -> None:
         cfl_ops.ridge_cv(x, y, [1.0])
 
 
-def test_ridge_cv_many_targets_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("per_target", [True, False])
+@pytest.mark.parametrize("cv", ["loo", "gcv", 5])
+@pytest.mark.parametrize("shape", [(50, 4), (9, 12)])
+def test_ridge_cv_many_targets_in_runs(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], cv: str | int, per_target: bool
+) -> None:
     """The runs of targets change nothing."""
     module = sys.modules["cfl_ops.ridge"]
-    x, y = randn(50, 4), randn(50, 100, seed=1)
-    for cv in ("loo", 5):
-        want = cfl_ops.ridge_cv(x, y, [0.1, 10.0], cv=cv)
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-        got = cfl_ops.ridge_cv(x, y, [0.1, 10.0], cv=cv)
-        monkeypatch.undo()
-        assert torch.equal(got.lam, want.lam)
-        torch.testing.assert_close(got.scores, want.scores, rtol=1e-12, atol=0)
+    x, y = randn(*shape) + 1, randn(shape[0], 150, seed=1)
+    options = {"cv": cv, "per_target": per_target, "bias": True}
+    want = cfl_ops.ridge_cv(x, y, [0.1, 10.0], **options)
+    monkeypatch.setattr(module, "MOMENT_BYTES", 1)
+    monkeypatch.setattr(module, "PREDICTION_BYTES", 1)
+    got = cfl_ops.ridge_cv(x, y, [0.1, 10.0], **options)
+    assert torch.equal(got.lam, want.lam)
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-11, atol=0)
+    torch.testing.assert_close(got.weight, want.weight, rtol=1e-10, atol=1e-12)
+
+
+def test_folds_are_scored_as_their_definition() -> None:
+    """Through the Cholesky factor of a fold of many rows, and directly where the fold has few or is singular."""
+    x, y = randn(60, 5), randn(60, 3, seed=1) + 2
+    x[:, 4] = x[:, 3]  # singular: the direct way
+    for design, bias in ((x[:, :4], False), (x[:, :4], True), (x, False), (x[:24], True)):
+        target = y[: len(design)]
+        for dtype, rtol in ((F64, 1e-9), (torch.float32, 1e-4)):
+            got = cfl_ops.ridge_cv(design.to(dtype), target.to(dtype), [0.5], cv=4, bias=bias)
+            want = torch.zeros(3, dtype=F64)
+            for held in torch.arange(len(design)).chunk(4):
+                rest = torch.ones(len(design), dtype=torch.bool)
+                rest[held] = False
+                fitted = cfl_ops.ridge(design[rest], target[rest], 0.5, bias=bias)
+                weight, intercept = fitted if bias else (fitted, torch.zeros(3, dtype=F64))
+                error = target[held] - design[held] @ weight - intercept
+                want += error.square().sum(0) / len(design)
+            torch.testing.assert_close(got.scores[0], want, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("kappa", [0.25, 1.0, 6.0])

@@ -20,7 +20,10 @@ from .solve import BAD_PENALTY, RIDGE_SOLVE, ridge_solve
 __all__ = ["RidgeCVResult", "class_ridge", "ridge", "ridge_cv", "ridge_path"]
 
 WIDE = torch.float64
-CHUNK_BYTES = 64 << 20  # of predictions in work at a time, whatever the number of targets
+# ridge_cv works off its targets in runs, whatever their number: runs of moments in float64, and within each
+# of them runs of predictions, which pass through the second-level cache several times.
+MOMENT_BYTES = 32 << 20
+PREDICTION_BYTES = 4 << 20
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -255,56 +258,103 @@ class RidgeCVResult(NamedTuple):
 torch.serialization.add_safe_globals([RidgeCVResult])
 
 
-def _chunks(rows: int, targets: int, dtype: torch.dtype) -> list[slice]:
-    """Runs of targets whose predictions for all rows stay within CHUNK_BYTES."""
-    size = max(16, CHUNK_BYTES // max(1, rows * torch.finfo(dtype).bits // 8))
+def _chunks(length: int, targets: int, itemsize: int, limit: int) -> list[slice]:
+    """Runs of targets of which ``length`` numbers each stay within ``limit`` bytes."""
+    size = max(64, limit // max(1, length * itemsize))
     return [slice(begin, begin + size) for begin in range(0, targets, size)]
 
 
-def _row_scores(x: Tensor, y: Tensor, lams: Tensor, bias: bool, kind: str) -> tuple[Tensor, _Spectrum]:
+class _Whole:
+    """The fit to all rows, for any targets: the decomposition of X is done once, when it is first needed."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dual = x, x.shape[-2] < x.shape[-1]
+        self.gram: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def moments(self, y: Tensor) -> Tensor | None:
+        """X^T Y in float64, and the Gram matrix with it; None where the rows are the smaller side."""
+        if self.dual:
+            return None
+        self.gram, cross = _moments(self.x, y)
+        return cross
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues, eigenvectors of the smaller side, and the basis of the weights."""
+        if self._eigen is None:
+            if self.dual:
+                self.gram = GRAM(self.x.mT, None, None, False, 0, WIDE)[0]
+            assert self.gram is not None
+            values, vectors = _eigh(self.gram)
+            basis = torch.where(values > 0, self.x.mT.to(WIDE) @ vectors, 0.0) if self.dual else vectors
+            self._eigen = values, vectors, basis
+        return self._eigen
+
+    def rotate(self, y: Tensor, cross: Tensor | None) -> Tensor:
+        """The right sides of the targets y in the eigenbasis."""
+        return self.eigen()[1].mT @ (y.to(WIDE) if cross is None else cross)
+
+    def weight(self, y: Tensor, cross: Tensor | None, lam: Tensor) -> Tensor:
+        """(D, K) at one penalty, or one for each target."""
+        if cross is not None and self.gram is not None and self._eigen is None and lam.ndim == 0 and lam > 0:
+            return ridge_solve(self.gram, cross, lam)  # a tenth of the eigendecomposition's work
+        values, _, basis = self.eigen()
+        total, right = values.unsqueeze(-1) + lam, self.rotate(y, cross)
+        inner = torch.where(total > 0, right / torch.where(total > 0, total, 1.0), 0.0)
+        return (basis.to(y.dtype) @ inner.to(y.dtype)).to(WIDE)
+
+
+class _Rows:
     """Leave-one-out or generalised cross-validation from one eigendecomposition.
 
     With U = X V Lambda^-1/2 and h_i(lam) = sum_j U_ij^2 Lambda_j / (Lambda_j + lam), the row left out has
     the residual r_i / (1 - h_i); a free intercept adds 1 / B to h_i.
     """
-    rows, dtype = x.shape[-2], x.dtype
-    dual = rows < x.shape[-1]
-    if dual:
-        gram = GRAM(x.mT, None, None, False, 0, WIDE)[0]
-        values, left = _eigh(gram)
-        basis = torch.where(values > 0, x.mT.to(WIDE) @ left, 0.0)
-        spectrum = _Spectrum(values, basis, left.mT @ y.to(WIDE))
-        left, weight_of = left.to(dtype), torch.ones_like(values)
-        left_cross = spectrum.cross
-    else:
-        gram, cross = _moments(x, y)
-        values, vectors = _eigh(gram)
-        spectrum = _Spectrum(values, vectors, vectors.mT @ cross)
-        root = values.sqrt()
-        inverse_root = torch.where(root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0)
-        left = x @ (vectors * inverse_root).to(dtype)
-        left_cross = inverse_root.unsqueeze(-1) * spectrum.cross
-        weight_of = (values > 0).to(WIDE)
-    squares = left.to(WIDE).square() * weight_of
-    scores = torch.empty(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
-    keep = [values * _shrinkage(values, lam) for lam in lams.unbind()]
-    scales = []
-    for factor in keep:
-        leverage = squares @ factor + (1 / rows if bias else 0.0)
-        if kind == "gcv":
-            leverage = leverage.mean().expand(rows)
-        # A row that fits itself alone tells nothing; its residual counts as it stands.
-        room = 1 - leverage
-        scales.append(
-            torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf).square().to(dtype)
-        )
-    for part in _chunks(rows, y.shape[-1], dtype):
-        target = y[..., part]
-        own = left_cross[..., part]
-        for index, (factor, scale) in enumerate(zip(keep, scales, strict=True)):
-            residual = torch.addmm(target, left, (factor.unsqueeze(-1) * own).to(dtype), alpha=-1)
-            scores[index, part] = _weighted_mean(residual.square_(), scale)
-    return scores, spectrum
+
+    def __init__(self, whole: _Whole, lams: Tensor, bias: bool, kind: str) -> None:
+        self.whole, self.lams, self.bias, self.kind = whole, lams, bias, kind
+        self.left: Tensor | None = None
+
+    def _prepare(self) -> Tensor:
+        """U, and for each penalty the factors of its columns and the weights of the squared residuals."""
+        x, rows, dtype = self.whole.x, self.whole.x.shape[-2], self.whole.x.dtype
+        values, vectors, _ = self.whole.eigen()
+        weight_of = torch.ones_like(values)
+        if self.whole.dual:
+            self.to_left, left = weight_of, vectors.to(dtype)
+        else:
+            root = values.sqrt()
+            self.to_left = torch.where(root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0)
+            left, weight_of = x @ (vectors * self.to_left).to(dtype), (values > 0).to(WIDE)
+        squares = left.to(WIDE).square() * weight_of
+        self.keep = [values * _shrinkage(values, lam) for lam in self.lams.unbind()]
+        self.scales = []
+        for factor in self.keep:
+            leverage = squares @ factor + (1 / rows if self.bias else 0.0)
+            if self.kind == "gcv":
+                leverage = leverage.mean().expand(rows)
+            # A row that fits itself alone tells nothing; its residual counts as it stands.
+            room = 1 - leverage
+            scale = torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf)
+            self.scales.append(scale.square().to(dtype))
+        return left
+
+    def score(self, y: Tensor, scores: Tensor) -> Tensor | None:
+        """Writes the scores (L, K) of the targets y and returns X^T Y, if the columns are the smaller side."""
+        cross = self.whole.moments(y)
+        if self.left is None:
+            self.left = self._prepare()
+        left_cross = self.to_left.unsqueeze(-1) * self.whole.rotate(y, cross)
+        for part in _chunks(y.shape[0], y.shape[-1], y.element_size(), PREDICTION_BYTES):
+            own, target = left_cross[:, part], y[:, part]
+            for index, (factor, scale) in enumerate(zip(self.keep, self.scales, strict=True)):
+                residual = torch.addmm(target, self.left, (factor.unsqueeze(-1) * own).to(y.dtype), alpha=-1)
+                scores[index, part] = _weighted_mean(residual.square_(), scale)
+        return cross
+
+    def shared(self, scores: Tensor) -> Tensor:
+        """(L), by which one penalty for all targets is chosen."""
+        return scores.mean(1)
 
 
 def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
@@ -354,56 +404,72 @@ def _held(
     return _Held(rotated.to(dtype), (y.to(WIDE) - means[1]).to(dtype), zero)
 
 
-def _fold_scores(
-    x: Tensor, y: Tensor, lams: Tensor, bias: bool, folds: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K folds of consecutive rows: the moments of the others are all moments less the fold's own.
+class _Folds:
+    """K folds of consecutive rows: the moments of the others are all moments less the fold's own."""
 
-    Returns the scores (L, K), their mean over targets and folds relative to each fold's variance (L), which is
-    1 - R^2, and the moments of all rows.
-    """
-    rows = x.shape[-2]
-    dtype = x.dtype
-    pieces = list(pairwise(_fold_bounds(rows, folds)))
-    moments = []
-    for begin, end in pieces:
-        gram, cross, y_sum, squares, *_ = GRAM(x[begin:end], y[begin:end], None, False, 0, WIDE)
-        x_sum = x[begin:end].sum(-2, dtype=WIDE) if bias else y_sum.new_zeros(())
-        moments.append((gram, cross, squares, x_sum, y_sum))
-    gram, cross, _, x_sum, y_sum = (torch.stack(parts).sum(0) for parts in zip(*moments, strict=True))
-    scores = torch.zeros(lams.numel(), y.shape[-1], dtype=WIDE, device=x.device)
-    relative = torch.zeros(lams.numel(), dtype=WIDE, device=x.device)
-    for (begin, end), own in zip(pieces, moments, strict=True):
-        own_gram, own_cross, own_squares, own_x_sum, own_y_sum = own
-        train_gram, train_cross = gram - own_gram, cross - own_cross
-        count, held = rows - (end - begin), end - begin
-        means = None
-        if bias:
-            means = (x_sum - own_x_sum) / count, (y_sum - own_y_sum) / count
-            train_gram = train_gram - count * torch.outer(means[0], means[0])
-            train_cross = train_cross - count * torch.outer(*means)
-        values, vectors = _eigh(train_gram)
-        fold = _held(x[begin:end], y[begin:end], vectors, own, means)
-        rotated_cross = vectors.mT @ train_cross
-        variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
-        # What rounding leaves of the variance of a constant target is none.
-        variance = torch.where(variance > 1e-14 * (own_squares / held), variance, 0.0)
-        # In the working precision, scaled so that nothing overflows that the weights would not.
-        top = values[-1:].clamp_min(torch.finfo(WIDE).tiny)
-        scaled_cross = (rotated_cross / top).to(dtype)
-        shrinkage = [(top * _shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in lams.unbind()]
-        one = torch.ones(fold.design.shape[0], dtype=dtype, device=x.device)
-        for part in _chunks(fold.design.shape[0], y.shape[-1], dtype):
-            residual = torch.empty_like(fold.target[:, part])
-            for index, factor in enumerate(shrinkage):
-                torch.mm(fold.design, factor * scaled_cross[:, part], out=residual)
-                residual.sub_(fold.target[:, part]).square_()
-                error = ((one @ residual).to(WIDE) + fold.rest[part]) / held
-                scores[index, part] += error * (held / rows)
-                # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
-                share = torch.where(variance[part] > 0, error / variance[part], (error > 0).to(WIDE))
-                relative[index] += share.sum() / (folds * y.shape[-1])
-    return scores, relative, gram, cross
+    def __init__(self, whole: _Whole, lams: Tensor, bias: bool, folds: int) -> None:
+        self.whole, self.lams, self.bias = whole, lams, bias
+        self.pieces = list(pairwise(_fold_bounds(whole.x.shape[-2], folds)))
+        self.eigen: list[tuple[Tensor, Tensor]] = []
+        # For each penalty the sum over targets of the error relative to each fold's variance, that is 1 - R^2.
+        self.relative = torch.zeros(lams.numel(), dtype=WIDE, device=whole.x.device)
+
+    def shared(self, scores: Tensor) -> Tensor:
+        """(L), by which one penalty for all targets is chosen: by the mean R^2, as scikit-learn does."""
+        return self.relative
+
+    def score(self, y: Tensor, scores: Tensor) -> Tensor | None:
+        """Writes the scores (L, K) of the targets y and returns X^T Y, if the columns are the smaller side."""
+        x, bias = self.whole.x, self.bias
+        rows, dtype = x.shape[-2], x.dtype
+        moments = []
+        for begin, end in self.pieces:
+            gram, cross, y_sum, squares, *_ = GRAM(x[begin:end], y[begin:end], None, False, 0, WIDE)
+            x_sum = x[begin:end].sum(-2, dtype=WIDE) if bias else y_sum.new_zeros(())
+            moments.append((gram, cross, squares, x_sum, y_sum))
+        gram, cross, _, x_sum, y_sum = (torch.stack(parts).sum(0) for parts in zip(*moments, strict=True))
+        scores.zero_()
+        for fold, ((begin, end), own) in enumerate(zip(self.pieces, moments, strict=True)):
+            own_gram, own_cross, own_squares, own_x_sum, own_y_sum = own
+            count, held = rows - (end - begin), end - begin
+            train_cross = cross - own_cross
+            means = None
+            if bias:
+                means = (x_sum - own_x_sum) / count, (y_sum - own_y_sum) / count
+                train_cross -= count * torch.outer(*means)
+            if fold == len(self.eigen):
+                train_gram = gram - own_gram
+                if means is not None:
+                    train_gram -= count * torch.outer(means[0], means[0])
+                self.eigen.append(_eigh(train_gram))
+            values, vectors = self.eigen[fold]
+            left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
+            # In the working precision, scaled so that nothing overflows that the weights would not.
+            top = values[-1:].clamp_min(torch.finfo(WIDE).tiny)
+            scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
+            shrinkage = [
+                (top * _shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()
+            ]
+            variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
+            # What rounding leaves of the variance of a constant target is none.
+            variance = torch.where(variance > 1e-14 * (own_squares / held), variance, 0.0)
+            length = left_out.design.shape[0]
+            one = torch.ones(length, dtype=dtype, device=x.device)
+            for part in _chunks(length, y.shape[-1], y.element_size(), PREDICTION_BYTES):
+                target, rest = left_out.target[:, part], left_out.rest[part]
+                residual = torch.empty_like(target)
+                for index, factor in enumerate(shrinkage):
+                    torch.mm(left_out.design, factor * scaled_cross[:, part], out=residual)
+                    residual.sub_(target).square_()
+                    error = ((one @ residual).to(WIDE) + rest) / held
+                    scores[index, part] += error * (held / rows)
+                    # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
+                    share = torch.where(variance[part] > 0, error / variance[part], (error > 0).to(WIDE))
+                    self.relative[index] += share.sum()
+        if self.whole.dual:
+            return None
+        self.whole.gram = gram
+        return cross
 
 
 def _all_finite(*tensors: Tensor) -> bool:
@@ -435,33 +501,42 @@ def _ridge_cv_one(
             torch.ones((), dtype=torch.int32, device=x.device),
         )
     xc, x_mean = _centred(x, bias)
-    yc, y_mean = _centred(y, bias)
     # Squares of the residuals shall neither overflow nor vanish.
-    largest = max(map(abs, torch.stack(torch.aminmax(yc)).tolist())) if yc.numel() else 1.0
+    largest = max(map(abs, torch.stack(torch.aminmax(y)).tolist())) if y.numel() else 1.0
     unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
-    scaled = yc if unit == 1.0 else (yc.to(WIDE) / unit).to(yc.dtype)
-    if folds:
-        scores, shared, gram, cross = _fold_scores(xc, scaled, lams, bias, folds)
-    else:
-        scores, spectrum = _row_scores(xc, scaled, lams, bias, kind)
-        shared = scores.mean(1)
-    chosen = (scores if per_target else shared).nan_to_num(nan=torch.inf).argmin(0)
-    lam = lams[chosen]
-    if folds and rows >= width and not per_target and float(lam) > 0:
-        weight = ridge_solve(gram, cross, lam)
-    else:
-        if folds and rows >= width:
-            values, vectors = _eigh(gram)
-            spectrum = _Spectrum(values, vectors, vectors.mT @ cross)
-        elif folds:
-            spectrum = _spectrum(xc, scaled)
-        total = spectrum.values.unsqueeze(-1) + lam
-        inner = torch.where(total > 0, spectrum.cross / torch.where(total > 0, total, 1.0), 0.0)
-        weight = (spectrum.basis.to(x.dtype) @ inner.to(x.dtype)).to(WIDE)
-    weight = weight * unit
-    intercept = _intercept(weight, x_mean, y_mean) if bias else weight.new_zeros(0)
+    scores = lams.new_empty(lams.numel(), targets)
+    weight = x.new_empty(width, targets)
+    intercept = x.new_empty(targets if bias else 0)
+    lam = lams.new_empty(targets if per_target else 0)
+    whole = _Whole(xc)
+    validation = _Folds(whole, lams, bias, folds) if folds else _Rows(whole, lams, bias, kind)
+
+    def scaled_targets(part: slice) -> tuple[Tensor, Tensor]:
+        yc, y_mean = _centred(y[:, part], bias)
+        return (yc if unit == 1.0 else (yc.to(WIDE) / unit).to(yc.dtype)), y_mean
+
+    def fit(part: slice, target: Tensor, y_mean: Tensor, cross: Tensor | None, penalty: Tensor) -> None:
+        own = whole.weight(target, cross, penalty) * unit
+        weight[:, part] = own.to(x.dtype)
+        if bias:
+            intercept[part] = _intercept(own, x_mean, y_mean).to(x.dtype)
+
+    parts = _chunks(min(rows, width), targets, 8, MOMENT_BYTES)
+    for part in parts:
+        target, y_mean = scaled_targets(part)
+        cross = validation.score(target, scores[:, part])
+        if per_target:
+            lam[part] = lams[scores[:, part].nan_to_num(nan=torch.inf).argmin(0)]
+            fit(part, target, y_mean, cross, lam[part])
+    if not per_target:
+        lam = lams[validation.shared(scores).nan_to_num(nan=torch.inf).argmin(0)]
+        for part in parts:
+            if len(parts) > 1:
+                target, y_mean = scaled_targets(part)
+                cross = whole.moments(target)
+            fit(part, target, y_mean, cross, lam)
     info = torch.zeros((), dtype=torch.int32, device=x.device)
-    return weight.to(x.dtype), intercept.to(x.dtype), lam, scores * (unit * unit), info
+    return weight, intercept, lam, scores * (unit * unit), info
 
 
 def _ridge_cv_python(
