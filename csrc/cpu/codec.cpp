@@ -230,22 +230,26 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
       "cfl_ops.dequantize: the ranges do not fit the symbols");
   const int bytes = symbol_size(q);
   Tensor w = empty_cpu(batch_shape(q, 1, {size}), minimum.scalar_type());
+  const int64_t element = static_cast<int64_t>(w.element_size());
   const Kernel* k = kernel();
-  constexpr int64_t kBlock = 1 << 15;
+  constexpr int64_t kBlock = 1 << 15, kWorthStreaming = 4096;
   const int64_t blocks = std::max<int64_t>(1, (size + kBlock - 1) / kBlock);
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size));
   torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / blocks, first = i % blocks * kBlock,
                     count = std::min(kBlock, size - first);
-      int wide = 0;
-      const Affine a =
-          make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
-                      read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
-                      static_cast<int>(bits), &wide);
       const int64_t at = g * size + first;
-      k->dequantize(dtype, static_cast<const uint8_t*>(q.data_ptr()) + at * bytes, bytes, count, &a,
-                    wide, static_cast<uint8_t*>(w.data_ptr()) + at * w.element_size());
+      Pending part = {};
+      part.symbols = static_cast<const uint8_t*>(q.data_ptr()) + at * bytes;
+      part.n = count;
+      part.out = static_cast<uint8_t*>(w.data_ptr()) + at * element;
+      part.affine = make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
+                                read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
+                                static_cast<int>(bits), &part.wide);
+      part.dtype = dtype;
+      part.stream = count >= kWorthStreaming && w.numel() * element > kCached;
+      k->dequantize(&part, bytes);
     }
   });
   return w;

@@ -514,13 +514,19 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
 
   const int64_t symbols_bytes = round_up((chunk + kPad) * header.symbol_size);
   const int64_t arena = round_up(arena_size(tree, chunk) * header.symbol_size);
+  const int64_t element = weights ? kFloatSize[static_cast<int>(weights->dtype)] : 0;
   std::atomic<int64_t> worst = kGood;  // of several bad chunks, report the first
   run_tasks(threads, tasks, [&](int64_t t) {
-    Scratch scratch(symbols_bytes + arena);
-    uint8_t* const block = scratch.data();
-    uint8_t* const work = block + symbols_bytes;
+    Scratch scratch((weights ? 2 : 1) * symbols_bytes + arena);
+    uint8_t* block = scratch.data() + arena;
+    uint8_t* other = block + (weights ? symbols_bytes : 0);
+    uint8_t* const work = scratch.data();
     std::vector<uint8_t> tail;
     const uint8_t* at = header.data + offset[t];
+    // A chunk's weights are written during the decoding of the next one.
+    Pending pending = {};
+    if (weights) pending.dtype = weights->dtype;
+    pending.stream = count * element > kCached;
     for (int64_t c = first_chunk(t); c < first_chunk(t + 1); ++c) {
       const uint8_t* entry = header.chunk_table + 8 * c;
       const int64_t bytes = load<uint32_t>(entry);
@@ -543,11 +549,12 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
       const bool direct = !weights && hi - lo == symbols;
       uint8_t* to =
           direct ? static_cast<uint8_t*>(out) + (begin - start) * header.symbol_size : block;
+      Pending* before = weights ? &pending : nullptr;
       const int64_t read =
           header.symbol_size == 1
-              ? kernel->decode8(&tree, bits, 8 * bytes, symbols, to, work)
+              ? kernel->decode8(&tree, bits, 8 * bytes, symbols, to, work, before)
               : kernel->decode16(&tree, bits, 8 * bytes, symbols, reinterpret_cast<uint16_t*>(to),
-                                 reinterpret_cast<uint16_t*>(work));
+                                 reinterpret_cast<uint16_t*>(work), before);
       if (read < 0 || (read + 7) / 8 != bytes) return fail();
       if (direct) continue;
       if (!weights) {
@@ -555,18 +562,21 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
                     block + (lo - begin) * header.symbol_size, (hi - lo) * header.symbol_size);
         continue;
       }
-      const int64_t element = kFloatSize[static_cast<int>(weights->dtype)];
       for (int64_t i = lo; i < hi;) {
+        // All groups but the last of a chunk are written at once.
+        if (pending.n > 0) kernel->dequantize(&pending, header.symbol_size);
         const int64_t group = i / weights->group_size;
-        const int64_t stop = std::min(hi, (group + 1) * weights->group_size);
-        int wide = 0;
-        const Affine affine = weights->affine(group, &wide);
-        kernel->dequantize(weights->dtype, block + (i - begin) * header.symbol_size,
-                           header.symbol_size, stop - i, &affine, wide,
-                           static_cast<uint8_t*>(out) + (i - start) * element);
+        const int64_t stop =
+            group >= hi / weights->group_size ? hi : (group + 1) * weights->group_size;
+        pending.symbols = block + (i - begin) * header.symbol_size;
+        pending.n = stop - i;
+        pending.out = static_cast<uint8_t*>(out) + (i - start) * element;
+        pending.affine = weights->affine(group, &pending.wide);
         i = stop;
       }
+      std::swap(block, other);
     }
+    if (weights) kernel->dequantize(&pending, header.symbol_size);
   });
   return worst;
 }
