@@ -258,13 +258,11 @@ int64_t partition(BitWriter& out, uint16_t* ranks, int64_t n, int32_t pivot, uin
 }
 
 template <class T>
-void pack_scalar(BitWriter& out, const T* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
-  for (int64_t i = 0; i < n; ++i) out.put(static_cast<uint64_t>(ranks[i] - node.first), k);
+void pack_scalar(BitWriter& out, const T* ranks, int64_t n, int k, int32_t first) {
+  for (int64_t i = 0; i < n; ++i) out.put(static_cast<uint64_t>(ranks[i] - first), k);
 }
 
-void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
+void pack(BitWriter& out, const uint8_t* ranks, int64_t n, int k, int32_t lowest) {
   if (k == 0) return;
   if (k == 8) {  // the root: the writer is at its first byte
     memcpy(out.p, ranks, n);
@@ -275,7 +273,7 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
   if (k <= 7) {
     // Neighbours are joined until each 64-bit lane holds 8 symbols in 8 k bits; squeezed together
     // they are k lanes, which are then shifted by the bits that wait in the writer.
-    const __m512i first = _mm512_set1_epi8(static_cast<char>(node.first));
+    const __m512i first = _mm512_set1_epi8(static_cast<char>(lowest));
     const __m512i by_k = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << k << 8));
     const __m512i by_2k = _mm512_set1_epi32(1 | 1 << (2 * k) << 16);
     const __m128i by_4k = _mm_cvtsi32_si128(4 * k);
@@ -317,16 +315,15 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
     return;
   }
 #endif
-  pack_scalar(out, ranks, n, node);
+  pack_scalar(out, ranks, n, k, lowest);
 }
 
-void pack(BitWriter& out, const uint16_t* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
+void pack(BitWriter& out, const uint16_t* ranks, int64_t n, int k, int32_t lowest) {
   if (k == 0) return;
   int64_t i = 0;
 #if CFL_CODEC_ISA == 512
   if (k <= 14) {
-    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(node.first));
+    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(lowest));
     const __m512i by_k = _mm512_set1_epi32(1 | 1 << k << 16);
     const __m128i by_2k = _mm_cvtsi32_si128(2 * k);
     const __m512i low = _mm512_set1_epi64(0xffffffff);
@@ -349,21 +346,37 @@ void pack(BitWriter& out, const uint16_t* ranks, int64_t n, const Node& node) {
     out = w;
   }
 #endif
-  pack_scalar(out, ranks + i, n - i, node);
+  pack_scalar(out, ranks + i, n - i, k, lowest);
 }
 
+// `below` is subtracted from the ranks: those of the subtree are in [0, span).
 template <class T>
-void encode_node(const Tree* tree, int32_t index, BitWriter& out, T* ranks, int64_t n, T* arena) {
+void encode_node(const Tree* tree, int32_t index, int32_t below, int32_t span, BitWriter& out,
+                 T* ranks, int64_t n, T* arena) {
   const Node& node = tree->nodes[index];
   if (n == 0) return;
   if (node.right == 0) {
-    pack(out, ranks, n, node);
+    pack(out, ranks, n, node.bits, node.first - below);
     return;
   }
-  const int32_t pivot = node.first;
+  if constexpr (sizeof(T) == 2) {
+    if (span <= 256) {  // twice as many fit a vector from here on
+      uint8_t* narrow = reinterpret_cast<uint8_t*>(arena);
+      for (int64_t i = 0; i < n; ++i) narrow[i] = static_cast<uint8_t>(ranks[i]);
+      encode_node(tree, index, below, span, out, narrow, n, narrow + padded(n));
+      return;
+    }
+  }
+  const int32_t pivot = node.first - below;
   const int64_t n_right = partition(out, ranks, n, pivot, arena);
-  encode_node(tree, index + 1, out, ranks, n - n_right, arena + padded(n_right));
-  encode_node(tree, node.right, out, arena, n_right, arena + padded(n_right));
+  encode_node(tree, index + 1, below, pivot, out, ranks, n - n_right, arena + padded(n_right));
+  if constexpr (sizeof(T) == 2) {
+    for (int64_t i = 0; i < n_right; ++i) arena[i] = static_cast<T>(arena[i] - pivot);
+    encode_node(tree, node.right, node.first, span - pivot, out, arena, n_right,
+                arena + padded(n_right));
+  } else {
+    encode_node(tree, node.right, below, span, out, arena, n_right, arena + padded(n_right));
+  }
 }
 
 void to_ranks(const Tree* tree, const uint8_t* symbols, int64_t n, uint8_t* ranks) {
@@ -383,6 +396,7 @@ void to_ranks(const Tree* tree, const uint8_t* symbols, int64_t n, uint8_t* rank
 }
 void to_ranks(const Tree* tree, const uint16_t* symbols, int64_t n, uint16_t* ranks) {
   const uint16_t* rank = tree->rank;
+#pragma GCC unroll 8
   for (int64_t i = 0; i < n; ++i) ranks[i] = rank[symbols[i]];
 }
 
@@ -390,7 +404,7 @@ template <class T>
 int64_t encode(const Tree* tree, const T* symbols, int64_t n, uint8_t* out, T* arena) {
   BitWriter writer = {out, 0, 0};
   to_ranks(tree, symbols, n, arena);
-  encode_node(tree, 0, writer, arena, n, arena + padded(n));
+  encode_node(tree, 0, 0, tree->symbols, writer, arena, n, arena + padded(n));
   store64(writer.p, writer.acc);
   return 8 * (writer.p - out) + writer.fill;
 }

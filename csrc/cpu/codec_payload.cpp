@@ -298,8 +298,8 @@ std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_
   std::vector<uint64_t> counts(static_cast<size_t>(alphabet), 0);
   std::vector<uint32_t> even, odd;
   if (symbol_size == 2) {
-    even.assign(65536, 0);
-    odd.assign(65536, 0);
+    even.assign(static_cast<size_t>(alphabet), 0);
+    odd.assign(static_cast<size_t>(alphabet), 0);
   }
   int64_t since = 0;
   auto flush = [&] {
@@ -433,26 +433,28 @@ int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const in
     std::atomic<bool> full = false;
     run_tasks(threads, tasks, [&](int64_t t) {
       Scratch scratch(slot + arena);
-      uint8_t* const buffer = scratch.data();
       uint8_t* at = out + begin[t];
       uint8_t* const limit = out + begin[t + 1];
       for (int64_t c = first_chunk(t); c < first_chunk(t + 1); ++c) {
         const int64_t count = std::min(chunk, n - c * chunk);
+        // The last chunks, where the longest code might not fit, take a detour.
+        uint8_t* const buffer = limit - at >= slot ? at : scratch.data();
+        uint8_t* const work = scratch.data() + slot;
         const int64_t length =
             symbol_size == 1
                 ? kernel->encode8(&code.tree(), static_cast<const uint8_t*>(symbols) + c * chunk,
-                                  count, buffer, buffer + slot)
+                                  count, buffer, work)
                 : kernel->encode16(&code.tree(), static_cast<const uint16_t*>(symbols) + c * chunk,
-                                   count, buffer, reinterpret_cast<uint16_t*>(buffer + slot));
+                                   count, buffer, reinterpret_cast<uint16_t*>(work));
         const int64_t bytes = (length + 7) / 8;
         if (bytes > limit - at) {
           full = true;
           return;
         }
-        std::memcpy(at, buffer, bytes);
+        if (buffer != at) std::memcpy(at, buffer, bytes);
         uint8_t* entry = out + head - 8 * (chunks - c);
         store<uint32_t>(entry, static_cast<uint32_t>(bytes));
-        store<uint32_t>(entry + 4, kernel->crc32(0, buffer, bytes));
+        store<uint32_t>(entry + 4, kernel->crc32(0, at, bytes));
         at += bytes;
       }
       used[t] = at - (out + begin[t]);
