@@ -731,6 +731,8 @@ CFL_INLINE void quantize_loop(const T* w, int64_t n, Acc pre, Acc origin, Acc sc
     const Acc v = (static_cast<Acc>(w[i]) * pre - origin) * scale;
     int32_t q = static_cast<int32_t>(v);
     q = q < top ? q : top;
+    q = q > 0 ? q
+              : 0;  // a weight below the range, which the ops do not pass, is no way out of tables
     out[i] = static_cast<S>(q);
   }
 }

@@ -41,11 +41,14 @@ void store(uint8_t* p, T v) {
 std::vector<uint8_t> encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
                             const Kernel* kernel) {
   std::vector<uint8_t> out;
-  const int64_t size =
-      encode_payload(symbols, symbol_size, n, &n, 1, chunk_log2, kernel, {}, [&](int64_t bytes) {
-        out.assign(static_cast<size_t>(bytes), 0);
-        return out.data();
-      });
+  Symbols all;
+  all.size = symbol_size;
+  all.n = n;
+  all.data = static_cast<const uint8_t*>(symbols);
+  const int64_t size = encode_payload(all, &n, 1, chunk_log2, kernel, {}, [&](int64_t bytes) {
+    out.assign(static_cast<size_t>(bytes), 0);
+    return out.data();
+  });
   if (size < 0) fail("no code was built");
   out.resize(static_cast<size_t>(size));
   return out;
