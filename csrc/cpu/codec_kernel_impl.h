@@ -101,6 +101,24 @@ struct BitWriter {
   }
 };
 
+template <class T>
+void partition_scalar(BitWriter& out, const T* ranks, int64_t n, int32_t pivot, T*& l, T*& r) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const int count = static_cast<int>(min64(32, n - i));
+    uint64_t m = 0;
+    for (int j = 0; j < count; ++j) {
+      const T v = ranks[i + j];
+      const int one = v >= pivot;
+      *r = v;
+      *l = v;
+      r += one;
+      l += 1 - one;
+      m |= static_cast<uint64_t>(one) << j;
+    }
+    out.put(m, static_cast<unsigned>(count));
+  }
+}
+
 // Writes for each rank whether it is at least `pivot`; gathers those below in front of `ranks` and
 // the others in `right`, and returns how many others.
 int64_t partition(BitWriter& out, uint8_t* ranks, int64_t n, int32_t pivot, uint8_t* right) {
@@ -156,21 +174,7 @@ int64_t partition(BitWriter& out, uint8_t* ranks, int64_t n, int32_t pivot, uint
     }
   }
 #endif
-  while (i < n) {
-    const int count = static_cast<int>(min64(32, n - i));
-    uint64_t m = 0;
-    for (int j = 0; j < count; ++j) {
-      const uint8_t v = ranks[i + j];
-      const int one = v >= pivot;
-      *r = v;
-      *l = v;
-      r += one;
-      l += 1 - one;
-      m |= static_cast<uint64_t>(one) << j;
-    }
-    out.put(m, count);
-    i += count;
-  }
+  partition_scalar(out, ranks + i, n - i, pivot, l, r);
 #endif
   return r - right;
 }
@@ -238,21 +242,7 @@ int64_t partition(BitWriter& out, uint16_t* ranks, int64_t n, int32_t pivot, uin
     l += 8 - c;
   }
 #endif
-  while (i < n) {
-    const int count = static_cast<int>(min64(32, n - i));
-    uint64_t m = 0;
-    for (int j = 0; j < count; ++j) {
-      const uint16_t v = ranks[i + j];
-      const int one = v >= pivot;
-      *r = v;
-      *l = v;
-      r += one;
-      l += 1 - one;
-      m |= static_cast<uint64_t>(one) << j;
-    }
-    out.put(m, count);
-    i += count;
-  }
+  partition_scalar(out, ranks + i, n - i, pivot, l, r);
 #endif
   return r - right;
 }
@@ -1065,31 +1055,43 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
   }
 #elif CFL_CODEC_ISA == 2
   if (k <= 7) {
-    int64_t i = 0;
     const uint64_t pick = low_mask(k) * 0x0101010101010101;
     const int tables = k <= 4 ? 1 : 1 << (k - 4);
     const __m256i base_symbol = _mm256_set1_epi8(static_cast<char>(table[0]));
-    for (; i + 32 <= n; i += 32, pos += 32 * k) {
-      alignas(32) uint64_t word[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int64_t at = pos + 8 * k * j;
-        word[j] = _pdep_u64(load64(base + (at >> 3)) >> (at & 7), pick);
+    // A shuffle gives 0 where bit 7 of the index is set, hence where the index + 0x70 - 16 t lies
+    // behind table t: for index x the tables from x / 16 on speak, and joined by exclusive or with
+    // the next one each, all but the first of them cancel.
+    __m256i joined[8];
+    for (int t = 0; t < tables; ++t) {
+      auto part = [&](int at) {
+        return _mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * at)));
+      };
+      joined[t] = t + 1 < tables ? _mm256_xor_si256(part(t), part(t + 1)) : part(t);
+    }
+    int64_t i = 0;
+    while (i + 32 <= n) {
+      // First the indices, then the symbols: 8 bytes that were just stored cannot be loaded as 32
+      // without a wait.
+      constexpr int64_t kTurn = 1024;
+      const int64_t end = i + (min64(n - i, kTurn) & ~int64_t{31});
+      for (int64_t j = i; j < end; j += 8, pos += 8 * k) {
+        store64(out + j, _pdep_u64(load64(base + (pos >> 3)) >> (pos & 7), pick));
       }
-      const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(word));
-      __m256i found = _mm256_setzero_si256();
-      if (node.run) {
-        found = _mm256_add_epi8(v, base_symbol);
-      } else {
-        const __m256i high = _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xf0)));
-        for (int t = 0; t < tables; ++t) {
-          const __m256i part = _mm256_broadcastsi128_si256(
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * t)));
-          const __m256i here = _mm256_cmpeq_epi8(high, _mm256_set1_epi8(static_cast<char>(16 * t)));
-          found = _mm256_or_si256(found, _mm256_and_si256(here, _mm256_shuffle_epi8(part, v)));
+      for (; i < end; i += 32) {
+        __m256i* const to = reinterpret_cast<__m256i*>(out + i);
+        __m256i v = _mm256_loadu_si256(to), found = _mm256_setzero_si256();
+        if (node.run) {
+          found = _mm256_add_epi8(v, base_symbol);
+        } else {
+          v = _mm256_add_epi8(v, _mm256_set1_epi8(0x70));
+          for (int t = 0; t < tables; ++t) {
+            found = _mm256_xor_si256(found, _mm256_shuffle_epi8(joined[t], v));
+            v = _mm256_sub_epi8(v, _mm256_set1_epi8(16));
+          }
         }
+        _mm256_storeu_si256(to, found);
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), found);
     }
     leaf_scalar(base, pos, n - i, k, table, out + i);
     return;
