@@ -295,13 +295,11 @@ def parse(payload: Tensor) -> Header:
 # --- bits ---------------------------------------------------------------------------------------------------
 
 
-def _bit_table(device: torch.device) -> Tensor:
-    """For each byte its bits, low one first, as 8 bytes of 0 or 1."""
-    return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).to(torch.uint8)
-
-
 def _to_bits(data: Tensor) -> Tensor:
-    return _bit_table(data.device).index_select(0, data.to(torch.int32)).flatten()
+    """For each byte its bits, low one first, as 8 bytes of 0 or 1."""
+    every = torch.arange(256, device=data.device)[:, None] >> torch.arange(8, device=data.device) & 1
+    rows = every.to(torch.uint8).view(torch.int64).view(256)  # 8 bytes at once
+    return rows.index_select(0, data.to(torch.int32)).view(torch.uint8)
 
 
 def _to_bytes(bits: Tensor) -> Tensor:
@@ -469,7 +467,8 @@ def _decode_chunks(
     device = data.device
     symbols = torch.tensor(tree.symbols, dtype=out.dtype, device=device)
     # Slices of memory are taken by the thousand, at a tenth of the cost of slices of tensors.
-    bits = memoryview(as_bytes(_to_bits(data)))
+    unpacked = _to_bits(data).cpu()
+    bits = memoryview((ctypes.c_uint8 * unpacked.numel()).from_address(unpacked.data_ptr()))
     ends = [8 * end for end in accumulate(sizes)]
     position = [0, *ends[:-1]]
 
