@@ -63,6 +63,17 @@ class Scratch {
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Waiting for another thread: a chunk takes some 10 us, which is too short to give the core away.
+void relax(int turns) {
+  if (turns < 1000) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  } else {
+    std::this_thread::yield();
+  }
+}
+
 // Calls task(t) for t in [0, count), on as many threads.
 void run_tasks(Threads threads, int64_t count, const std::function<void(int64_t)>& task) {
   if (count <= 1 || !threads.parallel_for) {
@@ -488,7 +499,7 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
                                    buffer, reinterpret_cast<uint16_t*>(work));
         const int64_t bytes = (length + 7) / 8;
         const uint32_t crc = kernel->crc32(0, buffer, bytes);
-        while (placed.load(std::memory_order_acquire) != c) std::this_thread::yield();
+        for (int turns = 0; placed.load(std::memory_order_acquire) != c; ++turns) relax(turns);
         uint8_t* const at = end.load();
         const bool fits = bytes <= limit - at;
         if (fits) {
