@@ -63,9 +63,10 @@ class Scratch {
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Waiting for another thread: a chunk takes some 10 us, which is too short to give the core away.
+// Waiting for another thread for about the `turns`-th time: at first without giving the core away,
+// which may cost milliseconds where other processes want it, a hundred times what a chunk takes.
 void relax(int turns) {
-  if (turns < 1000) {
+  if (turns < 20000) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -464,6 +465,7 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
   const int64_t slot = round_up(chunk * code.longest() / 8 + 2 * kReadPad);
   const int64_t arena = round_up(arena_size(code.tree(), chunk) * symbols.size);
   const int64_t made = symbols.data ? 0 : round_up((chunk + kPad) * symbols.size);
+  constexpr int64_t kQueue = 8;  // chunks that a thread keeps until it is their turn
   uint8_t* out = nullptr;
   int64_t size = 0;
   for (int attempt = 0;; ++attempt) {
@@ -473,15 +475,53 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
                                         : chunks * (chunk * code.longest() / 8 + 8);
     out = allocate(head + room);
     uint8_t* const limit = out + head + room;
-    // Chunks are taken in order. Each waits for the sizes of those before it, and then knows its
-    // place: the thread with the first chunk that is not yet placed never waits.
+    // Chunks are taken in order, and a chunk has its place when those before it have theirs. Until
+    // then it waits in its thread's queue, while that thread goes on with another.
     std::atomic<int64_t> next = 0, placed = 0;
     std::atomic<uint8_t*> end = out + head;
     std::atomic<bool> full = false;
     run_tasks(threads, tasks, [&](int64_t) {
-      Scratch scratch(slot + arena + made);
-      uint8_t* const work = scratch.data() + slot;
-      for (int64_t c; (c = next++) < chunks;) {
+      struct Coded {
+        int64_t chunk, bytes;
+        const uint8_t* data;
+        uint32_t crc;
+      };
+      const int64_t most = tasks == 1 ? 1 : kQueue;
+      Coded queue[kQueue];
+      int64_t first = 0, last = 0;  // of the queue, modulo `most`
+      Scratch scratch(most * slot + arena + made);
+      uint8_t* const work = scratch.data() + most * slot;
+      auto place = [&](const Coded& coded) {
+        uint8_t* const at = end.load();
+        const bool fits = coded.bytes <= limit - at;
+        if (fits) {
+          end.store(at + coded.bytes);
+        } else {
+          full = true;
+        }
+        placed.store(coded.chunk + 1, std::memory_order_release);
+        if (!fits) return;
+        if (coded.data != at) std::memcpy(at, coded.data, coded.bytes);
+        uint8_t* entry = out + head - 8 * (chunks - coded.chunk);
+        store<uint32_t>(entry, static_cast<uint32_t>(coded.bytes));
+        store<uint32_t>(entry + 4, coded.crc);
+      };
+      for (int turns = 0;;) {
+        while (first < last &&
+               placed.load(std::memory_order_acquire) == queue[first % most].chunk) {
+          place(queue[first++ % most]);
+          turns = 0;
+        }
+        if (last - first == most) {
+          relax(turns++);
+          continue;
+        }
+        const int64_t c = next.load() < chunks ? next++ : chunks;
+        if (c >= chunks) {
+          if (first == last) break;
+          relax(turns++);
+          continue;
+        }
         const int64_t count = std::min(chunk, n - c * chunk);
         const uint8_t* from = symbols.data + c * chunk * symbols.size;
         if (!symbols.data) {
@@ -491,28 +531,14 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
         // One thread alone writes in place, but for the last chunks, whose longest code words
         // might not fit.
         const bool direct = tasks == 1 && limit - end >= slot;
-        uint8_t* const buffer = direct ? end.load() : scratch.data();
+        uint8_t* const buffer = direct ? end.load() : scratch.data() + last % most * slot;
         const int64_t length =
             symbols.size == 1
                 ? kernel->encode8(&code.tree(), from, count, buffer, work)
                 : kernel->encode16(&code.tree(), reinterpret_cast<const uint16_t*>(from), count,
                                    buffer, reinterpret_cast<uint16_t*>(work));
         const int64_t bytes = (length + 7) / 8;
-        const uint32_t crc = kernel->crc32(0, buffer, bytes);
-        for (int turns = 0; placed.load(std::memory_order_acquire) != c; ++turns) relax(turns);
-        uint8_t* const at = end.load();
-        const bool fits = bytes <= limit - at;
-        if (fits) {
-          end.store(at + bytes);
-        } else {
-          full = true;
-        }
-        placed.store(c + 1, std::memory_order_release);
-        if (!fits) continue;
-        if (!direct) std::memcpy(at, buffer, bytes);
-        uint8_t* entry = out + head - 8 * (chunks - c);
-        store<uint32_t>(entry, static_cast<uint32_t>(bytes));
-        store<uint32_t>(entry + 4, crc);
+        queue[last++ % most] = {c, bytes, buffer, kernel->crc32(0, buffer, bytes)};
       }
     });
     size = end - out;
