@@ -940,6 +940,9 @@ def test_compile_fullgraph_and_export() -> None:
 def test_threads_do_not_change_the_bytes() -> None:
     symbols, w = normal_symbols(300_000, 8), torch.randn(300_000)
     words = normal_symbols(300_000, 10)
+    # Zeros where the sample looks, noise elsewhere: the payload outgrows what the sample promised.
+    hidden = torch.randint(0, 256, (512, 4096), dtype=torch.uint8)
+    hidden[::8] = 0
     before = torch.get_num_threads()
     try:
         results = []
@@ -949,7 +952,9 @@ def test_threads_do_not_change_the_bytes() -> None:
             assert same(cfl_ops.huffman_decode(payload), symbols)
             blob = cfl_ops.compress(w, bits=8)
             assert same(cfl_ops.decompress(blob), cfl_ops.dequantize(cfl_ops.quantize(w, 8)))
-            results.append((payload, blob, cfl_ops.compress(w), cfl_ops.huffman_encode(words)))
+            outgrown = cfl_ops.huffman_encode(hidden)
+            assert same(cfl_ops.huffman_decode(outgrown), hidden)
+            results.append((payload, blob, cfl_ops.compress(w), cfl_ops.huffman_encode(words), outgrown))
         for result in results[1:]:
             assert all(same(*pair) for pair in zip(result, results[0], strict=True))
     finally:
