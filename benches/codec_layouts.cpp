@@ -178,7 +178,11 @@ void compare(int bits, int limit) {
   bool right = true;
   for (int round = 0; round < 15; ++round) {
     double t = seconds();
-    size = encode_payload(symbols.data(), sizeof(T), n, &n, 1, 15, kernel, {}, [&](int64_t bytes) {
+    Symbols all;
+    all.size = sizeof(T);
+    all.n = n;
+    all.data = reinterpret_cast<const uint8_t*>(symbols.data());
+    size = encode_payload(all, &n, 1, 15, kernel, {}, [&](int64_t bytes) {
       if (static_cast<int64_t>(payload.size()) < bytes) payload.resize(bytes);
       return payload.data();
     });

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 from cfl_ops import _codec_python as py
-from cfl_ops.codec import DECOMPRESS, DEQUANTIZE, HUFFMAN_DECODE, HUFFMAN_ENCODE, PAYLOAD_HEADER, QUANTIZE
+from cfl_ops.codec import (
+    DECOMPRESS,
+    DEQUANTIZE,
+    HUFFMAN_DECODE,
+    HUFFMAN_ENCODE,
+    PAYLOAD_HEADER,
+    QUANTIZE,
+    QUANTIZE_ENCODE,
+    WEIGHT_RANGE,
+)
 from contract import Case, OpSpec
 from torch import Tensor
 
@@ -34,6 +43,41 @@ def _quantize_oracle(w: Tensor, bits: int, histogram: bool):
 def _quantize_bound(w: Tensor, bits: int, histogram: bool):
     # Next to an edge the roundings may choose the neighbouring bin; test_codec.py asks more.
     return 1, 0, 0, 0, 0
+
+
+def _range_case(shape: tuple[int, ...], bits: int, every: int):
+    def make(dtype: torch.dtype):
+        # Multiples of 1/64 in [0, 1): exact in every dtype, and never on the wrong side of an edge.
+        generator = torch.Generator().manual_seed(sum(shape) + bits)
+        w = torch.randint(0, 64, shape, generator=generator).to(torch.float64) / 64
+        if w.numel():
+            w[..., 0], w[..., -1] = 0, 1
+        return [w.to(dtype), bits, every]
+
+    return make
+
+
+def _range_oracle(w: Tensor, bits: int, every: int):
+    low, high = _ends(w)
+    counts = torch.zeros(*w.shape[:-1], 2**bits if bits else 0, dtype=torch.int64)
+    if bits and w.shape[-1]:
+        index = (w.double()[..., ::every] * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)
+        counts.scatter_add_(-1, index, torch.ones_like(index))
+    return low, high, counts, torch.zeros(w.shape[:-1], dtype=torch.int64)
+
+
+def _quantize_encode_case(shape: tuple[int, ...], bits: int):
+    def make(dtype: torch.dtype):
+        w = _weights(shape, bits)(dtype)[0]
+        low, high = _ends(w)
+        return [w, low.to(dtype), high.to(dtype), bits, list(shape), 10, 5]
+
+    return make
+
+
+def _quantize_encode_oracle(w, low, high, bits, shape, chunk_log2, reserve):
+    symbols = QUANTIZE.python(w, bits, False)[0]
+    return (py.encode(symbols, tuple(shape), chunk_log2, reserve),)
 
 
 def _quantized(shape: tuple[int, ...], bits: int):
@@ -117,6 +161,29 @@ SPECS = [
             ({0: torch.export.Dim("rows", min=2, max=100)},),
             _weights((9, 20), 6, True)(torch.float32),
         ),
+    ),
+    OpSpec(
+        WEIGHT_RANGE,
+        [
+            Case("vector", _range_case((1000,), 4, 7)),
+            Case("rows", _range_case((3, 50), 2, 1)),
+            Case("no histogram", _range_case((3, 50), 0, 1)),
+            Case("every beyond the end", _range_case((2, 9), 3, 100)),
+            Case("no columns", _range_case((3, 0), 4, 2)),
+        ],
+        _range_oracle,
+        lambda *args: (0, 0, 0, 0),
+    ),
+    OpSpec(
+        QUANTIZE_ENCODE,
+        [
+            Case("vector", _quantize_encode_case((5000,), 6)),
+            Case("rows of 12 bits", _quantize_encode_case((3, 700), 12)),
+            Case("one", _quantize_encode_case((1,), 4)),
+        ],
+        _quantize_encode_oracle,
+        lambda *args: (0,),
+        tags=NO_VMAP,
     ),
     OpSpec(
         DEQUANTIZE,

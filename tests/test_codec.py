@@ -482,6 +482,66 @@ def test_compress_round_trip(backend: str, dtype: torch.dtype, options: dict[str
         assert same(cfl_ops.decompress(blob, start=start, stop=stop), expected.flatten()[start:stop])
 
 
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weights_written_behind_the_decoder(backend: str, dtype: torch.dtype, bits: int) -> None:
+    # Several chunks, outputs within the caches and beyond, at each alignment; nothing around them changes.
+    n = 280_000 if backend.startswith("isa") else 70_000
+    w = (torch.randn(n, generator=torch.Generator().manual_seed(5)) * 0.05).to(dtype)
+    blob = cfl_ops.compress(w, bits=bits)
+    expected = cfl_ops.dequantize(cfl_ops.quantize(w, bits))
+    for shift, start, stop in (
+        (0, 0, n),
+        (1, 0, n),
+        (3, 5, n - 7),
+        (15, 32_768, 65_536),
+        (7, 32_000, 66_000),
+    ):
+        buffer = torch.full((n + 40,), 7.0, dtype=dtype)
+        out = buffer[shift : shift + stop - start]
+        cfl_ops.decompress(blob, out, start=start, stop=stop)
+        assert same(out, expected[start:stop])
+        assert bool((buffer[:shift] == 7).all())
+        assert bool((buffer[shift + stop - start :] == 7).all())
+
+
+@pytest.mark.parametrize("group_size", [1, 50, 5000, 32_768, 40_000])
+def test_ranges_that_end_within_chunks(backend: str, group_size: int) -> None:
+    n = 100_000
+    w = torch.randn(n, generator=torch.Generator().manual_seed(6)) * torch.linspace(0.1, 2, n)
+    options = {"per": "block", "block_size": group_size}
+    blob = cfl_ops.compress(w, bits=9, **options)  # type: ignore[arg-type]
+    expected = cfl_ops.dequantize(cfl_ops.quantize(w, 9, **options))  # type: ignore[arg-type]
+    assert same(cfl_ops.decompress(blob), expected)
+    assert same(cfl_ops.decompress(blob, start=4999, stop=77_777), expected[4999:77_777])
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 9, 10, 12])
+@pytest.mark.parametrize("kind", ["normal", "constant", "two values", "rising"])
+def test_compress_writes_the_bytes_of_quantize_and_encode(backend: str, kind: str, bits: int) -> None:
+    # Large enough for a sampled code at the lower numbers of bits, exact at the others.
+    n = 1_100_000 if backend != "python" else 50_000
+    w = {
+        "normal": lambda: torch.randn(n, generator=torch.Generator().manual_seed(7)),
+        "constant": lambda: torch.full((n,), 0.3),
+        "two values": lambda: (torch.arange(n) % 3 == 0).float(),
+        "rising": lambda: torch.linspace(-3, 5, n),
+    }[kind]()
+    blob = cfl_ops.compress(w, bits=bits)
+    assert same(blob[64:], cfl_ops.huffman_encode(cfl_ops.quantize(w, bits).symbols))
+
+
+def test_ranges_that_do_not_fit_the_weights_stay_within_memory(backend: str) -> None:
+    # The op behind compress is public to torch.ops: wrong ranges give wrong symbols and nothing worse.
+    w = torch.linspace(-1e30, 1e30, 70_000)
+    w[5] = math.nan
+    for low, high, bits in ((0.0, 1.0, 8), (0.0, 1.0, 10), (3.0, 3.0, 10), (1.0, -1.0, 4)):
+        payload = torch.ops.cfl_ops.quantize_encode(
+            w, torch.tensor(low), torch.tensor(high), bits, [70_000], 10, 0
+        )
+        assert int(cfl_ops.huffman_decode(payload).to(torch.int32).max()) < 2**bits
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_compress_of_degenerate_tensors(backend: str, dtype: torch.dtype) -> None:
     for w in (
@@ -879,6 +939,10 @@ def test_compile_fullgraph_and_export() -> None:
 
 def test_threads_do_not_change_the_bytes() -> None:
     symbols, w = normal_symbols(300_000, 8), torch.randn(300_000)
+    words = normal_symbols(300_000, 10)
+    # Zeros where the sample looks, noise elsewhere: the payload outgrows what the sample promised.
+    hidden = torch.randint(0, 256, (512, 4096), dtype=torch.uint8)
+    hidden[::8] = 0
     before = torch.get_num_threads()
     try:
         results = []
@@ -886,10 +950,13 @@ def test_threads_do_not_change_the_bytes() -> None:
             torch.set_num_threads(threads)
             payload = cfl_ops.huffman_encode(symbols)
             assert same(cfl_ops.huffman_decode(payload), symbols)
-            results.append((payload, cfl_ops.compress(w, bits=8)))
-        for payload, blob in results[1:]:
-            assert same(payload, results[0][0])
-            assert same(blob, results[0][1])
+            blob = cfl_ops.compress(w, bits=8)
+            assert same(cfl_ops.decompress(blob), cfl_ops.dequantize(cfl_ops.quantize(w, 8)))
+            outgrown = cfl_ops.huffman_encode(hidden)
+            assert same(cfl_ops.huffman_decode(outgrown), hidden)
+            results.append((payload, blob, cfl_ops.compress(w), cfl_ops.huffman_encode(words), outgrown))
+        for result in results[1:]:
+            assert all(same(*pair) for pair in zip(result, results[0], strict=True))
     finally:
         torch.set_num_threads(before)
 

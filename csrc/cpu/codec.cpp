@@ -97,6 +97,118 @@ Affine make_affine(Float dtype, double minimum, double maximum, int bits, int* w
   return a;
 }
 
+// A large group is cut into blocks, so that few groups still occupy all threads.
+constexpr int64_t kRangeBlock = 1 << 17;
+
+struct Range {
+  double minimum, maximum;
+  int64_t bad;
+};
+
+// The ranges of `groups` groups of `size` weights; look(g, first, count) sees each piece while it
+// is in the cache.
+template <class Look>
+std::vector<Range> find_ranges(Float dtype, const uint8_t* w, int64_t groups, int64_t size,
+                               const Kernel* k, const Look& look) {
+  constexpr int64_t kPiece = 1 << 14;
+  const int64_t element = kFloatSize[static_cast<int>(dtype)];
+  const int64_t blocks = std::max<int64_t>(1, (size + kRangeBlock - 1) / kRangeBlock);
+  auto join = [](Range& all, const Range& part) {
+    all.minimum = std::min(all.minimum, part.minimum);
+    all.maximum = std::max(all.maximum, part.maximum);
+    all.bad += part.bad;
+  };
+  std::vector<Range> parts(static_cast<size_t>(groups * blocks));
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t last = std::min(size, (i % blocks + 1) * kRangeBlock);
+      Range all = {std::numeric_limits<double>::infinity(),
+                   -std::numeric_limits<double>::infinity(), 0};
+      for (int64_t at = i % blocks * kRangeBlock; at < last; at += kPiece) {
+        const int64_t count = std::min(kPiece, last - at);
+        Range part;
+        part.bad = k->range(dtype, w + (i / blocks * size + at) * element, count, &part.minimum,
+                            &part.maximum);
+        look(i / blocks, at, count);
+        join(all, part);
+      }
+      parts[i] = all;
+    }
+  });
+  std::vector<Range> ranges(static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g) {
+    Range all = parts[g * blocks];
+    for (int64_t b = 1; b < blocks; ++b) join(all, parts[g * blocks + b]);
+    if (!(all.minimum <= all.maximum)) all.minimum = all.maximum = 0;  // nothing finite
+    // No negative zero, so that the bytes do not depend on the order of a search.
+    all.minimum += 0.0;
+    all.maximum += 0.0;
+    ranges[g] = all;
+  }
+  return ranges;
+}
+
+void write_ranges(Float dtype, const std::vector<Range>& ranges, Tensor& minimum, Tensor& maximum,
+                  Tensor& info) {
+  for (size_t g = 0; g < ranges.size(); ++g) {
+    write_float(dtype, minimum.data_ptr(), static_cast<int64_t>(g), ranges[g].minimum);
+    write_float(dtype, maximum.data_ptr(), static_cast<int64_t>(g), ranges[g].maximum);
+    static_cast<int64_t*>(info.data_ptr())[g] = ranges[g].bad;
+  }
+}
+
+// The range of each group and, with bits > 0, a histogram of 2^bits bins of every `every`-th
+// weight.
+std::tuple<Tensor, Tensor, Tensor, Tensor> weight_range_op(const Tensor& strided, int64_t bits,
+                                                           int64_t every) {
+  STD_TORCH_CHECK(0 <= bits && bits <= 16 && every >= 1, "cfl_ops.weight_range: bad arguments");
+  const Tensor w = torch::stable::contiguous(strided);
+  const Float dtype = float_kind(w.scalar_type());
+  const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
+  const auto batch = batch_shape(w, 1);
+  const int64_t groups = product(batch), levels = bits ? int64_t{1} << bits : 0;
+  Tensor minimum = empty_cpu(batch, w.scalar_type()), maximum = empty_cpu(batch, w.scalar_type());
+  Tensor counts = empty_cpu(batch_shape(w, 1, {levels}), ScalarType::Long);
+  Tensor info = empty_cpu(batch, ScalarType::Long);
+  const Kernel* k = kernel();
+  const auto* in = static_cast<const uint8_t*>(w.data_ptr());
+  const int64_t sampled = bits ? (size + every - 1) / every : 0;
+  std::vector<uint8_t> sample(static_cast<size_t>(groups * sampled * element));
+  auto gather = [&](int64_t g, int64_t at, int64_t count) {
+    if (sampled == 0) return;
+    auto copy = [&](auto zero) {
+      using T = decltype(zero);
+      const T* from = reinterpret_cast<const T*>(in) + g * size;
+      T* to = reinterpret_cast<T*>(sample.data()) + g * sampled;
+      for (int64_t i = (at + every - 1) / every; i * every < at + count; ++i)
+        to[i] = from[i * every];
+    };
+    if (element == 8) {
+      copy(uint64_t{0});
+    } else if (element == 4) {
+      copy(uint32_t{0});
+    } else {
+      copy(uint16_t{0});
+    }
+  };
+  const std::vector<Range> ranges = find_ranges(dtype, in, groups, size, k, gather);
+  write_ranges(dtype, ranges, minimum, maximum, info);
+  auto* total = static_cast<int64_t*>(counts.data_ptr());
+  std::fill(total, total + groups * levels, 0);
+  std::vector<uint16_t> symbols(static_cast<size_t>(sampled));
+  for (int64_t g = 0; g < groups && sampled > 0; ++g) {
+    if (ranges[g].bad) continue;
+    int wide = 0;
+    const Affine affine =
+        make_affine(dtype, ranges[g].minimum, ranges[g].maximum, static_cast<int>(bits), &wide);
+    k->quantize(dtype, sample.data() + g * sampled * element, sampled, &affine, wide, 2,
+                symbols.data());
+    for (int64_t i = 0; i < sampled; ++i) ++total[g * levels + symbols[i]];
+  }
+  return {minimum, maximum, counts, info};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& strided, int64_t bits,
                                                                bool histogram) {
   const Tensor w = torch::stable::contiguous(strided);
@@ -114,41 +226,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
   const auto* in = static_cast<const uint8_t*>(w.data_ptr());
   auto* out = static_cast<uint8_t*>(symbols.data_ptr());
 
-  // A large group is cut into blocks, so that few groups still occupy all threads.
-  constexpr int64_t kBlock = 1 << 17;
+  constexpr int64_t kBlock = kRangeBlock;
   const int64_t blocks = std::max<int64_t>(1, (size + kBlock - 1) / kBlock);
-  struct Part {
-    double minimum, maximum;
-    int64_t bad;
-  };
-  std::vector<Part> parts(static_cast<size_t>(groups * blocks));
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, size));
-  torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * kBlock, count = std::min(kBlock, size - first);
-      Part& part = parts[i];
-      part.bad = k->range(dtype, in + (i / blocks * size + first) * element, count, &part.minimum,
-                          &part.maximum);
-    }
-  });
+  const std::vector<Range> ranges =
+      find_ranges(dtype, in, groups, size, k, [](int64_t, int64_t, int64_t) {});
+  write_ranges(dtype, ranges, minimum, maximum, info);
   std::vector<Affine> affine(groups);
   std::vector<int> wide(groups);
   for (int64_t g = 0; g < groups; ++g) {
-    Part all = parts[g * blocks];
-    for (int64_t b = 1; b < blocks; ++b) {
-      const Part& part = parts[g * blocks + b];
-      all.minimum = std::min(all.minimum, part.minimum);
-      all.maximum = std::max(all.maximum, part.maximum);
-      all.bad += part.bad;
-    }
-    if (!(all.minimum <= all.maximum)) all.minimum = all.maximum = 0;  // nothing finite
-    all.minimum +=
-        0.0;  // no negative zero, so that the bytes do not depend on the order of a search
-    all.maximum += 0.0;
-    write_float(dtype, minimum.data_ptr(), g, all.minimum);
-    write_float(dtype, maximum.data_ptr(), g, all.maximum);
-    static_cast<int64_t*>(info.data_ptr())[g] = all.bad;
-    affine[g] = make_affine(dtype, all.minimum, all.maximum, static_cast<int>(bits), &wide[g]);
+    affine[g] =
+        make_affine(dtype, ranges[g].minimum, ranges[g].maximum, static_cast<int>(bits), &wide[g]);
   }
 
   const int64_t tables =
@@ -230,41 +318,110 @@ Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tens
       "cfl_ops.dequantize: the ranges do not fit the symbols");
   const int bytes = symbol_size(q);
   Tensor w = empty_cpu(batch_shape(q, 1, {size}), minimum.scalar_type());
+  const int64_t element = static_cast<int64_t>(w.element_size());
   const Kernel* k = kernel();
-  constexpr int64_t kBlock = 1 << 15;
+  constexpr int64_t kBlock = 1 << 15, kWorthStreaming = 4096;
   const int64_t blocks = std::max<int64_t>(1, (size + kBlock - 1) / kBlock);
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size));
   torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / blocks, first = i % blocks * kBlock,
                     count = std::min(kBlock, size - first);
-      int wide = 0;
-      const Affine a =
-          make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
-                      read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
-                      static_cast<int>(bits), &wide);
       const int64_t at = g * size + first;
-      k->dequantize(dtype, static_cast<const uint8_t*>(q.data_ptr()) + at * bytes, bytes, count, &a,
-                    wide, static_cast<uint8_t*>(w.data_ptr()) + at * w.element_size());
+      Pending part = {};
+      part.symbols = static_cast<const uint8_t*>(q.data_ptr()) + at * bytes;
+      part.n = count;
+      part.out = static_cast<uint8_t*>(w.data_ptr()) + at * element;
+      part.affine = make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
+                                read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
+                                static_cast<int>(bits), &part.wide);
+      part.dtype = dtype;
+      part.stream = count >= kWorthStreaming && w.numel() * element > kCached;
+      k->dequantize(&part, bytes);
     }
   });
   return w;
 }
 
-Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int64_t chunk_log2,
-                         int64_t reserve) {
-  const Tensor symbols = torch::stable::contiguous(strided);
+Tensor encode_to_tensor(const Symbols& symbols, const std::vector<int64_t>& shape,
+                        int64_t chunk_log2, int64_t reserve) {
   Tensor buffer;
   const int64_t size =
-      encode_payload(symbols.data_ptr(), symbol_size(symbols), symbols.numel(), shape.data(),
-                     static_cast<int64_t>(shape.size()), static_cast<int>(chunk_log2), kernel(),
-                     threads(), [&](int64_t bytes) {
+      encode_payload(symbols, shape.data(), static_cast<int64_t>(shape.size()),
+                     static_cast<int>(chunk_log2), kernel(), threads(), [&](int64_t bytes) {
                        buffer = empty_cpu({reserve + bytes}, ScalarType::Byte);
                        return static_cast<uint8_t*>(buffer.data_ptr()) + reserve;
                      });
-  STD_TORCH_CHECK(size >= 0, "cfl_ops.huffman_encode: no code could be built");
+  STD_TORCH_CHECK(size >= 0, "cfl_ops: no code could be built");
   std::memset(buffer.data_ptr(), 0, reserve);
   return torch::stable::narrow(buffer, 0, 0, reserve + size);
+}
+
+Symbols symbols_of(const Tensor& contiguous) {
+  Symbols symbols;
+  symbols.size = symbol_size(contiguous);
+  symbols.n = contiguous.numel();
+  symbols.data = static_cast<const uint8_t*>(contiguous.data_ptr());
+  return symbols;
+}
+
+Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int64_t chunk_log2,
+                         int64_t reserve) {
+  const Tensor symbols = torch::stable::contiguous(strided);
+  return encode_to_tensor(symbols_of(symbols), shape, chunk_log2, reserve);
+}
+
+// Quantises within given ranges and encodes, a chunk at a time: with a sampled code the symbols
+// never go through memory.
+Tensor quantize_encode_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
+                          int64_t bits, std::vector<int64_t> shape, int64_t chunk_log2,
+                          int64_t reserve) {
+  const Tensor w = torch::stable::contiguous(strided);
+  const Tensor minimum = torch::stable::contiguous(minimum_in),
+               maximum = torch::stable::contiguous(maximum_in);
+  const Float dtype = float_kind(w.scalar_type());
+  const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
+  const int64_t groups = product(batch_shape(w, 1));
+  STD_TORCH_CHECK(1 <= bits && bits <= 16 && minimum.numel() == groups &&
+                      maximum.numel() == groups && minimum.scalar_type() == w.scalar_type() &&
+                      maximum.scalar_type() == w.scalar_type(),
+                  "cfl_ops.quantize_encode: the ranges do not fit the weights");
+  const Kernel* k = kernel();
+  const auto* in = static_cast<const uint8_t*>(w.data_ptr());
+  std::vector<Affine> affine(groups);
+  std::vector<int> wide(groups);
+  Symbols symbols;
+  symbols.size = bits <= 8 ? 1 : 2;
+  symbols.n = w.numel();
+  for (int64_t g = 0; g < groups; ++g) {
+    affine[g] =
+        make_affine(dtype, read_float(dtype, minimum.data_ptr(), g),
+                    read_float(dtype, maximum.data_ptr(), g), static_cast<int>(bits), &wide[g]);
+  }
+  symbols.make = [&](int64_t begin, int64_t count, uint8_t* out) {
+    while (count > 0) {
+      const int64_t g = begin / size, here = std::min(count, (g + 1) * size - begin);
+      k->quantize(dtype, in + begin * element, here, &affine[g], wide[g], symbols.size, out);
+      begin += here;
+      count -= here;
+      out += here * symbols.size;
+    }
+  };
+  // The largest weight of a group falls into the last bin.
+  for (const Affine& a : affine)
+    symbols.largest = std::max<int64_t>(symbols.largest, a.scale > 0 ? a.top : 0);
+  Tensor made;
+  if (symbols.n > 0 &&
+      sample_stride(symbols.n, symbols.size == 1 ? 256 : symbols.largest + 1) == 1) {
+    // The code is made from all symbols: do not make them twice.
+    made = empty_cpu({symbols.n}, symbols.size == 1 ? ScalarType::Byte : ScalarType::UInt16);
+    auto* data = static_cast<uint8_t*>(made.data_ptr());
+    torch::stable::parallel_for(0, symbols.n, 1 << 15, [&](int64_t begin, int64_t end) {
+      symbols.make(begin, end - begin, data + begin * symbols.size);
+    });
+    symbols.data = data;
+  }
+  return encode_to_tensor(symbols, shape, chunk_log2, reserve);
 }
 
 Tensor info_of(int64_t code) {
@@ -330,6 +487,8 @@ Tensor decompress_op(const Tensor& strided, const Tensor& minimum_in, const Tens
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("quantize", TORCH_BOX(&cfl::codec::quantize_op));
   m.impl("dequantize", TORCH_BOX(&cfl::codec::dequantize_op));
+  m.impl("weight_range", TORCH_BOX(&cfl::codec::weight_range_op));
+  m.impl("quantize_encode", TORCH_BOX(&cfl::codec::quantize_encode_op));
   m.impl("huffman_encode", TORCH_BOX(&cfl::codec::huffman_encode_op));
   m.impl("payload_header", TORCH_BOX(&cfl::codec::payload_header_op));
   m.impl("huffman_decode_", TORCH_BOX(&cfl::codec::huffman_decode_op));

@@ -42,14 +42,26 @@ struct Affine {
 enum class Float : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
 constexpr int kFloatSize[4] = {2, 2, 4, 8};
 
+// Symbols, decoded before, that are still to be written as weights.
+struct Pending {
+  const uint8_t* symbols;
+  int64_t n;
+  uint8_t* out;
+  Affine affine;
+  Float dtype;
+  int32_t wide;    // float64 arithmetic (always used for float64 weights)
+  int32_t stream;  // the output is too large for the caches: write past them
+};
+
 struct Kernel {
   // Decodes n symbols from bits [0, bit_count) at `bits` (kReadPad readable bytes follow them).
   // Returns the number of bits read, or -1 where the tree asks for more. `arena` has room for
-  // arena_size(tree, n) symbols.
+  // arena_size(tree, n) symbols. On the way it writes the weights of `pending` (may be null; of the
+  // same symbol size), so that their stores drain while it computes.
   int64_t (*decode8)(const Tree*, const uint8_t* bits, int64_t bit_count, int64_t n, uint8_t* out,
-                     uint8_t* arena);
+                     uint8_t* arena, Pending* pending);
   int64_t (*decode16)(const Tree*, const uint8_t* bits, int64_t bit_count, int64_t n, uint16_t* out,
-                      uint16_t* arena);
+                      uint16_t* arena, Pending* pending);
   // Writes the code of n symbols and returns its length in bits; all symbols have a code. `arena`
   // is as for decoding; `out` has room for n * (longest code) bits and kReadPad bytes.
   int64_t (*encode8)(const Tree*, const uint8_t* symbols, int64_t n, uint8_t* out, uint8_t* arena);
@@ -67,8 +79,8 @@ struct Kernel {
   // symbol_size 1 or 2; `wide` asks for float64 arithmetic (always used for float64 weights).
   void (*quantize)(Float dtype, const void* w, int64_t n, const Affine*, int wide, int symbol_size,
                    void* symbols);
-  void (*dequantize)(Float dtype, const void* symbols, int symbol_size, int64_t n, const Affine*,
-                     int wide, void* w);
+  // Writes all that is pending, and makes streamed stores visible to other threads.
+  void (*dequantize)(Pending*, int symbol_size);
 };
 
 inline int64_t arena_size(const Tree& tree, int64_t n) { return (tree.depth + 2) * (n + 4 * kPad); }

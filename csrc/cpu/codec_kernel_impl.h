@@ -19,6 +19,8 @@ namespace {
 
 CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+CFL_INLINE int64_t padded(int64_t n) { return (n + 2 * kPad - 1) & ~(kPad - 1); }
+
 CFL_INLINE uint64_t load64(const uint8_t* p) {
   uint64_t v;
   memcpy(&v, p, 8);
@@ -75,313 +77,6 @@ struct Shuffles {
 constexpr Shuffles kShuffles;
 #endif
 
-// ---- decoding: merging two lists
-// -----------------------------------------------------------------
-
-// out[i] is the next of `right` where bit i is one, else the next of `left`.
-template <class T>
-CFL_INLINE void merge_scalar(uint64_t m, int64_t n, const T*& l, const T*& r, T* out) {
-  for (int64_t j = 0; j < n; ++j) {
-    const int one = m >> j & 1;
-    const T a = *l, b = *r;
-    out[j] = one ? b : a;
-    r += one;
-    l += 1 - one;
-  }
-}
-
-void merge(const uint8_t* base, int64_t pos, int64_t n, const uint8_t* l, const uint8_t* r,
-           uint8_t* out) {
-  int64_t i = 0;
-#if CFL_CODEC_ISA == 512
-  for (; i + 64 <= n; i += 64) {
-    const uint64_t m = bits64(base, pos + i);
-    const __m512i right = _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(r));
-    _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(right, ~m, _mm512_loadu_si512(l)));
-    const int64_t c = ones(m);
-    r += c;
-    l += 64 - c;
-  }
-  if (i < n) {
-    const uint64_t keep = low_mask(n - i), m = bits64(base, pos + i) & keep;
-    const __m512i right = _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(r));
-    _mm512_mask_storeu_epi8(out + i, keep,
-                            _mm512_mask_expand_epi8(right, ~m, _mm512_loadu_si512(l)));
-  }
-#else
-#if CFL_CODEC_ISA == 2
-  for (; i + 64 <= n; i += 64) {
-    const uint64_t word = bits64(base, pos + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const unsigned m = word >> (8 * j) & 255;
-      const __m128i both = _mm_castps_si128(
-          _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(l))),
-                       reinterpret_cast<const __m64*>(r)));
-      const __m128i pick = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.merge8[m]));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i + 8 * j), _mm_shuffle_epi8(both, pick));
-      const int64_t c = ones(m);
-      r += c;
-      l += 8 - c;
-    }
-  }
-#endif
-  for (; i < n; i += 64) merge_scalar(bits64(base, pos + i), min64(64, n - i), l, r, out + i);
-#endif
-}
-
-void merge(const uint8_t* base, int64_t pos, int64_t n, const uint16_t* l, const uint16_t* r,
-           uint16_t* out) {
-  int64_t i = 0;
-#if CFL_CODEC_ISA == 512
-  for (; i + 64 <= n; i += 64) {
-    const uint64_t word = bits64(base, pos + i);
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t m = static_cast<uint32_t>(word >> (32 * j));
-      const __m512i right = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(r));
-      _mm512_storeu_si512(out + i + 32 * j,
-                          _mm512_mask_expand_epi16(right, ~m, _mm512_loadu_si512(l)));
-      const int64_t c = ones(m);
-      r += c;
-      l += 32 - c;
-    }
-  }
-  for (; i < n; i += 32) {
-    const uint32_t keep = static_cast<uint32_t>(low_mask(min64(32, n - i)));
-    const uint32_t m = static_cast<uint32_t>(bits64(base, pos + i)) & keep;
-    const __m512i right = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(r));
-    _mm512_mask_storeu_epi16(out + i, keep,
-                             _mm512_mask_expand_epi16(right, ~m, _mm512_loadu_si512(l)));
-    const int64_t c = ones(m);
-    r += c;
-    l += 32 - c;
-  }
-#else
-#if CFL_CODEC_ISA == 2
-  for (; i + 64 <= n; i += 64) {
-    const uint64_t word = bits64(base, pos + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const unsigned m = word >> (8 * j) & 255;
-      const auto* left16 = reinterpret_cast<const __m128i*>(kShuffles.left16[m]);
-      const auto* right16 = reinterpret_cast<const __m128i*>(kShuffles.right16[m]);
-      const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(l)),
-                                         _mm_load_si128(left16));
-      const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(r)),
-                                         _mm_load_si128(right16));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8 * j), _mm_or_si128(a, b));
-      const int64_t c = ones(m);
-      r += c;
-      l += 8 - c;
-    }
-  }
-#endif
-  for (; i < n; i += 64) merge_scalar(bits64(base, pos + i), min64(64, n - i), l, r, out + i);
-#endif
-}
-
-// ---- decoding: leaves
-// ----------------------------------------------------------------------------
-
-template <class T>
-void fill(T value, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = value;
-}
-
-// Any number of bits, one symbol at a time.
-template <class T>
-void leaf_scalar(const uint8_t* base, int64_t pos, int64_t n, int bits, const T* table, T* out) {
-  const uint64_t mask = low_mask(bits);
-  int64_t i = 0;
-  if (bits <= 7) {
-    for (; i + 8 <= n; i += 8, pos += 8 * bits) {
-      uint64_t word = load64(base + (pos >> 3)) >> (pos & 7);
-      for (int j = 0; j < 8; ++j, word >>= bits) out[i + j] = table[word & mask];
-    }
-  } else if (bits <= 14) {
-    for (; i + 4 <= n; i += 4, pos += 4 * bits) {
-      uint64_t word = load64(base + (pos >> 3)) >> (pos & 7);
-      for (int j = 0; j < 4; ++j, word >>= bits) out[i + j] = table[word & mask];
-    }
-  }
-  for (; i < n; ++i, pos += bits) out[i] = table[load64(base + (pos >> 3)) >> (pos & 7) & mask];
-}
-
-#if CFL_CODEC_ISA == 512
-// Where the fields of a 512-bit group lie: for the 64-bit lane g, the 8 bytes from bit s + g * step
-// on, and the byte-wise bit positions `pattern` within them.
-struct Fields {
-  __m512i bytes, positions;
-};
-CFL_INLINE Fields fields(unsigned s, int64_t step, __m512i pattern) {
-  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i start =
-      _mm512_add_epi64(_mm512_set1_epi64(s), _mm512_mul_epu32(lane, _mm512_set1_epi64(step)));
-  const __m512i repeat = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
-  const __m512i byte = _mm512_shuffle_epi8(_mm512_srli_epi64(start, 3), repeat);
-  const __m512i bit = _mm512_shuffle_epi8(_mm512_and_si512(start, _mm512_set1_epi64(7)), repeat);
-  return {_mm512_add_epi8(byte, _mm512_set1_epi64(0x0706050403020100)),
-          _mm512_add_epi8(bit, pattern)};
-}
-#endif
-
-void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const uint8_t* table,
-          uint8_t* out) {
-  const int k = node.bits;
-  if (k == 0) {
-    memset(out, table[0], n);
-    return;
-  }
-  if (k == 8) {  // all 256 symbols, in order: the root, hence on a byte
-    memcpy(out, base + (pos >> 3), n);
-    return;
-  }
-#if CFL_CODEC_ISA == 512
-  if (k <= 7) {
-    const Fields f = fields(pos & 7, 8 * k, _mm512_set1_epi64(k * 0x0706050403020100));
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << k) - 1));
-    const __m512i low = _mm512_loadu_si512(table), high = _mm512_loadu_si512(table + 64);
-    const uint8_t* p = base + (pos >> 3);
-    for (int64_t i = 0; i < n; i += 64, p += 8 * k) {
-      __m512i v = _mm512_permutexvar_epi8(f.bytes, _mm512_loadu_si512(p));
-      v = _mm512_and_si512(_mm512_multishift_epi64_epi8(f.positions, v), mask);
-      v = k <= 6 ? _mm512_permutexvar_epi8(v, low) : _mm512_permutex2var_epi8(low, v, high);
-      if (i + 64 <= n) {
-        _mm512_storeu_si512(out + i, v);
-      } else {
-        _mm512_mask_storeu_epi8(out + i, low_mask(n - i), v);
-      }
-    }
-    return;
-  }
-#elif CFL_CODEC_ISA == 2
-  if (k <= 7) {
-    int64_t i = 0;
-    const uint64_t pick = low_mask(k) * 0x0101010101010101;
-    const int tables = k <= 4 ? 1 : 1 << (k - 4);
-    const __m256i base_symbol = _mm256_set1_epi8(static_cast<char>(table[0]));
-    for (; i + 32 <= n; i += 32, pos += 32 * k) {
-      alignas(32) uint64_t word[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const int64_t at = pos + 8 * k * j;
-        word[j] = _pdep_u64(load64(base + (at >> 3)) >> (at & 7), pick);
-      }
-      const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(word));
-      __m256i found = _mm256_setzero_si256();
-      if (node.run) {
-        found = _mm256_add_epi8(v, base_symbol);
-      } else {
-        const __m256i high = _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xf0)));
-        for (int t = 0; t < tables; ++t) {
-          const __m256i part = _mm256_broadcastsi128_si256(
-              _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * t)));
-          const __m256i here = _mm256_cmpeq_epi8(high, _mm256_set1_epi8(static_cast<char>(16 * t)));
-          found = _mm256_or_si256(found, _mm256_and_si256(here, _mm256_shuffle_epi8(part, v)));
-        }
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), found);
-    }
-    leaf_scalar(base, pos, n - i, k, table, out + i);
-    return;
-  }
-#endif
-  leaf_scalar(base, pos, n, k, table, out);
-}
-
-void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const uint16_t* table,
-          uint16_t* out) {
-  const int k = node.bits;
-  if (k == 0) {
-    fill(table[0], n, out);
-    return;
-  }
-#if CFL_CODEC_ISA == 512
-  if (k <= 8 || (k <= 14 && node.run)) {
-    const uint64_t low = k, pattern = (3 * low + 8) << 56 | (3 * low) << 48 | (2 * low + 8) << 40 |
-                                      (2 * low) << 32 | (low + 8) << 24 | low << 16 | 8 << 8;
-    const Fields f = fields(pos & 7, 4 * k, _mm512_set1_epi64(static_cast<int64_t>(pattern)));
-    const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1 << k) - 1));
-    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(node.base));
-    const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32);
-    const uint8_t* p = base + (pos >> 3);
-    for (int64_t i = 0; i < n; i += 32, p += 4 * k) {
-      __m512i v = _mm512_permutexvar_epi8(f.bytes, _mm512_loadu_si512(p));
-      v = _mm512_and_si512(_mm512_multishift_epi64_epi8(f.positions, v), mask);
-      if (node.run) {
-        v = _mm512_add_epi16(v, first);
-      } else {
-        __m512i found = _mm512_permutex2var_epi16(t0, v, t1);
-        for (int t = 1; t < 1 << k >> 6; ++t) {
-          const __mmask32 here = _mm512_cmpeq_epi16_mask(
-              _mm512_srli_epi16(v, 6), _mm512_set1_epi16(static_cast<int16_t>(t)));
-          const __m512i part = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * t), v,
-                                                         _mm512_loadu_si512(table + 64 * t + 32));
-          found = _mm512_mask_mov_epi16(found, here, part);
-        }
-        v = found;
-      }
-      if (i + 32 <= n) {
-        _mm512_storeu_si512(out + i, v);
-      } else {
-        _mm512_mask_storeu_epi16(out + i, static_cast<__mmask32>(low_mask(n - i)), v);
-      }
-    }
-    return;
-  }
-#endif
-  leaf_scalar(base, pos, n, k, table, out);
-}
-
-// ---- decoding: the tree
-// --------------------------------------------------------------------------
-
-CFL_INLINE int64_t padded(int64_t n) { return (n + 2 * kPad - 1) & ~(kPad - 1); }
-
-template <class T>
-struct Decoder {
-  const Node* nodes;
-  const T* symbols;
-  const uint8_t* base;
-  int64_t end, pos;
-
-  bool take(int64_t bits) {
-    if (bits > end - pos) return false;
-    pos += bits;
-    return true;
-  }
-
-  // Decodes n >= 1 symbols of the subtree at `index`.
-  bool run(int32_t index, int64_t n, T* out, T* arena) {
-    const Node& node = nodes[index];
-    const int64_t start = pos;
-    if (node.right == 0) {
-      if (!take(n * node.bits)) return false;
-      leaf(base, start, n, node, symbols + node.first, out);
-      return true;
-    }
-    if (!take(n)) return false;
-    const int64_t n_right = count_ones(base, start, n), n_left = n - n_right;
-    if (n_right == 0) return run(index + 1, n, out, arena);
-    if (n_left == 0) return run(node.right, n, out, arena);
-    T* left = arena;
-    T* right = left + padded(n_left);
-    arena = right + padded(n_right);
-    if (!run(index + 1, n_left, left, arena) || !run(node.right, n_right, right, arena))
-      return false;
-    merge(base, start, n, left, right, out);
-    return true;
-  }
-};
-
-template <class T>
-int64_t decode(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n, T* out,
-               T* arena) {
-  Decoder<T> decoder = {tree->nodes, symbols_of(tree, T()), bits, bit_count, 0};
-  return n == 0 || decoder.run(0, n, out, arena) ? decoder.pos : -1;
-}
-
 // ---- encoding
 // ------------------------------------------------------------------------------------
 
@@ -405,6 +100,24 @@ struct BitWriter {
     fill = sum & 63;
   }
 };
+
+template <class T>
+void partition_scalar(BitWriter& out, const T* ranks, int64_t n, int32_t pivot, T*& l, T*& r) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const int count = static_cast<int>(min64(32, n - i));
+    uint64_t m = 0;
+    for (int j = 0; j < count; ++j) {
+      const T v = ranks[i + j];
+      const int one = v >= pivot;
+      *r = v;
+      *l = v;
+      r += one;
+      l += 1 - one;
+      m |= static_cast<uint64_t>(one) << j;
+    }
+    out.put(m, static_cast<unsigned>(count));
+  }
+}
 
 // Writes for each rank whether it is at least `pivot`; gathers those below in front of `ranks` and
 // the others in `right`, and returns how many others.
@@ -461,21 +174,7 @@ int64_t partition(BitWriter& out, uint8_t* ranks, int64_t n, int32_t pivot, uint
     }
   }
 #endif
-  while (i < n) {
-    const int count = static_cast<int>(min64(32, n - i));
-    uint64_t m = 0;
-    for (int j = 0; j < count; ++j) {
-      const uint8_t v = ranks[i + j];
-      const int one = v >= pivot;
-      *r = v;
-      *l = v;
-      r += one;
-      l += 1 - one;
-      m |= static_cast<uint64_t>(one) << j;
-    }
-    out.put(m, count);
-    i += count;
-  }
+  partition_scalar(out, ranks + i, n - i, pivot, l, r);
 #endif
   return r - right;
 }
@@ -543,33 +242,17 @@ int64_t partition(BitWriter& out, uint16_t* ranks, int64_t n, int32_t pivot, uin
     l += 8 - c;
   }
 #endif
-  while (i < n) {
-    const int count = static_cast<int>(min64(32, n - i));
-    uint64_t m = 0;
-    for (int j = 0; j < count; ++j) {
-      const uint16_t v = ranks[i + j];
-      const int one = v >= pivot;
-      *r = v;
-      *l = v;
-      r += one;
-      l += 1 - one;
-      m |= static_cast<uint64_t>(one) << j;
-    }
-    out.put(m, count);
-    i += count;
-  }
+  partition_scalar(out, ranks + i, n - i, pivot, l, r);
 #endif
   return r - right;
 }
 
 template <class T>
-void pack_scalar(BitWriter& out, const T* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
-  for (int64_t i = 0; i < n; ++i) out.put(static_cast<uint64_t>(ranks[i] - node.first), k);
+void pack_scalar(BitWriter& out, const T* ranks, int64_t n, int k, int32_t first) {
+  for (int64_t i = 0; i < n; ++i) out.put(static_cast<uint64_t>(ranks[i] - first), k);
 }
 
-void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
+void pack(BitWriter& out, const uint8_t* ranks, int64_t n, int k, int32_t lowest) {
   if (k == 0) return;
   if (k == 8) {  // the root: the writer is at its first byte
     memcpy(out.p, ranks, n);
@@ -580,7 +263,7 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
   if (k <= 7) {
     // Neighbours are joined until each 64-bit lane holds 8 symbols in 8 k bits; squeezed together
     // they are k lanes, which are then shifted by the bits that wait in the writer.
-    const __m512i first = _mm512_set1_epi8(static_cast<char>(node.first));
+    const __m512i first = _mm512_set1_epi8(static_cast<char>(lowest));
     const __m512i by_k = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << k << 8));
     const __m512i by_2k = _mm512_set1_epi32(1 | 1 << (2 * k) << 16);
     const __m128i by_4k = _mm_cvtsi32_si128(4 * k);
@@ -622,16 +305,15 @@ void pack(BitWriter& out, const uint8_t* ranks, int64_t n, const Node& node) {
     return;
   }
 #endif
-  pack_scalar(out, ranks, n, node);
+  pack_scalar(out, ranks, n, k, lowest);
 }
 
-void pack(BitWriter& out, const uint16_t* ranks, int64_t n, const Node& node) {
-  const int k = node.bits;
+void pack(BitWriter& out, const uint16_t* ranks, int64_t n, int k, int32_t lowest) {
   if (k == 0) return;
   int64_t i = 0;
 #if CFL_CODEC_ISA == 512
   if (k <= 14) {
-    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(node.first));
+    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(lowest));
     const __m512i by_k = _mm512_set1_epi32(1 | 1 << k << 16);
     const __m128i by_2k = _mm_cvtsi32_si128(2 * k);
     const __m512i low = _mm512_set1_epi64(0xffffffff);
@@ -654,21 +336,37 @@ void pack(BitWriter& out, const uint16_t* ranks, int64_t n, const Node& node) {
     out = w;
   }
 #endif
-  pack_scalar(out, ranks + i, n - i, node);
+  pack_scalar(out, ranks + i, n - i, k, lowest);
 }
 
+// `below` is subtracted from the ranks: those of the subtree are in [0, span).
 template <class T>
-void encode_node(const Tree* tree, int32_t index, BitWriter& out, T* ranks, int64_t n, T* arena) {
+void encode_node(const Tree* tree, int32_t index, int32_t below, int32_t span, BitWriter& out,
+                 T* ranks, int64_t n, T* arena) {
   const Node& node = tree->nodes[index];
   if (n == 0) return;
   if (node.right == 0) {
-    pack(out, ranks, n, node);
+    pack(out, ranks, n, node.bits, node.first - below);
     return;
   }
-  const int32_t pivot = node.first;
+  if constexpr (sizeof(T) == 2) {
+    if (span <= 256) {  // twice as many fit a vector from here on
+      uint8_t* narrow = reinterpret_cast<uint8_t*>(arena);
+      for (int64_t i = 0; i < n; ++i) narrow[i] = static_cast<uint8_t>(ranks[i]);
+      encode_node(tree, index, below, span, out, narrow, n, narrow + padded(n));
+      return;
+    }
+  }
+  const int32_t pivot = node.first - below;
   const int64_t n_right = partition(out, ranks, n, pivot, arena);
-  encode_node(tree, index + 1, out, ranks, n - n_right, arena + padded(n_right));
-  encode_node(tree, node.right, out, arena, n_right, arena + padded(n_right));
+  encode_node(tree, index + 1, below, pivot, out, ranks, n - n_right, arena + padded(n_right));
+  if constexpr (sizeof(T) == 2) {
+    for (int64_t i = 0; i < n_right; ++i) arena[i] = static_cast<T>(arena[i] - pivot);
+    encode_node(tree, node.right, node.first, span - pivot, out, arena, n_right,
+                arena + padded(n_right));
+  } else {
+    encode_node(tree, node.right, below, span, out, arena, n_right, arena + padded(n_right));
+  }
 }
 
 void to_ranks(const Tree* tree, const uint8_t* symbols, int64_t n, uint8_t* ranks) {
@@ -688,6 +386,7 @@ void to_ranks(const Tree* tree, const uint8_t* symbols, int64_t n, uint8_t* rank
 }
 void to_ranks(const Tree* tree, const uint16_t* symbols, int64_t n, uint16_t* ranks) {
   const uint16_t* rank = tree->rank;
+#pragma GCC unroll 8
   for (int64_t i = 0; i < n; ++i) ranks[i] = rank[symbols[i]];
 }
 
@@ -695,7 +394,7 @@ template <class T>
 int64_t encode(const Tree* tree, const T* symbols, int64_t n, uint8_t* out, T* arena) {
   BitWriter writer = {out, 0, 0};
   to_ranks(tree, symbols, n, arena);
-  encode_node(tree, 0, writer, arena, n, arena + padded(n));
+  encode_node(tree, 0, 0, tree->symbols, writer, arena, n, arena + padded(n));
   store64(writer.p, writer.acc);
   return 8 * (writer.p - out) + writer.fill;
 }
@@ -1022,6 +721,8 @@ CFL_INLINE void quantize_loop(const T* w, int64_t n, Acc pre, Acc origin, Acc sc
     const Acc v = (static_cast<Acc>(w[i]) * pre - origin) * scale;
     int32_t q = static_cast<int32_t>(v);
     q = q < top ? q : top;
+    q = q > 0 ? q
+              : 0;  // a weight below the range, which the ops do not pass, is no way out of tables
     out[i] = static_cast<S>(q);
   }
 }
@@ -1059,33 +760,6 @@ void quantize(Float dtype, const void* w, int64_t n, const Affine* a, int wide, 
   }
 }
 
-#if CFL_CODEC_ISA == 512
-// float32 weights go past the caches: they are written once, and their lines need not be read for
-// it. Returns how many were written.
-template <class S>
-int64_t dequantize_stream(const S* q, int64_t n, float origin, float step, float* out) {
-  constexpr int64_t kWorthIt = 4096;
-  if (n < kWorthIt) return 0;
-  const __m512 o = _mm512_set1_ps(origin), s = _mm512_set1_ps(step), half = _mm512_set1_ps(0.5f);
-  int64_t i = 0;
-  for (; reinterpret_cast<uintptr_t>(out + i) & 63; ++i) {
-    out[i] = (static_cast<float>(q[i]) + 0.5f) * step + origin;
-  }
-  for (; i + 16 <= n; i += 16) {
-    __m512i v;
-    if constexpr (sizeof(S) == 1) {
-      v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i)));
-    } else {
-      v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i)));
-    }
-    const __m512 w = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(v), half), s);
-    _mm512_stream_ps(out + i, _mm512_add_ps(w, o));
-  }
-  _mm_sfence();
-  return i;
-}
-#endif
-
 template <class Acc, class T, class S>
 CFL_INLINE void dequantize_loop(const S* q, int64_t n, Acc origin, Acc step, Acc post, T* out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -1094,40 +768,486 @@ CFL_INLINE void dequantize_loop(const S* q, int64_t n, Acc origin, Acc step, Acc
   }
 }
 
+#if CFL_CODEC_ISA == 512
+// Whole vectors of float32 weights; `out` is on a multiple of 64 bytes if they go past the caches.
+// Returns how many were written.
+template <bool kStream, class S>
+CFL_INLINE int64_t dequantize_vectors(const S* q, int64_t n, float origin, float step, float* out) {
+  const __m512 o = _mm512_set1_ps(origin), s = _mm512_set1_ps(step), half = _mm512_set1_ps(0.5f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m512i v;
+    if constexpr (sizeof(S) == 1) {
+      v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i)));
+    } else {
+      v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i)));
+    }
+    __m512 w = _mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(v), half), s);
+    w = _mm512_add_ps(w, o);
+    if (kStream) {
+      _mm512_stream_ps(out + i, w);
+    } else {
+      _mm512_storeu_ps(out + i, w);
+    }
+  }
+  return i;
+}
+#endif
+
 template <class S>
-void dequantize_as(Float dtype, const S* q, int64_t n, const Affine& a, int wide, void* out) {
-  if (dtype == Float::kF64) {
-    dequantize_loop(q, n, a.origin, a.step, a.post, static_cast<double*>(out));
+void dequantize_as(const Pending& p, int64_t n) {
+  const S* q = reinterpret_cast<const S*>(p.symbols);
+  const Affine& a = p.affine;
+  if (p.dtype == Float::kF64) {
+    dequantize_loop(q, n, a.origin, a.step, a.post, reinterpret_cast<double*>(p.out));
     return;
   }
+  const float origin = static_cast<float>(a.origin), step = static_cast<float>(a.step);
   int64_t done = 0;
 #if CFL_CODEC_ISA == 512
-  if (dtype == Float::kF32 && !wide) {
-    done = dequantize_stream(q, n, static_cast<float>(a.origin), static_cast<float>(a.step),
-                             static_cast<float*>(out));
+  if (p.dtype == Float::kF32 && !p.wide) {
+    float* out = reinterpret_cast<float*>(p.out);
+    done = p.stream && (reinterpret_cast<uintptr_t>(out) & 63) == 0
+               ? dequantize_vectors<true>(q, n, origin, step, out)
+               : dequantize_vectors<false>(q, n, origin, step, out);
   }
 #endif
   float block[kBlock];
   for (int64_t i = done; i < n; i += kBlock) {
     const int64_t count = min64(kBlock, n - i);
-    float* values = dtype == Float::kF32 ? static_cast<float*>(out) + i : block;
-    if (wide) {
+    float* values = p.dtype == Float::kF32 ? reinterpret_cast<float*>(p.out) + i : block;
+    if (p.wide) {
       dequantize_loop(q + i, count, a.origin, a.step, a.post, values);
     } else {
-      dequantize_loop(q + i, count, static_cast<float>(a.origin), static_cast<float>(a.step), 1.0f,
-                      values);
+      dequantize_loop(q + i, count, origin, step, 1.0f, values);
     }
-    if (dtype != Float::kF32) narrow(dtype, block, count, static_cast<uint16_t*>(out) + i);
+    if (p.dtype != Float::kF32) {
+      narrow(p.dtype, block, count, reinterpret_cast<uint16_t*>(p.out) + i);
+    }
   }
 }
 
-void dequantize(Float dtype, const void* q, int symbol_size, int64_t n, const Affine* a, int wide,
-                void* out) {
+// Writes the first n weights that are pending, if there are as many.
+template <class S>
+CFL_INLINE void dequantize_some(Pending& p, int64_t n) {
+  n = min64(n, p.n);
+  if (n == 0) return;
+  dequantize_as<S>(p, n);
+  p.symbols += n * static_cast<int64_t>(sizeof(S));
+  p.out += n * kFloatSize[static_cast<int>(p.dtype)];
+  p.n -= n;
+}
+
+// Writes the first weights until the next is on a multiple of 64 bytes.
+template <class S>
+void align_out(Pending& p) {
+  const int64_t size = kFloatSize[static_cast<int>(p.dtype)];
+  dequantize_some<S>(p, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p.out) & 63) / size);
+}
+
+void dequantize(Pending* pending, int symbol_size) {
   if (symbol_size == 1) {
-    dequantize_as(dtype, static_cast<const uint8_t*>(q), n, *a, wide, out);
+    align_out<uint8_t>(*pending);
+    dequantize_some<uint8_t>(*pending, pending->n);
   } else {
-    dequantize_as(dtype, static_cast<const uint16_t*>(q), n, *a, wide, out);
+    align_out<uint16_t>(*pending);
+    dequantize_some<uint16_t>(*pending, pending->n);
   }
+#if CFL_CODEC_ISA == 512
+  if (pending->stream) _mm_sfence();
+#endif
+}
+
+// ---- decoding: merging two lists
+// -----------------------------------------------------------------
+
+// out[i] is the next of `right` where bit i is one, else the next of `left`.
+template <class T>
+CFL_INLINE void merge_scalar(uint64_t m, int64_t n, const T*& l, const T*& r, T* out) {
+  for (int64_t j = 0; j < n; ++j) {
+    const int one = m >> j & 1;
+    const T a = *l, b = *r;
+    out[j] = one ? b : a;
+    r += one;
+    l += 1 - one;
+  }
+}
+
+template <class W>
+void merge(const uint8_t* base, int64_t pos, int64_t n, const uint8_t* l, const uint8_t* r,
+           uint8_t* out, W& weights) {
+  int64_t i = 0;
+#if CFL_CODEC_ISA == 512
+  W writer = weights;
+  for (; i + 64 <= n; i += 64) {
+    writer.step();
+    const uint64_t m = bits64(base, pos + i);
+    const __m512i right = _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(r));
+    _mm512_storeu_si512(out + i, _mm512_mask_expand_epi8(right, ~m, _mm512_loadu_si512(l)));
+    const int64_t c = ones(m);
+    r += c;
+    l += 64 - c;
+  }
+  weights = writer;
+  if (i < n) {
+    const uint64_t keep = low_mask(n - i), m = bits64(base, pos + i) & keep;
+    const __m512i right = _mm512_maskz_expand_epi8(m, _mm512_loadu_si512(r));
+    _mm512_mask_storeu_epi8(out + i, keep,
+                            _mm512_mask_expand_epi8(right, ~m, _mm512_loadu_si512(l)));
+  }
+#else
+  (void)weights;
+#if CFL_CODEC_ISA == 2
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t word = bits64(base, pos + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const unsigned m = word >> (8 * j) & 255;
+      const __m128i both = _mm_castps_si128(
+          _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(l))),
+                       reinterpret_cast<const __m64*>(r)));
+      const __m128i pick = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.merge8[m]));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i + 8 * j), _mm_shuffle_epi8(both, pick));
+      const int64_t c = ones(m);
+      r += c;
+      l += 8 - c;
+    }
+  }
+#endif
+  for (; i < n; i += 64) merge_scalar(bits64(base, pos + i), min64(64, n - i), l, r, out + i);
+#endif
+}
+
+template <class W>
+void merge(const uint8_t* base, int64_t pos, int64_t n, const uint16_t* l, const uint16_t* r,
+           uint16_t* out, W& weights) {
+  int64_t i = 0;
+#if CFL_CODEC_ISA == 512
+  W writer = weights;
+  for (; i + 64 <= n; i += 64) {
+    writer.step();
+    const uint64_t word = bits64(base, pos + i);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t m = static_cast<uint32_t>(word >> (32 * j));
+      const __m512i right = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(r));
+      _mm512_storeu_si512(out + i + 32 * j,
+                          _mm512_mask_expand_epi16(right, ~m, _mm512_loadu_si512(l)));
+      const int64_t c = ones(m);
+      r += c;
+      l += 32 - c;
+    }
+  }
+  weights = writer;
+  for (; i < n; i += 32) {
+    const uint32_t keep = static_cast<uint32_t>(low_mask(min64(32, n - i)));
+    const uint32_t m = static_cast<uint32_t>(bits64(base, pos + i)) & keep;
+    const __m512i right = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(r));
+    _mm512_mask_storeu_epi16(out + i, keep,
+                             _mm512_mask_expand_epi16(right, ~m, _mm512_loadu_si512(l)));
+    const int64_t c = ones(m);
+    r += c;
+    l += 32 - c;
+  }
+#else
+  (void)weights;
+#if CFL_CODEC_ISA == 2
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t word = bits64(base, pos + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const unsigned m = word >> (8 * j) & 255;
+      const auto* left16 = reinterpret_cast<const __m128i*>(kShuffles.left16[m]);
+      const auto* right16 = reinterpret_cast<const __m128i*>(kShuffles.right16[m]);
+      const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(l)),
+                                         _mm_load_si128(left16));
+      const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(r)),
+                                         _mm_load_si128(right16));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8 * j), _mm_or_si128(a, b));
+      const int64_t c = ones(m);
+      r += c;
+      l += 8 - c;
+    }
+  }
+#endif
+  for (; i < n; i += 64) merge_scalar(bits64(base, pos + i), min64(64, n - i), l, r, out + i);
+#endif
+}
+
+// ---- decoding: leaves
+// ----------------------------------------------------------------------------
+
+template <class T>
+void fill(T value, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+// Any number of bits, one symbol at a time.
+template <class T>
+void leaf_scalar(const uint8_t* base, int64_t pos, int64_t n, int bits, const T* table, T* out) {
+  const uint64_t mask = low_mask(bits);
+  int64_t i = 0;
+  if (bits <= 7) {
+    for (; i + 8 <= n; i += 8, pos += 8 * bits) {
+      uint64_t word = load64(base + (pos >> 3)) >> (pos & 7);
+      for (int j = 0; j < 8; ++j, word >>= bits) out[i + j] = table[word & mask];
+    }
+  } else if (bits <= 14) {
+    for (; i + 4 <= n; i += 4, pos += 4 * bits) {
+      uint64_t word = load64(base + (pos >> 3)) >> (pos & 7);
+      for (int j = 0; j < 4; ++j, word >>= bits) out[i + j] = table[word & mask];
+    }
+  }
+  for (; i < n; ++i, pos += bits) out[i] = table[load64(base + (pos >> 3)) >> (pos & 7) & mask];
+}
+
+#if CFL_CODEC_ISA == 512
+// Where the fields of a 512-bit group lie: for the 64-bit lane g, the 8 bytes from bit s + g * step
+// on, and the byte-wise bit positions `pattern` within them.
+struct Fields {
+  __m512i bytes, positions;
+};
+CFL_INLINE Fields fields(unsigned s, int64_t step, __m512i pattern) {
+  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i start =
+      _mm512_add_epi64(_mm512_set1_epi64(s), _mm512_mul_epu32(lane, _mm512_set1_epi64(step)));
+  const __m512i repeat = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
+  const __m512i byte = _mm512_shuffle_epi8(_mm512_srli_epi64(start, 3), repeat);
+  const __m512i bit = _mm512_shuffle_epi8(_mm512_and_si512(start, _mm512_set1_epi64(7)), repeat);
+  return {_mm512_add_epi8(byte, _mm512_set1_epi64(0x0706050403020100)),
+          _mm512_add_epi8(bit, pattern)};
+}
+#endif
+
+template <class W>
+void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const uint8_t* table,
+          uint8_t* out, W& weights) {
+  (void)weights;
+  const int k = node.bits;
+  if (k == 0) {
+    memset(out, table[0], n);
+    return;
+  }
+  if (k == 8) {  // all 256 symbols, in order: the root, hence on a byte
+    memcpy(out, base + (pos >> 3), n);
+    return;
+  }
+#if CFL_CODEC_ISA == 512
+  if (k <= 7) {
+    const Fields f = fields(pos & 7, 8 * k, _mm512_set1_epi64(k * 0x0706050403020100));
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << k) - 1));
+    const __m512i low = _mm512_loadu_si512(table), high = _mm512_loadu_si512(table + 64);
+    const uint8_t* p = base + (pos >> 3);
+    W writer = weights;
+    for (int64_t i = 0; i < n; i += 64, p += 8 * k) {
+      writer.step();
+      __m512i v = _mm512_permutexvar_epi8(f.bytes, _mm512_loadu_si512(p));
+      v = _mm512_and_si512(_mm512_multishift_epi64_epi8(f.positions, v), mask);
+      v = k <= 6 ? _mm512_permutexvar_epi8(v, low) : _mm512_permutex2var_epi8(low, v, high);
+      if (i + 64 <= n) {
+        _mm512_storeu_si512(out + i, v);
+      } else {
+        _mm512_mask_storeu_epi8(out + i, low_mask(n - i), v);
+      }
+    }
+    weights = writer;
+    return;
+  }
+#elif CFL_CODEC_ISA == 2
+  if (k <= 7) {
+    const uint64_t pick = low_mask(k) * 0x0101010101010101;
+    const int tables = k <= 4 ? 1 : 1 << (k - 4);
+    const __m256i base_symbol = _mm256_set1_epi8(static_cast<char>(table[0]));
+    // A shuffle gives 0 where bit 7 of the index is set, hence where the index + 0x70 - 16 t lies
+    // behind table t: for index x the tables from x / 16 on speak, and joined by exclusive or with
+    // the next one each, all but the first of them cancel.
+    __m256i joined[8];
+    for (int t = 0; t < tables; ++t) {
+      auto part = [&](int at) {
+        return _mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * at)));
+      };
+      joined[t] = t + 1 < tables ? _mm256_xor_si256(part(t), part(t + 1)) : part(t);
+    }
+    int64_t i = 0;
+    while (i + 32 <= n) {
+      // First the indices, then the symbols: 8 bytes that were just stored cannot be loaded as 32
+      // without a wait.
+      constexpr int64_t kTurn = 1024;
+      const int64_t end = i + (min64(n - i, kTurn) & ~int64_t{31});
+      for (int64_t j = i; j < end; j += 8, pos += 8 * k) {
+        store64(out + j, _pdep_u64(load64(base + (pos >> 3)) >> (pos & 7), pick));
+      }
+      for (; i < end; i += 32) {
+        __m256i* const to = reinterpret_cast<__m256i*>(out + i);
+        __m256i v = _mm256_loadu_si256(to), found = _mm256_setzero_si256();
+        if (node.run) {
+          found = _mm256_add_epi8(v, base_symbol);
+        } else {
+          v = _mm256_add_epi8(v, _mm256_set1_epi8(0x70));
+          for (int t = 0; t < tables; ++t) {
+            found = _mm256_xor_si256(found, _mm256_shuffle_epi8(joined[t], v));
+            v = _mm256_sub_epi8(v, _mm256_set1_epi8(16));
+          }
+        }
+        _mm256_storeu_si256(to, found);
+      }
+    }
+    leaf_scalar(base, pos, n - i, k, table, out + i);
+    return;
+  }
+#endif
+  leaf_scalar(base, pos, n, k, table, out);
+}
+
+template <class W>
+void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const uint16_t* table,
+          uint16_t* out, W& weights) {
+  (void)weights;
+  const int k = node.bits;
+  if (k == 0) {
+    fill(table[0], n, out);
+    return;
+  }
+#if CFL_CODEC_ISA == 512
+  if (k <= 8 || (k <= 14 && node.run)) {
+    const uint64_t low = k, pattern = (3 * low + 8) << 56 | (3 * low) << 48 | (2 * low + 8) << 40 |
+                                      (2 * low) << 32 | (low + 8) << 24 | low << 16 | 8 << 8;
+    const Fields f = fields(pos & 7, 4 * k, _mm512_set1_epi64(static_cast<int64_t>(pattern)));
+    const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1 << k) - 1));
+    const __m512i first = _mm512_set1_epi16(static_cast<int16_t>(node.base));
+    const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32);
+    const uint8_t* p = base + (pos >> 3);
+    W writer = weights;
+    for (int64_t i = 0; i < n; i += 32, p += 4 * k) {
+      writer.step();
+      __m512i v = _mm512_permutexvar_epi8(f.bytes, _mm512_loadu_si512(p));
+      v = _mm512_and_si512(_mm512_multishift_epi64_epi8(f.positions, v), mask);
+      if (node.run) {
+        v = _mm512_add_epi16(v, first);
+      } else {
+        __m512i found = _mm512_permutex2var_epi16(t0, v, t1);
+        for (int t = 1; t < 1 << k >> 6; ++t) {
+          const __mmask32 here = _mm512_cmpeq_epi16_mask(
+              _mm512_srli_epi16(v, 6), _mm512_set1_epi16(static_cast<int16_t>(t)));
+          const __m512i part = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * t), v,
+                                                         _mm512_loadu_si512(table + 64 * t + 32));
+          found = _mm512_mask_mov_epi16(found, here, part);
+        }
+        v = found;
+      }
+      if (i + 32 <= n) {
+        _mm512_storeu_si512(out + i, v);
+      } else {
+        _mm512_mask_storeu_epi16(out + i, static_cast<__mmask32>(low_mask(n - i)), v);
+      }
+    }
+    weights = writer;
+    return;
+  }
+#endif
+  leaf_scalar(base, pos, n, k, table, out);
+}
+
+// ---- decoding: the tree
+// --------------------------------------------------------------------------
+
+struct NoWeights {
+  CFL_INLINE void step() {}
+};
+
+#if CFL_CODEC_ISA == 512
+// Writes float32 weights, a line of the cache with each step of the decoder: at that pace the
+// stores leave the core while it computes.
+template <class T, bool kStream>
+struct Weights32 {
+  const T* q;
+  float* out;
+  int64_t left;
+  float origin, scale;
+  CFL_INLINE void step() {
+    constexpr int64_t kStep = 16;
+    if (left < kStep) return;
+    dequantize_vectors<kStream>(q, kStep, origin, scale, out);
+    q += kStep;
+    out += kStep;
+    left -= kStep;
+  }
+};
+#endif
+
+template <class T, class W>
+struct Decoder {
+  const Node* nodes;
+  const T* symbols;
+  const uint8_t* base;
+  int64_t end, pos;
+  W weights;
+
+  bool take(int64_t bits) {
+    if (bits > end - pos) return false;
+    pos += bits;
+    return true;
+  }
+
+  // Decodes n >= 1 symbols of the subtree at `index`.
+  bool run(int32_t index, int64_t n, T* out, T* arena) {
+    const Node& node = nodes[index];
+    const int64_t start = pos;
+    if (node.right == 0) {
+      if (!take(n * node.bits)) return false;
+      leaf(base, start, n, node, symbols + node.first, out, weights);
+      return true;
+    }
+    if (!take(n)) return false;
+    const int64_t n_right = count_ones(base, start, n), n_left = n - n_right;
+    if (n_right == 0) return run(index + 1, n, out, arena);
+    if (n_left == 0) return run(node.right, n, out, arena);
+    T* left = arena;
+    T* right = left + padded(n_left);
+    arena = right + padded(n_right);
+    if (!run(index + 1, n_left, left, arena) || !run(node.right, n_right, right, arena))
+      return false;
+    merge(base, start, n, left, right, out, weights);
+    return true;
+  }
+};
+
+template <class T, class W>
+int64_t decode_with(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n, T* out,
+                    T* arena, W& weights) {
+  Decoder<T, W> decoder = {tree->nodes, symbols_of(tree, T()), bits, bit_count, 0, weights};
+  const bool good = n == 0 || decoder.run(0, n, out, arena);
+  weights = decoder.weights;
+  return good ? decoder.pos : -1;
+}
+
+template <class T>
+int64_t decode(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n, T* out,
+               T* arena, Pending* pending) {
+  if (pending) align_out<T>(*pending);
+#if CFL_CODEC_ISA == 512
+  if (pending && pending->n > 0 && pending->dtype == Float::kF32 && !pending->wide) {
+    auto interleaved = [&](auto weights) {
+      const int64_t read = decode_with(tree, bits, bit_count, n, out, arena, weights);
+      pending->symbols = reinterpret_cast<const uint8_t*>(weights.q);
+      pending->out = reinterpret_cast<uint8_t*>(weights.out);
+      pending->n = weights.left;
+      dequantize_some<T>(*pending, pending->n);
+      return read;
+    };
+    const T* q = reinterpret_cast<const T*>(pending->symbols);
+    float* to = reinterpret_cast<float*>(pending->out);
+    const float origin = static_cast<float>(pending->affine.origin),
+                step = static_cast<float>(pending->affine.step);
+    if (pending->stream && (reinterpret_cast<uintptr_t>(to) & 63) == 0)
+      return interleaved(Weights32<T, true>{q, to, pending->n, origin, step});
+    return interleaved(Weights32<T, false>{q, to, pending->n, origin, step});
+  }
+#endif
+  if (pending) dequantize_some<T>(*pending, pending->n);
+  NoWeights none;
+  return decode_with(tree, bits, bit_count, n, out, arena, none);
 }
 
 constexpr Kernel kKernel = {decode<uint8_t>, decode<uint16_t>, encode<uint8_t>, encode<uint16_t>,

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace cfl::codec {
 namespace {
@@ -61,6 +62,18 @@ class Scratch {
 };
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Waiting for another thread for about the `turns`-th time: at first without giving the core away,
+// which may cost milliseconds where other processes want it, a hundred times what a chunk takes.
+void relax(int turns) {
+  if (turns < 20000) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  } else {
+    std::this_thread::yield();
+  }
+}
 
 // Calls task(t) for t in [0, count), on as many threads.
 void run_tasks(Threads threads, int64_t count, const std::function<void(int64_t)>& task) {
@@ -285,45 +298,80 @@ std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts) {
   return lengths;
 }
 
-std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n,
-                                    const Kernel* kernel, bool* exact) {
-  constexpr int64_t kBlock = 4096, kPerSymbol = 1024;
-  const int64_t alphabet =
-      n == 0 ? 0
-             : (symbol_size == 1
-                    ? 256
-                    : kernel->max16(static_cast<const uint16_t*>(symbols), n) + int64_t{1});
+int64_t sample_stride(int64_t n, int64_t alphabet) {
+  constexpr int64_t kPerSymbol = 1024;
   // About A / (2 n ln 2) bits a symbol are lost by a code made for n samples of A symbols.
-  const int64_t stride = alphabet == 0 ? 1 : std::max<int64_t>(1, n / (kPerSymbol * alphabet));
-  std::vector<uint64_t> counts(static_cast<size_t>(alphabet), 0);
-  std::vector<uint32_t> even, odd;
-  if (symbol_size == 2) {
-    even.assign(65536, 0);
-    odd.assign(65536, 0);
+  return alphabet == 0 ? 1 : std::max<int64_t>(1, n / (kPerSymbol * alphabet));
+}
+
+namespace {
+
+int64_t largest16(const uint16_t* symbols, int64_t n, const Kernel* kernel, Threads threads) {
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads.count, n >> 17));
+  std::vector<uint16_t> found(static_cast<size_t>(tasks));
+  run_tasks(threads, tasks, [&](int64_t t) {
+    const int64_t begin = n * t / tasks, end = n * (t + 1) / tasks;
+    found[static_cast<size_t>(t)] = kernel->max16(symbols + begin, end - begin);
+  });
+  return *std::max_element(found.begin(), found.end());
+}
+
+}  // namespace
+
+std::vector<uint64_t> sample_counts(const Symbols& symbols, const Kernel* kernel, Threads threads,
+                                    bool* exact) {
+  constexpr int64_t kBlock = 4096;
+  const int64_t n = symbols.n;
+  int64_t alphabet = n == 0 ? 0 : 256;
+  if (n > 0 && symbols.size == 2) {
+    alphabet = 1 + (symbols.data ? largest16(reinterpret_cast<const uint16_t*>(symbols.data), n,
+                                             kernel, threads)
+                                 : symbols.largest);
   }
-  int64_t since = 0;
-  auto flush = [&] {
-    for (size_t s = 0; s < counts.size() && symbol_size == 2; ++s)
-      counts[s] += uint64_t{even[s]} + odd[s];
-    std::fill(even.begin(), even.end(), 0);
-    std::fill(odd.begin(), odd.end(), 0);
-    since = 0;
-  };
-  const int64_t step = stride == 1 ? int64_t{1} << 24 : kBlock * stride;
-  const int64_t block = stride == 1 ? step : kBlock;
-  for (int64_t begin = 0; begin < n; begin += step) {
-    const int64_t count = std::min(block, n - begin);
-    if (symbol_size == 1) {
-      // Small blocks are gathered to pay for the tables' zeroing once.
-      kernel->histogram8(static_cast<const uint8_t*>(symbols) + begin, count, counts.data());
-    } else {
-      kernel->histogram16(static_cast<const uint16_t*>(symbols) + begin, count, even.data(),
-                          odd.data());
-      since += count;
-      if (since > int64_t{1} << 30) flush();
+  const int64_t stride = sample_stride(n, alphabet);
+  const int64_t step = kBlock * stride, blocks = (n + step - 1) / step;
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads.count, blocks / 32));
+  std::vector<std::vector<uint64_t>> parts(static_cast<size_t>(tasks));
+  run_tasks(threads, tasks, [&](int64_t t) {
+    std::vector<uint64_t>& counts = parts[static_cast<size_t>(t)];
+    counts.assign(static_cast<size_t>(alphabet), 0);
+    std::vector<uint32_t> even, odd;
+    if (symbols.size == 2) {
+      even.assign(static_cast<size_t>(alphabet), 0);
+      odd.assign(static_cast<size_t>(alphabet), 0);
     }
+    alignas(64) uint8_t made[2 * kBlock];
+    auto flush = [&] {
+      for (size_t s = 0; s < even.size(); ++s) {
+        counts[s] += uint64_t{even[s]} + odd[s];
+        even[s] = odd[s] = 0;
+      }
+    };
+    // Symbols that lie together are counted together, which pays for the tables once.
+    const int64_t together = stride == 1 && symbols.data ? int64_t{1} << 12 : 1;
+    const int64_t last = blocks * (t + 1) / tasks;
+    for (int64_t block = blocks * t / tasks; block < last; block += together) {
+      const int64_t begin = block * step;
+      const int64_t count = std::min(std::min(together, last - block) * kBlock, n - begin);
+      const uint8_t* data = symbols.data + begin * symbols.size;
+      if (!symbols.data) {
+        symbols.make(begin, count, made);
+        data = made;
+      }
+      if (symbols.size == 1) {
+        kernel->histogram8(data, count, counts.data());
+      } else {
+        kernel->histogram16(reinterpret_cast<const uint16_t*>(data), count, even.data(),
+                            odd.data());
+        if ((block & 0x3ffff) + together > 0x3ffff) flush();  // before 2^32 symbols are counted
+      }
+    }
+    flush();
+  });
+  std::vector<uint64_t> counts(static_cast<size_t>(alphabet), 0);
+  for (const auto& part : parts) {
+    for (size_t s = 0; s < counts.size(); ++s) counts[s] += part[s];
   }
-  flush();
   *exact = stride == 1;
   if (!*exact) {
     for (uint64_t& count : counts) count = count ? count * static_cast<uint64_t>(stride) : 1;
@@ -393,11 +441,12 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
 // ---- encoding
 // --------------------------------------------------------------------------------------
 
-int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape,
-                       int64_t ndim, int chunk_log2, const Kernel* kernel, Threads threads,
+int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndim, int chunk_log2,
+                       const Kernel* kernel, Threads threads,
                        const std::function<uint8_t*(int64_t)>& allocate) {
+  const int64_t n = symbols.n;
   bool exact = true;
-  const std::vector<uint64_t> counts = sample_counts(symbols, symbol_size, n, kernel, &exact);
+  const std::vector<uint64_t> counts = sample_counts(symbols, kernel, threads, &exact);
   const std::vector<uint8_t> lengths = code_lengths(counts);
   const std::vector<uint8_t> table = pack_lengths(lengths);
   CodeTree code;
@@ -411,64 +460,95 @@ int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const in
     bits += counts[s] * (code.longest() ? lengths[s] : 0);
   }
   const double per_symbol = weight ? static_cast<double>(bits) / static_cast<double>(weight) : 0;
+  const double likely = static_cast<double>(n) * per_symbol / 8;
   const int64_t tasks = std::max<int64_t>(1, std::min(threads.count, chunks / 2));
-  auto first_chunk = [&](int64_t task) { return chunks * task / tasks; };
-
   const int64_t slot = round_up(chunk * code.longest() / 8 + 2 * kReadPad);
-  const int64_t arena = arena_size(code.tree(), chunk) * symbol_size;
-  std::vector<int64_t> begin(tasks + 1), used(tasks);
+  const int64_t arena = round_up(arena_size(code.tree(), chunk) * symbols.size);
+  const int64_t made = symbols.data ? 0 : round_up((chunk + kPad) * symbols.size);
+  constexpr int64_t kQueue = 8;  // chunks that a thread keeps until it is their turn
   uint8_t* out = nullptr;
+  int64_t size = 0;
   for (int attempt = 0;; ++attempt) {
-    // First what the counts promise; if chunks differ too much for that, the worst case.
-    begin[0] = head;
-    for (int64_t t = 0; t < tasks; ++t) {
-      const int64_t here = first_chunk(t + 1) - first_chunk(t);
-      const double likely = static_cast<double>(here * chunk) * per_symbol / 8;
-      const int64_t room = tasks == 1 && exact ? static_cast<int64_t>(bits / 8) + here + 8
-                           : attempt == 0 ? static_cast<int64_t>(likely * 1.01) + 2 * here + 65536
-                                          : here * (chunk * code.longest() / 8 + 8);
-      begin[t + 1] = begin[t] + room;
-    }
-    out = allocate(begin[tasks]);
+    // First what the counts promise; if the sample erred too much for that, the worst case.
+    const int64_t room = exact          ? static_cast<int64_t>(bits / 8) + chunks + 8
+                         : attempt == 0 ? static_cast<int64_t>(likely * 1.01) + 2 * chunks + 65536
+                                        : chunks * (chunk * code.longest() / 8 + 8);
+    out = allocate(head + room);
+    uint8_t* const limit = out + head + room;
+    // Chunks are taken in order, and a chunk has its place when those before it have theirs. Until
+    // then it waits in its thread's queue, while that thread goes on with another.
+    std::atomic<int64_t> next = 0, placed = 0;
+    std::atomic<uint8_t*> end = out + head;
     std::atomic<bool> full = false;
-    run_tasks(threads, tasks, [&](int64_t t) {
-      Scratch scratch(slot + arena);
-      uint8_t* const buffer = scratch.data();
-      uint8_t* at = out + begin[t];
-      uint8_t* const limit = out + begin[t + 1];
-      for (int64_t c = first_chunk(t); c < first_chunk(t + 1); ++c) {
-        const int64_t count = std::min(chunk, n - c * chunk);
-        const int64_t length =
-            symbol_size == 1
-                ? kernel->encode8(&code.tree(), static_cast<const uint8_t*>(symbols) + c * chunk,
-                                  count, buffer, buffer + slot)
-                : kernel->encode16(&code.tree(), static_cast<const uint16_t*>(symbols) + c * chunk,
-                                   count, buffer, reinterpret_cast<uint16_t*>(buffer + slot));
-        const int64_t bytes = (length + 7) / 8;
-        if (bytes > limit - at) {
+    run_tasks(threads, tasks, [&](int64_t) {
+      struct Coded {
+        int64_t chunk, bytes;
+        const uint8_t* data;
+        uint32_t crc;
+      };
+      const int64_t most = tasks == 1 ? 1 : kQueue;
+      Coded queue[kQueue];
+      int64_t first = 0, last = 0;  // of the queue, modulo `most`
+      Scratch scratch(most * slot + arena + made);
+      uint8_t* const work = scratch.data() + most * slot;
+      auto place = [&](const Coded& coded) {
+        uint8_t* const at = end.load();
+        const bool fits = coded.bytes <= limit - at;
+        if (fits) {
+          end.store(at + coded.bytes);
+        } else {
           full = true;
-          return;
         }
-        std::memcpy(at, buffer, bytes);
-        uint8_t* entry = out + head - 8 * (chunks - c);
-        store<uint32_t>(entry, static_cast<uint32_t>(bytes));
-        store<uint32_t>(entry + 4, kernel->crc32(0, buffer, bytes));
-        at += bytes;
+        placed.store(coded.chunk + 1, std::memory_order_release);
+        if (!fits) return;
+        if (coded.data != at) std::memcpy(at, coded.data, coded.bytes);
+        uint8_t* entry = out + head - 8 * (chunks - coded.chunk);
+        store<uint32_t>(entry, static_cast<uint32_t>(coded.bytes));
+        store<uint32_t>(entry + 4, coded.crc);
+      };
+      for (int turns = 0;;) {
+        while (first < last &&
+               placed.load(std::memory_order_acquire) == queue[first % most].chunk) {
+          place(queue[first++ % most]);
+          turns = 0;
+        }
+        if (last - first == most) {
+          relax(turns++);
+          continue;
+        }
+        const int64_t c = next.load() < chunks ? next++ : chunks;
+        if (c >= chunks) {
+          if (first == last) break;
+          relax(turns++);
+          continue;
+        }
+        const int64_t count = std::min(chunk, n - c * chunk);
+        const uint8_t* from = symbols.data + c * chunk * symbols.size;
+        if (!symbols.data) {
+          symbols.make(c * chunk, count, work + arena);
+          from = work + arena;
+        }
+        // One thread alone writes in place, but for the last chunks, whose longest code words
+        // might not fit.
+        const bool direct = tasks == 1 && limit - end >= slot;
+        uint8_t* const buffer = direct ? end.load() : scratch.data() + last % most * slot;
+        const int64_t length =
+            symbols.size == 1
+                ? kernel->encode8(&code.tree(), from, count, buffer, work)
+                : kernel->encode16(&code.tree(), reinterpret_cast<const uint16_t*>(from), count,
+                                   buffer, reinterpret_cast<uint16_t*>(work));
+        const int64_t bytes = (length + 7) / 8;
+        queue[last++ % most] = {c, bytes, buffer, kernel->crc32(0, buffer, bytes)};
       }
-      used[t] = at - (out + begin[t]);
     });
+    size = end - out;
     if (!full) break;
-  }
-  int64_t size = head;
-  for (int64_t t = 0; t < tasks; ++t) {
-    if (begin[t] != size) std::memmove(out + size, out + begin[t], used[t]);
-    size += used[t];
   }
 
   std::memcpy(out, kMagic, 4);
   out[4] = kVersion;
   out[5] = kPivotLayout;
-  out[6] = static_cast<uint8_t>(symbol_size);
+  out[6] = static_cast<uint8_t>(symbols.size);
   out[7] = static_cast<uint8_t>(chunk_log2);
   store<uint64_t>(out + 8, n);
   store<uint64_t>(out + 16, size);
@@ -514,13 +594,19 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
 
   const int64_t symbols_bytes = round_up((chunk + kPad) * header.symbol_size);
   const int64_t arena = round_up(arena_size(tree, chunk) * header.symbol_size);
+  const int64_t element = weights ? kFloatSize[static_cast<int>(weights->dtype)] : 0;
   std::atomic<int64_t> worst = kGood;  // of several bad chunks, report the first
   run_tasks(threads, tasks, [&](int64_t t) {
-    Scratch scratch(symbols_bytes + arena);
-    uint8_t* const block = scratch.data();
-    uint8_t* const work = block + symbols_bytes;
+    Scratch scratch((weights ? 2 : 1) * symbols_bytes + arena);
+    uint8_t* block = scratch.data() + arena;
+    uint8_t* other = block + (weights ? symbols_bytes : 0);
+    uint8_t* const work = scratch.data();
     std::vector<uint8_t> tail;
     const uint8_t* at = header.data + offset[t];
+    // A chunk's weights are written during the decoding of the next one.
+    Pending pending = {};
+    if (weights) pending.dtype = weights->dtype;
+    pending.stream = count * element > kCached;
     for (int64_t c = first_chunk(t); c < first_chunk(t + 1); ++c) {
       const uint8_t* entry = header.chunk_table + 8 * c;
       const int64_t bytes = load<uint32_t>(entry);
@@ -543,11 +629,12 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
       const bool direct = !weights && hi - lo == symbols;
       uint8_t* to =
           direct ? static_cast<uint8_t*>(out) + (begin - start) * header.symbol_size : block;
+      Pending* before = weights ? &pending : nullptr;
       const int64_t read =
           header.symbol_size == 1
-              ? kernel->decode8(&tree, bits, 8 * bytes, symbols, to, work)
+              ? kernel->decode8(&tree, bits, 8 * bytes, symbols, to, work, before)
               : kernel->decode16(&tree, bits, 8 * bytes, symbols, reinterpret_cast<uint16_t*>(to),
-                                 reinterpret_cast<uint16_t*>(work));
+                                 reinterpret_cast<uint16_t*>(work), before);
       if (read < 0 || (read + 7) / 8 != bytes) return fail();
       if (direct) continue;
       if (!weights) {
@@ -555,18 +642,21 @@ int64_t decode_payload(const uint8_t* payload, int64_t size, int64_t start, int6
                     block + (lo - begin) * header.symbol_size, (hi - lo) * header.symbol_size);
         continue;
       }
-      const int64_t element = kFloatSize[static_cast<int>(weights->dtype)];
       for (int64_t i = lo; i < hi;) {
+        // All groups but the last of a chunk are written at once.
+        if (pending.n > 0) kernel->dequantize(&pending, header.symbol_size);
         const int64_t group = i / weights->group_size;
-        const int64_t stop = std::min(hi, (group + 1) * weights->group_size);
-        int wide = 0;
-        const Affine affine = weights->affine(group, &wide);
-        kernel->dequantize(weights->dtype, block + (i - begin) * header.symbol_size,
-                           header.symbol_size, stop - i, &affine, wide,
-                           static_cast<uint8_t*>(out) + (i - start) * element);
+        const int64_t stop =
+            group >= hi / weights->group_size ? hi : (group + 1) * weights->group_size;
+        pending.symbols = block + (i - begin) * header.symbol_size;
+        pending.n = stop - i;
+        pending.out = static_cast<uint8_t*>(out) + (i - start) * element;
+        pending.affine = weights->affine(group, &pending.wide);
         i = stop;
       }
+      std::swap(block, other);
     }
+    if (weights) kernel->dequantize(&pending, header.symbol_size);
   });
   return worst;
 }

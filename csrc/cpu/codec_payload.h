@@ -23,6 +23,7 @@ constexpr int64_t kHeaderBytes = 40;  // before the shape
 constexpr int64_t kMaxSymbols = int64_t{1} << 40;
 constexpr int kMinChunkLog2 = 10, kMaxChunkLog2 = 20;
 constexpr int64_t kMaxDims = 64;
+constexpr int64_t kCached = 1 << 20;  // outputs of more bytes are written past the caches
 
 // What is wrong with a payload; python/cfl_ops/codec.py has the words. A bad chunk is kBadChunk +
 // its number.
@@ -74,15 +75,29 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
 // so that every implementation writes the same bytes.
 std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts);
 
-// The counts that the code is built from: exact, or from evenly spread blocks where that costs less
-// than about 0.001 bits a symbol.
-std::vector<uint64_t> sample_counts(const void* symbols, int symbol_size, int64_t n,
-                                    const Kernel* kernel, bool* exact);
+// What is to be encoded: symbols in memory, or made on demand.
+struct Symbols {
+  int size = 1;  // bytes of a symbol
+  int64_t n = 0;
+  const uint8_t* data = nullptr;
+  // Without data: writes symbols [begin, begin + count) to `out`, and is thread-safe; and the
+  // largest of all symbols.
+  std::function<void(int64_t begin, int64_t count, uint8_t* out)> make;
+  int64_t largest = 0;
+};
+
+// Every how many blocks of 4,096 symbols one is counted to find the code: 1 for all of them where
+// a sample would cost more than about 0.001 bits a symbol.
+int64_t sample_stride(int64_t n, int64_t alphabet);
+
+// The counts that the code is built from.
+std::vector<uint64_t> sample_counts(const Symbols& symbols, const Kernel* kernel, Threads threads,
+                                    bool* exact);
 
 // `allocate(bytes)` gives the memory to write to, at most twice (the second time a larger one); the
 // payload starts at its start. Returns the bytes used.
-int64_t encode_payload(const void* symbols, int symbol_size, int64_t n, const int64_t* shape,
-                       int64_t ndim, int chunk_log2, const Kernel* kernel, Threads threads,
+int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndim, int chunk_log2,
+                       const Kernel* kernel, Threads threads,
                        const std::function<uint8_t*(int64_t)>& allocate);
 
 // How decoded symbols become weights: group_size consecutive symbols share an Affine.

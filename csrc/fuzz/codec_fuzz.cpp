@@ -5,7 +5,8 @@
 // The first byte of an input chooses what happens to the rest:
 //   bits 0-1  instruction set; bit 2  repair length and checksums, so that mutations reach the code
 //   table and the bits behind them; bit 3  decode a slice to float32; bit 4  instead encode the
-//   rest as symbols and demand them back, then flip one bit of the payload and demand an error.
+//   rest as symbols and demand them back, then flip one bit of the payload and demand an error;
+//   bit 5  weights share a range beyond their chunk.
 //
 // With clang this is a libFuzzer target. Without it (CFL_FUZZ_STANDALONE), main() mutates valid
 // payloads.
@@ -41,11 +42,14 @@ void store(uint8_t* p, T v) {
 std::vector<uint8_t> encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
                             const Kernel* kernel) {
   std::vector<uint8_t> out;
-  const int64_t size =
-      encode_payload(symbols, symbol_size, n, &n, 1, chunk_log2, kernel, {}, [&](int64_t bytes) {
-        out.assign(static_cast<size_t>(bytes), 0);
-        return out.data();
-      });
+  Symbols all;
+  all.size = symbol_size;
+  all.n = n;
+  all.data = static_cast<const uint8_t*>(symbols);
+  const int64_t size = encode_payload(all, &n, 1, chunk_log2, kernel, {}, [&](int64_t bytes) {
+    out.assign(static_cast<size_t>(bytes), 0);
+    return out.data();
+  });
   if (size < 0) fail("no code was built");
   out.resize(static_cast<size_t>(size));
   return out;
@@ -83,7 +87,8 @@ void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
   store<uint32_t>(p + kHeaderBytes - 4, crc);
 }
 
-void decode(const std::vector<uint8_t>& payload, bool to_float, const Kernel* kernel) {
+void decode(const std::vector<uint8_t>& payload, bool to_float, int64_t group_size,
+            const Kernel* kernel) {
   Header header;
   const int64_t size = static_cast<int64_t>(payload.size());
   if (parse(payload.data(), size, &header, kernel) != kGood) return;
@@ -95,7 +100,7 @@ void decode(const std::vector<uint8_t>& payload, bool to_float, const Kernel* ke
   // Exactly as large as promised, so that the sanitizer sees a write behind its end.
   std::vector<uint8_t> out(static_cast<size_t>(count * (to_float ? 4 : header.symbol_size)));
   Weights weights;
-  weights.group_size = 100;
+  weights.group_size = group_size;
   weights.affine = [](int64_t, int* wide) {
     *wide = 0;
     return Affine{-1, 1, 0.5, 1, 1, 255};
@@ -136,7 +141,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   std::vector<uint8_t> payload(data + 1, data + size);
   if (mode & 4) repair(&payload, kernel);
-  decode(payload, mode & 8, kernel);
+  decode(payload, mode & 8, mode & 32 ? 5000 : 100, kernel);
   return 0;
 }
 

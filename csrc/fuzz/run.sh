@@ -49,7 +49,7 @@ if [ -z "$clang" ]; then
 fi
 # Seeds: the golden payloads, plain and with repaired checksums.
 for golden in tests/data/huffman_*.bin; do
-  for mode in '\002' '\006' '\016' '\022' '\005' '\004'; do
+  for mode in '\002' '\006' '\016' '\022' '\005' '\004' '\056'; do
     { printf "$mode"; cat "$golden"; } >"$build/corpus/seed_$(basename "$golden" .bin)_${mode#?}"
   done
 done

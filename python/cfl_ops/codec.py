@@ -105,28 +105,42 @@ def _symbol_dtype(bits: int) -> torch.dtype:
     return torch.uint8 if bits <= 8 else torch.uint16
 
 
-def _quantize_python(w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
-    """Bins counted from the minimum; the maximum falls into the last bin."""
+def _range_python(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest and largest finite weight of each row, and the number of others."""
     finite = w.isfinite()
     info = (~finite).sum(-1)
-    batch, levels = w.shape[:-1], 1 << bits
     if w.shape[-1] == 0:
-        minimum, maximum = w.new_zeros(batch), w.new_zeros(batch)
-    else:
-        empty = ~finite.any(-1)
-        minimum = torch.where(empty, 0, torch.where(finite, w, math.inf).amin(-1)) + 0.0
-        maximum = torch.where(empty, 0, torch.where(finite, w, -math.inf).amax(-1)) + 0.0
+        return w.new_zeros(w.shape[:-1]), w.new_zeros(w.shape[:-1]), info
+    empty = ~finite.any(-1)
+    minimum = torch.where(empty, 0, torch.where(finite, w, math.inf).amin(-1)) + 0.0
+    maximum = torch.where(empty, 0, torch.where(finite, w, -math.inf).amax(-1)) + 0.0
+    return minimum.to(w.dtype), maximum.to(w.dtype), info
+
+
+def _bins_python(w: Tensor, minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
+    """int32 bins counted from the minimum; the maximum falls into the last bin."""
     a = _Affine(*(part.unsqueeze(-1) for part in _affine(minimum, maximum, bits)))
     index = ((w.to(torch.float64) * a.pre - a.origin) * a.scale).to(torch.int32)
     if w.dtype != torch.float64:
         single = (w.to(torch.float32) - a.origin.to(torch.float32)) * a.scale.to(torch.float32)
         index = torch.where(a.wide, index, single.to(torch.int32))
-    index = torch.where(info.unsqueeze(-1) > 0, 0, index.clamp(max=levels - 1))
-    counts = torch.zeros(*batch, levels if histogram else 0, dtype=torch.int64, device=w.device)
-    if histogram:
+    return index.clamp(0, (1 << bits) - 1)
+
+
+def _count_python(index: Tensor, info: Tensor, levels: int) -> Tensor:
+    """int64 counts of the bins of each row; none where info is not 0."""
+    counts = torch.zeros(*index.shape[:-1], levels, dtype=torch.int64, device=index.device)
+    if levels:
         kept = (info == 0).to(torch.int64).unsqueeze(-1).expand_as(index)
         counts.scatter_add_(-1, index.to(torch.int64), kept)
-    return index.to(_symbol_dtype(bits)), minimum.to(w.dtype), maximum.to(w.dtype), counts, info
+    return counts
+
+
+def _quantize_python(w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
+    minimum, maximum, info = _range_python(w)
+    index = torch.where(info.unsqueeze(-1) > 0, 0, _bins_python(w, minimum, maximum, bits))
+    counts = _count_python(index, info, 1 << bits if histogram else 0)
+    return index.to(_symbol_dtype(bits)), minimum, maximum, counts, info
 
 
 def _quantize_fake(w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
@@ -156,6 +170,29 @@ def _explain_quantize(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return ValueError(
         f"cfl_ops.quantize: {where}w must be finite, but it has {bad} NaN or Inf value{'s' if bad > 1 else ''}"
     )
+
+
+def _weight_range_python(w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]:
+    minimum, maximum, info = _range_python(w)
+    if not bits:
+        return minimum, maximum, w.new_empty(*w.shape[:-1], 0, dtype=torch.int64), info
+    index = _bins_python(w[..., ::every], minimum, maximum, bits)
+    return minimum, maximum, _count_python(index, info, 1 << bits), info
+
+
+def _weight_range_fake(w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]:
+    batch = w.shape[:-1]
+    counts = w.new_empty(*batch, (1 << bits) if bits else 0, dtype=torch.int64)
+    return w.new_empty(batch), w.new_empty(batch), counts, w.new_empty(batch, dtype=torch.int64)
+
+
+WEIGHT_RANGE = define_op(
+    "weight_range(Tensor w, int bits, int every)"
+    " -> (Tensor minimum, Tensor maximum, Tensor histogram, Tensor info)",
+    python=_weight_range_python,
+    fake=_weight_range_fake,
+    core_dims=(1, None, None),
+)
 
 
 def _dequantize_python(symbols: Tensor, minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
@@ -357,29 +394,29 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
 
     """
     _checks.floating("estimate_entropy", "w", w, 0)
-    _check_bits("estimate_entropy", bits)
+    return _probe("estimate_entropy", w, bits, fraction)[2]
+
+
+def _probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The range of the weights and the entropy of a sample of them, in one pass."""
+    _check_bits(op, bits)
     if not 0 < fraction <= 1:
-        raise ValueError(f"cfl_ops.estimate_entropy: fraction must be in (0, 1], but got {fraction}")
-    flat = w.detach().reshape(-1)
-    if flat.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=w.device)
-    low, high = flat.aminmax()
-    _refuse_nonfinite("estimate_entropy", flat, low, high)
-    sample = flat[:: max(1, round(1 / fraction))]
-    # The ends of the range come along, for the op to find it; their counts go again.
-    counts = QUANTIZE(torch.cat([sample, low[None], high[None]]), bits, True)[3]
-    if bool(low == high):
-        return torch.zeros((), dtype=torch.float64, device=w.device)
-    counts[0] -= 1
-    counts[-1] -= 1
-    p: Tensor = counts.to(torch.float64) / sample.numel()
+        raise ValueError(f"cfl_ops.{op}: fraction must be in (0, 1], but got {fraction}")
+    every = max(1, round(1 / fraction))
+    minimum, maximum, counts, info = WEIGHT_RANGE(w.detach().reshape(-1), bits, every)
+    _refuse_nonfinite(op, info)
+    return minimum, maximum, _entropy(counts)
+
+
+def _entropy(counts: Tensor) -> Tensor:
+    p = counts.to(torch.float64) / counts.sum().clamp(min=1)
     entropy: Tensor = -torch.special.xlogy(p, p).sum() / math.log(2) + 0.0
     return entropy
 
 
-def _refuse_nonfinite(op: str, flat: Tensor, low: Tensor, high: Tensor) -> None:
-    if not bool(low.isfinite() & high.isfinite()):
-        bad = int((~flat.isfinite()).sum())
+def _refuse_nonfinite(op: str, info: Tensor) -> None:
+    bad = int(info.sum())
+    if bad:
         raise ValueError(
             f"cfl_ops.{op}: w must be finite, but it has {bad} NaN or Inf value{'s' if bad > 1 else ''}"
         )
@@ -425,6 +462,41 @@ HUFFMAN_ENCODE = define_op(
     python=_huffman_encode_python,
     fake=_huffman_encode_fake,
     core_dims=_no_vmap("huffman_encode"),
+    tags=_DATA_DEPENDENT,
+)
+
+
+def _quantize_encode_python(
+    w: Tensor,
+    minimum: Tensor,
+    maximum: Tensor,
+    bits: int,
+    shape: Sequence[int],
+    chunk_log2: int,
+    reserve: int,
+) -> Tensor:
+    symbols = _bins_python(w, minimum, maximum, bits).to(_symbol_dtype(bits))
+    return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
+
+
+def _quantize_encode_fake(
+    w: Tensor,
+    minimum: Tensor,
+    maximum: Tensor,
+    bits: int,
+    shape: Sequence[int],
+    chunk_log2: int,
+    reserve: int,
+) -> Tensor:
+    return _huffman_encode_fake(w, shape, chunk_log2, reserve)
+
+
+QUANTIZE_ENCODE = define_op(
+    "quantize_encode(Tensor w, Tensor minimum, Tensor maximum, int bits, SymInt[] shape, int chunk_log2,"
+    " SymInt reserve) -> Tensor",
+    python=_quantize_encode_python,
+    fake=_quantize_encode_fake,
+    core_dims=_no_vmap("quantize_encode"),
     tags=_DATA_DEPENDENT,
 )
 
@@ -743,18 +815,25 @@ def compress(
             values = flat[index]
             good = flat[~bad]
             w = torch.where(bad, good[0] if good.numel() else 0, flat).to(w.dtype).view(w.shape)
-    entropy = math.nan
+    entropy, minimum, maximum = math.nan, None, None
     if bits is None:
-        try:
-            entropy = float(estimate_entropy(w, bits=probe_bits, fraction=fraction))
-        except ValueError as error:
-            raise ValueError(str(error).replace("estimate_entropy", "compress")) from None
+        minimum, maximum, found = _probe("compress", w, probe_bits, fraction)
+        entropy = float(found)
         bits = allocate_bits(entropy, floor=floor)
-    q, info = quantize_ex(w, bits, per=per, block_size=block_size)
-    if bool(info.any()):
-        raise ValueError(str(_explain_quantize(info, [])).replace("quantize", "compress"))
+    q = None
+    if per == "tensor" and block_size is None and w.device.type == "cpu":
+        # The symbols of a chunk are encoded while they are in the cache.
+        if minimum is None or maximum is None:
+            minimum, maximum, _, info = WEIGHT_RANGE(w.reshape(-1), 0, 1)
+            _refuse_nonfinite("compress", info)
+        group_size = w.numel()
+    else:
+        q, info = quantize_ex(w, bits, per=per, block_size=block_size)
+        if bool(info.any()):
+            raise ValueError(str(_explain_quantize(info, [])).replace("quantize", "compress"))
+        minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
 
-    low, high = _raw_bytes(q.minimum), _raw_bytes(q.maximum)
+    low, high = _raw_bytes(minimum), _raw_bytes(maximum)
     tables = [low, high]
     if index is not None and values is not None:
         tables = [_raw_bytes(index), low, high, _raw_bytes(values)]
@@ -764,10 +843,14 @@ def compress(
         else from_bytes(as_bytes(low) + as_bytes(high))
     )
     head_bytes = _BLOB_BYTES + table.numel()
-    blob = _as_tensor(HUFFMAN_ENCODE(q.symbols, list(w.shape), CHUNK_LOG2, head_bytes))
+    where = list(w.shape), CHUNK_LOG2, head_bytes
+    if q is None:
+        blob = _as_tensor(QUANTIZE_ENCODE(w.reshape(-1), minimum, maximum, bits, *where))
+    else:
+        blob = _as_tensor(HUFFMAN_ENCODE(q.symbols, *where))
     head = _BLOB.pack(
         *(_BLOB_MAGIC, _BLOB_VERSION, _QUANTIZED, _DTYPES.index(w.dtype), bits, blob.numel()),
-        *(q.group_size, q.minimum.numel(), 0 if index is None else index.numel(), entropy, 0),
+        *(group_size, minimum.numel(), 0 if index is None else index.numel(), entropy, 0),
     )
     raw = as_bytes(table)
     head += struct.pack("<I", zlib.crc32(raw, zlib.crc32(head)))
@@ -833,18 +916,25 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if not 1 <= bits <= 16 or code > 3 or needed != groups or header.symbol_bytes != (1 if bits <= 8 else 2):
         raise _corrupt(op, "the blob has a header that contradicts itself")
     at = 8 * exceptions
-
-    def read(begin: int, end: int, of: torch.dtype) -> Tensor:
-        return from_bytes(table[begin:end]).view(of).to(blob.device)
-
-    index = read(0, at, torch.int64)
-    minimum = read(at, at + groups * element, dtype)
-    maximum = read(at + groups * element, at + 2 * groups * element, dtype)
-    values = read(at + 2 * groups * element, len(table), dtype)
-    if exceptions and (int(index.min()) < 0 or int(index.max()) >= header.numel):
-        raise _corrupt(op, "the blob has a header that contradicts itself")
-    if not bool((minimum.isfinite() & maximum.isfinite() & (minimum <= maximum)).all()):
+    ranges = from_bytes(table[at : at + 2 * groups * element]).view(dtype)
+    minimum, maximum = ranges[:groups], ranges[groups:]
+    if groups == 1:  # the common case, without the overhead of small tensors
+        low, high = ranges.tolist()
+        good = math.isfinite(low) and math.isfinite(high) and low <= high
+    else:
+        good = bool((minimum.isfinite() & maximum.isfinite() & (minimum <= maximum)).all())
+    index = values = None
+    if exceptions:
+        index = from_bytes(table[:at]).view(torch.int64)
+        values = from_bytes(table[at + 2 * groups * element :]).view(dtype)
+        if int(index.min()) < 0 or int(index.max()) >= header.numel:
+            raise _corrupt(op, "the blob has a header that contradicts itself")
+    if not good:
         raise _corrupt(op, "the blob has a range that is not finite or not ordered")
+    if blob.device.type != "cpu":
+        minimum, maximum = minimum.to(blob.device), maximum.to(blob.device)
+        if index is not None and values is not None:
+            index, values = index.to(blob.device), values.to(blob.device)
     return _Blob(
         header.shape, header.numel, dtype, data, False, bits, group_size, minimum, maximum, index, values
     )
@@ -897,7 +987,7 @@ def decompress(
         return out
     info = DECOMPRESS(parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first)
     check_info("decompress_", info, [out], [])
-    if parsed.where is not None and parsed.exceptions is not None and parsed.where.numel():
+    if parsed.where is not None and parsed.exceptions is not None:
         here = (parsed.where >= first) & (parsed.where < first + count)
         out.view(-1)[parsed.where[here] - first] = parsed.exceptions[here]
     return out
