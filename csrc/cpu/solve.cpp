@@ -302,6 +302,7 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
       shift[lane] = static_cast<T>(s.shift_of(i));
     }
     k.run(&group);
+    group.first = false;
     if constexpr (std::is_same_v<T, float>) {
       if (std::any_of(info, info + group.valid, [](int32_t code) { return code != 0; })) {
         solve_again(s, group, info);

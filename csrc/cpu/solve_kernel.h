@@ -16,6 +16,7 @@ namespace cfl::cpu::detail {
 struct SolveGroup {
   int64_t n = 0, k = 0;
   int64_t valid = 0;                    // how many lanes have an output of their own
+  bool first = true;                    // of a run with the same n, k, upper and scratch
   const void* const* a = nullptr;       // one pointer per lane
   const void* const* next_a = nullptr;  // the next group's, to prefetch; or null
   const void* const* b = nullptr;

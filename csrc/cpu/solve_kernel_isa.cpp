@@ -144,18 +144,49 @@ CFL_INLINE void gather(const T* const* from, int64_t at, int64_t count, Vec<T> (
 // The start of tile row t, in vectors.
 CFL_INLINE int64_t tile_row(int64_t t) { return 8 * t * (t + 1); }
 
+// Where each number of a system goes, in vectors: worked out once for all groups of a call.
+struct Places {
+  uint16_t*
+      matrix;  // (n, n): below the diagonal its tile row's; the others to a place that no one reads
+  uint16_t* right;  // (n, k), where all right sides are in work together; else null
+};
+
+void find_places(const SolveGroup& g, int64_t unused, bool right, int64_t height, Places places) {
+  for (int64_t i = 0; i < g.n; ++i) {
+    for (int64_t j = 0; j < g.n; ++j) {
+      const int64_t row = g.upper ? j : i, col = g.upper ? i : j;
+      const int64_t at = tile_row(row / kTile) + col * kTile + row % kTile;
+      places.matrix[i * g.n + j] = uint16_t(col <= row ? at : unused);
+    }
+    for (int64_t r = 0; right && r < g.k; ++r) {
+      places.right[i * g.k + r] = uint16_t((r / kTile * height + i) * kTile + r % kTile);
+    }
+  }
+}
+
+// Spreads a chunk of a memory row over the lanes' places.
+template <class T>
+CFL_INLINE void spread(const Vec<T> (&r)[kLanes<T>], const uint16_t* places, int64_t count, T* to) {
+  constexpr int w = kLanes<T>;
+  if (count >= w) {
+#pragma GCC unroll 16
+    for (int e = 0; e < w; ++e) store<T>(to + int64_t(places[e]) * w, r[e]);
+  } else {
+    for (int64_t e = 0; e < count; ++e) store<T>(to + int64_t(places[e]) * w, r[e]);
+  }
+}
+
 // The lower triangle of A into tile rows, prefetching the next group's.
 template <class T>
-void load_matrix(const SolveGroup& g, int64_t tiles, T* to) {
+void load_matrix(const SolveGroup& g, int64_t tiles, const uint16_t* places, T* to) {
   constexpr int w = kLanes<T>;
   const int64_t n = g.n, size = n * n;
   const T* const* a = reinterpret_cast<const T* const*>(g.a);
   const T* const* next = reinterpret_cast<const T* const*>(g.next_a);
   int64_t i = 0, j = 0;  // memory row and column of the chunk's first number
   for (int64_t at = 0; at < size; at += w) {
-    const int64_t end = min64(at + w, size), last = (end - 1) / n;
     // A chunk within one row and beyond the diagonal has nothing to give.
-    const bool useful = i != last || (g.upper ? j + w > i : j <= i);
+    const bool useful = j + w > n || (g.upper ? j + w > i : j <= i);
     if (useful) {
       Vec<T> r[w];
       gather<T>(a, at, size - at, r);
@@ -163,17 +194,9 @@ void load_matrix(const SolveGroup& g, int64_t tiles, T* to) {
 #pragma GCC unroll 16
         for (int l = 0; l < w; ++l) __builtin_prefetch(next[l] + at, 0, 2);
       }
-      for (int64_t e = at; e < end; ++e) {
-        const int64_t row = g.upper ? j : i, col = g.upper ? i : j;
-        if (col <= row) {
-          store<T>(to + (tile_row(row / kTile) + col * kTile + row % kTile) * w, r[e - at]);
-        }
-        if (++j == n) j = 0, ++i;
-      }
-    } else {
-      j += end - at;
-      if (j >= n) j -= n, ++i;
+      spread<T>(r, places + at, size - at, to);
     }
+    for (j += w; j >= n; j -= n) ++i;
   }
   // Rows beyond n are those of an identity.
   for (int64_t row = n; row < tiles * kTile; ++row) {
@@ -186,24 +209,25 @@ void load_matrix(const SolveGroup& g, int64_t tiles, T* to) {
 
 // Columns [begin, begin + cols) of B into tile rows of four right sides each.
 template <class T>
-void load_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols, T* to) {
+void load_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols,
+                const uint16_t* places, T* to) {
   constexpr int w = kLanes<T>;
   const T* const* b = reinterpret_cast<const T* const*>(g.b);
   const int64_t height = tiles * kTile, padded = (cols + kTile - 1) / kTile * kTile;
   auto place = [&](int64_t i, int64_t r) {
     return to + ((r / kTile) * height * kTile + i * kTile + r % kTile) * w;
   };
-  const bool whole = cols == g.k;  // then the rows follow one another without a gap
-  const int64_t runs = whole ? 1 : g.n, length = whole ? g.n * cols : cols;
-  for (int64_t run = 0; run < runs; ++run) {
-    int64_t i = run, r = 0;
-    for (int64_t at = 0; at < length; at += w) {
+  const int64_t size = g.n * cols;
+  for (int64_t at = 0; places && at < size; at += w) {
+    Vec<T> v[w];
+    gather<T>(b, at, size - at, v);
+    spread<T>(v, places + at, size - at, to);
+  }
+  for (int64_t i = 0; !places && i < g.n; ++i) {
+    for (int64_t at = 0; at < cols; at += w) {
       Vec<T> v[w];
-      gather<T>(b, run * g.k + begin + at, length - at, v);
-      for (int64_t e = at; e < min64(at + w, length); ++e) {
-        store<T>(place(i, r), v[e - at]);
-        if (++r == cols) r = 0, ++i;
-      }
+      gather<T>(b, i * g.k + begin + at, cols - at, v);
+      for (int64_t e = 0; e < min64(w, cols - at); ++e) store<T>(place(i, at + e), v[e]);
     }
   }
   for (int64_t i = 0; i < height; ++i) {
@@ -212,8 +236,8 @@ void load_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols,
 }
 
 template <class T>
-void store_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols, const T* from,
-                 Index<T> failed) {
+void store_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols,
+                 const uint16_t* places, const T* from, Index<T> failed) {
   constexpr int w = kLanes<T>;
   T* const* x = reinterpret_cast<T* const*>(g.x);
   const int64_t height = tiles * kTile;
@@ -221,29 +245,44 @@ void store_right(const SolveGroup& g, int64_t tiles, int64_t begin, int64_t cols
     return from + ((r / kTile) * height * kTile + i * kTile + r % kTile) * w;
   };
   const Vec<T> nan = Vec<T>{} + T(__builtin_nan(""));
-  const bool whole = cols == g.k;
-  const int64_t runs = whole ? 1 : g.n, length = whole ? g.n * cols : cols;
-  for (int64_t run = 0; run < runs; ++run) {
-    int64_t i = run, r = 0;
-    for (int64_t at = 0; at < length; at += w) {
-      Vec<T> v[w];
-      const int64_t count = min64(w, length - at);
-      for (int64_t e = 0; e < w; ++e) {
-        v[e] = e < count ? (failed ? nan : load<T>(place(i, r))) : nan;
-        if (e < count && ++r == cols) r = 0, ++i;
-      }
-      transpose<T>(v);
-      const int64_t offset = run * g.k + begin + at;
-      if (count == w && g.valid == w) {
+  auto put = [&](int64_t offset, int64_t count, Vec<T>(&v)[w]) {
+    transpose<T>(v);
+    if (count >= w && g.valid == w) {
 #pragma GCC unroll 16
-        for (int l = 0; l < w; ++l) store<T>(x[l] + offset, v[l]);
-      } else {
-        for (int64_t l = 0; l < g.valid; ++l) {
-          T part[w];
-          store<T>(part, v[l]);
-          memcpy(x[l] + offset, part, size_t(count) * sizeof(T));
-        }
+      for (int l = 0; l < w; ++l) store<T>(x[l] + offset, v[l]);
+    } else {
+      for (int64_t l = 0; l < g.valid; ++l) {
+        T part[w];
+        store<T>(part, v[l]);
+        memcpy(x[l] + offset, part, size_t(min64(w, count)) * sizeof(T));
       }
+    }
+  };
+  const int64_t size = g.n * cols;
+  for (int64_t at = 0; places && at < size; at += w) {
+    Vec<T> v[w];
+    if (size - at >= w) {
+#pragma GCC unroll 16
+      for (int e = 0; e < w; ++e) {
+        const Vec<T> value = load<T>(from + int64_t(places[at + e]) * w);
+        v[e] = failed ? nan : value;
+      }
+    } else {
+      for (int64_t e = 0; e < w; ++e) {
+        v[e] = nan;
+        if (e < size - at) v[e] = failed ? nan : load<T>(from + int64_t(places[at + e]) * w);
+      }
+    }
+    put(at, size - at, v);
+  }
+  for (int64_t i = 0; !places && i < g.n; ++i) {
+    for (int64_t at = 0; at < cols; at += w) {
+      Vec<T> v[w];
+      for (int64_t e = 0; e < w; ++e) {
+        v[e] = nan;
+        if (e < cols - at) v[e] = failed ? nan : load<T>(place(i, at + e));
+      }
+      put(i * g.k + begin + at, cols - at, v);
     }
   }
 }
@@ -415,7 +454,8 @@ template <class T>
 size_t scratch_bytes(int64_t n, int64_t k) {
   const int64_t tiles = (n + kTile - 1) / kTile;
   const int64_t rights = (right_columns<T>(tiles, k) + kTile - 1) / kTile;
-  return size_t(tile_row(tiles) + rights * tiles * kTile * kTile) * kBytes;
+  const size_t vectors = size_t(tile_row(tiles) + rights * tiles * kTile * kTile + 1);
+  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t);
 }
 
 template <class T>
@@ -425,7 +465,14 @@ void run(const SolveGroup* group) {
   const int64_t tiles = (g.n + kTile - 1) / kTile;
   T* l = static_cast<T*>(g.scratch);
   T* right = l + tile_row(tiles) * w;
-  load_matrix<T>(g, tiles, l);
+  const int64_t chunk = right_columns<T>(tiles, g.k);
+  const int64_t unused =
+      tile_row(tiles) + (chunk + kTile - 1) / kTile * tiles * kTile * kTile;  // the last vector
+  Places places;
+  places.matrix = reinterpret_cast<uint16_t*>(l + (unused + 1) * w);
+  places.right = chunk >= g.k ? places.matrix + g.n * g.n : nullptr;
+  if (g.first) find_places(g, unused, places.right != nullptr, tiles * kTile, places);
+  load_matrix<T>(g, tiles, places.matrix, l);
 
   const Vec<T> shift = load<T>(static_cast<const T*>(g.shift));
   const T* const* diag = reinterpret_cast<const T* const*>(g.shift_diag);
@@ -440,13 +487,12 @@ void run(const SolveGroup* group) {
     store<T>(at, total);
   }
 
-  const int64_t chunk = right_columns<T>(tiles, g.k);
   const Vec<T> tolerance = Vec<T>{} + T(g.tolerance);
   Index<T> info{};
   bool factored = false;
   for (int64_t begin = 0; begin < g.k || !factored; begin += chunk) {
     const int64_t cols = min64(chunk, g.k - begin), rights = (cols + kTile - 1) / kTile;
-    if (cols > 0) load_right<T>(g, tiles, begin, cols, right);
+    if (cols > 0) load_right<T>(g, tiles, begin, cols, places.right, right);
     for (int64_t t = 0; t < tiles; ++t) {
       T* diagonal = l + tile_row(t) * w;
       if (!factored) {
@@ -465,7 +511,7 @@ void run(const SolveGroup* group) {
         backward<T>(l, right + r * tiles * kTile * kTile * w, t, tiles);
       }
     }
-    if (cols > 0) store_right<T>(g, tiles, begin, cols, right, info != Index<T>{});
+    if (cols > 0) store_right<T>(g, tiles, begin, cols, places.right, right, info != Index<T>{});
   }
   for (int lane = 0; lane < w; ++lane) g.info[lane] = int32_t(info[lane]);
 }
