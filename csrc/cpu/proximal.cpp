@@ -3,8 +3,8 @@
 // formulas 1.2-1.6.
 //
 // With t the total penalty, mu the proximal one and the anchor Wa = (mu / t) W:
-//   dual (B <= D):  A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
-//   primal (B > D): (P^T P + t I) dW^T = (Y^T P - Wa P^T P)^T, W <- Wa + dW, residual recomputed
+//   dual (B < D):    A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
+//   primal (B >= D): (P^T P + t I) W^T = (Y^T P + t Wa)^T, the residual recomputed
 // Both are solved in the working precision where that resolves the system, else in float64.
 #include <algorithm>
 #include <cmath>
@@ -787,6 +787,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     info = solve.template operator()<T>(system, head, &spread);
     solved = info == 0 && trusted(spread, order);
   }
+  if (!solved && B == D) return info == 0 ? 1 : info;  // left to the dual side
   if (!solved) {
     double* system = scratch.take<double>(order * order);
     double* rhs = scratch.take<double>(order * K);
@@ -886,7 +887,12 @@ int32_t step(Problem<T>& pb) {
     return fail(code == 1 ? 0 : code);
   }
 
-  const int64_t info = pb.rows < D ? dual_step(pb, pen, t_diag) : primal_step(pb, pen, t_diag);
+  // A square problem costs less on the primal side, but with a bias that has an unknown more than
+  // there are rows: where the penalty does not resolve it well, the dual side has to.
+  const bool square = pb.rows == D && std::is_same_v<T, float>;
+  int64_t info = -1;
+  if (pb.rows > D || square) info = primal_step(pb, pen, t_diag);
+  if (pb.rows <= D && info != 0) info = dual_step(pb, pen, t_diag);
   if (info == 0) return 0;
   const int32_t cause = diagnose(pb);
   return fail(cause != 1 || info < 0 ? cause : static_cast<int32_t>(info));

@@ -126,9 +126,9 @@ def plan_proximal(rows: int, width: int, targets: int) -> dict[str, Any]:
     iteration = 2.0 * rows * width * max(targets, 32)  # fewer right sides are bound by reading the features
     budget = int(direct / iteration / 4) if iteration else 0
     return {
-        "side": "dual" if rows <= width else "primal",
+        "side": "dual" if rows < width else "primal",
         "direct": direct,
         "iteration": iteration,
-        "head": (3.0 if rows <= width else 2.0) * rows * width * targets,
+        "head": (3.0 if rows < width else 2.0) * rows * width * targets,
         "cg_iterations": budget if budget >= 24 else 0,
     }

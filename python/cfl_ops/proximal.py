@@ -395,7 +395,7 @@ def proximal_step(
         torch.linalg.LinAlgError: the system is singular, which takes a penalty of (nearly) zero.
 
     Half-precision features are computed with in float32; float32 systems are factored in a precision that
-    resolves the penalty. Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B <= D, else
+    resolves the penalty. Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
     ``2 (2 B D K + B D^2 / 2) + D^3 / 3``. Differentiable (twice) in all its tensors.
 
     Example:
