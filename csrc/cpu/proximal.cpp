@@ -888,8 +888,9 @@ int32_t step(Problem<T>& pb) {
   }
 
   // A square problem costs less on the primal side, but with a bias that has an unknown more than
-  // there are rows: where the penalty does not resolve it well, the dual side has to.
-  const bool square = pb.rows == D && std::is_same_v<T, float>;
+  // there are rows: where the penalty does not resolve it well, as in large ones, the dual side has
+  // to.
+  const bool square = pb.rows == D && D <= 2048 && std::is_same_v<T, float>;
   int64_t info = -1;
   if (pb.rows > D || square) info = primal_step(pb, pen, t_diag);
   if (pb.rows <= D && info != 0) info = dual_step(pb, pen, t_diag);
