@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from cfl_ops.config import backend_of
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
 from torch import Tensor
 
@@ -238,8 +239,8 @@ def gram_(
 
 
 def _exact_kernel(x: Tensor) -> bool:
-    """Whether the CUDA C++ kernel of float64 sums is compiled in; Triton's float64 dots are not measured."""
-    return x.is_cuda and EXACT_GRAM.has_kernel("cuda")
+    """Whether a CUDA C++ kernel of float64 sums serves; Triton's float64 dots are not measured."""
+    return x.is_cuda and backend_of(EXACT_GRAM.name, "cuda") in ("native", "nvrtc")
 
 
 def _split(rows: int, programs: int, depth: int) -> tuple[int, int]:

@@ -146,6 +146,7 @@ QUANTIZE = define_op(
     python=_quantize_python,
     fake=_quantize_fake,
     core_dims=(1, None, None),
+    cuda="_codec_cuda:quantize",
 )
 
 
@@ -193,6 +194,7 @@ DEQUANTIZE = define_op(
     python=_dequantize_python,
     fake=_dequantize_fake,
     core_dims=(1, 0, 0, None),
+    cuda="_codec_cuda:dequantize",
     derivative=Derivative(_dequantize_setup_context, _dequantize_backward),
 )
 
@@ -425,6 +427,7 @@ HUFFMAN_ENCODE = define_op(
     python=_huffman_encode_python,
     fake=_huffman_encode_fake,
     core_dims=_no_vmap("huffman_encode"),
+    cuda="_codec_cuda:huffman_encode",
     tags=_DATA_DEPENDENT,
 )
 
@@ -468,6 +471,7 @@ HUFFMAN_DECODE = define_op(
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("huffman_decode"),
+    cuda="_codec_cuda:huffman_decode_",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
@@ -497,6 +501,7 @@ DECOMPRESS = define_op(
     python=_decompress_python,
     fake=lambda payload, *_: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("decompress"),
+    cuda="_codec_cuda:decompress_",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
