@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from cfl_ops import _tuning
-from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python
+from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python, on_device
 from torch import Tensor
 
 __all__ = ["ridge_solve"]
@@ -70,7 +70,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:
         return _ridge_solve_python(gram, cross, lam, lam_diag)
-    shift = lam.to(gram.device, torch.float64).expand(batch).unsqueeze(-1)
+    shift = on_device(lam, gram).expand(batch).unsqueeze(-1)
     good = (shift >= 0) & shift.isfinite()
     if lam_diag is not None:
         good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)

@@ -551,7 +551,7 @@ def _first_jitter(order: int, eps: float) -> float:
 
 def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factor S a S + jitter I, S = diag(a)^-1/2, with the jitter growing eightfold until that succeeds."""
-    order, batch, gpu = a.shape[-1], a.shape[:-2], a.is_cuda
+    order, batch, gpu = a.shape[-1], a.shape[:-2], not a.is_cpu
     jitter = torch.zeros(batch, dtype=a.dtype, device=a.device)
     if a.numel() == 0:
         return a.new_empty(a.shape), jitter, jitter.to(torch.int32)

@@ -32,12 +32,19 @@ def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.where(before, first, info)
 
 
+def on_device(lam: Tensor, like: Tensor) -> Tensor:
+    """A penalty in float64 where ``like`` is. One on the CPU comes as a kernel's argument: a copy would wait."""
+    if lam.device == like.device:
+        return lam.to(torch.float64)
+    return torch.zeros(lam.shape, dtype=torch.float64, device=like.device) + lam
+
+
 def _ridge_solve_python(
     gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
     dtype = torch.promote_types(gram.dtype, cross.dtype)
-    shift = lam.to(gram.device, torch.float64).expand(gram.shape[:-2]).unsqueeze(-1)
+    shift = on_device(lam, gram).expand(gram.shape[:-2]).unsqueeze(-1)
     good = (shift >= 0) & shift.isfinite()
     if lam_diag is not None:
         good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
