@@ -118,6 +118,10 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         add(f"gram {name} classes, bias", lambda x=x, y=labels, acc=acc: gram(x, y, None, True, 10, acc))
         add(f"gram {name} weighted", lambda x=x, y=y, s=s, acc=acc: gram(x, y, s, False, 0, acc))
 
+        if acc == torch.float32:  # float64 sums of narrower features
+            x, y = torch.zeros(512, 96, dtype=dtype), torch.zeros(512, 3, dtype=dtype)
+            add(f"gram {name}, float64 sums", lambda x=x, y=y: gram(x, y, None, True, 0, torch.float64))
+
     def one_product() -> None:
         torch.set_float32_matmul_precision("high")
         for width in (256, 1024):
@@ -134,6 +138,13 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             a, b = torch.eye(order, dtype=dtype).repeat(3, 1, 1), torch.zeros(3, order, columns, dtype=dtype)
             add(f"ridge_solve {order}, {columns}", lambda a=a, b=b: solve(a, b, torch.zeros(()), None))
     del gram_  # launches what gram does
+    proximal = _library.OPS["proximal_step"].load_triton()
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, width, targets in ((16, 64, 10), (32, 512, 100), (128, 2048, 1000)):
+            phi, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(targets, width)
+            y, b = torch.zeros(rows, dtype=torch.int64), torch.zeros(targets)
+            rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
+            add(f"proximal_step {rows} x {width}", lambda a=(phi, y, w, b, *rest): proximal(*a))
     return out
 
 

@@ -119,7 +119,12 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
 
     if not (_library.triton_available() and _library.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
-    module = {"gram": "gram", "gram_cross": "gram", "cholesky_update": "cholesky", "ridge_solve": "solve"}[op]
+    module = {
+        "gram": "gram",
+        "gram_cross": "gram",
+        "cholesky_update": "cholesky",
+        "ridge_solve": "solve",
+    }.get(op, "proximal")
     launchers = __import__(f"cfl_ops.triton_kernels.{module}", fromlist=["x"])
     monkeypatch.setattr(_tuning, "choose", choose)
     if op == "gram_cross":

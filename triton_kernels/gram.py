@@ -159,6 +159,10 @@ def gram(
     order = width + bias_column
     matrices = batch.numel()
     x3 = x.reshape(matrices, rows, width)
+    # Triton's float64 products cannot start from half precision.
+    narrow = acc_dtype == torch.float64 and x.dtype in (torch.float16, torch.bfloat16)
+    if narrow and (bias_column or y is not None or not _exact_kernel(x)):
+        x3 = x3.float()
     weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
     ones = (
         torch.ones(matrices, rows, dtype=acc_dtype, device=x.device)
@@ -194,6 +198,8 @@ def gram(
         else:
             _launch_gram(x3, weight, gram_out, acc_dtype)
         if bias_column or targets:
+            if y3 is not None and acc_dtype == torch.float64 and y3.dtype in (torch.float16, torch.bfloat16):
+                y3 = y3.float()
             products = _launch_cross(x3, y3, weight, targets, bias_column, num_classes > 0, acc_dtype)
             cross[:, :width] = products[..., :targets]
             if bias_column:

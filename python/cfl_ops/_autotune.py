@@ -101,6 +101,17 @@ def _solve_problems(device: torch.device) -> Iterator[Problem]:
         yield Problem({"max_order": order}, lambda a=a, b=b, lam=lam: solve(a, b, lam, None))  # type: ignore[misc]
 
 
+def _proximal_problems(device: torch.device) -> Iterator[Problem]:
+    step = _library.OPS["proximal_step"].load_triton()
+    rest = (torch.ones((), dtype=torch.float64), None, None, None, "mean", "penalized", "auto")
+    for rows, width, targets in ((32, 2048, 100), (128, 2048, 1000)):
+        phi = torch.randn(rows, width, device=device)
+        labels = torch.randint(targets, (rows,), device=device)
+        weight, bias = torch.randn(targets, width, device=device), torch.randn(targets, device=device)
+        args = (phi, labels, weight, bias, *rest)
+        yield Problem({"max_rows": rows}, lambda args=args: step(*args))  # type: ignore[misc]
+
+
 TUNABLE = {
     "gram": Tunable(_gram_candidates, _gram_problems),
     "gram_cross": Tunable(
@@ -116,6 +127,10 @@ TUNABLE = {
     ),
     "cholesky_update": Tunable(
         lambda: _grid(held=(8192, 16384, 32768), vectors=(16,), num_warps=(4, 8, 16)), _update_problems
+    ),
+    "proximal_step": Tunable(
+        lambda: _grid(TILE_K=(16, 32), TILE_D=(16, 32, 64), num_warps=(4, 8), factor_warps=(2, 4, 8)),
+        _proximal_problems,
     ),
     "ridge_solve": Tunable(lambda: _grid(columns=(32,), num_warps=(1, 2, 4, 8)), _solve_problems),
 }

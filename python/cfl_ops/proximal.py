@@ -288,6 +288,7 @@ PROXIMAL_STEP = define_op(
     fake=_proximal_fake,
     core_dims=_core_dims,
     derivative=Derivative(_proximal_setup_context, _proximal_backward),
+    triton="proximal:proximal_step",
 )
 PROXIMAL_STEP_ = define_op(
     f"proximal_step_(Tensor features, Tensor target, Tensor(a!) weight, Tensor(b!)? bias, {_REST}) -> "
@@ -295,6 +296,7 @@ PROXIMAL_STEP_ = define_op(
     python=_proximal_python_,
     fake=lambda *args: _proximal_fake(*args)[2:],
     core_dims=_core_dims,
+    triton="proximal:proximal_step_",
 )
 
 
