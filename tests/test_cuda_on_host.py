@@ -6,14 +6,17 @@ around it, launchers, kernels, barriers, warp collectives. The results must be t
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import subprocess
+import types
 from pathlib import Path
 
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _codec_cuda, _cuda, _library, codec
+from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc, codec
 
 ROOT = Path(__file__).parent.parent
 CODEC = ("quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
@@ -27,10 +30,17 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
     sources = [
         str(ROOT / "csrc" / "cuda" / name) for name in ("codec.cu", "codec.cpp", "gram.cu", "gram.cpp")
     ]
-    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    command += ["-DCFL_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-ffp-contract=off"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-isystem", str(torch_root / "include")]
-    command += ["-x", "c++", *sources, "-o", str(library), f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+    compile_on_host(
+        *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch_root / "include"), "-x", "c++"),
+        *(*sources, "-o", str(library), f"-L{torch_root / 'lib'}", "-ltorch_cpu"),
+    )
+    torch.ops.load_library(str(library))
+    return _cuda.kernels("native")
+
+
+def compile_on_host(*arguments: str) -> None:
+    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+    command += ["-DCFL_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *arguments]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -39,8 +49,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
         if "_Float16" in error.stderr:
             pytest.skip("needs a g++ that knows _Float16")
         raise AssertionError(error.stderr) from None
-    torch.ops.load_library(str(library))
-    return _cuda.kernels("native")
 
 
 @pytest.fixture
@@ -174,3 +182,105 @@ def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None
         want = (wide if s is None else wide * s[..., None]).mT @ wide
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)
         assert torch.equal(got, got.mT)
+
+
+# --- the launcher for CuPy ----------------------------------------------------------------------------------
+
+GLUE = """
+#include "cuda/codec_kernel.cuh"
+#include "cuda/gram_kernel.cuh"
+#include <utility>
+using namespace cfl::cuda;
+template <class... P, size_t... I>
+int call(void (*kernel)(P...), std::index_sequence<I...>, int64_t blocks, size_t shared, void** args,
+         const size_t* sizes, int count) {
+  constexpr size_t want[] = {sizeof(P)...};
+  if (count != sizeof...(P)) return 1;
+  for (int i = 0; i < count; ++i) if (sizes[i] != want[i]) return 2 + i;
+  on_host::launch(blocks, kThreads, shared, [=] { kernel(*static_cast<P*>(args[I])...); });
+  return 0;
+}
+template <class... P>
+int call(void (*kernel)(P...), int64_t blocks, size_t shared, void** args, const size_t* sizes, int count) {
+  return call(kernel, std::index_sequence_for<P...>(), blocks, shared, args, sizes, count);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def nvrtc(tmp_path_factory: pytest.TempPathFactory):
+    """The launcher for CuPy with a CuPy whose kernels are those of this machine's C++ compiler."""
+    np = pytest.importorskip("numpy")
+    names = _nvrtc.names()
+    text = GLUE
+    for i, name in enumerate(names):
+        plain = name.replace("cfl::cuda::uint", "uint")
+        text += f"""extern "C" int call_{i}(int64_t blocks, size_t shared, void** args, const size_t* sizes,
+                        int count) {{
+  return call(&{plain}, blocks, shared, args, sizes, count);
+}}
+"""
+    folder = tmp_path_factory.mktemp("nvrtc")
+    (folder / "glue.cpp").write_text(text)
+    compile_on_host(str(folder / "glue.cpp"), "-o", str(folder / "libglue.so"))
+    glue = ctypes.CDLL(str(folder / "libglue.so"))
+
+    class Function:
+        def __init__(self, name: str) -> None:
+            self.call = getattr(glue, f"call_{names.index(name)}")
+            self.max_dynamic_shared_size_bytes = 48 << 10
+
+        def __call__(self, grid, block, args, *, shared_mem: int) -> None:
+            assert block == (256,)
+            assert 0 <= shared_mem <= self.max_dynamic_shared_size_bytes
+            assert all(isinstance(a, np.generic) for a in args)
+            held = [np.array(a) for a in args]
+            pointers = (ctypes.c_void_p * len(held))(*(a.ctypes.data for a in held))
+            sizes = (ctypes.c_size_t * len(held))(*(a.nbytes for a in held))
+            code = self.call(ctypes.c_int64(grid[0]), ctypes.c_size_t(shared_mem), pointers, sizes, len(held))
+            assert code == 0, f"{code}: wrong number of arguments (1) or size of argument {code - 2}"
+
+    nothing = contextlib.nullcontext
+    cuda = types.SimpleNamespace(
+        Device=lambda index: nothing(), Stream=types.SimpleNamespace(from_external=lambda stream: nothing())
+    )
+    kernels = _nvrtc.Nvrtc.__new__(_nvrtc.Nvrtc)
+    kernels.cupy, kernels.numpy = types.SimpleNamespace(cuda=cuda), np
+    kernels.__dict__["module"] = types.SimpleNamespace(get_function=Function)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_nvrtc, "_current_stream", lambda device: None)
+        yield kernels
+
+
+@pytest.mark.parametrize("name", ["one", "normal8", "normal10", "uniform16"])
+def test_cupys_launcher_gives_the_payload_of_the_cpu(nvrtc, name: str) -> None:
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 3)
+    got = _codec_cuda.huffman_encode(nvrtc, symbols, [n], 12, 3)
+    assert torch.equal(got, want)
+    out = torch.empty(n - n // 3, dtype=symbols.dtype)
+    assert int(_codec_cuda.huffman_decode_(nvrtc, got[3:], out, n // 3)) == 0
+    assert torch.equal(out, symbols[n // 3 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cupys_launcher_quantises_decodes_and_sums_as_the_cpu(nvrtc, dtype: torch.dtype) -> None:
+    for bits in (5, 10, 14):
+        w = torch.randn(3, 500).to(dtype)
+        symbols, low, high, counts, info = codec.QUANTIZE(w, bits, True)
+        for a, b in zip(
+            _codec_cuda.quantize(nvrtc, w, bits, True), (symbols, low, high, counts, info), strict=True
+        ):
+            assert torch.equal(a, b)
+        want = codec.DEQUANTIZE(symbols, low, high, bits)
+        assert torch.equal(_codec_cuda.dequantize(nvrtc, symbols, low, high, bits), want)
+        payload, out = codec.HUFFMAN_ENCODE(symbols, [3, 500], 10, 0), torch.empty(1500, dtype=dtype)
+        assert int(_codec_cuda.decompress_(nvrtc, payload, low, high, bits, 500, out, 0)) == 0
+        assert torch.equal(out, want.flatten())
+    x, s = torch.randn(2, 40, 70).to(dtype), torch.rand(2, 40, dtype=torch.float64)
+    for weight in (None, s):
+        got = _cuda.exact_gram(nvrtc, x, weight)
+        wide = x.double()
+        want = (wide if weight is None else wide * weight[..., None]).mT @ wide
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)

@@ -56,6 +56,10 @@ def qualified(name: str) -> str:
     return f"cfl::cuda::{head}<{', '.join(types)}>"
 
 
+def _current_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.current_stream(device)
+
+
 class Nvrtc:
     """The same calls as :class:`cfl_ops._cuda.Native`."""
 
@@ -77,7 +81,11 @@ class Nvrtc:
             function = self.module.get_function(qualified(name))
             if shared > 32 << 10:
                 function.max_dynamic_shared_size_bytes = shared
-            stream = self.cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+            current = _current_stream(device)
+            if hasattr(current, "__cuda_stream__") or current is None:
+                stream = self.cupy.cuda.Stream.from_external(current)
+            else:  # an older torch
+                stream = self.cupy.cuda.ExternalStream(current.cuda_stream, device.index)
             plain = [
                 np.uint64(0 if a is None else a.data_ptr()) if a is None or isinstance(a, Tensor) else a
                 for a in arguments
