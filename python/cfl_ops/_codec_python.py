@@ -7,6 +7,7 @@ chunks after one another, so the Python loop runs over nodes and not over symbol
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -155,7 +156,13 @@ class Tree:
 
 
 def build_tree(lengths: list[int]) -> Tree:
-    """The tree of a complete set of code lengths.
+    """The tree of a complete set of code lengths (not to be changed: one payload's header asks for it twice)."""
+    return _build_tree(bytes(lengths))
+
+
+@functools.lru_cache(maxsize=16)
+def _build_tree(lengths: bytes) -> Tree:
+    """Build it.
 
     The symbols of each length are cut, in order, into runs of powers of two from the largest down. A run of
     2^k symbols of length l is a leaf at depth l - k. Leaves take their places from left to right by depth.
