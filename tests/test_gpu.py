@@ -127,3 +127,68 @@ def test_quantize_is_captured_in_a_cuda_graph() -> None:
     assert torch.equal(captured.symbols.cpu(), want.symbols)
     assert torch.equal(captured.histogram.cpu(), want.histogram)
     assert not info.any()
+
+
+def captured(call):
+    """The result of a replay of the call's graph, into which ``fresh`` data may be copied before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def spd(*batch: int, n: int = 12) -> torch.Tensor:
+    a = torch.randn(*batch, n, n)
+    return (a @ a.mT + torch.eye(n)).cuda()
+
+
+# Each public _ex form, of one matrix and of a batch.
+EX = {
+    "ridge_solve_ex": lambda a, x: cfl_ops.ridge_solve_ex(a, x[..., :12, :], 0.1),
+    "cholesky_update_ex": lambda a, x: cfl_ops.cholesky_update_ex(
+        torch.linalg.cholesky_ex(a)[0], x[..., :12, :]
+    ),
+    "safe_cholesky_ex": lambda a, x: cfl_ops.safe_cholesky_ex(a),
+    "spd_inverse_ex": lambda a, x: cfl_ops.spd_inverse_ex(a),
+    "lstsq_ex": lambda a, x: cfl_ops.lstsq_ex(x, x[..., :1]),
+    "pinv_ex": lambda a, x: cfl_ops.pinv_ex(x),
+    "quantize_ex": lambda a, x: cfl_ops.quantize_ex(x, 8, per="row"),
+    "proximal_step_ex": lambda a, x: cfl_ops.proximal_step_ex(x, x[..., :2], x[..., :2, :] * 0, lam=0.3),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+@pytest.mark.parametrize("name", EX)
+def test_every_ex_form_is_captured_in_a_cuda_graph(name: str, batch: tuple[int, ...]) -> None:
+    a, x = spd(*batch), torch.randn(*batch, 40, 6).cuda()
+    graph, out = captured(lambda: EX[name](a, x))
+    a.copy_(spd(*batch))
+    x.normal_()
+    graph.replay()
+    want = EX[name](a, x)
+    leaves, expected = torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(want)
+    for got, value in zip(leaves, expected, strict=True):
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(got, value, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["gram", "proximal", "ridge_solve"])
+def test_compiled_with_dynamic_shapes(op: str) -> None:
+    def call(x: torch.Tensor, y: torch.Tensor) -> object:
+        if op == "gram":
+            return cfl_ops.gram(x, y, bias_column=True).gram
+        if op == "proximal":
+            return cfl_ops.proximal_step_ex(x, y, y.new_zeros(3, 24), lam=0.5)[0].weight
+        m = cfl_ops.gram(x, y)
+        return cfl_ops.ridge_solve_ex(m.gram, m.cross, 0.1)[0]
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    for rows in (9, 16, 21):
+        x, y = torch.randn(rows, 24).cuda(), torch.randn(rows, 3).cuda()
+        torch.testing.assert_close(compiled(x, y), call(x, y))

@@ -15,7 +15,7 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStre
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStream_t stream,
                    A... args) {
-  if (shared > 32 << 10) {  // more than 48 KB, with the static part, must be asked for
+  if (shared > 24 << 10) {  // more than 48 KB, with the static part, must be asked for
     int device = 0, largest = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;

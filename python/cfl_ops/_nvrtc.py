@@ -79,7 +79,7 @@ class Nvrtc:
         np = self.numpy
         with self.cupy.cuda.Device(device.index):
             function = self.module.get_function(qualified(name))
-            if shared > 32 << 10:
+            if shared > 24 << 10:  # more than 48 KB, with the static part, must be asked for
                 function.max_dynamic_shared_size_bytes = shared
             current = _current_stream(device)
             if hasattr(current, "__cuda_stream__") or current is None:

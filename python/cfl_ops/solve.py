@@ -32,6 +32,15 @@ def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.where(before, first, info)
 
 
+def cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
+    """(L L^T)^-1 right. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture."""
+    if right.is_cpu:
+        return torch.cholesky_solve(right, factor)
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
+
+
 def on_device(lam: Tensor, like: Tensor) -> Tensor:
     """A penalty in float64 where ``like`` is. One on the CPU comes as a kernel's argument: a copy would wait."""
     if lam.device == like.device:
@@ -53,7 +62,7 @@ def _ridge_solve_python(
     lower = gram.to(torch.float64).tril()
     factor, info = _factor(lower + lower.tril(-1).mT + torch.diag_embed(shift))
     info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
-    solution = torch.cholesky_solve(cross.to(torch.float64), factor)
+    solution = cholesky_solve(cross.to(torch.float64), factor)
     return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
 
 
