@@ -118,7 +118,10 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         add(f"gram {name} classes, bias", lambda x=x, y=labels, acc=acc: gram(x, y, None, True, 10, acc))
         add(f"gram {name} weighted", lambda x=x, y=y, s=s, acc=acc: gram(x, y, s, False, 0, acc))
 
-        if acc == torch.float32:  # float64 sums of narrower features
+        if acc == torch.float32:
+            other = torch.zeros(4096, 3, dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
+            add(f"gram {name}, other targets", lambda x=x, y=other: gram(x, y, None, True, 0, torch.float32))
+            # float64 sums of narrower features
             x, y = torch.zeros(512, 96, dtype=dtype), torch.zeros(512, 3, dtype=dtype)
             add(f"gram {name}, float64 sums", lambda x=x, y=y: gram(x, y, None, True, 0, torch.float64))
 
@@ -145,6 +148,9 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             y, b = torch.zeros(rows, dtype=torch.int64), torch.zeros(targets)
             rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
             add(f"proximal_step {rows} x {width}", lambda a=(phi, y, w, b, *rest): proximal(*a))
+            dense = torch.zeros(rows, targets, dtype=torch.bfloat16)
+            narrow = (phi, dense, w.bfloat16(), None, *rest)
+            add(f"proximal_step {rows} x {width}, bfloat16 weight and targets", lambda a=narrow: proximal(*a))
     return out
 
 

@@ -22,8 +22,8 @@ QUICK, ALL = ("sm_90", "sm_120"), ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
 @pytest.mark.parametrize(
     "architectures", [pytest.param(QUICK, id="quick"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
 )
-def test_triton_kernels_compile_without_spills(architectures: tuple[str, ...]) -> None:
-    """Each within the shared memory that the card has: 99 KB on consumer cards."""
+def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
+    """Within the shared memory that the card has (99 KB on consumer cards), and a few spilled registers at most."""
     if not _library.triton_available():
         pytest.skip("triton is not installed")
     pytest.importorskip("triton.backends.nvidia")
@@ -35,7 +35,7 @@ def test_triton_kernels_compile_without_spills(architectures: tuple[str, ...]) -
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["architecture"] for line in lines} == set(architectures)
     bad = [
-        line for line in lines if "error" in line or line["stack"] > 16 or line["shared"] > line["allowed"]
+        line for line in lines if "error" in line or line["stack"] > 32 or line["shared"] > line["allowed"]
     ]
     assert not bad, "\n".join(map(str, bad))
 

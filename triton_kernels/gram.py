@@ -275,7 +275,10 @@ def _launch_cross(
 ) -> Tensor:
     """X^T S [Y 1], with float32's accuracy whatever the precision of products is set to."""
     matrices, rows, width = x.shape
-    kind = _kind(x, weight, acc_dtype).replace("tf32", "tf32x3").replace("x3x3", "x3")
+    kind = _kind(x, weight, acc_dtype)
+    mixed = y is not None and not classes and y.dtype != x.dtype
+    if kind == "tf32" or (kind == "half" and mixed):
+        kind = "tf32x3"
     columns = targets + ones
     use = dict(_tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
     programs = triton.cdiv(width, use["TILE"]) * triton.cdiv(columns, use["TILE_K"])
