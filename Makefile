@@ -54,8 +54,9 @@ test-slow: $(VENV)/.test ## the long tests: streams of 10^6 updates, a thousand 
 bench: $(VENV)/.test ## ratios to the strongest peers, with FLOP and byte floors
 	$(BIN)/python -m pytest benches -q --benchmark-disable-gc --timeout 3600 $(BENCH_ARGS)
 
-bench-gpu: ## the GPU benches, with the Python that holds the CUDA torch (PYTHON=...)
-	$(PYTHON) -m pytest benches -q -m gpu $(BENCH_ARGS)
+bench-gpu: ## ceilings, each op over its floor and its peers, T1; with the Python that holds the CUDA torch (PYTHON=...)
+	$(PYTHON) benches/gpu_table.py $(BENCH_ARGS)
+	$(PYTHON) benches/paper/t1_gpu.py $(T1_ARGS)
 
 gpu-check: ## on a CUDA machine, no network: build against its torch, GPU tests, sanitizer, GPU benches
 	PYTHON=$(PYTHON) bash benches/gpu_check.sh

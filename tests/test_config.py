@@ -58,7 +58,7 @@ def test_a_backend_that_cannot_serve_raises_when_called() -> None:
 
 def test_an_unknown_backend_raises_at_import() -> None:
     error = run("import cfl_ops", CFL_OPS_BACKEND="cuda").stderr
-    assert "backend must be one of python, triton, native, but got 'cuda'" in error
+    assert "backend must be one of python, triton, native, nvrtc, but got 'cuda'" in error
 
 
 def test_import_needs_torch_alone() -> None:

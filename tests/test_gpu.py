@@ -27,11 +27,13 @@ def on_gpu(args):
     return [a.cuda() if isinstance(a, torch.Tensor) and a.ndim else a for a in args]
 
 
-@pytest.fixture(params=["automatic", "native", "triton", "python"])
+@pytest.fixture(params=["automatic", "native", "triton", "nvrtc", "python"])
 def gpu_backend(request: pytest.FixtureRequest):
     name = None if request.param == "automatic" else request.param
     if name == "native" and not cfl_ops._library.extension_available():
         pytest.skip("the extension is not installed")
+    if name == "nvrtc" and not cfl_ops._cuda.nvrtc_available():
+        pytest.skip("cupy is not installed")
     with cfl_ops.config.use_backend(name):
         yield name
 
@@ -66,3 +68,127 @@ def test_ex_form_is_captured_in_a_cuda_graph(rows: int) -> None:
     want, _ = step()
     assert int(info) == 0
     torch.testing.assert_close(captured.weight, want.weight)
+
+
+def symbols_of(kind: str) -> torch.Tensor:
+    if kind == "one symbol":
+        return torch.full((70000,), 3, dtype=torch.uint8)
+    if kind == "uint16":
+        return (torch.randn(3, 50001) * 80 + 512).clamp(0, 1023).to(torch.uint16)
+    if kind == "all 65,536":
+        return torch.randint(65536, (200000,), dtype=torch.int32).to(torch.uint16)
+    return (torch.randn(1000003) * 20 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "one symbol", "all 65,536"])
+def test_cpu_and_gpu_read_each_others_payloads(kind: str, gpu_backend) -> None:
+    if gpu_backend and cfl_ops.config.backend_of("huffman_encode", "cuda") != gpu_backend:
+        pytest.skip(f"huffman_encode has no {gpu_backend} kernel for CUDA")
+    symbols = symbols_of(kind)
+    with cfl_ops.config.use_backend(None):
+        want = cfl_ops.huffman_encode(symbols)
+    payload = cfl_ops.huffman_encode(symbols.cuda())
+    assert torch.equal(payload.cpu(), want)
+    assert torch.equal(cfl_ops.huffman_decode(want.cuda()).cpu(), symbols)
+    n = symbols.numel()
+    part = cfl_ops.huffman_decode(payload, start=n // 3, stop=n - 5)
+    assert torch.equal(part.cpu(), symbols.flatten()[n // 3 : n - 5])
+    for at in (0, 30, 45, want.numel() // 2, want.numel() - 1):
+        damaged = payload.clone()
+        damaged[at] ^= 4
+        with pytest.raises(cfl_ops.CorruptDataError):
+            cfl_ops.huffman_decode(damaged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 10, "per": "row"}, {"bits": 6, "per": "block", "block_size": 64}]
+)
+def test_cpu_and_gpu_read_each_others_blobs(dtype, options, gpu_backend) -> None:
+    if gpu_backend and cfl_ops.config.backend_of("quantize", "cuda") != gpu_backend:
+        pytest.skip(f"quantize has no {gpu_backend} kernel for CUDA")
+    w = (torch.randn(300, 1001) * 0.05).to(dtype)
+    with cfl_ops.config.use_backend(None):
+        blob = cfl_ops.compress(w, **options)
+        want = cfl_ops.decompress(blob)
+    assert torch.equal(cfl_ops.compress(w.cuda(), **options).cpu(), blob)
+    assert torch.equal(cfl_ops.decompress(blob.cuda()).cpu(), want)
+
+
+def test_quantize_is_captured_in_a_cuda_graph() -> None:
+    w = torch.randn(7, 5000).cuda()
+    cfl_ops.quantize_ex(w, 8, per="row", histogram=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, info = cfl_ops.quantize_ex(w, 8, per="row", histogram=True)
+    w.normal_()
+    graph.replay()
+    want = cfl_ops.quantize(w.cpu(), 8, per="row", histogram=True)
+    assert torch.equal(captured.symbols.cpu(), want.symbols)
+    assert torch.equal(captured.histogram.cpu(), want.histogram)
+    assert not info.any()
+
+
+def captured(call):
+    """The result of a replay of the call's graph, into which ``fresh`` data may be copied before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def spd(*batch: int, n: int = 12) -> torch.Tensor:
+    a = torch.randn(*batch, n, n)
+    return (a @ a.mT + torch.eye(n)).cuda()
+
+
+# Each public _ex form, of one matrix and of a batch.
+EX = {
+    "ridge_solve_ex": lambda a, x: cfl_ops.ridge_solve_ex(a, x[..., :12, :], 0.1),
+    "cholesky_update_ex": lambda a, x: cfl_ops.cholesky_update_ex(
+        torch.linalg.cholesky_ex(a)[0], x[..., :12, :]
+    ),
+    "safe_cholesky_ex": lambda a, x: cfl_ops.safe_cholesky_ex(a),
+    "spd_inverse_ex": lambda a, x: cfl_ops.spd_inverse_ex(a),
+    "lstsq_ex": lambda a, x: cfl_ops.lstsq_ex(x, x[..., :1]),
+    "pinv_ex": lambda a, x: cfl_ops.pinv_ex(x),
+    "quantize_ex": lambda a, x: cfl_ops.quantize_ex(x, 8, per="row"),
+    "proximal_step_ex": lambda a, x: cfl_ops.proximal_step_ex(x, x[..., :2], x[..., :2, :] * 0, lam=0.3),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+@pytest.mark.parametrize("name", EX)
+def test_every_ex_form_is_captured_in_a_cuda_graph(name: str, batch: tuple[int, ...]) -> None:
+    a, x = spd(*batch), torch.randn(*batch, 40, 6).cuda()
+    graph, out = captured(lambda: EX[name](a, x))
+    a.copy_(spd(*batch))
+    x.normal_()
+    graph.replay()
+    want = EX[name](a, x)
+    leaves, expected = torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(want)
+    for got, value in zip(leaves, expected, strict=True):
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(got, value, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["gram", "proximal", "ridge_solve"])
+def test_compiled_with_dynamic_shapes(op: str) -> None:
+    def call(x: torch.Tensor, y: torch.Tensor) -> object:
+        if op == "gram":
+            return cfl_ops.gram(x, y, bias_column=True).gram
+        if op == "proximal":
+            return cfl_ops.proximal_step_ex(x, y, y.new_zeros(3, 24), lam=0.5)[0].weight
+        m = cfl_ops.gram(x, y)
+        return cfl_ops.ridge_solve_ex(m.gram, m.cross, 0.1)[0]
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    for rows in (9, 16, 21):
+        x, y = torch.randn(rows, 24).cuda(), torch.randn(rows, 3).cuda()
+        torch.testing.assert_close(compiled(x, y), call(x, y))

@@ -7,6 +7,7 @@ import io
 import cfl_ops
 import pytest
 import torch
+from cfl_ops import _library
 
 OPS = ("gram",)
 
@@ -153,3 +154,29 @@ def test_two_threads_give_the_same_bits_every_time() -> None:
         assert ((first.gram - want).abs() <= bound).all()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_triton_takes_half_precision_as_it_is(
+    bias: bool, classes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensor cores' path for float16, which the interpreter can run (bfloat16 it cannot)."""
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    from cfl_ops.triton_kernels import gram as launchers
+
+    monkeypatch.setattr(launchers, "INTERPRETED", False)
+    x = torch.randn(2, 300, 70).half()
+    y = torch.randint(5, (2, 300)) if classes else torch.randn(2, 300, 5).half()
+    options = {"bias_column": bias, "num_classes": 5 if classes else None}
+    want = cfl_ops.gram(x.double(), y if classes else y.double(), **options)
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        with cfl_ops.config.use_backend("triton"):
+            got = cfl_ops.gram(x, y, **options)
+            single = cfl_ops.gram(x.float(), y if classes else y.float(), **options)
+        for moments in (got, single):
+            torch.testing.assert_close(moments.gram.double(), want.gram, rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(moments.cross.double(), want.cross, rtol=1e-5, atol=1e-3)
+            assert torch.equal(moments.gram, moments.gram.mT)

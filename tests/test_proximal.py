@@ -8,6 +8,7 @@ import re
 import cfl_ops
 import pytest
 import torch
+from cfl_ops import _library
 from torch.nn import functional as F
 
 OPS = ("proximal_step", "proximal_step_")
@@ -312,3 +313,44 @@ def test_plan_tells_the_method() -> None:
     assert plan(4096, 128, 100)["side"] == "primal"
     assert plan(1024, 1024, 100)["cg_iterations"] == 0
     assert plan(20000, 20000, 4)["cg_iterations"] >= 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "targets"), [(33, 100, 70), (128, 160, 5), (17, 400, 33)])
+def test_triton_kernels_of_the_whole_head(rows: int, width: int, targets: int, dtype: torch.dtype) -> None:
+    """Several panels, tiles and splits; the native op in float64 is the oracle."""
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    features, labels = torch.randn(2, rows, width).relu().to(dtype), torch.randint(targets, (2, rows))
+    weight, bias = torch.randn(2, targets, width), torch.randn(2, targets)
+    lam = torch.tensor([0.3, 1e-3], dtype=torch.float64)
+    wide = (features.double(), labels, weight.double(), bias.double())
+    want = cfl_ops.proximal_step(*wide, lam=lam, ridge=0.01)
+    with cfl_ops.config.use_backend("triton"):
+        got = cfl_ops.proximal_step(features, labels, weight, bias, lam=lam, ridge=0.01)
+        held = weight.mT.contiguous().mT
+        loss, grad = cfl_ops.proximal_step_(features, labels, held, bias.clone(), lam=lam, ridge=0.01)
+    for value, expected in zip(got, want, strict=True):
+        tolerance = 2.0**-7 if value.dtype == torch.bfloat16 else 1e-4
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance * scale)
+    assert torch.equal(held, got.weight)
+    assert torch.equal(loss, got.loss)
+    assert torch.equal(grad, got.grad_features)
+
+
+def test_triton_leaves_the_head_as_it_was_where_a_step_fails() -> None:
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    features = torch.randn(3, 5, 9)
+    features[1, 1] = features[1, 0]  # singular without a penalty
+    features[2, 0, 0] = torch.nan
+    weight = torch.randn(3, 2, 9)
+    labels = torch.zeros(3, 5, dtype=torch.int64)
+    with cfl_ops.config.use_backend("triton"):
+        step, info = cfl_ops.proximal_step_ex(features, labels, weight, lam=0.0)
+    assert info.tolist() == [0, 2, -1]
+    assert torch.equal(step.weight[1:], weight[1:])
+    assert not torch.equal(step.weight[0], weight[0])
+    assert step.loss.isnan().tolist() == [False, True, True]
+    assert not step.grad_features[1:].any()

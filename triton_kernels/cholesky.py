@@ -11,14 +11,14 @@ import math
 import torch
 import triton
 import triton.language as tl
+from cfl_ops import _tuning
 from cfl_ops.cholesky import BAD_L, BAD_V, LOST_PIVOT, _update_python
 from torch import Tensor
 
 __all__ = ["cholesky_update", "cholesky_update_"]
 
-# Entries of V that one program holds in registers; more vectors than fit take turns.
-MOST_HELD = 16384
-MOST_VECTORS = 16
+MOST_ROWS = 16384
+"""One program holds a row of V in registers for each row of L."""
 
 
 @triton.jit
@@ -76,14 +76,16 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[T
     """The launcher: the arguments and results of the op ``cfl_ops::cholesky_update``."""
     batch, order, rank = L.shape[:-2], L.shape[-1], V.shape[-1]
     block = triton.next_power_of_2(max(order, 16))
-    if block > MOST_HELD:
+    if block > MOST_ROWS:
         return _update_python(L, V, alpha, decay)
     matrices = batch.numel()
     old = L.tril()
     columns = (old * math.sqrt(decay)).mT.contiguous()  # a column is what a program reads at a time
     vectors = (V * math.sqrt(abs(alpha))).reshape(matrices, order, rank)
     info = torch.zeros(matrices, dtype=torch.int32, device=L.device)
-    held = max(1, min(MOST_VECTORS, MOST_HELD // block))
+    use = _tuning.choose("cholesky_update", L.device, order=order, element=L.element_size())
+    # Entries of V that fit the registers; more vectors than that take turns.
+    held = max(1, min(use["vectors"], use["held"] // block))
     for begin in range(0, rank, held):
         chunk = vectors[..., begin : begin + held].contiguous()
         width = chunk.shape[-1]
@@ -91,7 +93,7 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[T
             _update_kernel[(matrices,)](
                 columns, chunk, info, order, width, LOST_PIVOT * torch.finfo(L.dtype).eps,
                 DOWN=alpha < 0, BLOCK=block, RANK=triton.next_power_of_2(width),
-                num_warps=4 if block <= 1024 else 8,
+                num_warps=use["num_warps"],
             )  # fmt: skip
     info = info.reshape(batch)
     info = torch.where(old.isfinite().flatten(-2).all(-1), info, BAD_L)

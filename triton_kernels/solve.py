@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python
+from cfl_ops import _tuning
+from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python, on_device
 from torch import Tensor
 
 __all__ = ["ridge_solve"]
 
 LARGEST = 64  # above, torch's batched factorisation takes over
-COLUMNS = 32  # right sides to a program
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:
         return _ridge_solve_python(gram, cross, lam, lam_diag)
-    shift = lam.to(gram.device, torch.float64).expand(batch).unsqueeze(-1)
+    shift = on_device(lam, gram).expand(batch).unsqueeze(-1)
     good = (shift >= 0) & shift.isfinite()
     if lam_diag is not None:
         good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
@@ -81,10 +81,11 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     working = torch.promote_types(dtype, torch.float32)  # the interpreter cannot store bfloat16
     solution = torch.empty(cross.shape, dtype=working, device=gram.device)
     info = torch.empty(batch, dtype=torch.int32, device=gram.device)
-    width = min(COLUMNS, triton.next_power_of_2(columns))
+    use = _tuning.choose("ridge_solve", gram.device, order=order, columns=columns)
+    width = min(use["columns"], triton.next_power_of_2(columns))
     _solve_kernel[(info.numel(), triton.cdiv(columns, width))](
         gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, info, order, columns,
         order * torch.finfo(torch.float64).eps,
-        ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=1 if order <= 16 else 4,
+        ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],
     )  # fmt: skip
     return solution.to(dtype), torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)

@@ -20,9 +20,10 @@ from typing import Annotated
 import torch
 import typer
 from cfl_ops.learn import ClosedFormLinear
+from resnet import resnet18
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 CLASSES = 100
@@ -32,38 +33,6 @@ PAPER = {  # ResNet-18, targets.md T1
     1024: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.92, 0.93, 0.92, 0.92, 0.89, 0.84), strict=True)),
     4096: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.89, 0.88, 0.87, 0.90, 0.89, 0.88), strict=True)),
 }
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + self.skip(x))
-
-
-def resnet18(width: int, features: int) -> nn.Sequential:
-    """For 32 x 32 images; another number of features than 8 x width comes from a linear layer and a ReLU."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    inputs = width
-    for stage, stride in enumerate((1, 2, 2, 2)):
-        outputs = width * 2**stage
-        layers += [Block(inputs, outputs, stride), Block(outputs, outputs, 1)]
-        inputs = outputs
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    if inputs != features:
-        layers += [nn.Linear(inputs, features), nn.ReLU()]
-    return nn.Sequential(*layers)
 
 
 def steps(rows: int, features: int, width: int) -> tuple[Callable[[], None], Callable[[], None]]:

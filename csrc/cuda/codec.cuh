@@ -1,70 +1,67 @@
-// Launchers of the codec's CUDA kernels: raw pointers only, so that nvcc sees no torch header. They
-// read and write the chunks of docs/format.md (pivot layout), the same bytes as the CPU's.
+// Launchers of the codec's CUDA kernels (codec_kernel.cuh): raw pointers only, so that nvcc sees no
+// torch header. python/cfl_ops/_cuda.py calls them in the right order.
 //
-// Compile-checked on every build; never run on a GPU so far.
+// Their bytes are checked on the CPU, by kernels that run as fibers (tests/test_cuda_on_host.py),
+// and they compile on every build; never run on a GPU so far.
 #pragma once
 
+#if defined(CFL_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
 #include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
 
 namespace cfl::cuda {
 
-// As cfl::codec::Node, with the subtree's first rank; in pre-order, the left child follows its
-// parent.
-struct CodecNode {
-  int32_t right;  // inner node: index of the right child; leaf: 0
-  int32_t first;  // inner node: rank of the right child's first symbol; leaf: of its own
-  int32_t bits;   // leaf: it holds 2^bits symbols
-};
+struct Affine;
+enum class Float : int { kF16, kBF16, kF32, kF64 };
 
-struct CodecTree {  // in device memory
-  const CodecNode* nodes;
-  int32_t count;  // at most kMaxCodecNodes
-  int32_t depth;
-  const uint16_t* symbol;  // by rank
-  const uint16_t* rank;    // by symbol
-  int32_t longest;         // code, in bits
-};
-constexpr int kMaxCodecNodes = 1024;
-
-// counts[0..alphabet) += the counts of n symbols of 1 or 2 bytes.
+// counts[0..alphabet) += the counts of the first `block` symbols of every `step`.
 cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int alphabet,
-                            unsigned long long* counts, cudaStream_t stream);
+                            int64_t block, int64_t step, unsigned long long* counts,
+                            cudaStream_t stream);
 
-struct CodecEncodeArgs {
-  CodecTree tree;
-  const void* symbols;
-  int symbol_size;
-  int64_t n;
-  int chunk_log2;       // at most 16
-  uint32_t* slots;      // zeroed; chunk c writes to slots + c * slot_words
-  int64_t slot_words;   // at least ceil(chunk * longest / 32) + 1
-  uint16_t* scratch;    // 4 * chunk for each chunk
-  uint32_t* sizes;      // bytes of each chunk, out
-  uint32_t* checksums;  // CRC-32 of each chunk, out
-};
-// Chunks into their slots; the caller sums up the sizes and calls codec_gather.
-cudaError_t codec_encode(const CodecEncodeArgs& args, cudaStream_t stream);
-// Copies the chunks from their slots to offsets[c] of `out`.
+// See codec_encode_kernel.
+cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
+                         const int32_t* tree, int nodes, int leaves, const uint32_t* crc_tables,
+                         uint32_t* slots, int64_t slot_words, int staged_words, uint32_t* entries,
+                         cudaStream_t stream);
 cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chunks,
-                         const uint32_t* sizes, const int64_t* offsets, uint8_t* out,
+                         const uint32_t* entries, const int64_t* offsets, uint8_t* out,
                          cudaStream_t stream);
 
+// ends and bad: scratch, 2 and 1 for each group and part of kPart weights.
+cudaError_t codec_range(const void* weights, Float dtype, int64_t groups, int64_t size, int levels,
+                        double* ends, int64_t* bad, void* minimum, void* maximum, int64_t* info,
+                        Affine* affine, cudaStream_t stream);
+cudaError_t codec_affine(const void* minimum, const void* maximum, Float dtype, int64_t groups,
+                         int levels, Affine* affine, cudaStream_t stream);
+cudaError_t codec_quantize(const void* weights, Float dtype, int64_t groups, int64_t size,
+                           const Affine* affine, const int64_t* info, int levels, void* symbols,
+                           int symbol_size, unsigned long long* counts, cudaStream_t stream);
+cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, int64_t size,
+                             const Affine* affine, void* weights, Float dtype, cudaStream_t stream);
+
 struct CodecDecodeArgs {
-  CodecTree tree;
-  const uint8_t* data;  // the chunks; each is read as aligned words, 16 bytes past its end at most
-  const int64_t* offsets;  // of each chunk in data
-  const uint32_t* sizes;   // in bytes
-  const uint32_t* checksums;
-  int64_t n;
+  const uint8_t* payload;  // each chunk is read as aligned words: up to 3 bytes before and after it
+  const uint32_t* entries;  // bytes and checksum of each chunk
+  const int64_t* offsets;
+  int64_t chunks, n;
   int chunk_log2;
-  int64_t largest;  // of the sizes
-  int symbol_size;  // of out, unless weights != null
+  int64_t first_chunk;
+  const int32_t* tree;
+  int nodes;
+  const uint32_t* crc_tables;
+  const Affine* affine;  // or null: out takes symbols of symbol_size bytes
+  int64_t group_size;
+  int64_t start, count;
   void* out;
-  float* weights;  // or: decode to float32 with one range for all
-  float origin, step;
-  unsigned long long* bad;  // the smallest number of a bad chunk (initially all ones)
+  int symbol_size;
+  Float dtype;
+  int64_t largest;  // chunk, in bytes
+  unsigned long long* bad;
 };
 // cudaErrorInvalidValue where a chunk needs more shared memory than a block can have.
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream);

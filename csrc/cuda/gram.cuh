@@ -1,19 +1,22 @@
-// Launchers of the CUDA Gram kernels: raw pointers only, so that nvcc sees no torch header.
+// The launcher of gram_kernel.cuh: raw pointers only, so that nvcc sees no torch header.
 #pragma once
 
+#if defined(CFL_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
 #include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
 
 namespace cfl::cuda {
 
-enum class DType : int { kF16, kBF16, kF32, kF64 };
+enum class GramInput : int { kF16, kBF16, kF32, kF64 };
 
-// gram (D, D) = sum_b s_b x_b x_b^T in float64, exactly symmetric, for each of `batch` matrices.
-// x has the element strides given; weight (rows) is float64 and may be null.
+// For each of `batch` matrices; see exact_gram_kernel.
 struct ExactGramArgs {
   const void* x;
-  DType dtype;
+  GramInput dtype;
   int64_t batch, rows, cols;
   int64_t x_batch_stride, x_row_stride, x_col_stride;
   const double* weight;

@@ -58,7 +58,7 @@ from .solve import ridge_solve, ridge_solve_ex
 
 _library.load_backends()
 
-from . import config, learn
+from . import arrays, config, learn
 
 __all__ = [
     "CorruptDataError",
@@ -73,6 +73,7 @@ __all__ = [
     "SafeCholesky",
     "__version__",
     "allocate_bits",
+    "arrays",
     "cholesky_append",
     "cholesky_append_ex",
     "cholesky_delete",

@@ -1,4 +1,4 @@
-"""``python -m cfl_ops demo`` and ``python -m cfl_ops info``."""
+"""``python -m cfl_ops demo``, ``info`` and ``autotune``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 USAGE = """usage: python -m cfl_ops COMMAND
 
-  demo   train closed-form heads and their rivals on real data, and write a report (demo --help)
-  info   print versions, instruction set, and which backend serves which op
+  demo      train closed-form heads and their rivals on real data, and write a report (demo --help)
+  info      print versions, instruction set, and which backend serves which op
+  autotune  time the GPU kernels' tile sizes on this card and keep the fastest (autotune --help)
 """
 
 
@@ -19,6 +20,10 @@ def main(arguments: Sequence[str]) -> int:
         from . import demo
 
         return demo.main(rest)
+    if command == "autotune":
+        from . import _autotune
+
+        return _autotune.main(rest)
     if command == "info" and not rest:
         from . import config
 

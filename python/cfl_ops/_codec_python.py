@@ -7,6 +7,7 @@ chunks after one another, so the Python loop runs over nodes and not over symbol
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -156,7 +157,13 @@ class Tree:
 
 
 def build_tree(lengths: list[int]) -> Tree:
-    """The tree of a complete set of code lengths.
+    """The tree of a complete set of code lengths (not to be changed: one payload's header asks for it twice)."""
+    return _build_tree(bytes(lengths))
+
+
+@functools.lru_cache(maxsize=16)
+def _build_tree(lengths: bytes) -> Tree:
+    """Build it.
 
     The symbols of each length are cut, in order, into runs of powers of two from the largest down. A run of
     2^k symbols of length l is a leaf at depth l - k. Leaves take their places from left to right by depth.
@@ -245,12 +252,17 @@ class Header:
     lengths: list[int]
 
 
+_PREFIX = 1 << 16
+"""Bytes fetched at once (one wait for a GPU) in the hope that they hold the whole header."""
+
+
 def parse(payload: Tensor) -> Header:
     """Read and check the header of a payload; raises Corrupt."""
     size = payload.numel()
     if size < HEADER_BYTES:
         raise Corrupt(TOO_SHORT)
-    fixed = as_bytes(payload[:HEADER_BYTES])
+    raw = as_bytes(payload[:_PREFIX])
+    fixed = raw[:HEADER_BYTES]
     magic, version, layout, symbol_bytes, chunk_log2 = struct.unpack_from("<4s4B", fixed)
     numel, total, alphabet, ndim, table_bytes, checksum = struct.unpack_from("<QQIIII", fixed, 8)
     if magic != MAGIC:
@@ -272,7 +284,7 @@ def parse(payload: Tensor) -> Header:
     head = HEADER_BYTES + 8 * ndim + table_bytes + 8 * chunks
     if head > size:
         raise Corrupt(BAD_HEADER)
-    rest = as_bytes(payload[HEADER_BYTES:head])
+    rest = (raw if head <= len(raw) else as_bytes(payload[:head]))[HEADER_BYTES:head]
     if zlib.crc32(rest, zlib.crc32(fixed[: HEADER_BYTES - 4])) != checksum:
         raise Corrupt(BAD_HEADER_CHECKSUM)
     shape = struct.unpack_from(f"<{ndim}Q", rest)
@@ -330,7 +342,6 @@ def encode(symbols: Tensor, shape: tuple[int, ...], chunk_log2: int, reserve: in
     n, device = symbols.numel(), symbols.device
     counts = sample_counts(symbols)
     lengths = code_lengths(counts)
-    table = pack_lengths(lengths)
     chunk = 1 << chunk_log2
     chunks: list[Tensor] = []
     if n:
@@ -344,16 +355,24 @@ def encode(symbols: Tensor, shape: tuple[int, ...], chunk_log2: int, reserve: in
             ranks = rank.index_select(0, symbols[begin : begin + _GROUP].to(torch.int32))
             chunks += _encode_chunks(tree, ranks, chunk, places)
     data = [as_bytes(part) for part in chunks]
+    entries = b"".join(struct.pack("<II", len(part), zlib.crc32(part)) for part in data)
+    head = head_bytes(symbols.element_size(), chunk_log2, n, shape, lengths, entries)
+    return from_bytes(bytes(reserve) + head + b"".join(data), device)
+
+
+def head_bytes(
+    symbol_bytes: int, chunk_log2: int, n: int, shape: tuple[int, ...], lengths: list[int], entries: bytes
+) -> bytes:
+    """All that comes before the chunks; ``entries`` is the chunk table."""
+    table = pack_lengths(lengths)
+    rest = struct.pack(f"<{len(shape)}Q", *shape) + table + entries
+    data = sum(struct.unpack(f"<{len(entries) // 4}I", entries)[::2])
     head = struct.pack(
         "<4s4BQQIII",
-        *(MAGIC, VERSION, PIVOT_LAYOUT, symbols.element_size(), chunk_log2),
-        *(n, HEADER_BYTES + 8 * len(shape) + len(table) + sum(8 + len(part) for part in data)),
-        *(len(lengths), len(shape), len(table)),
+        *(MAGIC, VERSION, PIVOT_LAYOUT, symbol_bytes, chunk_log2),
+        *(n, HEADER_BYTES + len(rest) + data, len(lengths), len(shape), len(table)),
     )
-    rest = struct.pack(f"<{len(shape)}Q", *shape) + table
-    rest += b"".join(struct.pack("<II", len(part), zlib.crc32(part)) for part in data)
-    head += struct.pack("<I", zlib.crc32(rest, zlib.crc32(head)))
-    return from_bytes(bytes(reserve) + head + rest + b"".join(data), device)
+    return head + struct.pack("<I", zlib.crc32(rest, zlib.crc32(head))) + rest
 
 
 def _encode_chunks(tree: Tree, ranks: Tensor, chunk: int, places: _Places) -> list[Tensor]:

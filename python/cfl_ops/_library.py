@@ -6,6 +6,7 @@ one) a derivative. Faster kernels then take over per device:
 
 * ``native``: C++ on the CPU (registered by ``cfl_ops._C``), CUDA C++ on a GPU where it is compiled in;
 * ``triton``: a launcher in ``cfl_ops.triton_kernels``, imported when it is first needed;
+* ``nvrtc``: the same CUDA C++ compiled at run time, where it is not compiled in and CuPy is installed;
 * ``python``: the fallback.
 """
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "cfl_ops"
-BACKENDS = ("python", "triton", "native")
+BACKENDS = ("python", "triton", "native", "nvrtc")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 CoreDims = Sequence[int | None] | Callable[[Sequence[Any]], Sequence[int | None]]
@@ -48,6 +49,9 @@ class Op:
     python: Callable[..., Any]
     triton: str | None
     """``module:function`` below ``cfl_ops.triton_kernels``, or None."""
+    cuda: str | None = None
+    """``module:function`` below ``cfl_ops``, which drives kernels of csrc/cuda: their backend (see _cuda.py),
+    then the op's arguments."""
     composite: bool = False
     """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
     helper: bool = False
@@ -76,6 +80,14 @@ class Op:
         )
         return launcher
 
+    def load_cuda(self, backend: str) -> Callable[..., Any]:
+        """The launcher of CUDA C++ kernels, compiled in (``"native"``) or by CuPy (``"nvrtc"``)."""
+        assert self.cuda is not None
+        module, function = self.cuda.split(":")
+        launcher = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        kernels = importlib.import_module(f"{__package__}._cuda").kernels(backend)
+        return functools.partial(launcher, kernels)
+
     def has_kernel(self, device_type: str) -> bool:
         """Whether the extension registered a kernel for this device type."""
         return (self.name, device_type) in _native
@@ -100,6 +112,7 @@ def define_op(
     core_dims: CoreDims,
     derivative: Derivative | None = None,
     triton: str | None = None,
+    cuda: str | None = None,
     composite: bool = False,
     helper: bool = False,
     tags: Sequence[torch.Tag] = (),
@@ -118,7 +131,7 @@ def define_op(
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    op = Op(name, python, triton, composite, helper)
+    op = Op(name, python, triton, cuda, composite, helper)
     torch.library.register_vmap(qualified, _vmap_rule(op.overload, core_dims), lib=_LIB)
     if derivative is not None:
         torch.library.register_autograd(
@@ -223,6 +236,8 @@ class _Overrides:
             raise RuntimeError(
                 "cfl_ops: the backend 'native' was asked for, but the extension cfl_ops._C is not installed"
             )
+        if forced == "nvrtc" and not _cuda().nvrtc_available():
+            raise RuntimeError("cfl_ops: the backend 'nvrtc' was asked for, but cupy is not installed")
         if self.library is not None:
             self.library._destroy()
         self.library = torch.library.Library(NAMESPACE, "IMPL")
@@ -251,29 +266,42 @@ def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable
         return "composite", None
     native = op.has_kernel(device_type)
     triton = op.triton is not None and (device_type == "cuda" or triton_interpreted())
+    cuda = op.cuda is not None and device_type == "cuda"
+    compiled = cuda and _cuda().native_available()
     if forced is None:
         # On a GPU Triton comes first until a CUDA C++ kernel has been measured to be faster.
         if device_type == "cuda" and op.triton is not None and triton_available():
-            return "triton", _lazy_triton(op)
-        return ("native", None) if native else ("python", None)
+            return "triton", _lazy(op.load_triton)
+        if native or compiled:
+            return "native", None if native else _lazy(functools.partial(op.load_cuda, "native"))
+        if cuda and _cuda().nvrtc_available():
+            return "nvrtc", _lazy(functools.partial(op.load_cuda, "nvrtc"))
+        return "python", None
     if forced == "python":
         return "python", op.python if native else None
-    if forced == "native" and native:
-        return "native", None
+    if forced == "native" and (native or compiled):
+        return "native", None if native else _lazy(functools.partial(op.load_cuda, "native"))
+    if forced == "nvrtc" and cuda:
+        return "nvrtc", _lazy(functools.partial(op.load_cuda, "nvrtc"))
     if forced == "triton" and triton:
-        return "triton", _lazy_triton(op)
+        return "triton", _lazy(op.load_triton)
     if op.helper:
         return "python", op.python if native else None
     return "none", _refuse(op, device_type, forced)
 
 
-def _lazy_triton(op: Op) -> Callable[..., Any]:
+def _cuda() -> Any:
+    return importlib.import_module(f"{__package__}._cuda")
+
+
+def _lazy(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """A kernel that is imported when it is first called."""
     launcher: Callable[..., Any] | None = None
 
     def launch(*args: Any) -> Any:
         nonlocal launcher
         if launcher is None:
-            launcher = op.load_triton()
+            launcher = load()
         return launcher(*args)
 
     return launch

@@ -551,7 +551,7 @@ def _first_jitter(order: int, eps: float) -> float:
 
 def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factor S a S + jitter I, S = diag(a)^-1/2, with the jitter growing eightfold until that succeeds."""
-    order, batch, gpu = a.shape[-1], a.shape[:-2], a.is_cuda
+    order, batch, gpu = a.shape[-1], a.shape[:-2], not a.is_cpu
     jitter = torch.zeros(batch, dtype=a.dtype, device=a.device)
     if a.numel() == 0:
         return a.new_empty(a.shape), jitter, jitter.to(torch.int32)
@@ -730,7 +730,16 @@ def spd_inverse(a: Tensor) -> Tensor:
         tensor([0.2500, 1.0000])
 
     """
-    return torch.cholesky_inverse(safe_cholesky(a).L)
+    return _inverse(safe_cholesky(a).L)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """(L L^T)^-1. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture."""
+    if factor.is_cpu:
+        return torch.cholesky_inverse(factor)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand(factor.shape)
+    half: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return half.mT @ half
 
 
 def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -746,4 +755,4 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     """
     (factor, jitter), info = _safe("spd_inverse_ex", a, 0.5)
-    return torch.cholesky_inverse(factor), jitter, info
+    return _inverse(factor), jitter, info

@@ -160,6 +160,7 @@ QUANTIZE = define_op(
     python=_quantize_python,
     fake=_quantize_fake,
     core_dims=(1, None, None),
+    cuda="_codec_cuda:quantize",
 )
 
 
@@ -230,6 +231,7 @@ DEQUANTIZE = define_op(
     python=_dequantize_python,
     fake=_dequantize_fake,
     core_dims=(1, 0, 0, None),
+    cuda="_codec_cuda:dequantize",
     derivative=Derivative(_dequantize_setup_context, _dequantize_backward),
 )
 
@@ -462,6 +464,7 @@ HUFFMAN_ENCODE = define_op(
     python=_huffman_encode_python,
     fake=_huffman_encode_fake,
     core_dims=_no_vmap("huffman_encode"),
+    cuda="_codec_cuda:huffman_encode",
     tags=_DATA_DEPENDENT,
 )
 
@@ -540,6 +543,7 @@ HUFFMAN_DECODE = define_op(
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("huffman_decode"),
+    cuda="_codec_cuda:huffman_decode_",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
@@ -569,6 +573,7 @@ DECOMPRESS = define_op(
     python=_decompress_python,
     fake=lambda payload, *_: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("decompress"),
+    cuda="_codec_cuda:decompress_",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from . import _library
+from . import _cuda, _library
 
 __all__ = ["backend_of", "get_backend", "info", "plan_proximal", "set_backend", "show", "use_backend"]
 
 
 def get_backend() -> str | None:
-    """The backend that is forced (``"python"``, ``"triton"``, ``"native"``), or None for automatic choice."""
+    """The forced backend (``"python"``, ``"triton"``, ``"native"``, ``"nvrtc"``), or None: automatic choice."""
     return _library._overrides.forced
 
 
@@ -26,7 +26,8 @@ def set_backend(backend: str | None) -> None:
     The environment variable ``CFL_OPS_BACKEND`` does the same at import.
 
     Args:
-        backend: ``"python"``, ``"triton"``, ``"native"`` or None. An op that the backend cannot serve on
+        backend: ``"python"``, ``"triton"``, ``"native"``, ``"nvrtc"`` (the CUDA C++ kernels compiled at run
+            time by CuPy) or None. An op that the backend cannot serve on
             the device of its arguments raises ``RuntimeError`` when it is called.
 
     Raises:
@@ -85,16 +86,26 @@ def info() -> dict[str, Any]:
         report["triton"] = version("triton") + (" (interpreter)" if _library.triton_interpreted() else "")
     else:
         report["triton"] = None
+    report["CUDA C++"] = _cuda_source()
     report["ops"] = {
         name: {device: backend_of(name, device) for device in _library.DISPATCH_KEYS} for name in _library.OPS
     }
     return report
 
 
+def _cuda_source() -> str:
+    """Where the CUDA C++ kernels come from."""
+    if _cuda.native_available():
+        return "compiled with the extension"
+    if _cuda.nvrtc_available():
+        return "compiled at run time by CuPy's NVRTC"
+    return "none: the extension has none, and cupy is not installed"
+
+
 def show() -> None:
     """Print versions, instruction set and, for each op, which backend serves it on which device."""
     report = info()
-    for key in ("cfl_ops", "python", "torch", "cuda", "device", "threads", "triton", "backend"):
+    for key in ("cfl_ops", "python", "torch", "cuda", "device", "threads", "triton", "CUDA C++", "backend"):
         print(f"{key:<12}{report[key] if report[key] is not None else '-'}")
     extension = report["extension"]
     if extension is None:

@@ -407,6 +407,7 @@ EXACT_GRAM = define_op(
     python=_exact_gram_python,
     fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
     core_dims=(2, 1),
+    cuda="_cuda:exact_gram",
     helper=True,
 )
 

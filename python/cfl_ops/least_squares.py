@@ -20,6 +20,7 @@ __all__ = ["Factorization", "factorize", "lstsq", "lstsq_ex", "pinv", "pinv_ex"]
 
 WIDE = torch.float64
 NOT_FINITE = 1
+UNRESOLVED = 2  # while a CUDA graph is captured: the matrix needs the path that waits for the GPU
 
 # The rule that decides on a path. All of it is about the matrix with its columns scaled to length 1.
 WELL_CONDITIONED = 1e8  # trace of the inverse Gram up to which one pass is exact to float32, two to float64
@@ -41,8 +42,8 @@ class _Factors(NamedTuple):
     right: Tensor
     basis: Tensor | None
     rank: Tensor
-    bad: Tensor
-    """Whether the matrix has NaN or Inf."""
+    info: Tensor
+    """int32: NOT_FINITE where the matrix has NaN or Inf, UNRESOLVED where no path could be chosen."""
     cross: Tensor | None
     """``t^T b`` where a right side came along, and no basis is given."""
 
@@ -148,6 +149,11 @@ def _second_pass(
     return left, _minimum_norm(left, rotated, rank), rank
 
 
+def _may_look(t: Tensor) -> bool:
+    """Whether the data may choose the path: on a GPU that waits for it, which no captured graph can."""
+    return not (t.is_meta or (t.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
 def _by_svd(
     t: Tensor, cut: Callable[[Tensor], Tensor], equilibrate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,10 +194,13 @@ def _tall_factor_python(
     left = torch.where(bad[..., None, None], 0.0, inverse / outer_scale)
     right = _identity(order, t).expand(left.shape).contiguous()
     rank = torch.where(bad, 0, order)
-    if bool(hard.any()):
+    info = bad.to(torch.int32)
+    if not _may_look(t):
+        info = torch.where(hard, UNRESOLVED, info)
+    elif bool(hard.any()):
         second = _second_pass(t[hard], gram[hard], scale[hard], shift, kept)
         left[hard], right[hard], rank[hard] = second
-    return left, right, cross, rank, bad.to(torch.int32)
+    return left, right, cross, rank, info
 
 
 def _tall_factor_fake(t: Tensor, b: Tensor | None, *_: float) -> tuple[Tensor, ...]:
@@ -220,7 +229,7 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
     order = t.shape[-1]
     if cut is not None:
         unit, right, rank, bad = _by_svd(t, cut, equilibrate=False)
-        return _Factors(t, right, right, unit, rank, bad, None)
+        return _Factors(t, right, right, unit, rank, bad.to(torch.int32), None)
     if t.dtype != WIDE:
         if b is not None and (b.dtype != t.dtype or b.shape[-1] > NARROW):
             b = None
@@ -229,7 +238,7 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
         narrow = order <= NARROW and t.shape[-2] >= 4 * order
         tall_factor: Callable[..., Any] = TALL_FACTOR if narrow else _tall_factor_python
         left, right, cross, rank, info = tall_factor(t, b, WELL_CONDITIONED, shift, KEPT)
-        return _Factors(t, left, right, None, rank, info != 0, None if b is None else cross)
+        return _Factors(t, left, right, None, rank, info, None if b is None else cross)
 
     # Squares of float64 numbers may overflow: scale the columns by powers of two.
     bad = ~t.isfinite().all(-1).all(-1)
@@ -246,12 +255,15 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
     right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
     rank = torch.where(bad, 0, order)
     basis: Tensor | None = None
-    if bool(hard.all()):
+    info = bad.to(torch.int32)
+    if not _may_look(t):
+        info = torch.where(hard, UNRESOLVED, info)
+    elif bool(hard.all()):
         basis, right, rank, _ = _by_svd(t, _rounding(order), equilibrate=True)
     elif bool(hard.any()):
         basis = mixed = scaled @ left
         mixed[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
-    return _Factors(scaled, left, right, basis, rank, bad, None if b is None else cross)
+    return _Factors(scaled, left, right, basis, rank, info, None if b is None else cross)
 
 
 def _rounding(order: int) -> Callable[[Tensor], Tensor]:
@@ -330,7 +342,10 @@ def _pinv_python(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[T
         rank = torch.full(batch, min(rows, cols), dtype=torch.int64, device=a.device)
         info = torch.zeros(batch, dtype=torch.int32, device=a.device)
         hard = code != 0
-        if bool(hard.any()):
+        if not _may_look(a):
+            result = _nan_where(hard, result, a.dtype)
+            info = torch.where(hard, UNRESOLVED, info)
+        elif bool(hard.any()):
             result[hard], rank[hard], info[hard] = _general_pinv(a[hard], None)
         return result, rank, info
     return _general_pinv(a, _cut(a, rtol, atol))
@@ -348,7 +363,7 @@ def _general_pinv(a: Tensor, cut: Callable[[Tensor], Tensor] | None) -> tuple[Te
             result = result + result @ (_identity(rows, a) - a @ result)
         else:
             result = result + (_identity(cols, a) - result @ a) @ result
-    return _nan_where(f.bad, result, a.dtype).contiguous(), f.rank, f.bad.to(torch.int32)
+    return _nan_where(f.info != 0, result, a.dtype).contiguous(), f.rank, f.info
 
 
 def _pinv_fake(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -407,7 +422,7 @@ def _lstsq_python(a: Tensor, b: Tensor, rtol: Tensor | None) -> tuple[Tensor, Te
         residual = b.to(WIDE) - a @ solution
         f = f._replace(cross=None)
         solution = solution + (f.solve_transposed(residual) if wide else f.solve(residual))
-    return _nan_where(f.bad, solution, dtype), f.rank, f.bad.to(torch.int32)
+    return _nan_where(f.info != 0, solution, dtype), f.rank, f.info
 
 
 def _lstsq_fake(a: Tensor, b: Tensor, rtol: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -547,7 +562,9 @@ def lstsq(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> Tensor
 def lstsq_ex(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As :func:`lstsq`, but returns ``(solution, info)`` and never raises for data.
 
-    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the solution NaN there; else 0.
+    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the solution NaN there; else 0. On a GPU the call waits
+    once, to choose between the Gram matrix and the orthogonal path; where a CUDA graph is captured, it does not,
+    and info is 2 (the solution NaN) where the orthogonal path would be needed. A given ``rtol`` always needs it.
 
     Example:
         >>> import torch, cfl_ops
@@ -613,7 +630,8 @@ def pinv_ex(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`pinv`, but returns ``(pinv, info)`` and never raises for data.
 
-    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the pseudoinverse NaN there; else 0.
+    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the pseudoinverse NaN there; else 0. On a GPU it waits
+    as :func:`lstsq_ex` does, and not where a CUDA graph is captured: there info may be 2.
 
     Example:
         >>> import torch, cfl_ops
@@ -730,5 +748,5 @@ def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization
         return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)
     wide = a.shape[-2] < a.shape[-1]
     factors = _factors(a.mT if wide else a, _cut(a, relative, None))
-    check_info("factorize", factors.bad.to(torch.int32), [factors.left], [a])
+    check_info("factorize", factors.info, [factors.left], [a])
     return Factorization(a, factors.rank, factors)

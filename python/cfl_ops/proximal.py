@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 from .errors import LinAlgError
+from .solve import cholesky_solve
 
 __all__ = [
     "ProximalStep",
@@ -138,7 +139,7 @@ def _proximal_python(
         diagonal = ridge_term.unsqueeze(-1) + silent.to(wide)
         system = system + torch.diag_embed(diagonal.expand(*p.shape[:-1]))
         factor, info = _cholesky(system)
-        alpha = torch.cholesky_solve(q64, factor)
+        alpha = cholesky_solve(q64, factor)
         change = alpha.mT @ pe64
         scaled_residual = ridge_term[..., None, None] * alpha
         if ones_column:
@@ -153,7 +154,7 @@ def _proximal_python(
             system = system - column @ column.mT / safe_pivot
             right = right - column @ ones_right.mT / safe_pivot
         factor, info = _cholesky(system)
-        change = torch.cholesky_solve(right, factor).mT
+        change = cholesky_solve(right, factor).mT
         scaled_residual = q64 - p64 @ change.mT
         if ones_column:
             change_bias = ((ones_right - change @ column) / safe_pivot).squeeze(-1)
@@ -288,6 +289,7 @@ PROXIMAL_STEP = define_op(
     fake=_proximal_fake,
     core_dims=_core_dims,
     derivative=Derivative(_proximal_setup_context, _proximal_backward),
+    triton="proximal:proximal_step",
 )
 PROXIMAL_STEP_ = define_op(
     f"proximal_step_(Tensor features, Tensor target, Tensor(a!) weight, Tensor(b!)? bias, {_REST}) -> "
@@ -295,6 +297,7 @@ PROXIMAL_STEP_ = define_op(
     python=_proximal_python_,
     fake=lambda *args: _proximal_fake(*args)[2:],
     core_dims=_core_dims,
+    triton="proximal:proximal_step_",
 )
 
 

@@ -15,7 +15,7 @@ from ._library import Derivative, check_info, define_op, explains, first_failure
 from .errors import LinAlgError
 from .gram import GRAM
 from .least_squares import lstsq
-from .solve import BAD_PENALTY, RIDGE_SOLVE, ridge_solve
+from .solve import BAD_PENALTY, RIDGE_SOLVE, on_device, ridge_solve
 
 __all__ = ["RidgeCVResult", "class_ridge", "ridge", "ridge_cv", "ridge_path"]
 
@@ -696,7 +696,7 @@ def _class_solve_python(
 ) -> tuple[Tensor, Tensor]:
     """w_k = (X^T diag(m_k^2) X + lam I)^-1 q_k, m_k^2 = kappa in the rows of class k and 1 elsewhere."""
     batch = x.shape[:-2]
-    lam = lam.to(x.device, WIDE)
+    lam = on_device(lam, x)
     if not batch:
         weight, info = _class_solve_one(x, y, cross, lam, kappa)
         return weight.to(cross.dtype), info

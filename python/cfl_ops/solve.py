@@ -32,12 +32,28 @@ def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.where(before, first, info)
 
 
+def cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
+    """(L L^T)^-1 right. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture."""
+    if right.is_cpu:
+        return torch.cholesky_solve(right, factor)
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
+
+
+def on_device(lam: Tensor, like: Tensor) -> Tensor:
+    """A penalty in float64 where ``like`` is. One on the CPU comes as a kernel's argument: a copy would wait."""
+    if lam.device == like.device:
+        return lam.to(torch.float64)
+    return torch.zeros(lam.shape, dtype=torch.float64, device=like.device) + lam
+
+
 def _ridge_solve_python(
     gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
     dtype = torch.promote_types(gram.dtype, cross.dtype)
-    shift = lam.to(gram.device, torch.float64).expand(gram.shape[:-2]).unsqueeze(-1)
+    shift = on_device(lam, gram).expand(gram.shape[:-2]).unsqueeze(-1)
     good = (shift >= 0) & shift.isfinite()
     if lam_diag is not None:
         good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
@@ -46,7 +62,7 @@ def _ridge_solve_python(
     lower = gram.to(torch.float64).tril()
     factor, info = _factor(lower + lower.tril(-1).mT + torch.diag_embed(shift))
     info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
-    solution = torch.cholesky_solve(cross.to(torch.float64), factor)
+    solution = cholesky_solve(cross.to(torch.float64), factor)
     return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
 
 

@@ -1,0 +1,77 @@
+"""The kernels of csrc/cuda, compiled with the extension or, where it has none, at run time through CuPy.
+
+Both are called in the same way: contiguous tensors and numbers, nothing allocated, nothing checked. What
+an op needs around them (shapes, memory, headers) is Python above them, once: ``_codec_cuda.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_SCHEMAS = (
+    "cuda_histogram(Tensor symbols, int block, int step, Tensor(a!) counts) -> ()",
+    "cuda_encode(Tensor symbols, int chunk_log2, Tensor tree, int nodes, int leaves, Tensor crc_tables,"
+    " int staged_words, Tensor(a!) slots, Tensor(b!) entries) -> ()",
+    "cuda_gather(Tensor slots, Tensor entries, Tensor offsets, Tensor(a!) out) -> ()",
+    "cuda_decode(Tensor payload, Tensor entries, Tensor offsets, int n, int chunk_log2, int first_chunk,"
+    " Tensor tree, int nodes, Tensor crc_tables, Tensor? affine, int group_size, int start, int largest,"
+    " Tensor(a!) out, Tensor(b!) bad) -> ()",
+    "cuda_range(Tensor weights, int levels, Tensor(a!) ends, Tensor(b!) bad, Tensor(c!) minimum,"
+    " Tensor(d!) maximum, Tensor(e!) info, Tensor(f!) affine) -> ()",
+    "cuda_affine(Tensor minimum, Tensor maximum, int levels, Tensor(a!) affine) -> ()",
+    "cuda_quantize(Tensor weights, Tensor affine, Tensor info, int levels, Tensor(a!) symbols,"
+    " Tensor(b!)? counts) -> ()",
+    "cuda_dequantize(Tensor symbols, Tensor affine, Tensor(a!) weights) -> ()",
+    "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) gram) -> ()",
+)
+for _schema in _SCHEMAS:
+    _library._LIB.define(_schema)
+
+BACKENDS = ("native", "nvrtc")
+
+
+class Native:
+    """The kernels that are compiled into ``cfl_ops._C``: ``.encode(...)`` is ``cfl_ops::cuda_encode``."""
+
+    def __getattr__(self, name: str) -> Any:
+        overload = getattr(torch.ops.cfl_ops, f"cuda_{name}").default
+        setattr(self, name, overload)
+        return overload
+
+
+@functools.cache
+def kernels(backend: str) -> Any:
+    """The kernels of a backend, ``"native"`` or ``"nvrtc"``; the latter imports cupy."""
+    if backend == "native":
+        return Native()
+    from . import _nvrtc
+
+    return _nvrtc.Nvrtc()
+
+
+def native_available() -> bool:
+    """Whether the extension was linked with its CUDA kernels."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("cfl_ops::cuda_encode", "CUDA")
+
+
+@functools.cache
+def nvrtc_available() -> bool:
+    """Whether cupy can be imported (it needs a driver only when a kernel is first launched)."""
+    return importlib.util.find_spec("cupy") is not None
+
+
+def exact_gram(kernels: Any, x: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """The op ``cfl_ops::exact_gram``: any strides."""
+    rows, cols = x.shape[-2:]
+    matrices = x.shape[:-2].numel()
+    out = torch.empty(*x.shape[:-2], cols, cols, dtype=torch.float64, device=x.device)
+    weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
+    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, out)
+    return out

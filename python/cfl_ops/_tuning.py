@@ -1,0 +1,187 @@
+"""Which tile sizes and how many warps a kernel gets: measured choices by op, size and architecture, as JSON.
+
+A file maps an op to a list of rules, each with ``if`` (what it is for) and ``use`` (what the launcher takes).
+A rule matches a problem when each key of ``if`` equals the problem's value, or with ``max_`` or ``min_`` before
+it bounds it, and when ``min_shared`` bytes of shared memory can be had. The first rule that matches is taken,
+from the first of these files that has one:
+
+1. the user's own, which ``python -m cfl_ops autotune`` writes (``$CFL_OPS_CACHE``, or ``~/.cache/cfl_ops``);
+2. ``tuning/<architecture>.json`` of the package;
+3. ``tuning/default.json``: it fits 99 KB of shared memory, and has a rule for every problem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+FAST_FLOAT64 = ("sm_60", "sm_70", "sm_80", "sm_90", "sm_100")
+"""All others do float64 at 1/32 or 1/64 of the rate of float32."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launcher wants to know of a card."""
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    shared_memory: int
+    """Bytes that a block can have: 99 KB on consumer cards, 163 on an A100, 227 on an H100."""
+
+    @property
+    def slow_float64(self) -> bool:
+        """Whether float64 costs much more than twice float32."""
+        return self.architecture not in FAST_FLOAT64
+
+    @property
+    def slug(self) -> str:
+        """The name, as a file's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+NO_GPU = Device("interpreter", "none", 132, 99 << 10)
+"""What launchers see when they run in Triton's interpreter."""
+
+_pretended: Device | None = None
+_forced: dict[str, dict[str, Any]] = {}
+
+
+def device_of(device: torch.device) -> Device:
+    """The card that a tensor is on."""
+    if _pretended is not None:
+        return _pretended
+    return _properties(device.index or 0) if device.type == "cuda" else NO_GPU
+
+
+@functools.cache
+def _properties(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", 99 << 10)
+    return Device(p.name, f"sm_{p.major}{p.minor}", p.multi_processor_count, shared)
+
+
+@contextlib.contextmanager
+def pretend(device: Device) -> Iterator[None]:
+    """Choose for another card: compile checks, tests."""
+    global _pretended
+    before, _pretended = _pretended, device
+    choose_cached.cache_clear()
+    try:
+        yield
+    finally:
+        _pretended = before
+        choose_cached.cache_clear()
+
+
+@contextlib.contextmanager
+def force(op: str, use: dict[str, Any]) -> Iterator[None]:
+    """Have one choice for an op: the autotuner's candidates."""
+    before = _forced.get(op)
+    _forced[op] = use
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+def cache_folder() -> Path:
+    """Where the user's own files are."""
+    if "CFL_OPS_CACHE" in os.environ:
+        return Path(os.environ["CFL_OPS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfl_ops"
+
+
+def user_file(device: Device) -> Path:
+    """The user's file for this card."""
+    return cache_folder() / "tuning" / f"{device.slug}.json"
+
+
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rules of a file; raises ValueError with its path if it is not one of ours."""
+    try:
+        data = json.loads(path.read_text())
+        rules: dict[str, list[dict[str, Any]]] = data["rules"]
+        good = data["format"] == FORMAT and all(
+            isinstance(rule["if"], dict) and isinstance(rule["use"], dict)
+            for op in rules.values()
+            for rule in op
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"cfl_ops: {path} is not a tuning file ({error}); remove it") from None
+    if not good:
+        raise ValueError(f"cfl_ops: {path} is not a tuning file of format {FORMAT}; remove it")
+    return rules
+
+
+def write(path: Path, device: Device, rules: dict[str, list[dict[str, Any]]], note: str) -> None:
+    """A file of rules, under a temporary name until it is complete."""
+    data = {
+        "format": FORMAT,
+        "device": device.name,
+        "architecture": device.architecture,
+        "note": note,
+        "rules": rules,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+@functools.cache
+def _files(device: Device) -> tuple[dict[str, list[dict[str, Any]]], ...]:
+    package = Path(__file__).parent / "tuning"
+    paths = (user_file(device), package / f"{device.architecture}.json", package / "default.json")
+    return tuple(read(path) for path in paths if path.is_file())
+
+
+def matches(rule: dict[str, Any], problem: dict[str, Any], device: Device) -> bool:
+    """Whether a rule is for this problem on this card."""
+    for key, value in rule["if"].items():
+        if key == "min_shared":
+            if device.shared_memory < value:
+                return False
+        elif key.startswith(("max_", "min_")):
+            have = problem[key[4:]]
+            if have > value if key.startswith("max_") else have < value:
+                return False
+        elif problem[key] != value:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_cached(op: str, device: Device, problem: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The rule for a problem, remembered."""
+    for rules in _files(device):
+        for rule in rules.get(op, ()):
+            if matches(rule, dict(problem), device):
+                return dict(rule["use"])
+    raise KeyError(f"cfl_ops: no tuning rule for {op} with {dict(problem)}")
+
+
+def choose(op: str, device: torch.device, **problem: Any) -> dict[str, Any]:
+    """What the launcher of an op takes on this device: a dictionary of its options."""
+    if op in _forced:
+        return _forced[op]
+    return choose_cached(op, device_of(device), tuple(problem.items()))
+
+
+def forget() -> None:
+    """Read the files again."""
+    _files.cache_clear()
+    choose_cached.cache_clear()

@@ -1,0 +1,226 @@
+// CUDA's dialect for a C++ compiler: a block's threads are fibers that run in turn, so that the
+// kernels of csrc/cuda can be tested where there is no GPU. A barrier that not all threads reach is
+// an error, and the order in which threads run can be turned round (CFL_ON_HOST_ORDER=reverse),
+// which shows many races. What this cannot show: memory ordering, bank conflicts, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __host__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::fma;
+using std::sqrt;
+
+struct Dim3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "error" : "no error"; }
+
+namespace on_host {
+
+enum class Wait { kNone, kWarp, kBlock, kDone };
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Wait wait = Wait::kNone;
+};
+constexpr size_t kStack = 64 << 10;
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int running = 0;
+inline std::function<void()> body;
+inline std::vector<uint32_t> shared;  // dynamic
+inline uint64_t exchange[32][32];     // of each warp
+
+inline void pause(Wait why) {
+  Fiber& me = fibers[running];
+  me.wait = why;
+  swapcontext(&me.context, &scheduler);
+}
+
+inline void enter() {
+  body();
+  fibers[running].wait = Wait::kDone;
+}
+
+inline void run_block(int threads) {
+  if (fibers.size() != static_cast<size_t>(threads)) fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : fibers) {
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, &enter, 0);
+    fiber.wait = Wait::kNone;
+  }
+  const char* order = std::getenv("CFL_ON_HOST_ORDER");
+  const bool reverse = order && std::strcmp(order, "reverse") == 0;
+  auto all = [&](int first, int last, Wait why, bool* any) {
+    for (int t = first; t < last; ++t) {
+      if (fibers[t].wait == why) *any = true;
+      if (fibers[t].wait != why && fibers[t].wait != Wait::kDone) return false;
+    }
+    return *any;
+  };
+  for (;;) {
+    for (int i = 0; i < threads; ++i) {
+      const int t = reverse ? threads - 1 - i : i;
+      if (fibers[t].wait != Wait::kNone) continue;
+      running = t;
+      threadIdx.x = t;
+      swapcontext(&scheduler, &fibers[t].context);
+    }
+    bool moved = false, any = false;
+    auto release = [&](int first, int last, Wait why) {
+      any = false;
+      if (!all(first, last, why, &any)) return;
+      for (int t = first; t < last; ++t) {
+        if (fibers[t].wait == why) fibers[t].wait = Wait::kNone;
+      }
+      moved = true;
+    };
+    for (int w = 0; w < threads; w += 32)
+      release(w, w + 32 < threads ? w + 32 : threads, Wait::kWarp);
+    if (!moved) release(0, threads, Wait::kBlock);
+    if (moved) continue;
+    any = false;
+    if (all(0, threads, Wait::kDone, &any)) return;
+    std::fprintf(stderr, "cuda_on_host: a barrier that not all threads reach (block %u)\n",
+                 blockIdx.x);
+    std::abort();
+  }
+}
+
+template <class Call>
+void launch(int64_t blocks, int threads, size_t shared_bytes, Call call) {
+  body = call;
+  gridDim.x = static_cast<unsigned>(blocks);
+  gridDim.y = gridDim.z = 1;
+  blockDim.x = threads;
+  for (int64_t b = 0; b < blocks; ++b) {
+    blockIdx.x = static_cast<unsigned>(b);
+    shared.assign((shared_bytes + 3) / 4, 0xcdcdcdcdu);  // never zero by chance
+    run_block(threads);
+  }
+}
+
+// All 32 lanes call; `read` sees what each of them gave.
+template <class T, class Read>
+auto collective(T value, Read read) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  exchange[warp][lane] = bits;
+  pause(Wait::kWarp);
+  auto at = [&](int from) {
+    T other;
+    std::memcpy(&other, &exchange[warp][from], sizeof(T));
+    return other;
+  };
+  auto result = read(at, lane);
+  pause(Wait::kWarp);
+  return result;
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+inline uint16_t float_to_half(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+}  // namespace on_host
+
+#define CFL_DYNAMIC_SHARED(name) uint32_t* const name = on_host::shared.data()
+
+inline void __syncthreads() { on_host::pause(on_host::Wait::kBlock); }
+inline void __syncwarp() { on_host::pause(on_host::Wait::kWarp); }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  return on_host::collective(
+      value, [&](auto at, int lane) { return at(lane < delta ? lane : lane - delta); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return on_host::collective(value, [&](auto at, int lane) { return at(lane ^ mask); });
+}
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  return on_host::collective(value, [&](auto at, int) {
+    unsigned peers = 0;
+    for (int i = 0; i < 32; ++i) peers |= static_cast<unsigned>(at(i) == value) << i;
+    return peers;
+  });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  return on_host::collective(value, [&](auto at, int) {
+    unsigned all = 0;
+    for (int i = 0; i < 32; ++i) all |= mask >> i & 1 ? at(i) : 0;
+    return all;
+  });
+}
+inline int __any_sync(unsigned, int value) {
+  return on_host::collective(value, [&](auto at, int) {
+    int any = 0;
+    for (int i = 0; i < 32; ++i) any |= at(i) != 0;
+    return any;
+  });
+}
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T old = *to;
+  *to += value;
+  return old;
+}
+template <class T>
+T atomicOr(T* to, T value) {
+  const T old = *to;
+  *to |= value;
+  return old;
+}
+template <class T>
+T atomicMin(T* to, T value) {
+  const T old = *to;
+  if (value < old) *to = value;
+  return old;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}

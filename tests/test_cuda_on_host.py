@@ -1,0 +1,286 @@
+"""The CUDA kernels and their launchers without a GPU: compiled for the CPU, where a block's threads run in turn.
+
+tests/cuda_on_host.h holds the dialect. Everything but the hardware takes part: the torch binding, the Python
+around it, launchers, kernels, barriers, warp collectives. The results must be those of the CPU kernels, bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+import types
+from pathlib import Path
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc, codec
+
+ROOT = Path(__file__).parent.parent
+CODEC = ("quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory):
+    """Registers the kernels of csrc/cuda for CPU tensors."""
+    library = tmp_path_factory.mktemp("on_host") / "libcfl_on_host.so"
+    torch_root = Path(torch.__file__).parent
+    sources = [
+        str(ROOT / "csrc" / "cuda" / name) for name in ("codec.cu", "codec.cpp", "gram.cu", "gram.cpp")
+    ]
+    compile_on_host(
+        *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch_root / "include"), "-x", "c++"),
+        *(*sources, "-o", str(library), f"-L{torch_root / 'lib'}", "-ltorch_cpu"),
+    )
+    torch.ops.load_library(str(library))
+    return _cuda.kernels("native")
+
+
+def compile_on_host(*arguments: str) -> None:
+    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+    command += ["-DCFL_CUDA_ON_HOST", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *arguments]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs g++")
+    except subprocess.CalledProcessError as error:
+        if "_Float16" in error.stderr:
+            pytest.skip("needs a g++ that knows _Float16")
+        raise AssertionError(error.stderr) from None
+
+
+@pytest.fixture
+def emulated(kernels):
+    """The codec's ops are served by the emulated kernels."""
+    library = torch.library.Library("cfl_ops", "IMPL")
+    for name in CODEC:
+        launcher = functools.partial(getattr(_codec_cuda, name), kernels)
+        library.impl(name, launcher, "CPU", allow_override=True)
+    yield
+    library._destroy()
+    _library._overrides.install(cfl_ops.config.get_backend())
+
+
+def normal_symbols(n: int, alphabet: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(n) * alphabet / 12 + alphabet / 2).clamp(0, alphabet - 1).to(dtype)
+
+
+SYMBOLS = {
+    "one": lambda: torch.tensor([7], dtype=torch.uint8),
+    "constant": lambda: torch.full((3000,), 200, dtype=torch.uint8),
+    "two": lambda: torch.arange(2500).remainder(2).to(torch.uint16),
+    "normal8": lambda: normal_symbols(9001, 256, torch.uint8),
+    "normal10": lambda: normal_symbols(8193, 1024, torch.uint16),
+    "skewed": lambda: (torch.rand(5000) ** 9 * 250).to(torch.uint8),
+    "uniform16": lambda: torch.randint(65536, (3000,), dtype=torch.int32).to(torch.uint16),
+    "sampled": lambda: torch.randint(3, (40000,), dtype=torch.int32).to(torch.uint16),
+}
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_payload_is_that_of_the_cpu(kernels, name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFL_ON_HOST_ORDER", order)
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    for chunk_log2 in (10, 15):
+        want = codec.HUFFMAN_ENCODE(symbols, [n], chunk_log2, 5)
+        got = _codec_cuda.huffman_encode(kernels, symbols, [n], chunk_log2, 5)
+        assert torch.equal(got, want)
+        # A view that starts at an odd byte: chunks are read as aligned words all the same.
+        for begin, end in ((0, n), (n // 3, n - n // 5)):
+            out = torch.empty(end - begin, dtype=symbols.dtype)
+            assert int(_codec_cuda.huffman_decode_(kernels, got[5:], out, begin)) == 0
+            assert torch.equal(out, symbols[begin:end])
+
+
+def test_a_chunk_that_outgrows_its_slot_is_encoded_again(kernels) -> None:
+    """A code made for a mostly constant tensor, and one chunk of all the rare symbols."""
+    symbols = torch.zeros(40 * 1024, dtype=torch.uint8)
+    symbols[1024:2048] = torch.arange(1024).remainder(256).to(torch.uint8)
+    want = codec.HUFFMAN_ENCODE(symbols, [40, 1024], 10, 0)
+    assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [40, 1024], 10, 0), want)
+
+
+def test_chunks_beyond_shared_memory(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits that go to the slot itself, and a payload whose decoding is left to the fallback."""
+    symbols = normal_symbols(5000, 256, torch.uint8)
+    want = codec.HUFFMAN_ENCODE(symbols, [5000], 12, 0)
+    monkeypatch.setattr(_codec_cuda, "_shared_memory", lambda device: 256)
+    assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [5000], 12, 0), want)
+    out = torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(kernels, want, out, 0)) == 0
+    assert torch.equal(out, symbols)
+
+
+def test_no_damaged_byte_is_decoded(kernels) -> None:
+    symbols = normal_symbols(2500, 64, torch.uint8)
+    payload = _codec_cuda.huffman_encode(kernels, symbols, [2500], 10, 0)
+    for at in range(0, payload.numel(), max(1, payload.numel() // 60)):
+        damaged = payload.clone()
+        damaged[at] ^= 1 << at % 8
+        out = torch.empty_like(symbols)
+        want = codec.HUFFMAN_DECODE(damaged, torch.empty_like(symbols), 0)
+        assert int(want) != 0
+        assert torch.equal(_codec_cuda.huffman_decode_(kernels, damaged, out, 0), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [1, 6, 8, 11, 16])
+def test_quantize_is_that_of_the_cpu(kernels, dtype: torch.dtype, bits: int) -> None:
+    huge = torch.finfo(dtype).max
+    cases = [
+        torch.randn(3, 700).to(dtype),
+        torch.randn(1, 70000).to(dtype),
+        torch.full((2, 40), 3.0, dtype=dtype),
+        torch.tensor([[0.0, -0.0, 1.0], [torch.nan, 1.0, 2.0], [torch.inf, 0.0, -torch.inf]], dtype=dtype),
+        torch.tensor([[-huge, huge, 1.0], [torch.nan, torch.nan, torch.inf]], dtype=dtype),
+        torch.tensor([[0.0, torch.finfo(dtype).tiny * 3, torch.finfo(dtype).smallest_normal]], dtype=dtype),
+        torch.empty(2, 0, dtype=dtype),
+        torch.empty(0, 5, dtype=dtype),
+    ]
+    for w in cases:
+        want = codec.QUANTIZE(w, bits, True)
+        got = _codec_cuda.quantize(kernels, w, bits, True)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        symbols, low, high = want[:3]
+        back = _codec_cuda.dequantize(kernels, symbols, low, high, bits)
+        assert torch.equal(back, codec.DEQUANTIZE(symbols, low, high, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
+    w = (torch.randn(37, 150) * 0.05).to(dtype)
+    w[3, 4] = torch.nan
+    options = (
+        {"nonfinite": "keep"},
+        {"bits": 10, "per": "row", "nonfinite": "keep"},
+        {"bits": 5, "per": "block", "block_size": 64, "nonfinite": "keep"},
+    )
+    for option in options:
+        blob = cfl_ops.compress(w, **option)
+        back = cfl_ops.decompress(blob)
+        part = cfl_ops.decompress(blob, start=1001, stop=3000)
+        with cfl_ops.config.use_backend("native" if _library.extension_available() else "python"):
+            assert torch.equal(cfl_ops.compress(w, **option), blob)
+            want = cfl_ops.decompress(blob)
+        for got, expected in ((back, want), (part, want.flatten()[1001:3000])):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 70), (1, 100, 130), (0, 3, 4), (2, 0, 5)])
+def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.rand(shape[:2], dtype=torch.float64)
+    for s in (None, weight):
+        got = _cuda.exact_gram(kernels, x.mT.contiguous().mT, s)
+        wide = x.double()
+        want = (wide if s is None else wide * s[..., None]).mT @ wide
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)
+        assert torch.equal(got, got.mT)
+
+
+# --- the launcher for CuPy ----------------------------------------------------------------------------------
+
+GLUE = """
+#include "cuda/codec_kernel.cuh"
+#include "cuda/gram_kernel.cuh"
+#include <utility>
+using namespace cfl::cuda;
+template <class... P, size_t... I>
+int call(void (*kernel)(P...), std::index_sequence<I...>, int64_t blocks, size_t shared, void** args,
+         const size_t* sizes, int count) {
+  constexpr size_t want[] = {sizeof(P)...};
+  if (count != sizeof...(P)) return 1;
+  for (int i = 0; i < count; ++i) if (sizes[i] != want[i]) return 2 + i;
+  on_host::launch(blocks, kThreads, shared, [=] { kernel(*static_cast<P*>(args[I])...); });
+  return 0;
+}
+template <class... P>
+int call(void (*kernel)(P...), int64_t blocks, size_t shared, void** args, const size_t* sizes, int count) {
+  return call(kernel, std::index_sequence_for<P...>(), blocks, shared, args, sizes, count);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def nvrtc(tmp_path_factory: pytest.TempPathFactory):
+    """The launcher for CuPy with a CuPy whose kernels are those of this machine's C++ compiler."""
+    np = pytest.importorskip("numpy")
+    names = _nvrtc.names()
+    text = GLUE
+    for i, name in enumerate(names):
+        plain = name.replace("cfl::cuda::uint", "uint")
+        text += f"""extern "C" int call_{i}(int64_t blocks, size_t shared, void** args, const size_t* sizes,
+                        int count) {{
+  return call(&{plain}, blocks, shared, args, sizes, count);
+}}
+"""
+    folder = tmp_path_factory.mktemp("nvrtc")
+    (folder / "glue.cpp").write_text(text)
+    compile_on_host(str(folder / "glue.cpp"), "-o", str(folder / "libglue.so"))
+    glue = ctypes.CDLL(str(folder / "libglue.so"))
+
+    class Function:
+        def __init__(self, name: str) -> None:
+            self.call = getattr(glue, f"call_{names.index(name)}")
+            self.max_dynamic_shared_size_bytes = 48 << 10
+
+        def __call__(self, grid, block, args, *, shared_mem: int) -> None:
+            assert block == (256,)
+            assert 0 <= shared_mem <= self.max_dynamic_shared_size_bytes
+            assert all(isinstance(a, np.generic) for a in args)
+            held = [np.array(a) for a in args]
+            pointers = (ctypes.c_void_p * len(held))(*(a.ctypes.data for a in held))
+            sizes = (ctypes.c_size_t * len(held))(*(a.nbytes for a in held))
+            code = self.call(ctypes.c_int64(grid[0]), ctypes.c_size_t(shared_mem), pointers, sizes, len(held))
+            assert code == 0, f"{code}: wrong number of arguments (1) or size of argument {code - 2}"
+
+    nothing = contextlib.nullcontext
+    cuda = types.SimpleNamespace(
+        Device=lambda index: nothing(), Stream=types.SimpleNamespace(from_external=lambda stream: nothing())
+    )
+    kernels = _nvrtc.Nvrtc.__new__(_nvrtc.Nvrtc)
+    kernels.cupy, kernels.numpy = types.SimpleNamespace(cuda=cuda), np
+    kernels.__dict__["module"] = types.SimpleNamespace(get_function=Function)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_nvrtc, "_current_stream", lambda device: None)
+        yield kernels
+
+
+@pytest.mark.parametrize("name", ["one", "normal8", "normal10", "uniform16"])
+def test_cupys_launcher_gives_the_payload_of_the_cpu(nvrtc, name: str) -> None:
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 3)
+    got = _codec_cuda.huffman_encode(nvrtc, symbols, [n], 12, 3)
+    assert torch.equal(got, want)
+    out = torch.empty(n - n // 3, dtype=symbols.dtype)
+    assert int(_codec_cuda.huffman_decode_(nvrtc, got[3:], out, n // 3)) == 0
+    assert torch.equal(out, symbols[n // 3 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cupys_launcher_quantises_decodes_and_sums_as_the_cpu(nvrtc, dtype: torch.dtype) -> None:
+    for bits in (5, 10, 14):
+        w = torch.randn(3, 500).to(dtype)
+        symbols, low, high, counts, info = codec.QUANTIZE(w, bits, True)
+        for a, b in zip(
+            _codec_cuda.quantize(nvrtc, w, bits, True), (symbols, low, high, counts, info), strict=True
+        ):
+            assert torch.equal(a, b)
+        want = codec.DEQUANTIZE(symbols, low, high, bits)
+        assert torch.equal(_codec_cuda.dequantize(nvrtc, symbols, low, high, bits), want)
+        payload, out = codec.HUFFMAN_ENCODE(symbols, [3, 500], 10, 0), torch.empty(1500, dtype=dtype)
+        assert int(_codec_cuda.decompress_(nvrtc, payload, low, high, bits, 500, out, 0)) == 0
+        assert torch.equal(out, want.flatten())
+    x, s = torch.randn(2, 40, 70).to(dtype), torch.rand(2, 40, dtype=torch.float64)
+    for weight in (None, s):
+        got = _cuda.exact_gram(nvrtc, x, weight)
+        wide = x.double()
+        want = (wide if weight is None else wide * weight[..., None]).mT @ wide
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)

@@ -1,0 +1,127 @@
+"""What compiles for which card, without a GPU: Triton to cubins, nvcc for every architecture, and NVRTC."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cfl_ops import _library, _nvrtc
+
+ROOT = Path(__file__).parent.parent
+# One of each kind every time; all of them with -m slow.
+QUICK, ALL = ("sm_90", "sm_120"), ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize(
+    "architectures", [pytest.param(QUICK, id="quick"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
+)
+def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
+    """Within the shared memory that the card has (99 KB on consumer cards), and a few spilled registers at most."""
+    if not _library.triton_available():
+        pytest.skip("triton is not installed")
+    pytest.importorskip("triton.backends.nvidia")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *architectures],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["architecture"] for line in lines} == set(architectures)
+    bad = [
+        line for line in lines if "error" in line or line["stack"] > 32 or line["shared"] > line["allowed"]
+    ]
+    assert not bad, "\n".join(map(str, bad))
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc")
+    if found is None:
+        pytest.skip("nvcc is not installed")
+    return found
+
+
+@pytest.mark.parametrize(
+    "architectures", [pytest.param(QUICK, id="quick"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", ["codec.cu", "gram.cu"])
+def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_path: Path) -> None:
+    """Without warnings; spills stay within a few registers."""
+    for architecture in architectures:
+        done = subprocess.run(
+            [nvcc(), "-std=c++20", f"-arch={architecture}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c",
+             str(ROOT / "csrc" / "cuda" / name), "-o", str(tmp_path / "out.o")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "warning" not in done.stderr, done.stderr[:2000]
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+        assert spills
+        assert max(spills) <= 32, done.stderr
+
+
+def nvrtc_library() -> ctypes.CDLL:
+    folders = [Path(p) / "nvidia" for p in sys.path if p]
+    found = [p for f in folders if f.is_dir() for p in f.glob("*/lib/libnvrtc.so.*")]
+    candidates = [str(p) for p in found] + ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+    for candidate in candidates:
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    pytest.skip("no NVRTC library is installed (pip install nvidia-cuda-nvrtc)")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_120"])
+def test_the_very_sources_compile_with_nvrtc(architecture: str) -> None:
+    """With no folder of headers, as CuPy gives them to it; and every kernel is found by its name."""
+    nvrtc = nvrtc_library()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    source, names = _nvrtc.source().encode(), [name.encode() for name in _nvrtc.names()]
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"cfl_ops.cu", 0, None, None) == 0
+    for name in names:
+        assert nvrtc.nvrtcAddNameExpression(program, name) == 0
+    options = [option.encode() for option in (*_nvrtc.OPTIONS, f"-arch={architecture}")]
+    code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert code == 0, log.value.decode()
+    assert "warning" not in log.value.decode(), log.value.decode()
+    lowered = ctypes.c_char_p()
+    for name in names:
+        assert nvrtc.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0, name
+    assert nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0
+    assert size.value > 0
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def test_every_kernel_of_the_sources_is_among_the_names() -> None:
+    written = set(re.findall(r"(\w+_kernel)\(", _nvrtc.source()))
+    assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in _nvrtc.names()}
+
+
+def test_constants_are_those_of_the_sources() -> None:
+    text = _nvrtc.source()
+    for name, value in (
+        ("kThreads", _nvrtc.THREADS),
+        ("kLine", _nvrtc.LINE),
+        ("kMaxShared", _nvrtc.MAX_SHARED),
+    ):
+        assert re.search(rf"constexpr int {name} = {value};", text), name
+    assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
+
+
+def test_cupy_would_get_sources_from_an_installed_package() -> None:
+    """The wheel carries them (pyproject.toml); here they are found in the working tree."""
+    assert '"cfl_ops/csrc/cuda" = "csrc/cuda"' in (ROOT / "pyproject.toml").read_text()
+    assert "#include" not in _nvrtc.source().replace('#include "cuda_on_host.h"', "").replace(
+        "#include <cuda_runtime.h>", ""
+    ).replace("#include <cstdint>", "")
+    assert os.linesep in _nvrtc.source()

@@ -1,0 +1,170 @@
+"""The registry of tuning rules and the autotuner, with cards and times that are made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops import _autotune, _library, _tuning
+
+CARD = _tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
+SMALL = _tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CFL_OPS_CACHE", str(tmp_path))
+    _tuning.forget()
+    yield
+    monkeypatch.undo()
+    _tuning.forget()
+
+
+def test_every_file_of_the_package_is_one() -> None:
+    folder = Path(_tuning.__file__).parent / "tuning"
+    files = sorted(folder.glob("*.json"))
+    assert {file.stem for file in files} >= {"default", "sm_90"}
+    for file in files:
+        assert _tuning.read(file)
+        assert "note" in json.loads(file.read_text())
+    default = _tuning.read(folder / "default.json")
+    assert set(default) == set(_autotune.TUNABLE)
+    for rules in default.values():  # there is a rule for every problem
+        assert rules[-1]["if"] == {}
+
+
+def test_the_users_file_comes_before_the_architectures_and_the_default() -> None:
+    problem = {"kind": "half", "order": 2048, "rows": 65536}
+    with _tuning.pretend(SMALL):
+        default = _tuning.choose("gram", CPU, **problem)
+    with _tuning.pretend(CARD):
+        deeper = _tuning.choose("gram", CPU, **problem)
+        assert deeper != default
+        mine = {"TILE": 16, "DEPTH": 16, "num_warps": 1, "num_stages": 1, "waves": 1}
+        rules = {"gram": [{"if": {"kind": "half", "min_order": 2000}, "use": mine}]}
+        _tuning.write(_tuning.user_file(CARD), CARD, rules, "test")
+        _tuning.forget()
+        assert _tuning.choose("gram", CPU, **problem) == mine
+        assert _tuning.choose("gram", CPU, **(problem | {"order": 1024})) == deeper
+
+
+def test_rules_match_by_equality_bounds_and_shared_memory() -> None:
+    rule = {"if": {"kind": "a", "max_order": 10, "min_rows": 5, "min_shared": 128 << 10}}
+    good = {"kind": "a", "order": 10, "rows": 5}
+    assert _tuning.matches(rule, good, CARD)
+    assert not _tuning.matches(rule, good, SMALL)
+    for other in ({"kind": "b"}, {"order": 11}, {"rows": 4}):
+        assert not _tuning.matches(rule, good | other, CARD)
+
+
+def test_cards_with_slow_float64_are_known() -> None:
+    assert SMALL.slow_float64
+    assert not CARD.slow_float64
+    assert SMALL.slug == "nvidia-geforce-rtx-4090"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": 2, "rules": {}}', '{"format": 1, "rules": {"gram": [1]}}']
+)
+def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json is not a tuning file"):
+        _tuning.read(file)
+
+
+def test_the_autotuner_keeps_the_fastest_that_runs() -> None:
+    seen = []
+
+    def call() -> None:
+        use = _tuning.choose("toy", CPU)
+        if use["tile"] == 64:
+            raise RuntimeError("out of shared memory")
+        seen.append(use)
+
+    tunable = _autotune.Tunable(
+        lambda: _autotune._grid(tile=(16, 32, 64)),
+        lambda device: iter([_autotune.Problem({"max_n": 5}, call)]),
+    )
+    lines: list[str] = []
+    rules = _autotune.tune(
+        "toy", tunable, CPU, lambda call: 1.0 / _tuning._forced["toy"]["tile"], lines.append
+    )
+    assert rules == [{"if": {"max_n": 5}, "use": {"tile": 32}, "ms": 0.03125}]
+    assert any("RuntimeError" in line for line in lines)
+    assert "toy" not in _tuning._forced
+
+
+@pytest.mark.parametrize("op", _autotune.TUNABLE)
+def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each problem, run in place of a GPU with a launcher that only asks for its rule."""
+    asked: list[dict[str, object]] = []
+
+    class Asked(Exception):
+        pass
+
+    def choose(name: str, device: torch.device, **problem: object) -> dict[str, object]:
+        if name == op:
+            asked.append(problem)
+            raise Asked
+        return _tuning.choose_cached(name, SMALL, tuple(problem.items()))
+
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    module = {
+        "gram": "gram",
+        "gram_cross": "gram",
+        "cholesky_update": "cholesky",
+        "ridge_solve": "solve",
+    }.get(op, "proximal")
+    launchers = __import__(f"cfl_ops.triton_kernels.{module}", fromlist=["x"])
+    monkeypatch.setattr(_tuning, "choose", choose)
+    if op == "gram_cross":
+        monkeypatch.setattr(launchers, "_launch_gram", lambda *_: None)
+    monkeypatch.setattr(launchers, "INTERPRETED", False, raising=False)
+    for make in ("randn", "eye", "randint"):  # no memory: only shapes and strides matter
+        real = getattr(torch, make)
+        monkeypatch.setattr(torch, make, lambda *a, real=real, **k: real(*a, **(k | {"device": "meta"})))
+    keys = None
+    for problem in _autotune.TUNABLE[op].problems(torch.device("meta")):
+        with pytest.raises(Asked):
+            problem.call()
+        assert _tuning.matches({"if": problem.rule}, asked[-1], SMALL), (problem.rule, asked[-1])
+        keys = set(next(_autotune.TUNABLE[op].candidates()))
+    package = _tuning.read(Path(_tuning.__file__).parent / "tuning" / "default.json")
+    assert keys is not None
+    for rule in package[op]:
+        assert set(rule["use"]) == keys
+
+
+def test_without_a_gpu_the_command_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, "-m", "cfl_ops", "autotune", "--op", "gram"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "there is no CUDA device" in done.stderr
+
+
+def test_results_do_not_depend_on_the_rule() -> None:
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    x, labels = torch.randn(300, 70), torch.randint(3, (300,))
+    want = x.double().mT @ x.double()
+    for use in _autotune._grid(TILE=(16, 32), DEPTH=(16,), num_warps=(4,), num_stages=(2,), waves=(1, 4)):
+        with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+            got = cfl_ops.gram(x, labels, bias_column=True, num_classes=3)
+        torch.testing.assert_close(got.gram[:70, :70].double(), want, rtol=1e-5, atol=1e-4)
+        assert torch.equal(got.gram, got.gram.mT)

@@ -1,0 +1,456 @@
+"""proximal_step on a GPU for B <= 128 rows and B <= D: seven kernels for the whole head.
+
+The dual form (formulas.md 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1 R0, then one
+pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its inverse are one
+program's work, panel by panel, so that the K right sides are a matrix product. Everything else (larger batches, the
+primal side, row weights, penalties by feature, a free bias, float64) is left to the fallback in torch ops.
+
+Run in Triton's interpreter and compiled for sm_80 to sm_120 by the tests; never run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from cfl_ops import _tuning
+from cfl_ops.proximal import (
+    BAD_FEATURES,
+    BAD_PENALTY,
+    BAD_TARGET,
+    BAD_WEIGHT,
+    _proximal_python,
+    _proximal_python_,
+)
+from cfl_ops.solve import on_device
+from torch import Tensor
+
+from .gram import _triangle
+
+__all__ = ["proximal_step", "proximal_step_"]
+
+MOST_ROWS = 128
+PANEL = 16
+
+
+@triton.jit
+def _rows_kernel(
+    phi_ptr, parts_ptr, batch_stride, row_stride, col_stride, part_stride, rows, width, per_split,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of Phi Phi^T over some of the columns, in float64."""
+    tile_row, tile_col = _triangle(tl.program_id(0))
+    matrix = tl.program_id(2).to(tl.int64)
+    phi_ptr += matrix * batch_stride
+    left_rows = tile_row * TILE + tl.arange(0, TILE)
+    right_rows = tile_col * TILE + tl.arange(0, TILE)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, width)
+    total = tl.zeros((TILE, TILE), dtype=tl.float64)
+    for begin in range(first, last, DEPTH):
+        columns = (begin + tl.arange(0, DEPTH)).to(tl.int64)
+        inside = (columns < last)[None, :]
+        left = tl.load(
+            phi_ptr + left_rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * col_stride,
+            mask=(left_rows < rows)[:, None] & inside, other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            phi_ptr + right_rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * col_stride,
+            mask=(right_rows < rows)[:, None] & inside, other=0.0,
+        )  # fmt: skip
+        total = tl.dot(
+            left.to(tl.float64), tl.trans(right.to(tl.float64)), total,
+            input_precision="ieee", out_dtype=tl.float64,
+        )  # fmt: skip
+    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * rows
+    row, col = left_rows[:, None], right_rows[None, :]
+    lower = (row < rows) & (col <= row)
+    tl.store(parts_ptr + row * rows + col, total, mask=lower)
+    tl.store(parts_ptr + col * rows + row, total, mask=lower)
+
+
+@triton.jit
+def _predict_kernel(
+    phi_ptr, weight_ptr, parts_ptr, batch_stride, row_stride, col_stride,
+    weight_batch_stride, weight_row_stride, weight_col_stride, part_stride, rows, width, targets, per_split,
+    ROWS: tl.constexpr, TILE_K: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of Phi W^T over some of the columns."""
+    matrix = tl.program_id(2).to(tl.int64)
+    phi_ptr += matrix * batch_stride
+    weight_ptr += matrix * weight_batch_stride
+    bs = tl.arange(0, ROWS)
+    ks = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, width)
+    total = tl.zeros((ROWS, TILE_K), dtype=tl.float32)
+    for begin in range(first, last, DEPTH):
+        columns = (begin + tl.arange(0, DEPTH)).to(tl.int64)
+        inside = (columns < last)[None, :]
+        phi = tl.load(
+            phi_ptr + bs.to(tl.int64)[:, None] * row_stride + columns[None, :] * col_stride,
+            mask=(bs < rows)[:, None] & inside, other=0.0,
+        )  # fmt: skip
+        weight = tl.load(
+            weight_ptr + ks.to(tl.int64)[:, None] * weight_row_stride + columns[None, :] * weight_col_stride,
+            mask=(ks < targets)[:, None] & inside, other=0.0,
+        )  # fmt: skip
+        total = tl.dot(phi.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32x3")
+    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * targets
+    at = bs.to(tl.int64)[:, None] * targets + ks[None, :]
+    tl.store(parts_ptr + at, total, mask=(bs < rows)[:, None] & (ks < targets)[None, :])
+
+
+@triton.jit
+def _residual_kernel(
+    parts_ptr, target_ptr, bias_ptr, shrink_ptr, out_ptr, part_stride, target_batch_stride, target_row_stride,
+    target_col_stride, splits, rows, targets,
+    CLASSES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """R0 = Y - shrink (Phi W^T + b); classes stand for one-hot rows."""
+    matrix = tl.program_id(1).to(tl.int64)
+    bs, ks = tl.arange(0, ROWS), tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    inside = (bs < rows)[:, None] & (ks < targets)[None, :]
+    at = matrix * rows * targets + bs.to(tl.int64)[:, None] * targets + ks[None, :]
+    total = tl.zeros((ROWS, TILE_K), dtype=tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(parts_ptr + at, mask=inside, other=0.0)
+        parts_ptr += part_stride
+    if BIAS:
+        total += tl.load(bias_ptr + matrix * targets + ks, mask=ks < targets, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    target_ptr += matrix * target_batch_stride
+    if CLASSES:
+        label = tl.load(target_ptr + bs.to(tl.int64) * target_row_stride, mask=bs < rows, other=-1)
+        y = (label[:, None] == ks[None, :]).to(tl.float32)
+    else:
+        y = tl.load(
+            target_ptr + bs.to(tl.int64)[:, None] * target_row_stride + ks.to(tl.int64)[None, :] * target_col_stride,
+            mask=inside, other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    tl.store(out_ptr + at, y - tl.load(shrink_ptr + matrix).to(tl.float32) * total, mask=inside)
+
+
+@triton.jit
+def _factor_kernel(
+    system_ptr, t_ptr, factor_ptr, inverse_ptr, info_ptr, order, tolerance,
+    ONES: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    """L of S + ONES + t I, panel by panel from the left, and L^-1; an identity beyond the order."""
+    matrix = tl.program_id(0).to(tl.int64)
+    system_ptr += matrix * order * order
+    factor_ptr += matrix * ROWS * ROWS
+    inverse_ptr += matrix * ROWS * ROWS
+    t = tl.load(t_ptr + matrix)
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, PANEL)
+    info = 0
+    panels = tl.cdiv(order, PANEL)
+    for j in range(0, panels):
+        here = j * PANEL + cols
+        both = (rows < order)[:, None] & (here < order)[None, :]
+        diagonal = rows[:, None] == here[None, :]
+        panel = tl.load(system_ptr + rows[:, None] * order + here[None, :], mask=both, other=0.0) + ONES
+        panel = tl.where(both, panel, 0.0) + tl.where(diagonal, tl.where(both, t, 1.0), 0.0)
+        original = tl.sum(tl.where(diagonal, panel, 0.0), axis=0)
+        for k in range(0, j):
+            there = k * PANEL + cols
+            left = tl.load(factor_ptr + rows[:, None] * ROWS + there[None, :])
+            right = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :])
+            panel -= tl.dot(left, tl.trans(right), input_precision="ieee", out_dtype=tl.float64)
+        for c in range(0, PANEL):
+            at = j * PANEL + c
+            column = tl.sum(tl.where((cols == c)[None, :], panel, 0.0), axis=1)
+            pivot = tl.sum(tl.where(rows == at, column, 0.0), axis=0)
+            scale = tl.sum(tl.where(cols == c, original, 0.0), axis=0)
+            good = (pivot > tolerance * scale) & (pivot - pivot == 0.0)  # Inf fails the second half
+            info = tl.where((info == 0) & (good == 0), at + 1, info)
+            column = tl.where(rows >= at, column / tl.sqrt(tl.where(good, pivot, 1.0)), 0.0)
+            # A failed pivot leaves a finite factor behind.
+            column = tl.where(good, column, (rows == at).to(tl.float64))
+            across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
+            panel = tl.where(
+                (cols == c)[None, :], column[:, None],
+                tl.where((cols > c)[None, :], panel - column[:, None] * across[None, :], panel),
+            )  # fmt: skip
+        tl.store(factor_ptr + rows[:, None] * ROWS + here[None, :], panel)
+        tl.debug_barrier()
+    for j in range(0, panels):
+        here = j * PANEL + cols
+        block = (here[:, None] == rows[None, :]).to(tl.float64)
+        for k in range(0, j):
+            there = k * PANEL + cols
+            left = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :])
+            right = tl.load(inverse_ptr + there[:, None] * ROWS + rows[None, :])
+            block -= tl.dot(left, right, input_precision="ieee", out_dtype=tl.float64)
+        corner = tl.load(factor_ptr + here[:, None] * ROWS + here[None, :])
+        for c in range(0, PANEL):
+            column = tl.sum(tl.where((cols == c)[None, :], corner, 0.0), axis=1)
+            pivot = tl.sum(tl.where(cols == c, column, 0.0), axis=0)
+            row = tl.sum(tl.where((cols == c)[:, None], block, 0.0), axis=0) / pivot
+            block = tl.where(
+                (cols == c)[:, None], row[None, :],
+                tl.where((cols > c)[:, None], block - column[:, None] * row[None, :], block),
+            )  # fmt: skip
+        tl.store(inverse_ptr + here[:, None] * ROWS + rows[None, :], block)
+        tl.debug_barrier()
+    tl.store(info_ptr + matrix, info)
+
+
+@triton.jit
+def _normal_kernel(inverse_ptr, out_ptr, order, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr):
+    """S^-1 = L^-T L^-1, tile by tile of the lower triangle, mirrored."""
+    tile_row, tile_col = _triangle(tl.program_id(0))
+    matrix = tl.program_id(1).to(tl.int64)
+    inverse_ptr += matrix * ROWS * ROWS
+    out_ptr += matrix * ROWS * ROWS
+    row, col = tile_row * TILE + tl.arange(0, TILE), tile_col * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE, TILE), dtype=tl.float64)
+    for begin in range(0, order, PANEL):
+        ks = begin + tl.arange(0, PANEL)
+        left = tl.load(inverse_ptr + ks[:, None] * ROWS + row[None, :])
+        right = tl.load(inverse_ptr + ks[:, None] * ROWS + col[None, :])
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=tl.float64)
+    lower = col[None, :] <= row[:, None]
+    tl.store(out_ptr + row[:, None] * ROWS + col[None, :], total, mask=lower)
+    tl.store(out_ptr + col[None, :] * ROWS + row[:, None], total, mask=lower)
+
+
+@triton.jit
+def _alpha_kernel(
+    normal_ptr, residual_ptr, alpha_ptr, squares_ptr, sums_ptr, rows, targets,
+    ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    """A = S^-1 R0 for some targets, its squares' sum and its columns' sums."""
+    matrix = tl.program_id(1).to(tl.int64)
+    bs, ks = tl.arange(0, ROWS), tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    normal_ptr += matrix * ROWS * ROWS
+    residual_ptr += matrix * rows * targets
+    total = tl.zeros((ROWS, TILE_K), dtype=tl.float64)
+    for begin in range(0, rows, PANEL):
+        ns = begin + tl.arange(0, PANEL)
+        left = tl.load(normal_ptr + bs[:, None] * ROWS + ns[None, :], mask=(ns < rows)[None, :], other=0.0)
+        right = tl.load(
+            residual_ptr + ns.to(tl.int64)[:, None] * targets + ks[None, :],
+            mask=(ns < rows)[:, None] & (ks < targets)[None, :], other=0.0,
+        ).to(tl.float64)  # fmt: skip
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=tl.float64)
+    inside = (bs < rows)[:, None] & (ks < targets)[None, :]
+    total = tl.where(inside, total, 0.0)
+    at = matrix * rows * targets + bs.to(tl.int64)[:, None] * targets + ks[None, :]
+    tl.store(alpha_ptr + at, total.to(tl.float32), mask=inside)
+    tl.store(sums_ptr + matrix * targets + ks, tl.sum(total, axis=0), mask=ks < targets)
+    squares = tl.sum(tl.sum(total * total, axis=0), axis=0)
+    tl.store(squares_ptr + matrix * tl.num_programs(0) + tl.program_id(0), squares)
+
+
+@triton.jit
+def _update_kernel(
+    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, parts_ptr, batch_stride, row_stride, col_stride,
+    weight_batch_stride, weight_row_stride, weight_col_stride, out_batch_stride, out_row_stride, out_col_stride,
+    part_stride, rows, width, targets, per_split,
+    ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """W_new = shrink W + A^T Phi for a stretch of columns and some targets, and their part of A W_new."""
+    matrix = tl.program_id(2).to(tl.int64)
+    bs = tl.arange(0, ROWS)
+    ds = (tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)).to(tl.int64)
+    columns = (ds < width)[None, :]
+    here = (bs < rows)[:, None] & columns
+    phi = tl.load(
+        phi_ptr + matrix * batch_stride + bs.to(tl.int64)[:, None] * row_stride + ds[None, :] * col_stride,
+        mask=here, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    shrink = tl.load(shrink_ptr + matrix).to(tl.float32)
+    keep = tl.load(keep_ptr + matrix) != 0  # a step that failed leaves the head as it was
+    alpha_ptr += matrix * rows * targets
+    weight_ptr += matrix * weight_batch_stride
+    out_ptr += matrix * out_batch_stride
+    total = tl.zeros((ROWS, TILE_D), dtype=tl.float32)
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, targets)
+    for begin in range(first, last, TILE_K):
+        ks = (begin + tl.arange(0, TILE_K)).to(tl.int64)
+        alpha = tl.load(
+            alpha_ptr + bs.to(tl.int64)[:, None] * targets + ks[None, :],
+            mask=(bs < rows)[:, None] & (ks < last)[None, :], other=0.0,
+        )  # fmt: skip
+        inside = (ks < last)[:, None] & columns
+        old = tl.load(
+            weight_ptr + ks[:, None] * weight_row_stride + ds[None, :] * weight_col_stride,
+            mask=inside,
+            other=0.0,
+        )
+        change = tl.dot(tl.trans(alpha), phi, input_precision="tf32x3")
+        new = tl.where(keep, old.to(tl.float32), old.to(tl.float32) * shrink + change)
+        tl.store(
+            out_ptr + ks[:, None] * out_row_stride + ds[None, :] * out_col_stride,
+            new.to(out_ptr.dtype.element_ty), mask=inside,
+        )  # fmt: skip
+        total = tl.dot(alpha, new, total, input_precision="tf32x3")
+    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * width
+    tl.store(parts_ptr + bs.to(tl.int64)[:, None] * width + ds[None, :], total, mask=here)
+
+
+def _served(
+    features: Tensor, weight: Tensor, lam_diag: Any, sample_weight: Any, bias: Any, fit_bias: str
+) -> bool:
+    """Whether the kernels here do it."""
+    rows, width = features.shape[-2:]
+    return (
+        0 < rows <= min(MOST_ROWS, width)
+        and weight.shape[-2] > 0
+        and features.shape[:-2].numel() > 0
+        and features.dtype != torch.float64
+        and weight.dtype != torch.float64
+        and lam_diag is None
+        and sample_weight is None
+        and (bias is None or fit_bias == "penalized")
+    )
+
+
+def _step(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
+    reduction: str, out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The new weight into ``out`` (which may be the old one); the new bias, loss, gradient and info."""
+    batch, (rows, width), targets = features.shape[:-2], features.shape[-2:], weight.shape[-2]
+    device, matrices = features.device, batch.numel()
+    # As float32, for Triton's float64 products cannot start from half precision.
+    phi, old = features.reshape(matrices, rows, width).float(), weight.reshape(matrices, targets, width)
+    new = out.view(matrices, targets, width)
+    classes = not target.is_floating_point()
+    y = target.reshape(matrices, rows, *(() if classes else (targets,)))
+    y_strides = (*y.stride(), 0) if classes else y.stride()
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+
+    scale = float(rows) if reduction == "mean" else 1.0
+    penalty = on_device(lam, features).expand(batch).reshape(matrices)
+    mu = scale * penalty
+    t, bad_penalty = mu, ~((penalty >= 0) & penalty.isfinite())
+    if ridge is not None:
+        more = on_device(ridge, features).expand(batch).reshape(matrices)
+        t, bad_penalty = mu + scale * more, bad_penalty | ~((more >= 0) & more.isfinite())
+    shrink = torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
+
+    use = _tuning.choose("proximal_step", device, rows=rows, width=width, targets=targets)
+    block = max(PANEL, triton.next_power_of_2(rows))
+    programs = _tuning.device_of(device).multiprocessors
+
+    def split(size: int, tile: int, others: int) -> tuple[int, int]:
+        """Parts of a dimension that make about one program for each multiprocessor, and their size."""
+        parts = max(1, min(programs // max(1, others), triton.cdiv(size, tile)))
+        each = triton.cdiv(triton.cdiv(size, parts), tile) * tile
+        return triton.cdiv(size, each), each
+
+    # S and R0
+    tile = min(32, block)
+    tiles = triton.cdiv(rows, tile)
+    triangle = tiles * (tiles + 1) // 2
+    splits, each = split(width, 64, triangle * matrices)
+    parts = torch.empty(splits, matrices, rows, rows, **wide)
+    _rows_kernel[(triangle, splits, matrices)](
+        phi, parts, *phi.stride(), parts.stride(0), rows, width, each, TILE=tile, DEPTH=16, num_warps=4
+    )
+    system = parts.sum(0) if splits > 1 else parts[0]
+    tile_k = use["TILE_K"]
+    tiles_k = triton.cdiv(targets, tile_k)
+    splits, each = split(width, 64, tiles_k * matrices)
+    predictions = torch.empty(splits, matrices, rows, targets, dtype=torch.float32, device=device)
+    _predict_kernel[(tiles_k, splits, matrices)](
+        phi, old, predictions, *phi.stride(), *old.stride(), predictions.stride(0), rows, width, targets, each,
+        ROWS=block, TILE_K=tile_k, DEPTH=32, num_warps=use["num_warps"],
+    )  # fmt: skip
+    residual = torch.empty(matrices, rows, targets, dtype=torch.float32, device=device)
+    flat_bias = None if bias is None else bias.reshape(matrices, targets).contiguous()
+    _residual_kernel[(tiles_k, matrices)](
+        predictions, y, flat_bias, shrink, residual, predictions.stride(0), *y_strides, splits, rows, targets,
+        CLASSES=classes, BIAS=bias is not None, ROWS=block, TILE_K=tile_k, num_warps=4,
+    )  # fmt: skip
+
+    # A = S^-1 R0
+    factor, inverse = torch.empty(2, matrices, block, block, **wide)
+    normal = torch.empty(matrices, block, block, **wide)
+    info = torch.empty(matrices, dtype=torch.int32, device=device)
+    _factor_kernel[(matrices,)](
+        system, t, factor, inverse, info, rows, rows * torch.finfo(torch.float64).eps,
+        ONES=int(bias is not None), ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
+    )  # fmt: skip
+    _normal_kernel[(triangle, matrices)](
+        inverse, normal, rows, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
+    )
+    alpha = torch.empty_like(residual)
+    squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
+    _alpha_kernel[(tiles_k, matrices)](
+        normal, residual, alpha, squares, sums, rows, targets,
+        ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
+    )  # fmt: skip
+
+    # What failed, before the weight is written.
+    def bad(value: Tensor) -> Tensor:
+        largest: Tensor = torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1)
+        return ~largest.isfinite()
+
+    bad_weight = bad(old) if flat_bias is None else bad(old) | bad(flat_bias)
+    info = torch.where(bad_weight, BAD_WEIGHT, info)
+    bad_target = ((y < 0) | (y >= targets)).any(-1) if classes else bad(y)
+    info = torch.where(bad_target, BAD_TARGET, info)
+    info = torch.where(bad(phi), BAD_FEATURES, info)
+    info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
+    failed = info != 0
+
+    # W_new and A W_new
+    tiles_d = triton.cdiv(width, use["TILE_D"])
+    splits, each = split(targets, tile_k, tiles_d * matrices)
+    gradients = torch.empty(splits, matrices, rows, width, dtype=torch.float32, device=device)
+    _update_kernel[(tiles_d, splits, matrices)](
+        phi, alpha, old, new, shrink, info, gradients, *phi.stride(), *old.stride(), *new.stride(),
+        gradients.stride(0), rows, width, targets, each,
+        ROWS=block, TILE_D=use["TILE_D"], TILE_K=tile_k, num_warps=use["num_warps"],
+    )  # fmt: skip
+    gradient = (gradients.sum(0) if splits > 1 else gradients[0]) * (-2 / scale * t)[:, None, None].float()
+    gradient = torch.where(failed[:, None, None], 0.0, gradient).to(features.dtype)
+    loss = torch.where(failed, torch.nan, t * t * squares.sum(-1) / scale).float()
+    if flat_bias is None or bias is None:
+        new_bias = weight.new_empty(*batch, 0)
+    else:
+        moved = (flat_bias.double() * shrink.unsqueeze(-1) + sums).to(bias.dtype)
+        new_bias = torch.where(failed.unsqueeze(-1), flat_bias, moved).view(bias.shape)
+    return new_bias, loss.view(batch), gradient.view(features.shape), info.view(batch)
+
+
+def proximal_step(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
+    lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The launcher: the arguments and results of the op ``cfl_ops::proximal_step``."""
+    if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
+        out = _proximal_python(
+            features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias, method
+        )
+        return tuple(value.contiguous() for value in out)
+    new = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return new, *_step(features, target, weight, bias, lam, ridge, reduction, new)
+
+
+def proximal_step_(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
+    lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The launcher of the op in place."""
+    if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
+        out = _proximal_python_(
+            features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias, method
+        )
+        return tuple(value.contiguous() for value in out)
+    dense = (
+        weight if weight.is_contiguous() else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    )
+    new_bias, loss, gradient, info = _step(features, target, weight, bias, lam, ridge, reduction, dense)
+    if dense is not weight:
+        weight.copy_(dense)
+    if bias is not None:
+        bias.copy_(new_bias)
+    return loss, gradient, info
