@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 WORKERS ?= 2
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow bench bench-gpu gpu-check fuzz lint format docs clean help
+.PHONY: demo test test-slow bench bench-gpu gpu-check fuzz lint format clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 

@@ -184,16 +184,19 @@ void load_matrix(const SolveGroup& g, int64_t tiles, const uint16_t* places, T* 
   const T* const* a = reinterpret_cast<const T* const*>(g.a);
   const T* const* next = reinterpret_cast<const T* const*>(g.next_a);
   int64_t i = 0, j = 0;  // memory row and column of the chunk's first number
+  // The next group is asked for one system after the other, in the order of its memory.
+  const int64_t lines = (size + w - 1) / w;
+  int64_t system = 0, line = 0;
   for (int64_t at = 0; at < size; at += w) {
     // A chunk within one row and beyond the diagonal has nothing to give.
     const bool useful = j + w > n || (g.upper ? j + w > i : j <= i);
+    for (int l = 0; next && l < w; ++l) {
+      __builtin_prefetch(next[system] + line * w, 0, 2);
+      if (++line == lines) line = 0, ++system;
+    }
     if (useful) {
       Vec<T> r[w];
       gather<T>(a, at, size - at, r);
-      if (next) {
-#pragma GCC unroll 16
-        for (int l = 0; l < w; ++l) __builtin_prefetch(next[l] + at, 0, 2);
-      }
       spread<T>(r, places + at, size - at, to);
     }
     for (j += w; j >= n; j -= n) ++i;
