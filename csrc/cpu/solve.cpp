@@ -266,13 +266,12 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   const int64_t lanes = k.lanes;
   thread_local Memory memory;
   alignas(64) T shift[64 / sizeof(T)];
-  const void *a[2][16], *b[16], *diag[16];
+  const void *a[2][16], *b[2][16], *diag[16];
   void* x[16];
   int32_t info[16];
   SolveGroup group;
   group.n = s.n;
   group.k = s.k;
-  group.b = b;
   group.x = x;
   group.upper = s.upper;
   group.shift = shift;
@@ -282,21 +281,24 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   group.info = info;
   group.scratch = memory.get<char>(k.scratch_bytes(s.n, s.k));
 
-  auto systems_of = [&](int64_t group_index, const void** to) {
+  auto systems_of = [&](int64_t group_index) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      to[lane] = s.a.template at<T>(std::min(group_index * lanes + lane, s.batch - 1));
+      const int64_t i = std::min(group_index * lanes + lane, s.batch - 1);
+      a[group_index & 1][lane] = s.a.template at<T>(i);
+      b[group_index & 1][lane] = s.b.template at<T>(i);
     }
   };
-  systems_of(begin, a[begin & 1]);
+  systems_of(begin);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index * lanes;
     group.valid = std::min(lanes, s.batch - first);
     group.a = a[index & 1];
-    if (index + 1 < end) systems_of(index + 1, a[(index + 1) & 1]);
+    group.b = b[index & 1];
+    if (index + 1 < end) systems_of(index + 1);
     group.next_a = index + 1 < end ? a[(index + 1) & 1] : nullptr;
+    group.next_b = index + 1 < end ? b[(index + 1) & 1] : nullptr;
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t i = std::min(first + lane, s.batch - 1);
-      b[lane] = s.b.template at<T>(i);
       x[lane] = s.x.template at<T>(i);
       if (s.has_diag) diag[lane] = s.shift_diag.template at<T>(i);
       shift[lane] = static_cast<T>(s.shift_of(i));

@@ -20,6 +20,7 @@ struct SolveGroup {
   const void* const* a = nullptr;       // one pointer per lane
   const void* const* next_a = nullptr;  // the next group's, to prefetch; or null
   const void* const* b = nullptr;
+  const void* const* next_b = nullptr;  // likewise
   void* const* x = nullptr;
   bool upper = false;                       // the lower triangle of A^T is the one to use
   const void* shift = nullptr;              // (lanes)

@@ -461,6 +461,22 @@ size_t scratch_bytes(int64_t n, int64_t k) {
   return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t);
 }
 
+// Asks for this group's results and the next one's right sides, where they are so small that the
+// arithmetic would wait for them.
+template <class T>
+void prefetch_right(const SolveGroup& g) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  const int64_t size = g.n * g.k;
+  if (size > 16 * line) return;
+  const T* const* next = reinterpret_cast<const T* const*>(g.next_b);
+  for (int l = 0; l < kLanes<T>; ++l) {
+    for (int64_t at = 0; at < size; at += line) {
+      __builtin_prefetch(static_cast<const T*>(g.x[l]) + at, 1);
+      if (next) __builtin_prefetch(next[l] + at, 0, 2);
+    }
+  }
+}
+
 template <class T>
 void run(const SolveGroup* group) {
   constexpr int w = kLanes<T>;
@@ -475,6 +491,7 @@ void run(const SolveGroup* group) {
   places.matrix = reinterpret_cast<uint16_t*>(l + (unused + 1) * w);
   places.right = chunk >= g.k ? places.matrix + g.n * g.n : nullptr;
   if (g.first) find_places(g, unused, places.right != nullptr, tiles * kTile, places);
+  prefetch_right<T>(g);
   load_matrix<T>(g, tiles, places.matrix, l);
 
   const Vec<T> shift = load<T>(static_cast<const T*>(g.shift));
