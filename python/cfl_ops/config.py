@@ -122,7 +122,8 @@ def plan_proximal(rows: int, width: int, targets: int) -> dict[str, Any]:
     """What ``method="auto"`` of :func:`cfl_ops.proximal_step` does on the CPU at this size, and what it costs.
 
     Returns:
-        ``side`` (``"dual"``: the B x B system, or ``"primal"``: the D x D one), the multiply-adds of the
+        ``side`` (``"dual"``: the B x B system, or ``"primal"``: the D x D one; where B is D, what serves
+        float32 up to 2,048 at a penalty that it resolves, else the dual one does), the multiply-adds of the
         ``direct`` solve, of one conjugate-gradient ``iteration`` and of the ``head`` around them (forward,
         weight update, gradient), and ``cg_iterations``, how many iterations are tried first (0: none).
 
