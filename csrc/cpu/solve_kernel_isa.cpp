@@ -95,6 +95,19 @@ CFL_INLINE F64v root(F64v v) {
 #endif
 }
 
+// 1 / sqrt(v) for v > 0 and finite.
+CFL_INLINE F64v inverse_root(F64v v) { return 1.0 / root(v); }
+CFL_INLINE F32v inverse_root(F32v v) {
+#if defined(CFL_ISA_AVX512)
+  // One Newton step doubles the estimate's 14 bits, to within two roundings, in half the time of a
+  // root and a division: each column of the factor waits for the one before.
+  const F32v y = (F32v)_mm512_rsqrt14_ps((__m512)v);
+  return y + (y * 0.5f) * (1.0f - (v * y) * y);
+#else
+  return 1.0f / root(v);
+#endif
+}
+
 // --- between one system's memory and the lanes
 // ----------------------------------------------------
 
@@ -389,7 +402,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
     Index<T> order;
     for (int lane = 0; lane < w; ++lane) order[lane] = int32_t(column + j + 1);
     *info = fresh ? order : *info;
-    const Vec<T> inverse = T(1) / root(good ? pivot : Vec<T>{} + T(1));
+    const Vec<T> inverse = inverse_root(good ? pivot : Vec<T>{} + T(1));
     store<T>(at + (j * kTile + j) * w, inverse);
 #pragma GCC unroll 4
     for (int i = j + 1; i < kTile; ++i) {
