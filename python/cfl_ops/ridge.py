@@ -137,17 +137,6 @@ def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> T
     return weight.to(dtype), _intercept(weight, x_mean, y_mean).to(dtype)
 
 
-class _Spectrum(NamedTuple):
-    """A ridge problem in the eigenbasis of its smaller Gram matrix: W(lam) = basis (cross / (values + lam))."""
-
-    values: Tensor
-    """Eigenvalues (..., r), rising."""
-    basis: Tensor
-    """(..., D, r)"""
-    cross: Tensor
-    """(..., r, K): basis^T X^T Y, or the like on the side of the rows."""
-
-
 def _check_finite(op: str, gram: Tensor) -> None:
     bad = ~gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     check_info(op, bad.to(torch.int32), [gram], [gram])
@@ -181,21 +170,49 @@ def _shrinkage(values: Tensor, lam: Tensor) -> Tensor:
     return torch.where(total > 0, 1 / torch.where(total > 0, total, 1.0), 0.0)
 
 
-def _spectrum(x: Tensor, y: Tensor, op: str | None = None) -> _Spectrum:
-    """Checks that the data are finite in the name of ``op``, where one is given."""
-    if x.shape[-2] >= x.shape[-1]:
-        gram, cross = _moments(x, y)
-        if op is not None:
-            _check_finite(op, gram)
-        values, vectors = _eigh(gram)
-        return _Spectrum(values, vectors, vectors.mT @ cross)
-    gram = GRAM(x.mT, None, None, False, 0, WIDE)[0]
-    if op is not None:
-        _check_finite(op, gram)
-    values, vectors = _eigh(gram)
-    # A direction without length in the rows has none in the columns.
-    basis = torch.where(values.unsqueeze(-2) > 0, x.mT.to(WIDE) @ vectors, 0.0)
-    return _Spectrum(values, basis, vectors.mT @ y.to(WIDE))
+class _Whole:
+    """The fit to all rows, for any targets, from the eigenbasis of the smaller Gram matrix of X.
+
+    The Gram matrix comes with the first :meth:`moments`, and is decomposed once, when that is first needed.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dual = x, x.shape[-2] < x.shape[-1]
+        self.gram: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def moments(self, y: Tensor) -> Tensor | None:
+        """X^T Y in float64; None where the rows are the smaller side. The Gram matrix is kept with it."""
+        if self.dual:
+            if self.gram is None:
+                self.gram = GRAM(self.x.mT, None, None, False, 0, WIDE)[0]
+            return None
+        self.gram, cross = _moments(self.x, y)
+        return cross
+
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues, eigenvectors of the smaller side, and the basis of the weights."""
+        if self._eigen is None:
+            assert self.gram is not None
+            values, vectors = _eigh(self.gram)
+            basis = vectors
+            if self.dual:  # a direction without length in the rows has none in the columns
+                basis = torch.where(values.unsqueeze(-2) > 0, self.x.mT.to(WIDE) @ vectors, 0.0)
+            self._eigen = values, vectors, basis
+        return self._eigen
+
+    def rotate(self, y: Tensor, cross: Tensor | None) -> Tensor:
+        """The right sides of the targets y in the eigenbasis."""
+        return self.eigen()[1].mT @ (y.to(WIDE) if cross is None else cross)
+
+    def weight(self, y: Tensor, cross: Tensor | None, lam: Tensor) -> Tensor:
+        """(D, K) at one penalty, or one for each target."""
+        if cross is not None and self.gram is not None and self._eigen is None and lam.ndim == 0 and lam > 0:
+            return ridge_solve(self.gram, cross, lam)  # a tenth of the eigendecomposition's work
+        values, _, basis = self.eigen()
+        total, right = values.unsqueeze(-1) + lam, self.rotate(y, cross)
+        inner = torch.where(total > 0, right / torch.where(total > 0, total, 1.0), 0.0)
+        return (basis.to(y.dtype) @ inner.to(y.dtype)).to(WIDE)
 
 
 def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bool = False) -> Any:
@@ -229,9 +246,14 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
     penalties = _penalties("ridge_path", lams, x.device)
     xc, x_mean = _centred(wide_x, bias)
     yc, y_mean = _centred(wide_y, bias)
-    s = _spectrum(xc, yc, "ridge_path")
+    whole = _Whole(xc)
+    cross = whole.moments(yc)
+    assert whole.gram is not None
+    _check_finite("ridge_path", whole.gram)
+    values, _, basis = whole.eigen()
+    rotated = whole.rotate(yc, cross)
     weights = torch.stack(
-        [s.basis @ (_shrinkage(s.values, lam).unsqueeze(-1) * s.cross) for lam in penalties.unbind()]
+        [basis @ (_shrinkage(values, lam).unsqueeze(-1) * rotated) for lam in penalties.unbind()]
     )
     dtype = _output_dtype(x, y)
     if not bias:
@@ -262,46 +284,6 @@ def _chunks(length: int, targets: int, itemsize: int, limit: int) -> list[slice]
     """Runs of targets of which ``length`` numbers each stay within ``limit`` bytes."""
     size = max(64, limit // max(1, length * itemsize))
     return [slice(begin, begin + size) for begin in range(0, targets, size)]
-
-
-class _Whole:
-    """The fit to all rows, for any targets: the decomposition of X is done once, when it is first needed."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.dual = x, x.shape[-2] < x.shape[-1]
-        self.gram: Tensor | None = None
-        self._eigen: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def moments(self, y: Tensor) -> Tensor | None:
-        """X^T Y in float64, and the Gram matrix with it; None where the rows are the smaller side."""
-        if self.dual:
-            return None
-        self.gram, cross = _moments(self.x, y)
-        return cross
-
-    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues, eigenvectors of the smaller side, and the basis of the weights."""
-        if self._eigen is None:
-            if self.dual:
-                self.gram = GRAM(self.x.mT, None, None, False, 0, WIDE)[0]
-            assert self.gram is not None
-            values, vectors = _eigh(self.gram)
-            basis = torch.where(values > 0, self.x.mT.to(WIDE) @ vectors, 0.0) if self.dual else vectors
-            self._eigen = values, vectors, basis
-        return self._eigen
-
-    def rotate(self, y: Tensor, cross: Tensor | None) -> Tensor:
-        """The right sides of the targets y in the eigenbasis."""
-        return self.eigen()[1].mT @ (y.to(WIDE) if cross is None else cross)
-
-    def weight(self, y: Tensor, cross: Tensor | None, lam: Tensor) -> Tensor:
-        """(D, K) at one penalty, or one for each target."""
-        if cross is not None and self.gram is not None and self._eigen is None and lam.ndim == 0 and lam > 0:
-            return ridge_solve(self.gram, cross, lam)  # a tenth of the eigendecomposition's work
-        values, _, basis = self.eigen()
-        total, right = values.unsqueeze(-1) + lam, self.rotate(y, cross)
-        inner = torch.where(total > 0, right / torch.where(total > 0, total, 1.0), 0.0)
-        return (basis.to(y.dtype) @ inner.to(y.dtype)).to(WIDE)
 
 
 class _Rows:
@@ -467,7 +449,7 @@ class _Folds:
                     share = torch.where(variance[part] > 0, error / variance[part], (error > 0).to(WIDE))
                     self.relative[index] += share.sum()
         if self.whole.dual:
-            return None
+            return self.whole.moments(y)
         self.whole.gram = gram
         return cross
 
