@@ -11,40 +11,23 @@
 #include <string.h>
 
 #include "cholesky_kernel.h"
-
-#if defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2)
-#include <immintrin.h>
-#endif
+#include "vectors_isa.h"
 
 #if defined(CFL_ISA_AVX512)
-#define CFL_VECTOR_BYTES 64
 #define CFL_ENTRY cholesky_avx512
 #elif defined(CFL_ISA_AVX2)
-#define CFL_VECTOR_BYTES 32
 #define CFL_ENTRY cholesky_avx2
 #else
-#define CFL_VECTOR_BYTES 16
 #define CFL_ENTRY cholesky_generic
 #endif
 
-#define CFL_INLINE inline __attribute__((always_inline))
-
 namespace cfl::cpu::detail {
 namespace {
-
-constexpr int kBytes = CFL_VECTOR_BYTES;
-typedef float F32v __attribute__((vector_size(kBytes)));
-typedef double F64v __attribute__((vector_size(kBytes)));
-typedef int32_t I32v __attribute__((vector_size(kBytes)));
-typedef int64_t I64v __attribute__((vector_size(kBytes)));
 
 template <class T>
 struct Of;
 template <>
 struct Of<float> {
-  typedef F32v vec;
-  typedef I32v mask;
-  typedef int32_t lane;
   static constexpr float kEps = FLT_EPSILON;
   // Squares of numbers whose squares lie between these neither overflow nor lose digits.
   static constexpr float kTiny = 1e-30f, kHuge = 1e30f;
@@ -53,19 +36,12 @@ struct Of<float> {
 };
 template <>
 struct Of<double> {
-  typedef F64v vec;
-  typedef I64v mask;
-  typedef int64_t lane;
   static constexpr double kEps = DBL_EPSILON;
   static constexpr double kTiny = 1e-280, kHuge = 1e280;
   static constexpr double kMostT = 1e100;
 };
 template <class T>
-using Vec = typename Of<T>::vec;
-template <class T>
-using Mask = typename Of<T>::mask;
-template <class T>
-constexpr int kLanes = kBytes / int(sizeof(T));
+using Mask = Index<T>;
 
 template <class T>
 CFL_INLINE Vec<T> load(const T* p) {
@@ -88,7 +64,6 @@ CFL_INLINE Mask<T> lane_numbers() {
   return result;
 }
 
-CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 CFL_INLINE float root(float x) { return __builtin_sqrtf(x); }
 CFL_INLINE double root(double x) { return __builtin_sqrt(x); }
 #if defined(CFL_ISA_AVX512)
@@ -110,33 +85,6 @@ CFL_INLINE F64v root(F64v x) {
 template <class T>
 CFL_INLINE T magnitude(T x) {
   return x < 0 ? -x : x;
-}
-
-// Exchanges bit S of the row and the lane number, for every row pair that differs in that bit.
-template <class T, int S>
-CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  Mask<T> low, high;
-  for (int l = 0; l < n; ++l) {
-    low[l] = (l & S) ? n + l - S : l;
-    high[l] = (l & S) ? n + l : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    if (i & S) continue;
-    const Vec<T> a = r[i], b = r[i + S];
-    r[i] = __builtin_shuffle(a, b, low);
-    r[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
-template <class T>
-CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  transpose_step<T, 1>(r);
-  if constexpr (n > 2) transpose_step<T, 2>(r);
-  if constexpr (n > 4) transpose_step<T, 4>(r);
-  if constexpr (n > 8) transpose_step<T, 8>(r);
 }
 
 // r = the transpose of n rows of n entries, row i at rows(i).
@@ -301,7 +249,7 @@ struct Single {
           transpose<T>(r);
           for (int i = 0; i < n; ++i) {
             T* at = to + (i0 + i) * a.row_stride + c;
-            const Mask<T> lower = lane <= typename Of<T>::lane(c == i0 ? i : n);
+            const Mask<T> lower = lane <= typename VecOf<T>::lane(c == i0 ? i : n);
             store(at, lower ? r[i] : load(at));
           }
         }
@@ -312,7 +260,7 @@ struct Single {
         for (int64_t i0 = first; i0 < kPanel; i0 += n) {
           T* at = to + c * a.col_stride + i0;
           const Vec<T> value = load(block + c * kPanel + i0);
-          const Mask<T> lower = lane >= typename Of<T>::lane(i0 == first ? c - first : 0);
+          const Mask<T> lower = lane >= typename VecOf<T>::lane(i0 == first ? c - first : 0);
           store(at, lower ? value : load(at));
         }
       }
@@ -400,7 +348,7 @@ struct Single {
       for (int lane = 0; lane < n; ++lane) {
         const int64_t j = x0 * n + lane;
         if (j >= cols) break;
-        const Mask<T> pick = Mask<T>{} + typename Of<T>::lane(lane);
+        const Mask<T> pick = Mask<T>{} + typename VecOf<T>::lane(lane);
         const T p = __builtin_shuffle(w[x0], pick)[0] * inverse[j];
         const T next_t = t + p * p, inverse_next = T(1) / next_t;
         const T c = root(t * inverse_next);
@@ -800,7 +748,7 @@ T abs_sum(const T* x, int64_t count) {
   }
   for (; i + n <= count; i += n) sums[0] += positive(load(x + i));
   if (i < count) {  // the last vector again, without what was counted
-    const M fresh = lane_numbers<T>() >= typename Of<T>::lane(n - (count - i));
+    const M fresh = lane_numbers<T>() >= typename VecOf<T>::lane(n - (count - i));
     const Vec<T> v = load(x + count - n);
     sums[1] += positive((Vec<T>)((M)v & fresh));
   }

@@ -15,17 +15,7 @@
 
 #include <string.h>
 
-#if defined(CFL_ISA_AVX512) || defined(CFL_ISA_AVX2) || defined(CFL_ISA_AMX)
-#include <immintrin.h>
-#endif
-
-#if defined(CFL_ISA_AMX) || defined(CFL_ISA_AVX512)
-#define CFL_VECTOR_BYTES 64
-#elif defined(CFL_ISA_AVX2)
-#define CFL_VECTOR_BYTES 32
-#else
-#define CFL_VECTOR_BYTES 16
-#endif
+#include "vectors_isa.h"
 
 #if defined(CFL_ISA_AMX)
 #define CFL_ENTRY kernel_amx
@@ -37,43 +27,16 @@
 #define CFL_ENTRY kernel_generic
 #endif
 
-#define CFL_INLINE inline __attribute__((always_inline))
-
 namespace cfl::cpu::detail {
 namespace {
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-constexpr int kBytes = CFL_VECTOR_BYTES;
-
-typedef float F32v __attribute__((vector_size(kBytes)));
-typedef double F64v __attribute__((vector_size(kBytes)));
-typedef int32_t I32v __attribute__((vector_size(kBytes)));
 typedef uint32_t U32v __attribute__((vector_size(kBytes)));
-typedef int64_t I64v __attribute__((vector_size(kBytes)));
 typedef float F32h __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t U32h __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t U16h __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t U16q __attribute__((vector_size(kBytes / 4)));
-
-template <class T>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  typedef F32v type;
-  typedef I32v index;
-  typedef int32_t lane;
-};
-template <>
-struct VecOf<double> {
-  typedef F64v type;
-  typedef I64v index;
-  typedef int64_t lane;
-};
-template <class T>
-using Vec = typename VecOf<T>::type;
-template <class T>
-constexpr int kLanes = kBytes / int(sizeof(T));
 
 template <class V>
 CFL_INLINE V load_as(const void* p) {
@@ -108,8 +71,6 @@ CFL_INLINE void stream_fence() {
 #endif
 }
 
-CFL_INLINE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-CFL_INLINE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 CFL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The next row of a tile. Hidden from the optimiser, which would compute all row addresses before
@@ -203,33 +164,6 @@ struct Convert<double> {
 };
 
 // ---- transposition ------------------------------------------------------------------------------
-
-// Exchanges bit `s` of the row and the lane number, for every row pair that differs in that bit.
-template <class T, int S>
-CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  typename VecOf<T>::index low, high;
-  for (int l = 0; l < n; ++l) {
-    low[l] = (l & S) ? n + l - S : l;
-    high[l] = (l & S) ? n + l : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    if (i & S) continue;
-    const Vec<T> a = r[i], b = r[i + S];
-    r[i] = __builtin_shuffle(a, b, low);
-    r[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
-template <class T>
-CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  transpose_step<T, 1>(r);
-  if constexpr (n > 2) transpose_step<T, 2>(r);
-  if constexpr (n > 4) transpose_step<T, 4>(r);
-  if constexpr (n > 8) transpose_step<T, 8>(r);
-}
 
 // dst (cols x rows, leading dimension ldd) = transpose of src (rows x cols, lds).
 template <class T, bool kStream>

@@ -14,52 +14,21 @@
 #include <string.h>
 
 #include "solve_kernel.h"
+#include "vectors_isa.h"
 
 #if defined(CFL_ISA_AVX512)
-#include <immintrin.h>
-#define CFL_VECTOR_BYTES 64
 #define CFL_ENTRY solve_kernels_avx512
 #elif defined(CFL_ISA_AVX2)
-#include <immintrin.h>
-#define CFL_VECTOR_BYTES 32
 #define CFL_ENTRY solve_kernels_avx2
 #else
-#define CFL_VECTOR_BYTES 16
 #define CFL_ENTRY solve_kernels_generic
 #endif
-
-#define CFL_INLINE inline __attribute__((always_inline))
 
 namespace cfl::cpu::detail {
 namespace {
 
-constexpr int kBytes = CFL_VECTOR_BYTES;
 constexpr int kTile = 4;
 constexpr int64_t kRightBytes = 256 << 10;  // right sides in work at a time
-
-typedef float F32v __attribute__((vector_size(kBytes)));
-typedef double F64v __attribute__((vector_size(kBytes)));
-typedef int32_t I32v __attribute__((vector_size(kBytes)));
-typedef int64_t I64v __attribute__((vector_size(kBytes)));
-
-template <class T>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  typedef F32v type;
-  typedef I32v index;
-};
-template <>
-struct VecOf<double> {
-  typedef F64v type;
-  typedef I64v index;
-};
-template <class T>
-using Vec = typename VecOf<T>::type;
-template <class T>
-using Index = typename VecOf<T>::index;
-template <class T>
-constexpr int kLanes = kBytes / int(sizeof(T));
 
 template <class T>
 CFL_INLINE Vec<T> load(const T* p) {
@@ -71,8 +40,6 @@ template <class T>
 CFL_INLINE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof(v));
 }
-CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-CFL_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 CFL_INLINE F32v root(F32v v) {
 #if defined(CFL_ISA_AVX512)
@@ -110,32 +77,6 @@ CFL_INLINE F32v inverse_root(F32v v) {
 
 // --- between one system's memory and the lanes
 // ----------------------------------------------------
-
-template <class T, int S>
-CFL_INLINE void transpose_step(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  Index<T> low, high;
-  for (int l = 0; l < n; ++l) {
-    low[l] = (l & S) ? n + l - S : l;
-    high[l] = (l & S) ? n + l : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    if (i & S) continue;
-    const Vec<T> a = r[i], b = r[i + S];
-    r[i] = __builtin_shuffle(a, b, low);
-    r[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
-template <class T>
-CFL_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
-  transpose_step<T, 1>(r);
-  if constexpr (n > 2) transpose_step<T, 2>(r);
-  if constexpr (n > 4) transpose_step<T, 4>(r);
-  if constexpr (n > 8) transpose_step<T, 8>(r);
-}
 
 // Numbers [at, at + count) of every lane, as vectors across the lanes.
 template <class T>

@@ -10,69 +10,39 @@
 #include <string.h>
 
 #include "tall_gram.h"
+#include "vectors_isa.h"
 
 #if defined(CFL_ISA_AVX512)
-#define CFL_VECTOR_BYTES 64
 #define CFL_ENTRY tall_gram_avx512
 #elif defined(CFL_ISA_AVX2)
-#define CFL_VECTOR_BYTES 32
 #define CFL_ENTRY tall_gram_avx2
 #else
-#define CFL_VECTOR_BYTES 16
 #define CFL_ENTRY tall_gram_generic
 #endif
-
-#define CFL_INLINE inline __attribute__((always_inline))
 
 namespace cfl::cpu::detail {
 namespace {
 
-constexpr int kBytes = CFL_VECTOR_BYTES;
-constexpr int kLanes = kBytes / 8;
-constexpr int kDepth = 16;              // vectors of rows in a block
-constexpr int kRows = kDepth * kLanes;  // rows in a block
+constexpr int kWide = kLanes<double>;
+constexpr int kDepth = 16;             // vectors of rows in a block
+constexpr int kRows = kDepth * kWide;  // rows in a block
 constexpr int kTile = 4;
 
-typedef double Vec __attribute__((vector_size(kBytes)));
 typedef float Half __attribute__((vector_size(kBytes / 2)));
-typedef int64_t Index __attribute__((vector_size(kBytes)));
 
-CFL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 CFL_INLINE int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
-CFL_INLINE Vec load(const double* p) {
-  Vec v;
+CFL_INLINE F64v load(const double* p) {
+  F64v v;
   memcpy(&v, p, sizeof(v));
   return v;
 }
-CFL_INLINE Vec load(const float* p) {
+CFL_INLINE F64v load(const float* p) {
   Half h;
   memcpy(&h, p, sizeof(h));
-  return __builtin_convertvector(h, Vec);
+  return __builtin_convertvector(h, F64v);
 }
-CFL_INLINE void store(double* p, Vec v) { memcpy(p, &v, sizeof(v)); }
-
-template <int S>
-CFL_INLINE void transpose_step(Vec (&r)[kLanes]) {
-  Index low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = (l & S) ? kLanes + l - S : l;
-    high[l] = (l & S) ? kLanes + l : l + S;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & S) continue;
-    const Vec a = r[i], b = r[i + S];
-    r[i] = __builtin_shuffle(a, b, low);
-    r[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
-CFL_INLINE void transpose(Vec (&r)[kLanes]) {
-  transpose_step<1>(r);
-  if constexpr (kLanes > 2) transpose_step<2>(r);
-  if constexpr (kLanes > 4) transpose_step<4>(r);
-}
+CFL_INLINE void store(double* p, F64v v) { memcpy(p, &v, sizeof(v)); }
 
 // Rows [0, rows) of `cols` columns into columns of kRows numbers each; missing rows and columns are
 // zero.
@@ -80,25 +50,25 @@ template <class S>
 void load_block(const S* from, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
                 double* to) {
   if (rows < kRows) memset(to, 0, size_t(padded(cols) * kRows) * sizeof(double));
-  const int64_t whole = rows / kLanes * kLanes;
+  const int64_t whole = rows / kWide * kWide;
   int64_t fast_rows = 0, fast_cols = 0;
   if (row_stride == 1) {
     for (int64_t j = 0; j < cols; ++j) {
-      for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int64_t i = 0; i < whole; i += kWide) {
         store(to + j * kRows + i, load(from + j * col_stride + i));
       }
     }
     fast_rows = whole, fast_cols = cols;
   } else if (col_stride == 1) {
-    fast_rows = whole, fast_cols = cols / kLanes * kLanes;
-    for (int64_t i = 0; i < fast_rows; i += kLanes) {
-      for (int64_t j = 0; j < fast_cols; j += kLanes) {
-        Vec r[kLanes];
+    fast_rows = whole, fast_cols = cols / kWide * kWide;
+    for (int64_t i = 0; i < fast_rows; i += kWide) {
+      for (int64_t j = 0; j < fast_cols; j += kWide) {
+        F64v r[kWide];
 #pragma GCC unroll 8
-        for (int l = 0; l < kLanes; ++l) r[l] = load(from + (i + l) * row_stride + j);
-        transpose(r);
+        for (int l = 0; l < kWide; ++l) r[l] = load(from + (i + l) * row_stride + j);
+        transpose<double>(r);
 #pragma GCC unroll 8
-        for (int l = 0; l < kLanes; ++l) store(to + (j + l) * kRows + i, r[l]);
+        for (int l = 0; l < kWide; ++l) store(to + (j + l) * kRows + i, r[l]);
       }
     }
   }
@@ -119,12 +89,12 @@ void rotate(const double* x, const double* w, int64_t s, int64_t ld, double* q) 
            w[(depth - 1) * ld + j + 2] == 0 && w[(depth - 1) * ld + j + 3] == 0) {
       --depth;
     }
-    for (int v = 0; v < kRows; v += kTile * kLanes) {
-      Vec c[kTile][kTile] = {};
+    for (int v = 0; v < kRows; v += kTile * kWide) {
+      F64v c[kTile][kTile] = {};
       for (int64_t i = 0; i < depth; ++i) {
-        Vec a[kTile];
+        F64v a[kTile];
 #pragma GCC unroll 4
-        for (int u = 0; u < kTile; ++u) a[u] = load(x + i * kRows + v + u * kLanes);
+        for (int u = 0; u < kTile; ++u) a[u] = load(x + i * kRows + v + u * kWide);
 #pragma GCC unroll 4
         for (int jj = 0; jj < kTile; ++jj) {
           const double factor = w[i * ld + j + jj];
@@ -135,7 +105,7 @@ void rotate(const double* x, const double* w, int64_t s, int64_t ld, double* q) 
 #pragma GCC unroll 4
       for (int jj = 0; jj < kTile; ++jj) {
 #pragma GCC unroll 4
-        for (int u = 0; u < kTile; ++u) store(q + (j + jj) * kRows + v + u * kLanes, c[jj][u]);
+        for (int u = 0; u < kTile; ++u) store(q + (j + jj) * kRows + v + u * kWide, c[jj][u]);
       }
     }
   }
@@ -143,19 +113,19 @@ void rotate(const double* x, const double* w, int64_t s, int64_t ld, double* q) 
 
 // to[i][j] += x_i y_j, lane by lane, for one 4 x 4 tile.
 CFL_INLINE void multiply(const double* x, const double* y, double* to) {
-  Vec c[kTile][kTile];
+  F64v c[kTile][kTile];
 #pragma GCC unroll 4
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kTile; ++j) c[i][j] = load(to + (i * kTile + j) * kLanes);
+    for (int j = 0; j < kTile; ++j) c[i][j] = load(to + (i * kTile + j) * kWide);
   }
-  for (int v = 0; v < kRows; v += kLanes) {
-    Vec a[kTile];
+  for (int v = 0; v < kRows; v += kWide) {
+    F64v a[kTile];
 #pragma GCC unroll 4
     for (int i = 0; i < kTile; ++i) a[i] = load(x + i * kRows + v);
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
-      const Vec b = load(y + j * kRows + v);
+      const F64v b = load(y + j * kRows + v);
 #pragma GCC unroll 4
       for (int i = 0; i < kTile; ++i) c[i][j] += a[i] * b;
     }
@@ -163,13 +133,13 @@ CFL_INLINE void multiply(const double* x, const double* y, double* to) {
 #pragma GCC unroll 4
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kTile; ++j) store(to + (i * kTile + j) * kLanes, c[i][j]);
+    for (int j = 0; j < kTile; ++j) store(to + (i * kTile + j) * kWide, c[i][j]);
   }
 }
 
 CFL_INLINE double total(const double* lanes) {
   double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+  for (int l = 0; l < kWide; ++l) sum += lanes[l];
   return sum;
 }
 
@@ -178,7 +148,7 @@ struct Layout {
   int64_t pairs, other;            // tiles of the triangle, tiles of the cross products
   int64_t x, q, b, w, sums, size;  // offsets and size, in numbers
   Layout(int64_t s, int64_t k) : ls(padded(s)), lk(padded(k)) {
-    const int64_t t = ls / kTile, tile = kTile * kTile * kLanes;
+    const int64_t t = ls / kTile, tile = kTile * kTile * kWide;
     pairs = t * (t + 1) / 2;
     other = t * (lk / kTile);
     x = 0;
@@ -194,7 +164,7 @@ size_t scratch_bytes(int64_t s, int64_t k) { return size_t(Layout(s, k).size) * 
 
 template <class S>
 void accumulate(const TallGram& g, const Layout& at, int64_t begin, int64_t end, double* memory) {
-  constexpr int64_t tile = kTile * kTile * kLanes;
+  constexpr int64_t tile = kTile * kTile * kWide;
   const S* t = static_cast<const S*>(g.t);
   const S* right = static_cast<const S*>(g.b);
   double *x = memory + at.x, *q = memory + at.q, *b = memory + at.b;
@@ -221,7 +191,7 @@ void run(const TallGram* args, int64_t begin, int64_t end, void* scratch) {
   const TallGram& g = *args;
   const Layout at(g.s, g.k);
   double* memory = static_cast<double*>(scratch);
-  constexpr int64_t tile = kTile * kTile * kLanes;
+  constexpr int64_t tile = kTile * kTile * kWide;
   memset(memory + at.sums, 0, size_t((at.pairs + at.other) * tile) * sizeof(double));
   if (g.w) {
     memset(memory + at.w, 0, size_t(at.ls * at.ls) * sizeof(double));
@@ -235,7 +205,7 @@ void run(const TallGram* args, int64_t begin, int64_t end, void* scratch) {
     for (int64_t j0 = 0; j0 <= i0; j0 += kTile, sums += tile) {
       for (int64_t i = i0; i < min64(i0 + kTile, g.s); ++i) {
         for (int64_t j = j0; j < min64(j0 + kTile, i + 1); ++j) {
-          const double value = total(sums + ((i - i0) * kTile + j - j0) * kLanes);
+          const double value = total(sums + ((i - i0) * kTile + j - j0) * kWide);
           g.gram[i * g.s + j] = g.gram[j * g.s + i] = value;
         }
       }
@@ -245,7 +215,7 @@ void run(const TallGram* args, int64_t begin, int64_t end, void* scratch) {
     for (int64_t j0 = 0; j0 < at.lk; j0 += kTile, sums += tile) {
       for (int64_t i = i0; i < min64(i0 + kTile, g.s); ++i) {
         for (int64_t j = j0; j < min64(j0 + kTile, g.k); ++j) {
-          g.cross[i * g.k + j] = total(sums + ((i - i0) * kTile + j - j0) * kLanes);
+          g.cross[i * g.k + j] = total(sums + ((i - i0) * kTile + j - j0) * kWide);
         }
       }
     }
