@@ -166,6 +166,11 @@ T __shfl_up_sync(unsigned, T value, int delta) {
       value, [&](auto at, int lane) { return at(lane < delta ? lane : lane - delta); });
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  return on_host::collective(
+      value, [&](auto at, int lane) { return at(lane / width * width + from % width); });
+}
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return on_host::collective(value, [&](auto at, int lane) { return at(lane ^ mask); });
 }
@@ -223,4 +228,14 @@ inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+inline uint64_t double_bits(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  return bits;
+}
+inline double bits_double(uint64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
 }

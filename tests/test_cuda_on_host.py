@@ -10,13 +10,16 @@ import contextlib
 import ctypes
 import functools
 import subprocess
+import sys
 import types
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 import cfl_ops
+import contract
 import pytest
 import torch
-from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc, codec
+from cfl_ops import _cholesky_cuda, _codec_cuda, _cuda, _library, _nvrtc, _solve_cuda, codec
 
 ROOT = Path(__file__).parent.parent
 CODEC = ("quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
@@ -28,7 +31,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
     library = tmp_path_factory.mktemp("on_host") / "libcfl_on_host.so"
     torch_root = Path(torch.__file__).parent
     sources = [
-        str(ROOT / "csrc" / "cuda" / name) for name in ("codec.cu", "codec.cpp", "gram.cu", "gram.cpp")
+        str(ROOT / "csrc" / "cuda" / f"{name}.{kind}")
+        for name in ("codec", "gram", "solve", "cholesky")
+        for kind in ("cu", "cpp")
     ]
     compile_on_host(
         *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch_root / "include"), "-x", "c++"),
@@ -184,25 +189,151 @@ def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None
         assert torch.equal(got, got.mT)
 
 
+# --- solve and cholesky: the samples of the contract, within its bounds --------------------------------------
+
+LINALG = {
+    "ridge_solve": _solve_cuda.ridge_solve,
+    "cholesky_update": _cholesky_cuda.cholesky_update,
+    "cholesky_update_": _cholesky_cuda.cholesky_update_,
+}
+SAMPLES = [
+    pytest.param(spec, case, dtype, id=f"{spec.op.name}-{case.name.replace(' ', '_')}-{str(dtype)[6:]}")
+    for spec in contract.load()
+    if spec.op.name in LINALG
+    for case in spec.cases
+    for dtype in case.dtypes
+]
+
+
+def check_sample(kernels, spec: contract.OpSpec, args) -> None:
+    """As test_contract.py's test_oracle."""
+    args = contract.clone_args(args)
+    want, bounds = spec.oracle(*args), spec.bound(*args)
+    out = contract.as_tuple(LINALG[spec.op.name](kernels, *args))
+    contract.assert_within(tuple(args[i] for i in spec.mutates) + out, want, bounds)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(("spec", "case", "dtype"), SAMPLES)
+def test_samples_of_the_contract(
+    kernels, spec, case, dtype, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFL_ON_HOST_ORDER", order)
+    args = case.make(dtype)
+    check_sample(kernels, spec, args)
+    if order == "reverse":  # column-major, and not dense
+        for change in (lambda t: t.mT.contiguous().mT, lambda t: t.repeat_interleave(2, -1)[..., ::2]):
+            check_sample(kernels, spec, [change(a) if torch.is_tensor(a) and a.ndim > 1 else a for a in args])
+
+
+def system(order: int, sides: int, batch: int, dtype: torch.dtype, condition: float = 10.0):
+    """Systems of a given condition number, and right sides."""
+    q = torch.linalg.qr(torch.randn(batch, order, order, dtype=torch.float64)).Q
+    values = torch.logspace(0, -torch.tensor(condition).log10().item(), order, dtype=torch.float64)
+    return ((q * values) @ q.mT).to(dtype), torch.randn(batch, order, sides, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("order", "sides", "batch"),
+    [(1, 1, 9), (7, 2, 5), (8, 1, 33), (16, 130, 3), (31, 1, 2), (32, 5, 2), (40, 3, 5), (64, 1, 3), (64, 67, 1),
+     (65, 1, 1), (96, 33, 2), (200, 2, 1)],
+)  # fmt: skip
+def test_ridge_solve_at_every_size(kernels, order: int, sides: int, batch: int, dtype: torch.dtype) -> None:
+    gram, cross = system(order, sides, batch, dtype)
+    solution, info = _solve_cuda.ridge_solve(
+        kernels, gram, cross, torch.tensor(0.01, dtype=torch.float64), None
+    )
+    assert not info.any()
+    wide = gram.double() + 0.01 * torch.eye(order, dtype=torch.float64)
+    want = torch.linalg.solve(wide, cross.double())
+    bound = 4 * order * torch.finfo(dtype).eps * 10 * torch.linalg.matrix_norm(want)[:, None, None]
+    assert ((solution.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("order", [6, 20, 50])
+def test_float32_systems_in_doubt_are_solved_in_float64(kernels, order: int) -> None:
+    """Half of them lose their last digits in float32; the others are not solved twice."""
+    gram, cross = system(order, 1, 6, torch.float32)
+    factor = torch.eye(order, dtype=torch.float64).repeat(3, 1, 1)
+    factor[:, -1] = torch.randn(3, order) / order**0.5
+    factor[:, -1, -1] = 6e-4  # a last pivot of 4e-7, float32's rounding errors are of 1e-7
+    gram[::2] = (factor @ factor.mT).float()
+    lam = torch.tensor(0.0)
+    calls = []
+
+    class Counting:
+        def solve_small(self, *args) -> None:
+            kernels.solve_small(*args)
+            calls.append(args[7].clone())
+
+    solution, info = _solve_cuda.ridge_solve(Counting(), gram, cross, lam, None)
+    assert not info.any()
+    assert calls[0].ne(0).tolist() == [True, False] * 3
+    lower = gram.double().tril()
+    want = torch.linalg.solve(lower + lower.tril(-1).mT, cross.double())
+    error = (solution.double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+    assert (error[::2] <= 3 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize(("order", "bad"), [(5, 3), (40, 33), (64, 64), (70, 70), (130, 40), (130, 97)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_lost_minor_is_named(kernels, order: int, bad: int, dtype: torch.dtype) -> None:
+    gram, cross = system(order, 2, 3, dtype)
+    gram[1, bad - 1, bad - 1] = -1.0
+    solution, info = _solve_cuda.ridge_solve(kernels, gram, cross, torch.tensor(0.0), None)
+    assert info.tolist() == [0, bad, 0]
+    assert solution[1].isnan().all()
+    assert solution[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("order", [65, 100, 160])
+def test_factor(kernels, order: int) -> None:
+    matrices = system(order, 1, 2, torch.float64)[0]
+    factors, info = _solve_cuda.factor(kernels, matrices)
+    assert not info.any()
+    assert torch.equal(factors, factors.tril())
+    error = torch.linalg.matrix_norm(factors @ factors.mT - matrices)
+    assert (error <= order * torch.finfo(torch.float64).eps * torch.linalg.matrix_norm(matrices)).all()
+    matrices[0, 80 % order, 80 % order] = -1.0
+    assert _solve_cuda.factor(kernels, matrices)[1].tolist() == [80 % order + 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("order", "rank"), [(1, 1), (33, 2), (64, 5), (100, 17), (130, 40), (40, 0)])
+@pytest.mark.parametrize("alpha", [1.0, -0.3])
+def test_cholesky_update_at_every_size(
+    kernels, order: int, rank: int, alpha: float, dtype: torch.dtype
+) -> None:
+    spec = next(spec for spec in contract.load() if spec.op.name == "cholesky_update")
+    root = torch.randn(2, order, 2 * order + 2, dtype=torch.float64)
+    L = torch.linalg.cholesky(root @ root.mT).to(dtype)
+    V = 0.3 * torch.randn(2, order, rank, dtype=torch.float64).to(dtype)
+    check_sample(kernels, spec, [L, V, alpha, 0.9])
+
+
 # --- the launcher for CuPy ----------------------------------------------------------------------------------
 
 GLUE = """
 #include "cuda/codec_kernel.cuh"
 #include "cuda/gram_kernel.cuh"
+#include "cuda/solve_kernel.cuh"
+#include "cuda/cholesky_kernel.cuh"
 #include <utility>
 using namespace cfl::cuda;
 template <class... P, size_t... I>
-int call(void (*kernel)(P...), std::index_sequence<I...>, int64_t blocks, size_t shared, void** args,
+int call(void (*kernel)(P...), std::index_sequence<I...>, int64_t blocks, int threads, size_t shared, void** args,
          const size_t* sizes, int count) {
   constexpr size_t want[] = {sizeof(P)...};
   if (count != sizeof...(P)) return 1;
   for (int i = 0; i < count; ++i) if (sizes[i] != want[i]) return 2 + i;
-  on_host::launch(blocks, kThreads, shared, [=] { kernel(*static_cast<P*>(args[I])...); });
+  on_host::launch(blocks, threads, shared, [=] { kernel(*static_cast<P*>(args[I])...); });
   return 0;
 }
 template <class... P>
-int call(void (*kernel)(P...), int64_t blocks, size_t shared, void** args, const size_t* sizes, int count) {
-  return call(kernel, std::index_sequence_for<P...>(), blocks, shared, args, sizes, count);
+int call(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void** args, const size_t* sizes,
+         int count) {
+  return call(kernel, std::index_sequence_for<P...>(), blocks, threads, shared, args, sizes, count);
 }
 """
 
@@ -211,13 +342,13 @@ int call(void (*kernel)(P...), int64_t blocks, size_t shared, void** args, const
 def nvrtc(tmp_path_factory: pytest.TempPathFactory):
     """The launcher for CuPy with a CuPy whose kernels are those of this machine's C++ compiler."""
     np = pytest.importorskip("numpy")
-    names = _nvrtc.names()
+    names = [name for family in _nvrtc.HEADERS for name in _nvrtc.names(family)]
     text = GLUE
     for i, name in enumerate(names):
         plain = name.replace("cfl::cuda::uint", "uint")
-        text += f"""extern "C" int call_{i}(int64_t blocks, size_t shared, void** args, const size_t* sizes,
-                        int count) {{
-  return call(&{plain}, blocks, shared, args, sizes, count);
+        text += f"""extern "C" int call_{i}(int64_t blocks, int threads, size_t shared, void** args,
+                        const size_t* sizes, int count) {{
+  return call(&{plain}, blocks, threads, shared, args, sizes, count);
 }}
 """
     folder = tmp_path_factory.mktemp("nvrtc")
@@ -231,13 +362,20 @@ def nvrtc(tmp_path_factory: pytest.TempPathFactory):
             self.max_dynamic_shared_size_bytes = 48 << 10
 
         def __call__(self, grid, block, args, *, shared_mem: int) -> None:
-            assert block == (256,)
+            assert block[0] <= 256
             assert 0 <= shared_mem <= self.max_dynamic_shared_size_bytes
             assert all(isinstance(a, np.generic) for a in args)
             held = [np.array(a) for a in args]
             pointers = (ctypes.c_void_p * len(held))(*(a.ctypes.data for a in held))
             sizes = (ctypes.c_size_t * len(held))(*(a.nbytes for a in held))
-            code = self.call(ctypes.c_int64(grid[0]), ctypes.c_size_t(shared_mem), pointers, sizes, len(held))
+            code = self.call(
+                ctypes.c_int64(grid[0]),
+                ctypes.c_int(block[0]),
+                ctypes.c_size_t(shared_mem),
+                pointers,
+                sizes,
+                len(held),
+            )
             assert code == 0, f"{code}: wrong number of arguments (1) or size of argument {code - 2}"
 
     nothing = contextlib.nullcontext
@@ -246,7 +384,7 @@ def nvrtc(tmp_path_factory: pytest.TempPathFactory):
     )
     kernels = _nvrtc.Nvrtc.__new__(_nvrtc.Nvrtc)
     kernels.cupy, kernels.numpy = types.SimpleNamespace(cuda=cuda), np
-    kernels.__dict__["module"] = types.SimpleNamespace(get_function=Function)
+    kernels.module = lambda family: types.SimpleNamespace(get_function=Function)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_nvrtc, "_current_stream", lambda device: None)
         yield kernels
@@ -284,3 +422,21 @@ def test_cupys_launcher_quantises_decodes_and_sums_as_the_cpu(nvrtc, dtype: torc
         wide = x.double()
         want = (wide if weight is None else wide * weight[..., None]).mT @ wide
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "case", "dtype"), [p for p in SAMPLES if p.values[2] in (torch.float32, torch.float64)]
+)
+def test_cupys_launcher_passes_the_samples_of_the_contract(nvrtc, spec, case, dtype) -> None:
+    check_sample(nvrtc, spec, case.make(dtype))
+
+
+def test_cupys_launcher_solves_larger_systems(nvrtc) -> None:
+    for order, sides in ((20, 70), (50, 3), (64, 1), (90, 40)):
+        gram, cross = system(order, sides, 3, torch.float32)
+        solution, info = _solve_cuda.ridge_solve(nvrtc, gram, cross, torch.tensor(0.5), None)
+        assert not info.any()
+        wide = gram.double() + 0.5 * torch.eye(order, dtype=torch.float64)
+        torch.testing.assert_close(
+            solution.double(), torch.linalg.solve(wide, cross.double()), rtol=0, atol=1e-4
+        )

@@ -40,6 +40,15 @@ def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
     assert not bad, "\n".join(map(str, bad))
 
 
+# Bytes that a kernel may spill, by its mangled name: 64 x 64 in float64 takes all registers of 32 lanes, and a tile's
+# one warp of factor or substitution may, so that two blocks fit a multiprocessor.
+ALLOWED = {
+    "solve_small_kernelIfdLi64": 400,
+    "solve_small_kernelIddLi64": 400,
+    "solve_tiled_kernel": 128,
+}
+
+
 def nvcc() -> str:
     found = shutil.which("nvcc")
     if found is None:
@@ -50,7 +59,7 @@ def nvcc() -> str:
 @pytest.mark.parametrize(
     "architectures", [pytest.param(QUICK, id="quick"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", ["codec.cu", "gram.cu"])
+@pytest.mark.parametrize("name", ["codec.cu", "gram.cu", "solve.cu", "cholesky.cu"])
 def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_path: Path) -> None:
     """Without warnings; spills stay within a few registers."""
     for architecture in architectures:
@@ -61,9 +70,10 @@ def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_pat
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert "warning" not in done.stderr, done.stderr[:2000]
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+        spills = re.findall(r"Function properties for (\w+)\n.* (\d+) bytes spill stores", done.stderr)
         assert spills
-        assert max(spills) <= 32, done.stderr
+        for kernel, spilled in spills:
+            assert int(spilled) <= next((n for name, n in ALLOWED.items() if name in kernel), 32), kernel
 
 
 def nvrtc_library() -> ctypes.CDLL:
@@ -78,12 +88,13 @@ def nvrtc_library() -> ctypes.CDLL:
     pytest.skip("no NVRTC library is installed (pip install nvidia-cuda-nvrtc)")
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_120"])
-def test_the_very_sources_compile_with_nvrtc(architecture: str) -> None:
+@pytest.mark.parametrize("family", _nvrtc.HEADERS)
+@pytest.mark.parametrize("architecture", ["sm_80", pytest.param("sm_120", marks=pytest.mark.slow)])
+def test_the_very_sources_compile_with_nvrtc(architecture: str, family: str) -> None:
     """With no folder of headers, as CuPy gives them to it; and every kernel is found by its name."""
     nvrtc = nvrtc_library()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    source, names = _nvrtc.source().encode(), [name.encode() for name in _nvrtc.names()]
+    source, names = _nvrtc.source(family).encode(), [name.encode() for name in _nvrtc.names(family)]
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"cfl_ops.cu", 0, None, None) == 0
     for name in names:
         assert nvrtc.nvrtcAddNameExpression(program, name) == 0
@@ -102,17 +113,21 @@ def test_the_very_sources_compile_with_nvrtc(architecture: str) -> None:
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def test_every_kernel_of_the_sources_is_among_the_names() -> None:
-    written = set(re.findall(r"(\w+_kernel)\(", _nvrtc.source()))
-    assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in _nvrtc.names()}
+@pytest.mark.parametrize("family", _nvrtc.HEADERS)
+def test_every_kernel_of_the_sources_is_among_the_names(family: str) -> None:
+    written = set(re.findall(r"(\w+_kernel)\(", _nvrtc.source(family)))
+    assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in _nvrtc.names(family)}
 
 
 def test_constants_are_those_of_the_sources() -> None:
-    text = _nvrtc.source()
+    text = "".join(map(_nvrtc.source, _nvrtc.HEADERS))
     for name, value in (
         ("kThreads", _nvrtc.THREADS),
         ("kLine", _nvrtc.LINE),
         ("kMaxShared", _nvrtc.MAX_SHARED),
+        ("kSide", _nvrtc.SIDE),
+        ("kPanel", _nvrtc.PANEL),
+        ("kColumnsPerWarp", 64),
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
@@ -121,7 +136,8 @@ def test_constants_are_those_of_the_sources() -> None:
 def test_cupy_would_get_sources_from_an_installed_package() -> None:
     """The wheel carries them (pyproject.toml); here they are found in the working tree."""
     assert '"cfl_ops/csrc/cuda" = "csrc/cuda"' in (ROOT / "pyproject.toml").read_text()
-    assert "#include" not in _nvrtc.source().replace('#include "cuda_on_host.h"', "").replace(
+    text = "".join(map(_nvrtc.source, _nvrtc.HEADERS))
+    assert "#include" not in text.replace('#include "cuda_on_host.h"', "").replace(
         "#include <cuda_runtime.h>", ""
     ).replace("#include <cstdint>", "")
-    assert os.linesep in _nvrtc.source()
+    assert os.linesep in text

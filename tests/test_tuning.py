@@ -10,7 +10,7 @@ from pathlib import Path
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _autotune, _library, _tuning
+from cfl_ops import _autotune, _cuda, _library, _tuning
 
 CARD = _tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
 SMALL = _tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
@@ -126,6 +126,7 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
         "ridge_solve": "solve",
     }.get(op, "proximal")
     launchers = __import__(f"cfl_ops.triton_kernels.{module}", fromlist=["x"])
+    monkeypatch.setattr(_cuda, "native_available", lambda: True)
     monkeypatch.setattr(_tuning, "choose", choose)
     if op == "gram_cross":
         monkeypatch.setattr(launchers, "_launch_gram", lambda *_: None)

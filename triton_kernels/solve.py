@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from cfl_ops import _tuning
-from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python, on_device
+from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python, penalties
 from torch import Tensor
 
 __all__ = ["ridge_solve"]
@@ -70,11 +70,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:
         return _ridge_solve_python(gram, cross, lam, lam_diag)
-    shift = on_device(lam, gram).expand(batch).unsqueeze(-1)
-    good = (shift >= 0) & shift.isfinite()
-    if lam_diag is not None:
-        good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
-        shift = shift + lam_diag.to(torch.float64)
+    shift, good = penalties(gram, lam, lam_diag)
     # A penalty that is refused becomes NaN, which no pivot survives.
     shift = torch.where(good, shift, torch.nan).expand(*batch, order).contiguous()
     dtype = torch.promote_types(gram.dtype, cross.dtype)

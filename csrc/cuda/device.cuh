@@ -57,6 +57,15 @@ __device__ inline uint16_t float_to_half(float value) {
 }
 #endif
 
+#if !defined(CFL_CUDA_ON_HOST)
+__device__ inline uint64_t double_bits(double value) {
+  return static_cast<uint64_t>(__double_as_longlong(value));
+}
+__device__ inline double bits_double(uint64_t bits) {
+  return __longlong_as_double(static_cast<long long>(bits));
+}
+#endif
+
 // To the type that a value is computed in: double for double, else float.
 __device__ inline float widen(Half value) { return half_to_float(value.bits); }
 __device__ inline float widen(BFloat value) {

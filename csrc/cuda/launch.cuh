@@ -7,14 +7,15 @@ namespace cfl::cuda {
 
 #if defined(CFL_CUDA_ON_HOST)
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStream_t, A... args) {
-  on_host::launch(blocks, kThreads, shared, [=] { kernel(args...); });
+cudaError_t launch_threads(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                           cudaStream_t, A... args) {
+  on_host::launch(blocks, threads, shared, [=] { kernel(args...); });
   return cudaSuccess;
 }
 #else
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStream_t stream,
-                   A... args) {
+cudaError_t launch_threads(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                           cudaStream_t stream, A... args) {
   if (shared > 24 << 10) {  // more than 48 KB, with the static part, must be asked for
     int device = 0, largest = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -27,11 +28,17 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStre
     if (error != cudaSuccess) return error;
   }
   // clang-format off
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(args...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args...);
   // clang-format on
   return cudaGetLastError();
 }
 #endif
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, size_t shared, cudaStream_t stream,
+                   A... args) {
+  return launch_threads(kernel, blocks, kThreads, shared, stream, args...);
+}
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

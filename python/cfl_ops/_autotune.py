@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _library, _tuning
+from . import _cuda, _library, _tuning
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -101,6 +101,30 @@ def _solve_problems(device: torch.device) -> Iterator[Problem]:
         yield Problem({"max_order": order}, lambda a=a, b=b, lam=lam: solve(a, b, lam, None))  # type: ignore[misc]
 
 
+def _tiled_problems(device: torch.device) -> Iterator[Problem]:
+    op = _library.OPS["ridge_solve"]
+    lam = torch.zeros((), dtype=torch.float64)
+    backend = "native" if _cuda.native_available() else "nvrtc"
+    if backend == "nvrtc" and not _cuda.nvrtc_available():
+        return  # no kernel, and nothing to choose
+    solve = op.load_cuda(backend)
+    for order, batch in (
+        (128, 1),
+        (128, 64),
+        (128, 512),
+        (256, 1),
+        (256, 128),
+        (512, 1),
+        (512, 32),
+        (2048, 1),
+    ):
+        a = torch.randn(batch, order, order, device=device)
+        a = a @ a.mT + torch.eye(order, device=device)
+        b = torch.randn(batch, order, 1, device=device)
+        rule = {"max_order": order, "max_batch": batch, "max_columns": 64}
+        yield Problem(rule, lambda a=a, b=b: solve(a, b, lam, None))  # type: ignore[misc]
+
+
 def _proximal_problems(device: torch.device) -> Iterator[Problem]:
     step = _library.OPS["proximal_step"].load_triton()
     rest = (torch.ones((), dtype=torch.float64), None, None, None, "mean", "penalized", "auto")
@@ -132,6 +156,7 @@ TUNABLE = {
         lambda: _grid(TILE_K=(16, 32), TILE_D=(16, 32, 64), num_warps=(4, 8), factor_warps=(2, 4, 8)),
         _proximal_problems,
     ),
+    "ridge_solve_tiled": Tunable(lambda: _grid(tiled=(True, False)), _tiled_problems),
     "ridge_solve": Tunable(lambda: _grid(columns=(32,), num_warps=(1, 2, 4, 8)), _solve_problems),
 }
 

@@ -30,6 +30,13 @@ _SCHEMAS = (
     " Tensor(b!)? counts) -> ()",
     "cuda_dequantize(Tensor symbols, Tensor affine, Tensor(a!) weights) -> ()",
     "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) gram) -> ()",
+    "cuda_solve_small(Tensor matrices, Tensor rights, Tensor shift, float tolerance, bool wide, Tensor? only,"
+    " Tensor(a!) solutions, Tensor(b!) info) -> ()",
+    "cuda_solve_tiled(Tensor matrices, Tensor rights, Tensor shift, float tolerance, Tensor(a!) work,"
+    " Tensor(b!) inverse, Tensor(c!) flags, Tensor(d!) solutions, Tensor(e!)? factors, Tensor(f!) info) -> ()",
+    "cuda_cholesky_update(Tensor matrices, Tensor vectors, float scale_l, float scale_v, bool check, bool down,"
+    " float lost, Tensor(a!) out, Tensor(b!) reflectors, Tensor(c!) flags, Tensor(d!) info) -> ()",
+    "cuda_cholesky_choose(Tensor matrices, Tensor info, bool failed, Tensor(a!) out) -> ()",
 )
 for _schema in _SCHEMAS:
     _library._LIB.define(_schema)

@@ -52,6 +52,8 @@ class Op:
     cuda: str | None = None
     """``module:function`` below ``cfl_ops``, which drives kernels of csrc/cuda: their backend (see _cuda.py),
     then the op's arguments."""
+    cuda_first: bool = False
+    """Its CUDA C++ goes before its Triton kernel, where both could serve."""
     composite: bool = False
     """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
     helper: bool = False
@@ -113,6 +115,7 @@ def define_op(
     derivative: Derivative | None = None,
     triton: str | None = None,
     cuda: str | None = None,
+    cuda_first: bool = False,
     composite: bool = False,
     helper: bool = False,
     tags: Sequence[torch.Tag] = (),
@@ -131,7 +134,7 @@ def define_op(
     _LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIB)
-    op = Op(name, python, triton, cuda, composite, helper)
+    op = Op(name, python, triton, cuda, cuda_first, composite, helper)
     torch.library.register_vmap(qualified, _vmap_rule(op.overload, core_dims), lib=_LIB)
     if derivative is not None:
         torch.library.register_autograd(
@@ -269,9 +272,11 @@ def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable
     cuda = op.cuda is not None and device_type == "cuda"
     compiled = cuda and _cuda().native_available()
     if forced is None:
-        # On a GPU Triton comes first until a CUDA C++ kernel has been measured to be faster.
+        # On a GPU Triton comes first, but for the ops that say otherwise.
         if device_type == "cuda" and op.triton is not None and triton_available():
-            return "triton", _lazy(op.load_triton)
+            triton_first = not op.cuda_first or not (compiled or (cuda and _cuda().nvrtc_available()))
+            if triton_first:
+                return "triton", _lazy(op.load_triton)
         if native or compiled:
             return "native", None if native else _lazy(functools.partial(op.load_cuda, "native"))
         if cuda and _cuda().nvrtc_available():

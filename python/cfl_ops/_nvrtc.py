@@ -6,7 +6,6 @@ the text of the source: hence one text without includes. Never run on a GPU; the
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -14,45 +13,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cholesky_cuda import PANEL, RANKS
+from ._solve_cuda import SIDE
+
 THREADS, WARPS, PART, LINE, MAX_SHARED = 256, 8, 1 << 15, 64, 8192
 """As in device.cuh and codec_kernel.cuh."""
 MOST_BLOCKS = 1 << 20
 OPTIONS = ("-std=c++20",)
+HEADERS = {
+    "codec": ("device", "codec_kernel"),
+    "exact": ("device", "gram_kernel"),
+    "solve": ("device", "linalg", "solve_kernel"),
+    "cholesky": ("device", "linalg", "cholesky_kernel"),
+}
+"""The sources of a family, by the first word of its kernels' names: what is not used is not compiled."""
 
 _SYMBOLS = {torch.uint8: "uint8_t", torch.uint16: "uint16_t"}
+_COMPUTED = (("float", "float"), ("float", "double"), ("double", "double"))
+_SMALL_ORDERS = (8, 16, 32, 64)
 _FLOATS = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "float", torch.float64: "double"}
 
 
-def source() -> str:
-    """All kernels as one text: NVRTC needs no folder of headers for it."""
+def source(family: str) -> str:
+    """The kernels of a family as one text: NVRTC needs no folder of headers for it."""
     here = Path(__file__).parent
     roots = [here / "csrc", *(parent / "csrc" for parent in here.parents)]  # installed, or editable
     root = next((root for root in roots if (root / "cuda" / "device.cuh").is_file()), None)
     if root is None:
         raise RuntimeError("cfl_ops: the CUDA sources are not installed beside the package")
-    text = ""
-    for name in ("device.cuh", "codec_kernel.cuh", "gram_kernel.cuh"):
-        text += (root / "cuda" / name).read_text()
+    text = "".join((root / "cuda" / f"{name}.cuh").read_text() for name in HEADERS[family])
     return re.sub(r'^#(pragma once|include "cuda/.*)$', "", text, flags=re.MULTILINE)
 
 
-def names() -> list[str]:
+def names(family: str) -> list[str]:
     """The instantiations that are compiled."""
     symbols, floats = tuple(_SYMBOLS.values()), tuple(_FLOATS.values())
-    kernels = ["codec_gather_kernel<uint8_t>"]
-    kernels += [f"codec_{what}_kernel<{s}>" for what in ("histogram", "encode") for s in symbols]
-    kernels += [f"codec_decode_kernel<{t}>" for t in symbols + floats]
-    kernels += [f"codec_{what}_kernel<{t}>" for what in ("range", "ends", "affine") for t in floats]
-    kernels += [f"codec_quantize_kernel<{t}, {s}>" for t in floats for s in symbols]
-    kernels += [f"codec_dequantize_kernel<{s}, {t}>" for t in floats for s in symbols]
-    kernels += [f"exact_gram_kernel<{t}>" for t in floats]
-    return [qualified(name) for name in kernels]
+    kernels = {
+        "codec": [
+            "codec_gather_kernel<uint8_t>",
+            *(f"codec_{what}_kernel<{s}>" for what in ("histogram", "encode") for s in symbols),
+            *(f"codec_decode_kernel<{t}>" for t in symbols + floats),
+            *(f"codec_{what}_kernel<{t}>" for what in ("range", "ends", "affine") for t in floats),
+            *(f"codec_quantize_kernel<{t}, {s}>" for t in floats for s in symbols),
+            *(f"codec_dequantize_kernel<{s}, {t}>" for t in floats for s in symbols),
+        ],
+        "exact": [f"exact_gram_kernel<{t}>" for t in floats],
+        "solve": [
+            *(f"solve_small_kernel<{t}, {c}, {n}>" for t, c in _COMPUTED for n in _SMALL_ORDERS),
+            *(f"solve_tiled_kernel<{t}>" for t in ("float", "double")),
+        ],
+        "cholesky": [
+            *(f"cholesky_update_kernel<{_FLOATS[t]}, {r}>" for t, ranks in RANKS.items() for r in ranks),
+            *(f"cholesky_choose_kernel<{t}>" for t in ("float", "double")),
+        ],
+    }
+    return [qualified(name) for name in kernels[family]]
 
 
 def qualified(name: str) -> str:
     """``f<uint8_t>`` -> ``cfl::cuda::f<cfl::cuda::uint8_t>``: NVRTC has no other uint8_t."""
     head, arguments = name[:-1].split("<")
-    types = [t if t in ("float", "double") else f"cfl::cuda::{t}" for t in arguments.split(", ")]
+    plain = ("float", "double")
+    types = [t if t in plain or t.isdigit() else f"cfl::cuda::{t}" for t in arguments.split(", ")]
     return f"cfl::cuda::{head}<{', '.join(types)}>"
 
 
@@ -68,17 +90,29 @@ class Nvrtc:
         import numpy
 
         self.cupy, self.numpy = cupy, numpy
+        self.modules: dict[str, Any] = {}
 
-    @functools.cached_property
-    def module(self) -> Any:
+    def module(self, family: str) -> Any:
         """Compiled once for each device that uses it (CuPy sees to that)."""
-        return self.cupy.RawModule(code=source(), options=OPTIONS, name_expressions=names())
+        if family not in self.modules:
+            self.modules[family] = self.cupy.RawModule(
+                code=source(family), options=OPTIONS, name_expressions=names(family)
+            )
+        return self.modules[family]
 
-    def launch(self, name: str, device: torch.device, blocks: int, shared: int, *arguments: Any) -> None:
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        blocks: int,
+        shared: int,
+        *arguments: Any,
+        threads: int = THREADS,
+    ) -> None:
         """Put a kernel into torch's current stream. CuPy does not follow that stream by itself."""
         np = self.numpy
         with self.cupy.cuda.Device(device.index):
-            function = self.module.get_function(qualified(name))
+            function = self.module(name.split("_")[0]).get_function(qualified(name))
             if shared > 24 << 10:  # more than 48 KB, with the static part, must be asked for
                 function.max_dynamic_shared_size_bytes = shared
             current = _current_stream(device)
@@ -91,7 +125,7 @@ class Nvrtc:
                 for a in arguments
             ]
             with stream:
-                function((blocks,), (THREADS,), tuple(plain), shared_mem=shared)
+                function((blocks,), (threads,), tuple(plain), shared_mem=shared)
 
     def histogram(self, symbols: Tensor, block: int, step: int, counts: Tensor) -> None:
         """See codec.cuh, here and below."""
@@ -219,3 +253,72 @@ class Nvrtc:
                 *map(np.int64, (rows, cols, *x.stride())),
                 *(weight, *map(np.int64, weight_strides), gram),
             )
+
+    def solve_small(
+        self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, wide: bool, only: Tensor | None,
+        solutions: Tensor, info: Tensor,
+    ) -> None:  # fmt: skip
+        """See solve.cuh, here and below."""
+        np = self.numpy
+        batch, n, columns = rights.shape
+        if batch == 0:
+            return
+        order = next(o for o in _SMALL_ORDERS if o >= n)
+        element = 8 if wide else matrices.element_size()
+        kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
+        # SmallSolve of solve_kernel.cuh
+        systems = max(1, 32 // order)
+        held = systems * order * (order + 16 // element) * element
+        warps = 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8
+        works = batch * max(1, -(-columns // 64))
+        self.launch(
+            f"solve_small_kernel<{kind}>", matrices.device, -(-works // (warps * systems)), warps * held,
+            matrices, rights, shift, np.int64(batch), np.int32(n), np.int64(columns), np.float64(tolerance), only,
+            solutions, info, threads=32 * warps,
+        )  # fmt: skip
+
+    def solve_tiled(
+        self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, work: Tensor, inverse: Tensor,
+        flags: Tensor, solutions: Tensor, factors: Tensor | None, info: Tensor,
+    ) -> None:  # fmt: skip
+        """Tile by tile in float64."""
+        np = self.numpy
+        batch, n, columns = rights.shape
+        tiles, right_tiles = -(-n // SIDE), -(-columns // SIDE)
+        blocks = batch * (tiles * (tiles + 1) // 2 + 2 * tiles * right_tiles)
+        if blocks:
+            self.launch(
+                f"solve_tiled_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, blocks, 0,
+                matrices, rights, shift, *map(np.int64, (batch, n, columns)), np.float64(tolerance), work, inverse,
+                flags, flags[-1:], solutions, factors, info,
+            )  # fmt: skip
+
+    def cholesky_update(
+        self, matrices: Tensor, vectors: Tensor, scale_l: float, scale_v: float, check: bool, down: bool,
+        lost: float, out: Tensor, reflectors: Tensor, flags: Tensor, info: Tensor,
+    ) -> None:  # fmt: skip
+        """See cholesky.cuh, here and below."""
+        np = self.numpy
+        batch, n, rank = vectors.shape
+        real = np.float64 if matrices.dtype == torch.float64 else np.float32
+        held = next(r for r in RANKS[matrices.dtype] if r >= rank)
+        blocks = batch * -(-n // PANEL)
+        if blocks:
+            self.launch(
+                f"cholesky_update_kernel<{_FLOATS[matrices.dtype]}, {held}>", matrices.device, blocks, 0,
+                np.int64(n), np.int64(rank), matrices, *map(np.int64, matrices.stride()), vectors,
+                *map(np.int64, vectors.stride()), real(scale_l), real(scale_v), np.int32(check), np.int32(down),
+                real(lost), out, reflectors, flags, flags[-1:], info, threads=PANEL,
+            )  # fmt: skip
+
+    def cholesky_choose(self, matrices: Tensor, info: Tensor, failed: bool, out: Tensor) -> None:
+        """The factors of the systems that failed, or of those that did not."""
+        np = self.numpy
+        batch, n = matrices.shape[:2]
+        each = min(1024, n)
+        if batch * each:
+            self.launch(
+                f"cholesky_choose_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, batch * each, 0,
+                np.int64(each), np.int64(n), matrices, *map(np.int64, matrices.stride()), out,
+                *map(np.int64, out.stride()), info, np.int32(failed),
+            )  # fmt: skip

@@ -133,6 +133,8 @@ UPDATE = define_op(
     core_dims=(2, 2, None, None),
     derivative=Derivative(_update_setup_context, _update_backward),
     triton="cholesky:cholesky_update",
+    cuda="_cholesky_cuda:cholesky_update",
+    cuda_first=True,
 )
 UPDATE_ = define_op(
     "cholesky_update_(Tensor(a!) L, Tensor V, float alpha, float decay) -> Tensor info",
@@ -140,6 +142,8 @@ UPDATE_ = define_op(
     fake=lambda L, V, alpha, decay: L.new_empty(L.shape[:-2], dtype=torch.int32),
     core_dims=(2, 2, None, None),
     triton="cholesky:cholesky_update_",
+    cuda="_cholesky_cuda:cholesky_update_",
+    cuda_first=True,
 )
 
 

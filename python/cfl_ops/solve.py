@@ -48,16 +48,22 @@ def on_device(lam: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(lam.shape, dtype=torch.float64, device=like.device) + lam
 
 
-def _ridge_solve_python(
-    gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
-    dtype = torch.promote_types(gram.dtype, cross.dtype)
+def penalties(gram: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What is added to the diagonal in float64, (..., 1) or (..., D), and whether all of it is valid (..., 1)."""
     shift = on_device(lam, gram).expand(gram.shape[:-2]).unsqueeze(-1)
     good = (shift >= 0) & shift.isfinite()
     if lam_diag is not None:
         good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
         shift = shift + lam_diag.to(torch.float64)
+    return shift, good
+
+
+def _ridge_solve_python(
+    gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
+    dtype = torch.promote_types(gram.dtype, cross.dtype)
+    shift, good = penalties(gram, lam, lam_diag)
     shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
     lower = gram.to(torch.float64).tril()
     factor, info = _factor(lower + lower.tril(-1).mT + torch.diag_embed(shift))
@@ -107,6 +113,8 @@ RIDGE_SOLVE = define_op(
     core_dims=(2, 2, 0, 1),
     derivative=Derivative(_ridge_solve_setup_context, _ridge_solve_backward),
     triton="solve:ridge_solve",
+    cuda="_solve_cuda:ridge_solve",
+    cuda_first=True,
 )
 
 

@@ -1,0 +1,84 @@
+// cholesky_update on CUDA: from tensors to the kernels of cholesky.cuh.
+// python/cfl_ops/_cholesky_cuda.py is the only caller.
+#include "cuda/cholesky.cuh"
+
+#include "cuda/binding.h"
+
+namespace cfl::cuda {
+namespace {
+
+bool is_wide(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "cfl_ops.cholesky_update: expected float32 or float64");
+  return dtype == ScalarType::Double;
+}
+
+// from (batch, n, n) and vectors (batch, n, rank) of any strides, to contiguous; reflectors (batch,
+// panels, 32, size), flags (batch panels + 1) of 0.
+void update_op(const Tensor& from, const Tensor& vectors, double scale_l, double scale_v,
+               bool check_l, bool down, double lost, Tensor to, Tensor reflectors, Tensor flags,
+               Tensor info) {
+  const OnDevice device(from);
+  CholeskyUpdateArgs args = {};
+  args.wide = is_wide(from);
+  STD_TORCH_CHECK(vectors.scalar_type() == from.scalar_type() &&
+                      to.scalar_type() == from.scalar_type() &&
+                      reflectors.scalar_type() == from.scalar_type(),
+                  "cfl_ops.cholesky_update: the dtypes do not fit");
+  args.batch = from.size(0);
+  args.n = from.size(1);
+  args.rank = vectors.size(2);
+  args.from = from.data_ptr();
+  args.from_batch_stride = from.stride(0);
+  args.from_row_stride = from.stride(1);
+  args.from_col_stride = from.stride(2);
+  args.to = to.data_ptr();
+  args.vectors = vectors.data_ptr();
+  args.vector_batch_stride = vectors.stride(0);
+  args.vector_row_stride = vectors.stride(1);
+  args.vector_stride = vectors.stride(2);
+  args.scale_l = scale_l;
+  args.scale_v = scale_v;
+  args.check = check_l;
+  args.down = down;
+  args.lost = lost;
+  args.reflectors = reflectors.data_ptr();
+  args.flags = pointer<int>(flags);
+  args.ticket = reinterpret_cast<unsigned*>(args.flags + flags.numel() - 1);
+  args.info = pointer<int>(info);
+  check(cholesky_update(args, device.stream()), "cholesky_update");
+}
+
+void choose_op(const Tensor& from, const Tensor& info, bool failed, Tensor to) {
+  const OnDevice device(from);
+  CholeskyChooseArgs args = {};
+  args.wide = is_wide(from);
+  STD_TORCH_CHECK(to.scalar_type() == from.scalar_type(),
+                  "cfl_ops.cholesky_update: the dtypes do not fit");
+  args.batch = from.size(0);
+  args.n = from.size(1);
+  args.from = from.data_ptr();
+  args.from_batch_stride = from.stride(0);
+  args.from_row_stride = from.stride(1);
+  args.from_col_stride = from.stride(2);
+  args.to = to.data_ptr();
+  args.to_batch_stride = to.stride(0);
+  args.to_row_stride = to.stride(1);
+  args.to_col_stride = to.stride(2);
+  args.info = pointer<const int>(info);
+  args.failed = failed;
+  check(cholesky_choose(args, device.stream()), "cholesky_update");
+}
+
+}  // namespace
+}  // namespace cfl::cuda
+
+#if defined(CFL_CUDA_ON_HOST)
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
+#endif
+  m.impl("cuda_cholesky_update", TORCH_BOX(&cfl::cuda::update_op));
+  m.impl("cuda_cholesky_choose", TORCH_BOX(&cfl::cuda::choose_op));
+}

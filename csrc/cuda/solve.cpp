@@ -1,0 +1,70 @@
+// ridge_solve on CUDA: from tensors to the kernels of solve.cuh. python/cfl_ops/_solve_cuda.py
+// makes everything contiguous, and is the only caller.
+#include "cuda/solve.cuh"
+
+#include <optional>
+
+#include "cuda/binding.h"
+
+namespace cfl::cuda {
+namespace {
+
+SolveArgs arguments(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
+                    double tolerance, bool wide, Tensor& solutions, Tensor& info) {
+  const ScalarType dtype = matrices.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "cfl_ops.ridge_solve: expected float32 or float64");
+  STD_TORCH_CHECK(rights.scalar_type() == dtype && solutions.scalar_type() == dtype &&
+                      shift.scalar_type() == ScalarType::Double &&
+                      info.scalar_type() == ScalarType::Int,
+                  "cfl_ops.ridge_solve: the dtypes do not fit");
+  SolveArgs args = {};
+  args.matrices = matrices.data_ptr();
+  args.rights = rights.data_ptr();
+  args.shift = pointer<double>(shift);
+  args.dtype = dtype == ScalarType::Double ? Real::kF64 : Real::kF32;
+  args.compute = wide ? Real::kF64 : args.dtype;
+  args.batch = matrices.size(0);
+  args.n = matrices.size(1);
+  args.columns = rights.size(2);
+  args.tolerance = tolerance;
+  args.solutions = solutions.data_ptr();
+  args.info = pointer<int>(info);
+  return args;
+}
+
+void solve_small_op(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
+                    double tolerance, bool wide, const std::optional<Tensor>& only,
+                    Tensor solutions, Tensor info) {
+  const OnDevice device(matrices);
+  const SolveArgs args = arguments(matrices, rights, shift, tolerance, wide, solutions, info);
+  check(solve_small(args, only ? pointer<const int>(*only) : nullptr, device.stream()),
+        "ridge_solve");
+}
+
+// flags: 2 batch (tiles + right tiles) tiles numbers and one more, all 0.
+void solve_tiled_op(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
+                    double tolerance, Tensor work, Tensor inverse, Tensor flags, Tensor solutions,
+                    std::optional<Tensor> factors, Tensor info) {
+  const OnDevice device(matrices);
+  const SolveArgs args = arguments(matrices, rights, shift, tolerance, true, solutions, info);
+  TiledMemory memory = {};
+  memory.work = pointer<double>(work);
+  memory.inverse = pointer<double>(inverse);
+  memory.flags = pointer<int>(flags);
+  memory.ticket = reinterpret_cast<unsigned*>(memory.flags + flags.numel() - 1);
+  memory.factors = factors ? pointer<double>(*factors) : nullptr;
+  check(solve_tiled(args, memory, device.stream()), "ridge_solve");
+}
+
+}  // namespace
+}  // namespace cfl::cuda
+
+#if defined(CFL_CUDA_ON_HOST)
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
+#endif
+  m.impl("cuda_solve_small", TORCH_BOX(&cfl::cuda::solve_small_op));
+  m.impl("cuda_solve_tiled", TORCH_BOX(&cfl::cuda::solve_tiled_op));
+}

@@ -1,0 +1,39 @@
+// The launchers of solve_kernel.cuh: raw pointers only, so that nvcc sees no torch header.
+#pragma once
+
+#if defined(CFL_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+
+namespace cfl::cuda {
+
+enum class Real : int { kF32, kF64 };
+
+// (A + diag(shift)) X = B for `batch` systems, A (n, n), B and X (n, columns) dense and row-major.
+struct SolveArgs {
+  const void *matrices, *rights;
+  const double* shift;  // (batch, n)
+  Real dtype, compute;  // compute: kF64, or that of dtype
+  int64_t batch, n, columns;
+  double tolerance;  // a pivot up to tolerance times its diagonal entry fails
+  void* solutions;
+  int* info;  // (batch): 0, or the order of the first leading minor that failed
+};
+
+// n up to 64; `only`: (batch) which systems, or null for all.
+cudaError_t solve_small(const SolveArgs& args, const int* only, cudaStream_t stream);
+
+// In float64, whatever `compute` says, with memory as TiledSolve has it (solve_kernel.cuh).
+struct TiledMemory {
+  double *work, *inverse;
+  int* flags;
+  unsigned* ticket;
+  double* factors;  // (batch, n, n), or null
+};
+cudaError_t solve_tiled(const SolveArgs& args, const TiledMemory& memory, cudaStream_t stream);
+
+}  // namespace cfl::cuda

@@ -1,0 +1,456 @@
+// Ridge systems (A + diag(shift)) X = B, A symmetric positive definite (its lower triangle is
+// read).
+//
+// Up to 64 unknowns: some lanes of a warp for each system, a row or two in the registers of each
+// lane, from load to answer. Beyond: 32 x 32 tiles, each a block's work in turn (linalg.cuh), in
+// float64; the time is that of the chain of diagonal tiles.
+//
+// Device code only: launched by solve.cu, and through NVRTC by python/cfl_ops/_nvrtc.py.
+#pragma once
+
+#include "cuda/linalg.cuh"
+
+namespace cfl::cuda {
+
+constexpr int kColumnsPerWarp = 64;
+
+// Bytes of a warp, and warps of a block so that a block's share fits any card.
+template <class A, int kOrder>
+struct SmallSolve {
+  using Layout = RowLayout<kOrder>;
+  static constexpr int kStride = kOrder + Pack<A>::kCount;  // no two lanes in one bank
+  static constexpr int kTile = kOrder * kStride;            // numbers of a system
+  static constexpr int kBytes = Layout::kSystems * kTile * static_cast<int>(sizeof(A));
+  static constexpr int kWarps = kBytes > 16 << 10 ? 2 : kBytes > 8 << 10 ? 4 : 8;
+  static constexpr int kShared = kWarps * kBytes;
+  static constexpr int kColumns =
+      kOrder * sizeof(A) > 256 ? 1 : 4;  // right sides in work at a time
+};
+
+// One system and up to 64 right sides for each group of lanes. A (n, n), B and X (n, k) dense and
+// row-major, computed in type A. With `only`, the systems that have a number other than 0 there.
+// X of a system that fails (see factor_rows) is NaN.
+template <class T, class A, int kOrder>
+__global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
+    solve_small_kernel(const T* matrices, const T* rights, const double* shift, int64_t batch,
+                       int n, int64_t columns, double tolerance, const int* only, T* solutions,
+                       int* info) {
+  using Small = SmallSolve<A, kOrder>;
+  using Layout = RowLayout<kOrder>;
+  constexpr int kLanes = Layout::kLanes, kRows = Layout::kRows, kStride = Small::kStride,
+                kColumns = Small::kColumns;
+  CFL_DYNAMIC_SHARED(memory);
+  const int warp = threadIdx.x / kLaneCount, lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x % kLaneCount / kLanes;
+  const int64_t pieces = most<int64_t>(1, (columns + kColumnsPerWarp - 1) / kColumnsPerWarp);
+  const int64_t work =
+      (static_cast<int64_t>(blockIdx.x) * Small::kWarps + warp) * Layout::kSystems + group;
+  const int64_t system = work / pieces, first = work % pieces * kColumnsPerWarp;
+  bool mine = system < batch;
+  if (only) {
+    mine = mine && only[system] != 0;
+    if (!__any_sync(kFull, mine)) return;
+  }
+  A* tile = reinterpret_cast<A*>(memory) + (warp * Layout::kSystems + group) * Small::kTile;
+
+  // Row by row, as memory has it; what lies above the diagonal is not read.
+  const T* matrix = matrices + (mine ? system : 0) * n * n;
+#pragma unroll 8
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int c = lane + r * kLanes;
+      if (mine && c <= i) tile[i * kStride + c] = static_cast<A>(matrix[i * n + c]);
+    }
+  }
+  __syncwarp();
+  A row[kRows][kOrder], inverse[kRows], diagonal[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int i = lane + r * kLanes;
+#pragma unroll
+    for (int c = 0; c < kOrder; c += Pack<A>::kCount) {
+      if (c >= (r + 1) * kLanes) continue;
+      const auto pack = *reinterpret_cast<const Pack<A>*>(tile + i * kStride + c);
+#pragma unroll
+      for (int e = 0; e < Pack<A>::kCount; ++e) {
+        row[r][c + e] = mine && i < n && c + e <= i ? pack.value[e] : A(c + e == i);
+      }
+    }
+    const A more = mine && i < n ? static_cast<A>(shift[system * n + i]) : A(0);
+    diagonal[r] = A(1);
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) {
+      if (c / kLanes == r && c == i) diagonal[r] = row[r][c] += more;
+    }
+    inverse[r] = A(1);
+  }
+  __syncwarp();
+  A* original = tile + 2 * kOrder;  // the tile is free until the factor is there
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) original[lane + r * kLanes] = diagonal[r];
+  __syncwarp();
+  const int failed =
+      factor_rows<A, kOrder>(row, inverse, lane, n, static_cast<A>(tolerance), original, tile);
+  // For the way back each lane needs a column of L.
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) {
+      if (c < (r + 1) * kLanes) tile[(lane + r * kLanes) * kStride + c] = row[r][c];
+    }
+  }
+  __syncwarp();
+
+  const T* right = rights + (mine ? system : 0) * n * columns;
+  T* solution = solutions + (mine ? system : 0) * n * columns;
+  const int64_t last = least(columns, first + kColumnsPerWarp);
+  // Groups of a warp can have different pieces: all walk as far as the longest.
+  for (int64_t begin = first; __any_sync(kFull, begin < last); begin += kColumns) {
+    A y[kRows][kColumns];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = lane + r * kLanes;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        const bool there = mine && i < n && begin + k < last;
+        y[r][k] = there ? static_cast<A>(right[i * columns + begin + k]) : A(0);
+      }
+    }
+    const bool only_one = columns == 1;
+#pragma unroll
+    for (int j = 0; j < kOrder; ++j) {
+      if (j >= n) continue;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        if (k > 0 && only_one) continue;
+        const A value = y[j / kLanes][k] * inverse[j / kLanes];
+        const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (r < j / kLanes) continue;
+          const int i = lane + r * kLanes;
+          if (i == j) y[r][k] = known;
+          if (i > j) y[r][k] = fma(-row[r][j], known, y[r][k]);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = kOrder - 1; j >= 0; --j) {
+      if (j >= n) continue;
+      A of_row[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r <= j / kLanes) of_row[r] = tile[j * kStride + lane + r * kLanes];
+      }
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        if (k > 0 && only_one) continue;
+        const A value = y[j / kLanes][k] * inverse[j / kLanes];
+        const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (r > j / kLanes) continue;
+          const int i = lane + r * kLanes;
+          if (i == j) y[r][k] = known;
+          if (i < j) y[r][k] = fma(-of_row[r], known, y[r][k]);
+        }
+      }
+    }
+    const T nan = static_cast<T>(not_a_number());
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = lane + r * kLanes;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        if (mine && i < n && begin + k < last) {
+          solution[i * columns + begin + k] = failed ? nan : static_cast<T>(y[r][k]);
+        }
+      }
+    }
+  }
+  if (mine && lane == 0 && first == 0) info[system] = failed;
+}
+
+// --- one large system, or a few ------------------------------------------------------------------
+
+constexpr int kSide = 32;  // of a tile
+constexpr int kTileSize = kSide * kSide;
+
+// What the blocks of solve_tiled_kernel share; all in global memory, flags and the ticket 0 at
+// first.
+struct TiledSolve {
+  int64_t batch, n, columns;
+  int64_t tiles, right_tiles;  // 32-wide pieces of n and of the columns
+  const double* shift;         // (batch, n)
+  double tolerance;
+  double* work;  // (batch, tiles + right_tiles, tiles) tiles of L, below them of Y^T and later X^T
+  double* inverse;  // (batch, 32 tiles): 1 / L_ii
+  int* flags;       // (batch, tiles + right_tiles, tiles), twice: of L and Y^T, and of X^T
+  int* info;        // (batch), kNoFailure at first and after success
+};
+
+// The tile of a row and a column of tiles, in flags and (times its size) in work.
+__device__ inline int64_t tile_at(const TiledSolve& s, int64_t matrix, int64_t i, int64_t j) {
+  return (matrix * (s.tiles + s.right_tiles) + i) * s.tiles + j;
+}
+
+// A tile lies column by column: element (r, c) at 32 c + r. Transposed (`across`) in shared memory
+// it lies row by row, with columns mixed so that neither side meets in one bank.
+template <bool kAcross>
+__device__ inline int place(int r, int c) {
+  return kAcross ? r * kSide + (c ^ r) : c * kSide + r;
+}
+
+template <bool kAcross>
+__device__ inline void fetch_tile(const TiledSolve& s, int64_t at, double* to) {
+  const double* from = s.work + at * kTileSize;
+#pragma unroll
+  for (int e = threadIdx.x; e < kTileSize; e += kThreads) {
+    to[place<kAcross>(e % kSide, e / kSide)] = from[e];
+  }
+}
+
+// A 4 x 4 piece for each thread of a quarter of the block, over a quarter of the 32 products.
+struct Piece {
+  int part, row, col;
+  __device__ Piece()
+      : part(threadIdx.x / 64), row(threadIdx.x % 64 / 8 * 4), col(threadIdx.x % 8 * 4) {}
+};
+
+// sum(r, c) += left(r, k) right(c, k), or with kAcross right(k, c).
+template <bool kAcross>
+__device__ inline void multiply_tiles(const double* left, const double* right, const Piece& piece,
+                                      double (&sum)[4][4]) {
+  using Two = Pack<double>;
+#pragma unroll
+  for (int e = 0; e < kSide / 4; ++e) {
+    const int k = piece.part * (kSide / 4) + e;
+    double a[4], b[4];
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const Two two = *reinterpret_cast<const Two*>(left + k * kSide + piece.row + i);
+      a[i] = two.value[0], a[i + 1] = two.value[1];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      b[j] = right[kAcross ? place<true>(k, piece.col + j) : k * kSide + piece.col + j];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] = fma(a[i], b[j], sum[i][j]);
+    }
+  }
+}
+
+// start - sum, gathered from the four quarters, into tiles[0]. `start` is that of fetch_tile's e.
+constexpr int kEach = kTileSize / kThreads;
+__device__ inline void gather_tile(const double (&start)[kEach], const Piece& piece,
+                                   const double (&sum)[4][4], double (*tiles)[kTileSize]) {
+  __syncthreads();  // the last products have been read
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      tiles[piece.part][place<false>(piece.row + i, piece.col + j)] = sum[i][j];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int at = threadIdx.x + e * kThreads;
+    tiles[0][at] = start[e] - ((tiles[0][at] + tiles[1][at]) + (tiles[2][at] + tiles[3][at]));
+  }
+  __syncthreads();
+}
+
+// A tile of L, or of Y^T = B^T L^-T.
+template <class T>
+__device__ inline void factor_tile(const TiledSolve& s, int64_t matrix, int64_t i, int64_t j,
+                                   const T* matrices, const T* rights, double* factors,
+                                   double (*tiles)[kTileSize], double* diagonal) {
+  const bool right = i >= s.tiles;
+  const int64_t target = tile_at(s, matrix, i, j);
+  double start[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int at = threadIdx.x + e * kThreads, r = at % kSide, c = at / kSide;
+    const int64_t col = j * kSide + c, row = (right ? i - s.tiles : i) * kSide + r;
+    start[e] = !right && row == col ? 1.0 : 0.0;
+    if (right) {
+      if (row < s.columns && col < s.n) {
+        start[e] = static_cast<double>(rights[(matrix * s.n + col) * s.columns + row]);
+      }
+    } else if (row < s.n && col <= row) {
+      start[e] = static_cast<double>(matrices[(matrix * s.n + row) * s.n + col]);
+      if (row == col) start[e] += s.shift[matrix * s.n + row];
+    }
+    if (i == j && r == c) diagonal[r] = start[e];
+  }
+
+  const Piece piece;
+  double sum[4][4] = {};
+  for (int64_t k = 0; k < j; ++k) {
+    const int64_t left = tile_at(s, matrix, i, k), other = tile_at(s, matrix, j, k);
+    if (threadIdx.x == 0) {
+      wait_for(s.flags + left);
+      wait_for(s.flags + other);
+    }
+    __syncthreads();
+    fetch_tile<false>(s, left, tiles[0]);
+    if (i != j) fetch_tile<false>(s, other, tiles[1]);
+    __syncthreads();
+    multiply_tiles<false>(tiles[0], tiles[i == j ? 0 : 1], piece, sum);
+  }
+  gather_tile(start, piece, sum, tiles);
+
+  const int lane = threadIdx.x;
+  if (i == j) {
+    if (lane < kSide) {
+      double row[1][kSide], inverse[1] = {1.0};
+#pragma unroll
+      for (int c = 0; c < kSide; ++c) row[0][c] = tiles[0][place<false>(lane, c)];
+      const int n = static_cast<int>(least<int64_t>(kSide, s.n - j * kSide));
+      const int failed =
+          factor_rows<double, kSide>(row, inverse, lane, n, s.tolerance, diagonal, tiles[1]);
+      if (failed && lane == 0) atomicMin(s.info + matrix, static_cast<int>(j * kSide) + failed);
+#pragma unroll
+      for (int c = 0; c < kSide; ++c) tiles[0][place<false>(lane, c)] = c <= lane ? row[0][c] : 0.0;
+      s.inverse[(matrix * s.tiles + j) * kSide + lane] = inverse[0];
+    }
+  } else {
+    const int64_t corner = tile_at(s, matrix, j, j);
+    if (threadIdx.x == 0) wait_for(s.flags + corner);
+    __syncthreads();
+    fetch_tile<false>(s, corner, tiles[1]);
+    if (lane < kSide) diagonal[lane] = s.inverse[(matrix * s.tiles + j) * kSide + lane];
+    __syncthreads();
+    if (lane < kSide) {
+      double x[kSide];
+#pragma unroll
+      for (int c = 0; c < kSide; ++c) x[c] = tiles[0][place<false>(lane, c)];
+#pragma unroll
+      for (int c = 0; c < kSide; ++c) {
+        x[c] *= diagonal[c];
+#pragma unroll
+        for (int d = c + 1; d < kSide; ++d) x[d] = fma(-x[c], tiles[1][place<false>(d, c)], x[d]);
+      }
+#pragma unroll
+      for (int c = 0; c < kSide; ++c) tiles[0][place<false>(lane, c)] = x[c];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int e = threadIdx.x; e < kTileSize; e += kThreads)
+    s.work[target * kTileSize + e] = tiles[0][e];
+  if (factors && !right) {
+    double* factor = factors + matrix * s.n * s.n;
+    for (int e = threadIdx.x; e < kTileSize; e += kThreads) {
+      const int r = e / kSide, c = e % kSide;
+      const int64_t row = i * kSide + r, col = j * kSide + c;
+      if (row < s.n && col < s.n) factor[row * s.n + col] = tiles[0][place<false>(r, c)];
+      if (i != j && j * kSide + r < s.n && i * kSide + c < s.n) {
+        factor[(j * kSide + r) * s.n + i * kSide + c] = 0.0;
+      }
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) set_flag(s.flags + target);
+}
+
+// A tile of X^T = Y^T L^-1, from the last one back.
+template <class T>
+__device__ inline void solution_tile(const TiledSolve& s, int64_t matrix, int64_t q, int64_t j,
+                                     T* solutions, double (*tiles)[kTileSize], double* diagonal) {
+  const int64_t target = tile_at(s, matrix, s.tiles + q, j), corner = tile_at(s, matrix, j, j);
+  int* done = s.flags + s.batch * (s.tiles + s.right_tiles) * s.tiles;  // tiles of X^T
+  const Piece piece;
+  double sum[4][4] = {}, start[kEach];
+  if (threadIdx.x == 0) wait_for(s.flags + target);
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    start[e] = s.work[target * kTileSize + threadIdx.x + e * kThreads];
+  for (int64_t i = s.tiles - 1; i > j; --i) {
+    const int64_t known = tile_at(s, matrix, s.tiles + q, i), of_factor = tile_at(s, matrix, i, j);
+    if (threadIdx.x == 0) {
+      wait_for(done + known);
+      wait_for(s.flags + of_factor);
+    }
+    __syncthreads();
+    fetch_tile<false>(s, known, tiles[0]);
+    fetch_tile<true>(s, of_factor, tiles[1]);
+    __syncthreads();
+    multiply_tiles<true>(tiles[0], tiles[1], piece, sum);
+  }
+  gather_tile(start, piece, sum, tiles);
+  fetch_tile<false>(s, corner, tiles[1]);
+  const int lane = threadIdx.x;
+  if (lane < kSide) diagonal[lane] = s.inverse[(matrix * s.tiles + j) * kSide + lane];
+  __syncthreads();
+  if (lane < kSide) {
+    double x[kSide];
+#pragma unroll
+    for (int c = 0; c < kSide; ++c) x[c] = tiles[0][place<false>(lane, c)];
+#pragma unroll
+    for (int c = kSide - 1; c >= 0; --c) {
+      x[c] *= diagonal[c];
+#pragma unroll
+      for (int d = 0; d < c; ++d) x[d] = fma(-x[c], tiles[1][place<false>(c, d)], x[d]);
+    }
+#pragma unroll
+    for (int c = 0; c < kSide; ++c) tiles[0][place<false>(lane, c)] = x[c];
+  }
+  __syncthreads();
+  const bool failed = s.info[matrix] != kNoFailure;
+#pragma unroll
+  for (int e = threadIdx.x; e < kTileSize; e += kThreads) {
+    s.work[target * kTileSize + e] = tiles[0][e];
+    const int64_t right = q * kSide + e % kSide, row = j * kSide + e / kSide;
+    if (right < s.columns && row < s.n) {
+      solutions[(matrix * s.n + row) * s.columns + right] =
+          static_cast<T>(failed ? not_a_number() : tiles[0][e]);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) set_flag(done + target);
+}
+
+// One tile for each block. The order of tickets: column by column of L from its diagonal down and
+// on through Y^T, then X^T from its last column back; the matrices of a batch side by side.
+// `factors` (batch, n, n) gets L, or is null; there may be no right sides.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    solve_tiled_kernel(const T* matrices, const T* rights, const double* shift, int64_t batch,
+                       int64_t n, int64_t columns, double tolerance, double* work, double* inverse,
+                       int* flags, unsigned* next_ticket, T* solutions, double* factors,
+                       int* info) {
+  TiledSolve s = {};
+  s.batch = batch;
+  s.n = n;
+  s.columns = columns;
+  s.tiles = (n + kSide - 1) / kSide;
+  s.right_tiles = (columns + kSide - 1) / kSide;
+  s.shift = shift;
+  s.tolerance = tolerance;
+  s.work = work;
+  s.inverse = inverse;
+  s.flags = flags;
+  s.info = info;
+  __shared__ Pack<double> memory[4][kTileSize / 2];
+  __shared__ double diagonal[kSide];
+  auto* tiles = reinterpret_cast<double (*)[kTileSize]>(memory);
+  const int64_t ticket = take_ticket(next_ticket), matrix = ticket % s.batch;
+  const int64_t rows = s.tiles + s.right_tiles;
+  int64_t task = ticket / s.batch, j = 0;
+  for (; j < s.tiles && task >= rows - j; ++j) task -= rows - j;
+  if (j < s.tiles) {
+    factor_tile(s, matrix, j + task, j, matrices, rights, factors, tiles, diagonal);
+  } else {
+    solution_tile(s, matrix, task % s.right_tiles, s.tiles - 1 - task / s.right_tiles, solutions,
+                  tiles, diagonal);
+  }
+}
+
+}  // namespace cfl::cuda

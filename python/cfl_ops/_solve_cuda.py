@@ -1,0 +1,101 @@
+"""ridge_solve on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
+
+Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; those whose pivots
+come near their rounding errors are solved again in float64, as on a CPU. Larger systems are solved tile by tile in
+float64, as long as they are few and their right sides narrow; else torch's batched factorisation takes over, which
+then lacks no parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _tuning
+
+SMALL = 64
+SIDE = 32
+"""kSide of solve_kernel.cuh."""
+DOUBT = 4.0
+"""A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
+NO_FAILURE = 2**31 - 1
+
+
+def ridge_solve(
+    kernels: Any, gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op ``cfl_ops::ridge_solve``: no synchronisation."""
+    from .solve import BAD_PENALTY, _ridge_solve_python, penalties
+
+    order, columns = cross.shape[-2:]
+    batch = gram.shape[:-2]
+    if order == 0 or cross.numel() == 0:
+        return _ridge_solve_python(gram, cross, lam, lam_diag)
+    tiled = order > SMALL
+    if tiled and not _few(gram.device, order, columns, batch.numel()):
+        return _ridge_solve_python(gram, cross, lam, lam_diag)
+    shift, good = penalties(gram, lam, lam_diag)
+    dtype = torch.promote_types(gram.dtype, cross.dtype)
+    working = torch.promote_types(dtype, torch.float32)
+    # A penalty that is refused becomes NaN, which no pivot survives.
+    shift = torch.where(good, shift, torch.nan).expand(*batch, order).reshape(-1, order).contiguous()
+    matrices = gram.to(working).reshape(-1, order, order).contiguous()
+    rights = cross.to(working).reshape(-1, order, columns).contiguous()
+    solution = torch.empty_like(rights)
+    if tiled:
+        info = _tiled(kernels, matrices, rights, shift, solution, None)
+    else:
+        info = _small(kernels, matrices, rights, shift, solution)
+    info = torch.where(good.squeeze(-1), info.reshape(batch), BAD_PENALTY).to(torch.int32)
+    return solution.reshape(cross.shape).to(dtype), info
+
+
+def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The Cholesky factors of float64 systems ``(..., n, n)`` and info, or None where torch's are to be preferred."""
+    batch, order = system.shape[:-2], system.shape[-1]
+    if order <= SMALL or not batch.numel() or not _few(system.device, order, 0, batch.numel()):
+        return None
+    matrices = system.reshape(-1, order, order).contiguous()
+    factors = torch.empty_like(matrices)
+    nothing = matrices.new_empty(len(matrices), order, 0)
+    shift = matrices.new_zeros(len(matrices), order)
+    info = _tiled(kernels, matrices, nothing, shift, nothing, factors)
+    return factors.reshape(system.shape), info.reshape(batch)
+
+
+def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
+    """Whether a system's own chain of tiles is what its time is made of."""
+    use = _tuning.choose("ridge_solve_tiled", device, order=order, columns=columns, batch=batch)
+    return bool(use["tiled"])
+
+
+def _small(kernels: Any, matrices: Tensor, rights: Tensor, shift: Tensor, solution: Tensor) -> Tensor:
+    order = matrices.shape[-1]
+    info = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+    exact = order * torch.finfo(torch.float64).eps
+    if matrices.dtype == torch.float64:
+        kernels.solve_small(matrices, rights, shift, exact, True, None, solution, info)
+        return info
+    eps = torch.finfo(torch.float32).eps
+    kernels.solve_small(matrices, rights, shift, DOUBT * order * eps, False, None, solution, info)
+    final = info.clone()
+    kernels.solve_small(matrices, rights, shift, exact, True, info, solution, final)
+    return final
+
+
+def _tiled(
+    kernels: Any, matrices: Tensor, rights: Tensor, shift: Tensor, solution: Tensor, factors: Tensor | None
+) -> Tensor:
+    batch, order, columns = rights.shape
+    tiles, right_tiles = -(-order // SIDE), -(-columns // SIDE)
+    device = matrices.device
+    held = batch * (tiles + right_tiles) * tiles
+    work = torch.empty(held * SIDE * SIDE, dtype=torch.float64, device=device)
+    inverse = torch.empty(batch * tiles * SIDE, dtype=torch.float64, device=device)
+    flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
+    info = torch.full((batch,), NO_FAILURE, dtype=torch.int32, device=device)
+    exact = order * torch.finfo(torch.float64).eps
+    kernels.solve_tiled(matrices, rights, shift, exact, work, inverse, flags, solution, factors, info)
+    return torch.where(info == NO_FAILURE, 0, info)
