@@ -237,7 +237,7 @@ def system(order: int, sides: int, batch: int, dtype: torch.dtype, condition: fl
 @pytest.mark.parametrize(
     ("order", "sides", "batch"),
     [(1, 1, 9), (7, 2, 5), (8, 1, 33), (16, 130, 3), (31, 1, 2), (32, 5, 2), (40, 3, 5), (64, 1, 3), (64, 67, 1),
-     (65, 1, 1), (96, 33, 2), (200, 2, 1)],
+     (65, 1, 1), (96, 33, 2), (200, 2, 1), (70, 200, 1), (65, 1, 300)],
 )  # fmt: skip
 def test_ridge_solve_at_every_size(kernels, order: int, sides: int, batch: int, dtype: torch.dtype) -> None:
     gram, cross = system(order, sides, batch, dtype)
@@ -287,8 +287,9 @@ def test_a_lost_minor_is_named(kernels, order: int, bad: int, dtype: torch.dtype
     assert solution[::2].isfinite().all()
 
 
-@pytest.mark.parametrize("order", [65, 100, 160])
-def test_factor(kernels, order: int) -> None:
+@pytest.mark.parametrize(("order", "block"), [(65, 1024), (100, 1024), (160, 64), (129, 32)])
+def test_factor(kernels, order: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_solve_cuda, "BLOCK", block)
     matrices = system(order, 1, 2, torch.float64)[0]
     factors, info = _solve_cuda.factor(kernels, matrices)
     assert not info.any()

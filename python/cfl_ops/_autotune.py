@@ -121,7 +121,7 @@ def _tiled_problems(device: torch.device) -> Iterator[Problem]:
         a = torch.randn(batch, order, order, device=device)
         a = a @ a.mT + torch.eye(order, device=device)
         b = torch.randn(batch, order, 1, device=device)
-        rule = {"max_order": order, "max_batch": batch, "max_columns": 64}
+        rule = {"max_order": order, "max_batch": batch, "max_columns": 128}
         yield Problem(rule, lambda a=a, b=b: solve(a, b, lam, None))  # type: ignore[misc]
 
 

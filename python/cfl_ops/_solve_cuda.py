@@ -1,13 +1,15 @@
 """ridge_solve on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
 
 Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; those whose pivots
-come near their rounding errors are solved again in float64, as on a CPU. Larger systems are solved tile by tile in
-float64, as long as they are few and their right sides narrow; else torch's batched factorisation takes over, which
-then lacks no parallelism.
+come near their rounding errors are solved again in float64, as on a CPU. Larger systems are factored tile by tile in
+float64, as long as they are few: with narrow right sides in one kernel, else with torch's triangular solves, and
+beyond 2,048 in blocks with torch's products between them. Many of them lack no parallelism: torch's batched
+factorisation serves.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from . import _tuning
 
 SMALL = 64
+BLOCK = 1024
+"""Beyond, products of matrices are worth their own kernels."""
 SIDE = 32
 """kSide of solve_kernel.cuh."""
 DOUBT = 4.0
@@ -27,7 +31,7 @@ def ridge_solve(
     kernels: Any, gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The op ``cfl_ops::ridge_solve``: no synchronisation."""
-    from .solve import BAD_PENALTY, _ridge_solve_python, penalties
+    from .solve import BAD_PENALTY, _factor, _ridge_solve_python, penalties
 
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
@@ -35,7 +39,9 @@ def ridge_solve(
         return _ridge_solve_python(gram, cross, lam, lam_diag)
     tiled = order > SMALL
     if tiled and not _few(gram.device, order, columns, batch.numel()):
-        return _ridge_solve_python(gram, cross, lam, lam_diag)
+        own = _few(gram.device, min(order, BLOCK), 0, batch.numel())
+        chosen = functools.partial(factor, kernels) if own else _factor
+        return _ridge_solve_python(gram, cross, lam, lam_diag, chosen)
     shift, good = penalties(gram, lam, lam_diag)
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     working = torch.promote_types(dtype, torch.float32)
@@ -52,17 +58,28 @@ def ridge_solve(
     return solution.reshape(cross.shape).to(dtype), info
 
 
-def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The Cholesky factors of float64 systems ``(..., n, n)`` and info, or None where torch's are to be preferred."""
+def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of a few float64 systems ``(..., n, n)``, and info."""
+    from .solve import lost_pivots
+
     batch, order = system.shape[:-2], system.shape[-1]
-    if order <= SMALL or not batch.numel() or not _few(system.device, order, 0, batch.numel()):
-        return None
-    matrices = system.reshape(-1, order, order).contiguous()
-    factors = torch.empty_like(matrices)
-    nothing = matrices.new_empty(len(matrices), order, 0)
-    shift = matrices.new_zeros(len(matrices), order)
-    info = _tiled(kernels, matrices, nothing, shift, nothing, factors)
-    return factors.reshape(system.shape), info.reshape(batch)
+    work = system.reshape(batch.numel(), order, order).clone(memory_format=torch.contiguous_format)
+    info = torch.zeros(len(work), dtype=torch.int32, device=work.device)
+    for begin in range(0, order, BLOCK):
+        end = min(order, begin + BLOCK)
+        corner = work[:, begin:end, begin:end]
+        factors = torch.empty(corner.shape, dtype=work.dtype, device=work.device)
+        nothing = work.new_empty(len(work), end - begin, 0)
+        shift = work.new_zeros(len(work), end - begin)
+        failed = _tiled(kernels, corner.contiguous(), nothing, shift, nothing, factors)
+        info = torch.where((info == 0) & (failed > 0), failed + begin, info)
+        corner.copy_(factors)
+        if end < order:
+            below = work[:, end:, begin:end]
+            below.copy_(torch.linalg.solve_triangular(factors.mT, below, upper=True, left=False))
+            work[:, end:, end:].baddbmm_(below, below.mT, alpha=-1)
+    factors = work.tril_().reshape(system.shape)
+    return factors, lost_pivots(factors, info.reshape(batch), system)
 
 
 def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:

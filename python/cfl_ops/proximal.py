@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 from .errors import LinAlgError
-from .solve import cholesky_solve
+from .solve import RIDGE_SOLVE
 
 __all__ = [
     "ProximalStep",
@@ -138,8 +138,7 @@ def _proximal_python(
         silent = (root64.squeeze(-1) == 0) & (ridge_term.unsqueeze(-1) == 0)
         diagonal = ridge_term.unsqueeze(-1) + silent.to(wide)
         system = system + torch.diag_embed(diagonal.expand(*p.shape[:-1]))
-        factor, info = _cholesky(system)
-        alpha = cholesky_solve(q64, factor)
+        alpha, info = RIDGE_SOLVE(system, q64, torch.zeros((), dtype=wide), None)
         change = alpha.mT @ pe64
         scaled_residual = ridge_term[..., None, None] * alpha
         if ones_column:
@@ -153,8 +152,8 @@ def _proximal_python(
             column, ones_right = p64.mT @ root64, q64.mT @ root64
             system = system - column @ column.mT / safe_pivot
             right = right - column @ ones_right.mT / safe_pivot
-        factor, info = _cholesky(system)
-        change = cholesky_solve(right, factor).mT
+        solution, info = RIDGE_SOLVE(system, right, torch.zeros((), dtype=wide), None)
+        change = solution.mT
         scaled_residual = q64 - p64 @ change.mT
         if ones_column:
             change_bias = ((ones_right - change @ column) / safe_pivot).squeeze(-1)
@@ -200,19 +199,6 @@ def _proximal_python(
     loss = torch.where(info != 0, torch.nan, torch.where(empty, 0.0, loss)).to(dtype)
     grad_features = torch.where(keep[..., None, None], 0.0, grad_features).to(features.dtype)
     return new, new_bias, loss, grad_features, info
-
-
-def _cholesky(system: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor and info, which also counts a pivot lost in rounding as not positive."""
-    factor, info = torch.linalg.cholesky_ex(system)
-    order = system.shape[-1]
-    if order == 0:
-        return factor, info
-    pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), system.diagonal(dim1=-2, dim2=-1)
-    lost = ~(pivots > order * torch.finfo(system.dtype).eps * scale)
-    first = lost.int().argmax(-1) + 1
-    info = torch.where((info == 0) & lost.any(-1), first.to(info.dtype), info)
-    return factor, info
 
 
 def _proximal_fake(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,19 @@ BAD_PENALTY = -1  # a negative info; a positive one is the order of the first le
 def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factor and info, which also counts a pivot lost in rounding as not positive."""
     factor, info = torch.linalg.cholesky_ex(system)
+    return factor, lost_pivots(factor, info, system)
+
+
+def lost_pivots(factor: Tensor, info: Tensor, system: Tensor) -> Tensor:
+    """The info of a factorisation, which also counts a pivot lost in rounding as not positive."""
     order = system.shape[-1]
     if order == 0:
-        return factor, info
+        return info
     pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), system.diagonal(dim1=-2, dim2=-1)
     lost = ~((pivots > order * torch.finfo(system.dtype).eps * scale) & pivots.isfinite())
     first = (lost.int().argmax(-1) + 1).to(info.dtype)
     before = lost.any(-1) & ((info == 0) | (first < info))
-    return factor, torch.where(before, first, info)
+    return torch.where(before, first, info)
 
 
 def cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
@@ -59,14 +64,18 @@ def penalties(gram: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tenso
 
 
 def _ridge_solve_python(
-    gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
+    gram: Tensor,
+    cross: Tensor,
+    lam: Tensor,
+    lam_diag: Tensor | None,
+    factor_of: Callable[[Tensor], tuple[Tensor, Tensor]] = _factor,
 ) -> tuple[Tensor, Tensor]:
     """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     shift, good = penalties(gram, lam, lam_diag)
     shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
     lower = gram.to(torch.float64).tril()
-    factor, info = _factor(lower + lower.tril(-1).mT + torch.diag_embed(shift))
+    factor, info = factor_of(lower + lower.tril(-1).mT + torch.diag_embed(shift))
     info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
     solution = cholesky_solve(cross.to(torch.float64), factor)
     return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
