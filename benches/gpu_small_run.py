@@ -20,6 +20,17 @@ def codec(backend: str) -> None:
     assert all(torch.equal(g.cpu(), e) for g, e in zip(back, whole, strict=True)), backend
 
 
+def systems(order: int) -> None:
+    """Systems that a warp solves, and that go by tiles; factors of one panel and of several."""
+    a = torch.randn(3, order, 2 * order)
+    a, b = a @ a.mT / order, torch.randn(3, order, 4)
+    want = torch.linalg.solve(a, b)
+    torch.testing.assert_close(cfl_ops.ridge_solve(a.cuda(), b.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+    factor, v = torch.linalg.cholesky(a), torch.randn(3, order, 2)
+    got = cfl_ops.cholesky_update(factor.cuda(), v.cuda()).cpu()
+    torch.testing.assert_close(got @ got.mT, a + v @ v.mT, rtol=1e-4, atol=1e-3)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_small_run needs a CUDA device")
@@ -45,13 +56,15 @@ def main() -> None:
             if "was asked for" not in str(error):
                 raise
             print(f"{backend}: {error}")
-    a = torch.randn(3, 20, 20)
-    a, b = a @ a.mT + torch.eye(20), torch.randn(3, 20, 4)
-    want = torch.linalg.solve(a, b)
-    torch.testing.assert_close(cfl_ops.ridge_solve(a.cuda(), b.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
-    factor, v = torch.linalg.cholesky(a), torch.randn(3, 20, 2)
-    got = cfl_ops.cholesky_update(factor.cuda(), v.cuda()).cpu()
-    torch.testing.assert_close(got @ got.mT, a + v @ v.mT, rtol=1e-4, atol=1e-3)
+    for backend in ("native", "nvrtc", "triton"):
+        try:
+            with cfl_ops.config.use_backend(backend):
+                for order in (20, 50, 130):
+                    systems(order)
+        except RuntimeError as error:
+            if "was asked for" not in str(error):
+                raise
+            print(f"{backend}: {error}")
     step = cfl_ops.proximal_step(x.cuda(), labels.cuda(), torch.zeros(5, 37).cuda(), lam=0.1)
     want = cfl_ops.proximal_step(x, labels, torch.zeros(5, 37), lam=0.1)
     torch.testing.assert_close(step.weight.cpu(), want.weight, rtol=1e-4, atol=1e-5)

@@ -70,6 +70,57 @@ def test_ex_form_is_captured_in_a_cuda_graph(rows: int) -> None:
     torch.testing.assert_close(captured.weight, want.weight)
 
 
+def served(op: str, backend: str | None) -> None:
+    if backend and cfl_ops.config.backend_of(op, "cuda") != backend:
+        pytest.skip(f"{op} has no {backend} kernel for CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("order", "sides", "batch"),
+    [(8, 1, 5000), (24, 3, 700), (64, 1, 1000), (64, 200, 3), (65, 1, 1), (300, 7, 9), (1024, 1, 1), (2048, 130, 1),
+     (3000, 2, 1)],
+)  # fmt: skip
+def test_ridge_solve_at_every_size(order: int, sides: int, batch: int, dtype, gpu_backend) -> None:
+    """Each run gives the same bits: what blocks hand to each other in one launch must not depend on their timing."""
+    served("ridge_solve", gpu_backend)
+    x = torch.randn(batch, order, order + 8, dtype=torch.float64)
+    gram, cross = (x @ x.mT / order).to(dtype), torch.randn(batch, order, sides).to(dtype)
+    on = gram.cuda(), cross.cuda()
+    first, info = cfl_ops.ridge_solve_ex(*on, 0.5)
+    assert not info.any()
+    for _ in range(5):
+        assert torch.equal(cfl_ops.ridge_solve_ex(*on, 0.5)[0], first)
+    wide = gram.double() + 0.5 * torch.eye(order, dtype=torch.float64)
+    want = torch.linalg.solve(wide, cross.double())
+    bound = 4 * order * torch.finfo(dtype).eps * 10 * torch.linalg.matrix_norm(want)[:, None, None]
+    assert ((first.cpu().double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("order", "rank", "batch"), [(32, 1, 3000), (100, 5, 40), (1000, 33, 2), (2048, 1, 1), (4096, 16, 1)]
+)
+def test_cholesky_update_at_every_size(order: int, rank: int, batch: int, dtype, gpu_backend) -> None:
+    served("cholesky_update", gpu_backend)
+    if gpu_backend == "python" and order > 1000:
+        pytest.skip("the fallback goes column by column: seconds")
+    L = torch.randn(batch, order, order, dtype=torch.float64).tril_() / order**0.5
+    L.diagonal(dim1=-2, dim2=-1).abs_().add_(1)
+    L, V = L.to(dtype).cuda(), torch.randn(batch, order, rank, device="cuda").to(dtype) / order**0.5
+    new, info = cfl_ops.cholesky_update_ex(L, V)
+    assert not info.any()
+    for _ in range(5):
+        assert torch.equal(cfl_ops.cholesky_update_ex(L, V)[0], new)
+    again = L.clone()
+    assert not cfl_ops.cholesky_update_ex_(again, V).any()
+    assert torch.equal(again, new)
+    wide, added = L.double(), V.double()
+    want = wide @ wide.mT + added @ added.mT
+    error = torch.linalg.matrix_norm(new.double() @ new.double().mT - want) / torch.linalg.matrix_norm(want)
+    assert (error <= 10 * torch.finfo(dtype).eps * order**0.5).all()
+
+
 def symbols_of(kind: str) -> torch.Tensor:
     if kind == "one symbol":
         return torch.full((70000,), 3, dtype=torch.uint8)
