@@ -239,3 +239,22 @@ inline double bits_double(uint64_t bits) {
   std::memcpy(&value, &bits, 8);
   return value;
 }
+inline void __threadfence() {}
+// The float64 tensor cores of gram_kernel.cuh.
+inline void multiply_8x8x4(double a, double b, double (&c)[2]) {
+  const int row = (threadIdx.x & 31) / 4, col = (threadIdx.x & 3) * 2;
+  double left[4], right[2][4];
+  on_host::collective(a, [&](auto at, int) {
+    for (int k = 0; k < 4; ++k) left[k] = at(row * 4 + k);
+    return 0;
+  });
+  on_host::collective(b, [&](auto at, int) {
+    for (int e = 0; e < 2; ++e) {
+      for (int k = 0; k < 4; ++k) right[e][k] = at((col + e) * 4 + k);
+    }
+    return 0;
+  });
+  for (int e = 0; e < 2; ++e) {
+    for (int k = 0; k < 4; ++k) c[e] = fma(left[k], right[e][k], c[e]);
+  }
+}

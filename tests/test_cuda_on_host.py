@@ -178,7 +178,9 @@ def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 70), (1, 100, 130), (0, 3, 4), (2, 0, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 33, 70), (1, 100, 130), (1, 300, 20), (2, 700, 9), (0, 3, 4), (2, 0, 5)]
+)
 def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.rand(shape[:2], dtype=torch.float64)
     for s in (None, weight):

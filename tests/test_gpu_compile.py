@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cfl_ops import _library, _nvrtc
+from cfl_ops import _cuda, _library, _nvrtc
 
 ROOT = Path(__file__).parent.parent
 # One of each kind every time; all of them with -m slow.
@@ -127,6 +127,8 @@ def test_constants_are_those_of_the_sources() -> None:
         ("kMaxShared", _nvrtc.MAX_SHARED),
         ("kSide", _nvrtc.SIDE),
         ("kPanel", _nvrtc.PANEL),
+        ("kGramTile", _cuda.GRAM_TILE),
+        ("kGramDepth", _cuda.GRAM_DEPTH),
         ("kColumnsPerWarp", 64),
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name

@@ -23,8 +23,10 @@ GramInput kernel_dtype(ScalarType dtype) {
   }
 }
 
-// x (matrices, rows, cols) and weight (matrices, rows) float64 of any strides.
-void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor gram) {
+// x (matrices, rows, cols) and weight (matrices, rows) float64 of any strides; parts (tiles,
+// splits, 64 x 64) float64 and arrived (tiles) int32 of 0.
+void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor parts,
+                   Tensor arrived, Tensor gram) {
   const OnDevice device(x);
   ExactGramArgs args = {};
   args.x = x.data_ptr();
@@ -42,6 +44,9 @@ void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor 
     args.weight_batch_stride = weight->stride(0);
     args.weight_stride = weight->stride(1);
   }
+  args.splits = static_cast<int>(parts.size(1));
+  args.parts = pointer<double>(parts);
+  args.arrived = pointer<unsigned>(arrived);
   args.gram = pointer<double>(gram);
   check(exact_gram(args, device.stream()), "exact_gram");
 }

@@ -21,6 +21,9 @@ struct ExactGramArgs {
   int64_t x_batch_stride, x_row_stride, x_col_stride;
   const double* weight;
   int64_t weight_batch_stride, weight_stride;
+  int splits;         // of the rows, for each tile of the triangle
+  double* parts;      // (tiles, splits, 64, 64); may be null where splits is 1
+  unsigned* arrived;  // (tiles), 0 at first; likewise
   double* gram;
 };
 

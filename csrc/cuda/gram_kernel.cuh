@@ -1,86 +1,184 @@
 // The exact Gram matrix: any floating-point input, float64 products and sums.
 //
-// One block owns one tile of the lower triangle and mirrors it, so nothing is computed twice. A
-// rank-one update of a 4 x 4 register tile per thread and row reads 8 values of shared memory for
-// 16 FMAs, which keeps datacenter cards at their float64 rate; on cards with slow float64 that rate
-// is the limit anyway.
+// One block owns a 64 x 64 tile of the lower triangle over some of the rows, and mirrors it. Its
+// warps multiply on the float64 tensor cores (twice the rate of plain FMAs on datacenter cards, and
+// the same fused multiply-adds): four quadrants, each by two warps that share the rows. A triangle
+// of few tiles would leave most of a card idle, so the rows are split, too; the last block of a
+// tile to finish adds up the parts, in their order, so that the result does not depend on which one
+// that is.
 //
-// Device code only: launched by gram.cpp, and through NVRTC by python/cfl_ops/_nvrtc.py.
+// Device code only: launched by gram.cu, and through NVRTC by python/cfl_ops/_nvrtc.py.
 #pragma once
 
 #include "cuda/device.cuh"
 
 namespace cfl::cuda {
 
-constexpr int kGramTile = 64;   // of the result, a side
-constexpr int kGramDepth = 16;  // rows of x staged at a time
-constexpr int kGramEach = 4;    // a side of a thread's register tile
-constexpr int kGramSide = kGramTile / kGramEach;
-static_assert(kGramSide * kGramSide == kThreads);
+constexpr int kGramTile = 64;      // of the result, a side
+constexpr int kGramDepth = 16;     // rows of x staged at a time
+constexpr int kGramStride = 68;    // of a staged row: 4 x 8 pieces of it lie in different banks
+constexpr int kGramQuadrant = 32;  // of a warp, a side
+constexpr int kGramLoads = kGramDepth * kGramTile / kThreads;  // of each thread and side
+static_assert(kThreads % kGramTile == 0 && kWarps == 8);
+
+#if !defined(CFL_CUDA_ON_HOST)
+// c (8 x 8) += a (8 x 4) b (4 x 8). Lane l holds a(l / 4, l % 4), b(l % 4, l / 4) and c(l / 4, 2 (l
+// % 4)) with its neighbour to the right.
+__device__ inline void multiply_8x8x4(double a, double b, double (&c)[2]) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(c[0]), "+d"(c[1])
+               : "d"(a), "d"(b));
+}
+#endif
 
 // gram (cols, cols) = sum_b s_b x_b x_b^T, exactly symmetric, for each matrix of a batch; x has the
-// element strides given, weight (s) may be null. blockIdx.x numbers the tiles of one matrix after
-// the other, and within it those of the lower triangle row by row.
+// element strides given, weight (s) may be null. Tiles are numbered matrix by matrix, and within
+// one row by row of the triangle; blockIdx.x numbers the parts of a tile, `splits` of them, of
+// `rows_each` rows. With more than one, `parts` (tiles, splits, 64 x 64) holds them, and `arrived`
+// (tiles) is 0 at first.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     exact_gram_kernel(const T* x, int64_t rows, int64_t cols, int64_t batch_stride,
                       int64_t row_stride, int64_t col_stride, const double* weight,
-                      int64_t weight_batch_stride, int64_t weight_stride, double* gram) {
+                      int64_t weight_batch_stride, int64_t weight_stride, int splits,
+                      int64_t rows_each, double* parts, unsigned* arrived, double* gram) {
   const int64_t tiles = (cols + kGramTile - 1) / kGramTile, triangle = tiles * (tiles + 1) / 2;
-  const int64_t matrix = blockIdx.x / triangle, tile = blockIdx.x % triangle;
+  const int64_t tile = blockIdx.x / splits, matrix = tile / triangle, place = tile % triangle;
+  const int split = static_cast<int>(blockIdx.x % splits);
   int64_t tile_row =
-      static_cast<int64_t>((sqrt(8.0 * static_cast<double>(tile) + 1.0) - 1.0) / 2.0);
-  while (tile_row * (tile_row + 1) / 2 > tile) --tile_row;
-  while ((tile_row + 1) * (tile_row + 2) / 2 <= tile) ++tile_row;
-  const int64_t tile_col = tile - tile_row * (tile_row + 1) / 2;
+      static_cast<int64_t>((sqrt(8.0 * static_cast<double>(place) + 1.0) - 1.0) / 2.0);
+  while (tile_row * (tile_row + 1) / 2 > place) --tile_row;
+  while ((tile_row + 1) * (tile_row + 2) / 2 <= place) ++tile_row;
+  const int64_t tile_col = place - tile_row * (tile_row + 1) / 2;
+  const bool diagonal = tile_row == tile_col;
 
-  __shared__ double left[kGramDepth][kGramTile + 1];
-  __shared__ double right[kGramDepth][kGramTile + 1];
-  const int thread = threadIdx.x, ty = thread / kGramSide, tx = thread % kGramSide;
+  __shared__ double staged[2][2][kGramDepth][kGramStride];  // buffer, side
+  __shared__ bool last;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int quadrant = warp % 4, half = warp / 4;
+  const int first_row = quadrant / 2 * kGramQuadrant, first_col = quadrant % 2 * kGramQuadrant;
   x += matrix * batch_stride;
   if (weight) weight += matrix * weight_batch_stride;
   gram += matrix * cols * cols;
-  double sum[kGramEach][kGramEach] = {};
-  for (int64_t begin = 0; begin < rows; begin += kGramDepth) {
-    for (int i = thread; i < kGramDepth * kGramTile; i += kThreads) {
-      const int depth = i / kGramTile, column = i % kGramTile;
-      const int64_t row = begin + depth;
-      const int64_t of_left = tile_row * kGramTile + column,
-                    of_right = tile_col * kGramTile + column;
-      const bool inside = row < rows;
-      const double s = inside && weight ? weight[row * weight_stride] : 1.0;
-      auto load = [&](int64_t col) {
-        return inside && col < cols
-                   ? static_cast<double>(widen(x[row * row_stride + col * col_stride]))
-                   : 0.0;
-      };
-      left[depth][column] = s * load(of_left);
-      right[depth][column] = load(of_right);
+
+  // A thread stages one column of each side, every few rows; the next stage waits in registers.
+  const int64_t begin = split * rows_each, end = least(rows, begin + rows_each);
+  const int column = thread % kGramTile, first_depth = thread / kGramTile;
+  const int64_t left_col = tile_row * kGramTile + column, right_col = tile_col * kGramTile + column;
+  const T* left_from = x + least(left_col, cols - 1) * col_stride;
+  const T* right_from = x + least(right_col, cols - 1) * col_stride;
+  double left[kGramLoads], right[kGramLoads];
+  auto load = [&](int64_t from) {
+#pragma unroll
+    for (int e = 0; e < kGramLoads; ++e) {
+      const int64_t row = from + first_depth + e * (kThreads / kGramTile);
+      const bool inside = row < end;
+      const bool of_left = inside && left_col < cols, of_right = inside && right_col < cols;
+      left[e] = of_left ? static_cast<double>(widen(left_from[row * row_stride])) : 0.0;
+      right[e] = of_right && !diagonal ? static_cast<double>(widen(right_from[row * row_stride]))
+                                       : left[e];
+      if (weight && inside) left[e] *= weight[row * weight_stride];
     }
-    __syncthreads();
+  };
+  auto stage = [&](int buffer) {
 #pragma unroll
-    for (int depth = 0; depth < kGramDepth; ++depth) {
-      double a[kGramEach], b[kGramEach];
+    for (int e = 0; e < kGramLoads; ++e) {
+      const int depth = first_depth + e * (kThreads / kGramTile);
+      staged[buffer][0][depth][column] = left[e];
+      staged[buffer][1][depth][column] = right[e];
+    }
+  };
+  double sum[4][4][2] = {};
+  load(begin);
+  stage(0);
+  __syncthreads();
+  int buffer = 0;
+  for (int64_t from = begin; from < end; from += kGramDepth) {
+    const bool more = from + kGramDepth < end;
+    if (more) load(from + kGramDepth);
 #pragma unroll
-      for (int i = 0; i < kGramEach; ++i) {
-        a[i] = left[depth][ty + i * kGramSide];
-        b[i] = right[depth][tx + i * kGramSide];
+    for (int step = 0; step < kGramDepth / 8; ++step) {
+      const int depth = (half * (kGramDepth / 8) + step) * 4 + lane % 4;
+      double a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[i] = staged[buffer][0][depth][first_row + 8 * i + lane / 4];
+        b[i] = staged[buffer][1][depth][first_col + 8 * i + lane / 4];
       }
 #pragma unroll
-      for (int i = 0; i < kGramEach; ++i) {
+      for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < kGramEach; ++j) sum[i][j] = fma(a[i], b[j], sum[i][j]);
+        for (int j = 0; j < 4; ++j) multiply_8x8x4(a[i], b[j], sum[i][j]);
       }
     }
+    buffer ^= 1;
+    if (more) stage(buffer);
     __syncthreads();
   }
-  for (int i = 0; i < kGramEach; ++i) {
-    for (int j = 0; j < kGramEach; ++j) {
-      const int64_t row = tile_row * kGramTile + ty + i * kGramSide;
-      const int64_t col = tile_col * kGramTile + tx + j * kGramSide;
-      if (row < cols && col <= row) {
-        gram[row * cols + col] = sum[i][j];
-        gram[col * cols + row] = sum[i][j];
+
+  // The second warp of a quadrant hands its sums to the first, through the memory of the stages.
+  auto* handed = &staged[0][0][0][0];
+  static_assert(sizeof(staged) >= kGramTile * kGramTile * sizeof(double));
+  const int mine = (quadrant * 32 + lane) * 32;
+  auto number = [&](int i, int j, int e) { return mine + ((i * 4 + j) * 2 + e ^ lane); };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (half == 1) handed[number(i, j, e)] = sum[i][j][e];
+      }
+    }
+  }
+  __syncthreads();
+  double* part = parts + (tile * splits + split) * (kGramTile * kGramTile);
+  auto store = [&](int i, int j, int e, double value) {
+    const int64_t row = tile_row * kGramTile + first_row + 8 * i + lane / 4;
+    const int64_t col = tile_col * kGramTile + first_col + 8 * j + lane % 4 * 2 + e;
+    if (row < cols && col <= row) {
+      gram[row * cols + col] = value;
+      gram[col * cols + row] = value;
+    }
+  };
+  // A part lies in the order of the threads that hold it: 32 numbers of lane and quadrant.
+  auto at = [&](int i, int j, int e) { return ((i * 4 + j) * 2 + e) * 128 + quadrant * 32 + lane; };
+  if (half == 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const double value = sum[i][j][e] + handed[number(i, j, e)];
+          if (splits == 1) {
+            store(i, j, e, value);
+          } else {
+            part[at(i, j, e)] = value;
+          }
+        }
+      }
+    }
+  }
+  if (splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    last = atomicAdd(arrived + tile, 1u) + 1 == static_cast<unsigned>(splits);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last || half != 0) return;
+  part = parts + tile * splits * (kGramTile * kGramTile);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        double total = 0;
+        for (int s = 0; s < splits; ++s) total += part[s * (kGramTile * kGramTile) + at(i, j, e)];
+        store(i, j, e, total);
       }
     }
   }

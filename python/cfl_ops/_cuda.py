@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, _tuning
 
 _SCHEMAS = (
     "cuda_histogram(Tensor symbols, int block, int step, Tensor(a!) counts) -> ()",
@@ -29,7 +29,7 @@ _SCHEMAS = (
     "cuda_quantize(Tensor weights, Tensor affine, Tensor info, int levels, Tensor(a!) symbols,"
     " Tensor(b!)? counts) -> ()",
     "cuda_dequantize(Tensor symbols, Tensor affine, Tensor(a!) weights) -> ()",
-    "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) gram) -> ()",
+    "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) parts, Tensor(b!) arrived, Tensor(c!) gram) -> ()",
     "cuda_solve_small(Tensor matrices, Tensor rights, Tensor shift, float tolerance, bool wide, Tensor? only,"
     " Tensor(a!) solutions, Tensor(b!) info) -> ()",
     "cuda_solve_tiled(Tensor matrices, Tensor rights, Tensor shift, float tolerance, Tensor(a!) work,"
@@ -74,11 +74,22 @@ def nvrtc_available() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
+GRAM_TILE, GRAM_DEPTH = 64, 16
+"""As in gram_kernel.cuh."""
+
+
 def exact_gram(kernels: Any, x: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """The op ``cfl_ops::exact_gram``: any strides."""
+    """The op ``cfl_ops::exact_gram``: any strides; the rows split so that all multiprocessors have two blocks."""
     rows, cols = x.shape[-2:]
     matrices = x.shape[:-2].numel()
     out = torch.empty(*x.shape[:-2], cols, cols, dtype=torch.float64, device=x.device)
     weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
-    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, out)
+    side = -(-cols // GRAM_TILE)
+    tiles = matrices * side * (side + 1) // 2
+    blocks = 2 * _tuning.device_of(x.device).multiprocessors
+    splits = max(1, min(blocks // max(1, tiles), rows // (8 * GRAM_DEPTH)))
+    held = tiles if splits > 1 else 0
+    parts = torch.empty(held, splits, GRAM_TILE**2, dtype=torch.float64, device=x.device)
+    arrived = torch.zeros(held, dtype=torch.int32, device=x.device)
+    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, parts, arrived, out)
     return out

@@ -241,18 +241,20 @@ class Nvrtc:
                 *(symbols, np.int64(n), np.int64(symbols.shape[1]), affine, weights),
             )
 
-    def exact_gram(self, x: Tensor, weight: Tensor | None, gram: Tensor) -> None:
+    def exact_gram(
+        self, x: Tensor, weight: Tensor | None, parts: Tensor, arrived: Tensor, gram: Tensor
+    ) -> None:
         """X (matrices, rows, columns) of any strides, weight (matrices, rows) float64 or None."""
         np = self.numpy
         batch, rows, cols = x.shape
-        tiles = -(-cols // 64)
+        tiles, splits = -(-cols // 64), parts.shape[1]
         if batch and cols:
             weight_strides = (0, 0) if weight is None else weight.stride()
             self.launch(
-                *(f"exact_gram_kernel<{_FLOATS[x.dtype]}>", x.device, tiles * (tiles + 1) // 2 * batch, 0, x),
-                *map(np.int64, (rows, cols, *x.stride())),
-                *(weight, *map(np.int64, weight_strides), gram),
-            )
+                f"exact_gram_kernel<{_FLOATS[x.dtype]}>", x.device, tiles * (tiles + 1) // 2 * batch * splits, 0,
+                x, *map(np.int64, (rows, cols, *x.stride())), weight, *map(np.int64, weight_strides),
+                np.int32(splits), np.int64(-(-rows // splits)), parts, arrived, gram,
+            )  # fmt: skip
 
     def solve_small(
         self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, wide: bool, only: Tensor | None,
