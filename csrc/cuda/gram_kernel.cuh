@@ -170,16 +170,26 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (!last || half != 0) return;
   part = parts + tile * splits * (kGramTile * kGramTile);
+#pragma unroll 1
+  for (int s = 0; s < splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const double value = part[s * (kGramTile * kGramTile) + at(i, j, e)];
+          sum[i][j][e] = s == 0 ? value : sum[i][j][e] + value;
+        }
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        double total = 0;
-        for (int s = 0; s < splits; ++s) total += part[s * (kGramTile * kGramTile) + at(i, j, e)];
-        store(i, j, e, total);
-      }
+      for (int e = 0; e < 2; ++e) store(i, j, e, sum[i][j][e]);
     }
   }
 }
