@@ -195,6 +195,7 @@ def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None
 
 LINALG = {
     "ridge_solve": _solve_cuda.ridge_solve,
+    "small_pinv": _solve_cuda.small_pinv,
     "cholesky_update": _cholesky_cuda.cholesky_update,
     "cholesky_update_": _cholesky_cuda.cholesky_update_,
 }
@@ -276,6 +277,30 @@ def test_float32_systems_in_doubt_are_solved_in_float64(kernels, order: int) -> 
     want = torch.linalg.solve(lower + lower.tril(-1).mT, cross.double())
     error = (solution.double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
     assert (error[::2] <= 3 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 1), (8, 8), (16, 8), (5, 40), (33, 16), (17, 50), (40, 32), (32, 33)]
+)
+def test_small_pinv_at_every_size(kernels, nvrtc, rows: int, cols: int, dtype: torch.dtype) -> None:
+    a = torch.randn(7, rows, cols, dtype=torch.float64)
+    if rows > 1 and cols > 1:
+        a[2, :, 0] = a[2, :, 1]  # loses rank in one direction, and below in the other
+        a[2, 0] = a[2, 1]
+    a[3, 0, 0] = torch.nan
+    a[4] *= 1e-20
+    a = a.to(dtype)
+    for served in (kernels, nvrtc):
+        got, info = _solve_cuda.small_pinv(served, a, 1e8)
+        lost = rows > 1 and cols > 1
+        assert info.tolist() == [0, 0, int(lost), 1, 0, 0, 0]
+        for i in (0, 1, 4, 5, 6):
+            wide = a[i].double()
+            want = torch.linalg.pinv(wide)
+            squared = torch.linalg.cond(wide) ** 2
+            bound = 8 * (rows + cols) * (torch.finfo(torch.float64).eps * squared + torch.finfo(dtype).eps)
+            assert torch.linalg.matrix_norm(got[i].double() - want) <= bound * torch.linalg.matrix_norm(want)
 
 
 @pytest.mark.parametrize(("order", "bad"), [(5, 3), (40, 33), (64, 64), (70, 70), (130, 40), (130, 97)])

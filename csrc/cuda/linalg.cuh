@@ -96,6 +96,71 @@ __device__ inline int factor_rows(T (&row)[RowLayout<kOrder>::kRows][kOrder],
   return failed;
 }
 
+// The rows of L to shared memory: on the way back each lane needs a column.
+template <class T, int kOrder>
+__device__ inline void store_rows(const T (&row)[RowLayout<kOrder>::kRows][kOrder], int lane,
+                                  int stride, T* tile) {
+  using Layout = RowLayout<kOrder>;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < Layout::kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) {
+      if (c < (r + 1) * Layout::kLanes) tile[(lane + r * Layout::kLanes) * stride + c] = row[r][c];
+    }
+  }
+  __syncwarp();
+}
+
+// y <- L^-T L^-1 y for kColumns right sides, or the first alone: rows of y are in the lanes as
+// those of L are; `tile` holds L, too (store_rows). All lanes of the warp call.
+template <class T, int kOrder, int kColumns>
+__device__ inline void substitute(const T (&row)[RowLayout<kOrder>::kRows][kOrder],
+                                  const T (&inverse)[RowLayout<kOrder>::kRows], const T* tile,
+                                  int stride, int lane, int n, bool only_one,
+                                  T (&y)[RowLayout<kOrder>::kRows][kColumns]) {
+  constexpr int kLanes = RowLayout<kOrder>::kLanes, kRows = RowLayout<kOrder>::kRows;
+#pragma unroll
+  for (int j = 0; j < kOrder; ++j) {
+    if (j >= n) continue;
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      if (k > 0 && only_one) continue;
+      const T value = y[j / kLanes][k] * inverse[j / kLanes];
+      const T known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r < j / kLanes) continue;
+        const int i = lane + r * kLanes;
+        if (i == j) y[r][k] = known;
+        if (i > j) y[r][k] = fma(-row[r][j], known, y[r][k]);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = kOrder - 1; j >= 0; --j) {
+    if (j >= n) continue;
+    T of_row[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r <= j / kLanes) of_row[r] = tile[j * stride + lane + r * kLanes];
+    }
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      if (k > 0 && only_one) continue;
+      const T value = y[j / kLanes][k] * inverse[j / kLanes];
+      const T known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r > j / kLanes) continue;
+        const int i = lane + r * kLanes;
+        if (i == j) y[r][k] = known;
+        if (i < j) y[r][k] = fma(-of_row[r], known, y[r][k]);
+      }
+    }
+  }
+}
+
 // --- work that blocks take in turn --------------------------------------------------------------
 //
 // A ticket says what a block is to do, a flag that something is done. A block waits for tickets

@@ -57,6 +57,27 @@ void solve_tiled_op(const Tensor& matrices, const Tensor& rights, const Tensor& 
   check(solve_tiled(args, memory, device.stream()), "ridge_solve");
 }
 
+// a (batch, rows, cols) contiguous; the smaller of rows and cols is up to 32.
+void small_pinv_op(const Tensor& a, double limit, double tolerance, Tensor results, Tensor info) {
+  const OnDevice device(a);
+  const ScalarType dtype = a.scalar_type();
+  STD_TORCH_CHECK(
+      (dtype == ScalarType::Float || dtype == ScalarType::Double) && results.scalar_type() == dtype,
+      "cfl_ops.small_pinv: expected float32 or float64");
+  SmallPinvArgs args = {};
+  args.matrices = a.data_ptr();
+  args.dtype = dtype == ScalarType::Double ? Real::kF64 : Real::kF32;
+  args.batch = a.size(0);
+  args.wide = a.size(1) < a.size(2);
+  args.rows = a.size(args.wide ? 2 : 1);
+  args.n = a.size(args.wide ? 1 : 2);
+  args.limit = limit;
+  args.tolerance = tolerance;
+  args.results = results.data_ptr();
+  args.info = pointer<int>(info);
+  check(solve_pinv(args, device.stream()), "small_pinv");
+}
+
 }  // namespace
 }  // namespace cfl::cuda
 
@@ -67,4 +88,5 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
 #endif
   m.impl("cuda_solve_small", TORCH_BOX(&cfl::cuda::solve_small_op));
   m.impl("cuda_solve_tiled", TORCH_BOX(&cfl::cuda::solve_tiled_op));
+  m.impl("cuda_small_pinv", TORCH_BOX(&cfl::cuda::small_pinv_op));
 }

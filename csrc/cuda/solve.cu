@@ -40,7 +40,32 @@ cudaError_t launch_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t 
                 a.info);
 }
 
+template <class T, int kOrder>
+cudaError_t launch_pinv(const SmallPinvArgs& a, cudaStream_t stream) {
+  using Small = SmallSolve<double, kOrder>;
+  const int64_t blocks = divide_up(a.batch, Small::kWarps * Small::Layout::kSystems);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff || a.rows * a.n > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch_threads(&solve_pinv_kernel<T, kOrder>, blocks, Small::kWarps * kLaneCount,
+                        Small::kPinvShared, stream, static_cast<const T*>(a.matrices), a.batch,
+                        static_cast<int>(a.rows), static_cast<int>(a.n), static_cast<int>(a.wide),
+                        a.limit, a.tolerance, static_cast<T*>(a.results), a.info);
+}
+
+template <class T>
+cudaError_t launch_pinv_order(const SmallPinvArgs& a, cudaStream_t stream) {
+  if (a.n <= 8) return launch_pinv<T, 8>(a, stream);
+  if (a.n <= 16) return launch_pinv<T, 16>(a, stream);
+  if (a.n <= 32) return launch_pinv<T, 32>(a, stream);
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
+
+cudaError_t solve_pinv(const SmallPinvArgs& a, cudaStream_t stream) {
+  return a.dtype == Real::kF64 ? launch_pinv_order<double>(a, stream)
+                               : launch_pinv_order<float>(a, stream);
+}
 
 cudaError_t solve_small(const SolveArgs& a, const int* only, cudaStream_t stream) {
   if (a.dtype == Real::kF64) return launch_order<double, double>(a, only, stream);

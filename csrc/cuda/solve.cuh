@@ -36,4 +36,16 @@ struct TiledMemory {
 };
 cudaError_t solve_tiled(const SolveArgs& args, const TiledMemory& memory, cudaStream_t stream);
 
+// Pseudoinverses of T (rows, n), rows >= n <= 32; see solve_pinv_kernel.
+struct SmallPinvArgs {
+  const void* matrices;
+  Real dtype;
+  int64_t batch, rows, n;
+  bool wide;
+  double limit, tolerance;
+  void* results;
+  int* info;
+};
+cudaError_t solve_pinv(const SmallPinvArgs& args, cudaStream_t stream);
+
 }  // namespace cfl::cuda

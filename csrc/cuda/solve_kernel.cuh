@@ -25,6 +25,10 @@ struct SmallSolve {
   static constexpr int kShared = kWarps * kBytes;
   static constexpr int kColumns =
       kOrder * sizeof(A) > 256 ? 1 : 4;  // right sides in work at a time
+  // solve_pinv_kernel passes rows from lane to lane besides.
+  static constexpr int kPinvTile = kTile + 2 * kOrder;
+  static constexpr int kPinvShared =
+      kWarps * Layout::kSystems * kPinvTile * static_cast<int>(sizeof(A));
 };
 
 // One system and up to 64 right sides for each group of lanes. A (n, n), B and X (n, k) dense and
@@ -92,16 +96,7 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
   __syncwarp();
   const int failed =
       factor_rows<A, kOrder>(row, inverse, lane, n, static_cast<A>(tolerance), original, tile);
-  // For the way back each lane needs a column of L.
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int c = 0; c < kOrder; ++c) {
-      if (c < (r + 1) * kLanes) tile[(lane + r * kLanes) * kStride + c] = row[r][c];
-    }
-  }
-  __syncwarp();
+  store_rows<A, kOrder>(row, lane, kStride, tile);
 
   const T* right = rights + (mine ? system : 0) * n * columns;
   T* solution = solutions + (mine ? system : 0) * n * columns;
@@ -118,46 +113,7 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
         y[r][k] = there ? static_cast<A>(right[i * columns + begin + k]) : A(0);
       }
     }
-    const bool only_one = columns == 1;
-#pragma unroll
-    for (int j = 0; j < kOrder; ++j) {
-      if (j >= n) continue;
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        if (k > 0 && only_one) continue;
-        const A value = y[j / kLanes][k] * inverse[j / kLanes];
-        const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (r < j / kLanes) continue;
-          const int i = lane + r * kLanes;
-          if (i == j) y[r][k] = known;
-          if (i > j) y[r][k] = fma(-row[r][j], known, y[r][k]);
-        }
-      }
-    }
-#pragma unroll
-    for (int j = kOrder - 1; j >= 0; --j) {
-      if (j >= n) continue;
-      A of_row[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (r <= j / kLanes) of_row[r] = tile[j * kStride + lane + r * kLanes];
-      }
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        if (k > 0 && only_one) continue;
-        const A value = y[j / kLanes][k] * inverse[j / kLanes];
-        const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (r > j / kLanes) continue;
-          const int i = lane + r * kLanes;
-          if (i == j) y[r][k] = known;
-          if (i < j) y[r][k] = fma(-of_row[r], known, y[r][k]);
-        }
-      }
-    }
+    substitute<A, kOrder, kColumns>(row, inverse, tile, kStride, lane, n, columns == 1, y);
     const T nan = static_cast<T>(not_a_number());
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -171,6 +127,112 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
     }
   }
   if (mine && lane == 0 && first == 0) info[system] = failed;
+}
+
+// --- pseudoinverses of small matrices ------------------------------------------------------------
+
+// P = (T^T T)^-1 T^T of T (m, s), m >= s, for each matrix of a batch, in double: T's columns are
+// brought to length 1, and the squared length of what solves that is the trace of the inverse Gram.
+// info is 1 where P is not to be used: that trace is above `limit`, a pivot is lost or a square
+// over- or underflows. T is dense and row-major, and P (s, m) as well; with `wide` memory holds T^T
+// and takes P^T. double gets a Newton step P + (I - P T) P.
+template <class T, int kOrder>
+__global__ void __launch_bounds__(SmallSolve<double, kOrder>::kWarps* kLaneCount)
+    solve_pinv_kernel(const T* matrices, int64_t batch, int m, int n, int wide, double limit,
+                      double tolerance, T* results, int* info) {
+  using Small = SmallSolve<double, kOrder>;
+  using Layout = RowLayout<kOrder>;
+  static_assert(Layout::kRows == 1);
+  constexpr int kLanes = Layout::kLanes, kStride = Small::kStride, kColumns = Small::kColumns;
+  CFL_DYNAMIC_SHARED(memory);
+  const int warp = threadIdx.x / kLaneCount, lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x % kLaneCount / kLanes;
+  const int64_t system =
+      (static_cast<int64_t>(blockIdx.x) * Small::kWarps + warp) * Layout::kSystems + group;
+  const bool mine = system < batch, inside = mine && lane < n;
+  double* tile =
+      reinterpret_cast<double*>(memory) + (warp * Layout::kSystems + group) * Small::kPinvTile;
+  const T* matrix = matrices + (mine ? system : 0) * m * n;
+  T* result = results + (mine ? system : 0) * m * n;
+  auto entry = [&](int r) {
+    return inside && r < m ? static_cast<double>(matrix[wide ? lane * m + r : r * n + lane]) : 0.0;
+  };
+  // to[c] += mine * (that of lane c), through shared memory that changes from call to call.
+  int turn = 0;
+  auto add_outer = [&](double own, double factor, double (&to)[kOrder]) {
+    double* buffer = tile + Small::kTile + (turn ^= 1) * kOrder;
+    buffer[lane] = own;
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kOrder; c += 2) {
+      const auto pack = *reinterpret_cast<const Pack<double>*>(buffer + c);
+      to[c] = fma(factor, pack.value[0], to[c]);
+      to[c + 1] = fma(factor, pack.value[1], to[c + 1]);
+    }
+  };
+
+  double row[1][kOrder] = {}, inverse[1] = {1.0};
+  for (int r = 0; r < m; ++r) {
+    const double own = entry(r);
+    add_outer(own, own, row[0]);
+  }
+  double square = 1.0;
+#pragma unroll
+  for (int c = 0; c < kOrder; ++c) {
+    if (inside && c == lane) square = row[0][c];
+  }
+  bool good = square > 1e-250 && square < 1e250;
+  const double scale = inverse_root(good ? square : 1.0);
+  tile[lane] = scale;
+  tile[3 * kOrder + lane] = 1.0;
+  __syncwarp();
+#pragma unroll
+  for (int c = 0; c < kOrder; ++c) {
+    row[0][c] = c == lane ? 1.0 : row[0][c] * (scale * tile[c]);
+  }
+  __syncwarp();
+  if (factor_rows<double, kOrder>(row, inverse, lane, n, tolerance, tile + 3 * kOrder, tile)) {
+    good = false;
+  }
+  store_rows<double, kOrder>(row, lane, kStride, tile);
+  double squares = 0.0, correction[kOrder] = {};
+  for (int begin = 0; begin < m; begin += kColumns) {
+    double y[1][kColumns];
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) y[0][k] = entry(begin + k) * scale;
+    substitute<double, kOrder, kColumns>(row, inverse, tile, kStride, lane, n, false, y);
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      squares = fma(y[0][k], y[0][k], squares);
+      const double value = y[0][k] * scale;
+      if constexpr (sizeof(T) == 8) add_outer(entry(begin + k), -value, correction);
+      const int r = begin + k;
+      if (inside && r < m) result[wide ? r * n + lane : lane * m + r] = static_cast<T>(value);
+    }
+  }
+  if constexpr (sizeof(T) == 8) {
+#pragma unroll
+    for (int c = 0; c < kOrder; ++c) correction[c] += c == lane ? 1.0 : 0.0;
+    for (int r = 0; r < m; ++r) {
+      const int at = wide ? r * n + lane : lane * m + r;
+      const double value = inside ? static_cast<double>(result[at]) : 0.0;
+      double change[2] = {};
+      double* buffer = tile + Small::kTile + (turn ^= 1) * kOrder;
+      buffer[lane] = value;
+      __syncwarp();
+#pragma unroll
+      for (int c = 0; c < kOrder; ++c) change[c % 2] = fma(correction[c], buffer[c], change[c % 2]);
+      if (inside) result[at] = static_cast<T>(value + (change[0] + change[1]));
+    }
+  }
+  // Together, the lanes of the group know.
+  unsigned bad = good ? 0 : 1;
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    squares += __shfl_xor_sync(kFull, squares, step);
+    bad |= __shfl_xor_sync(kFull, bad, step);
+  }
+  if (mine && lane == 0) info[system] = bad || !(squares <= limit);
 }
 
 // --- one large system, or a few ------------------------------------------------------------------

@@ -34,6 +34,7 @@ _SCHEMAS = (
     " Tensor(a!) solutions, Tensor(b!) info) -> ()",
     "cuda_solve_tiled(Tensor matrices, Tensor rights, Tensor shift, float tolerance, Tensor(a!) work,"
     " Tensor(b!) inverse, Tensor(c!) flags, Tensor(d!) solutions, Tensor(e!)? factors, Tensor(f!) info) -> ()",
+    "cuda_small_pinv(Tensor a, float limit, float tolerance, Tensor(a!) results, Tensor(b!) info) -> ()",
     "cuda_cholesky_update(Tensor matrices, Tensor vectors, float scale_l, float scale_v, bool check, bool down,"
     " float lost, Tensor(a!) out, Tensor(b!) reflectors, Tensor(c!) flags, Tensor(d!) info) -> ()",
     "cuda_cholesky_choose(Tensor matrices, Tensor info, bool failed, Tensor(a!) out) -> ()",

@@ -61,6 +61,7 @@ def names(family: str) -> list[str]:
         "solve": [
             *(f"solve_small_kernel<{t}, {c}, {n}>" for t, c in _COMPUTED for n in _SMALL_ORDERS),
             *(f"solve_tiled_kernel<{t}>" for t in ("float", "double")),
+            *(f"solve_pinv_kernel<{t}, {n}>" for t in ("float", "double") for n in _SMALL_ORDERS[:-1]),
         ],
         "cholesky": [
             *(f"cholesky_update_kernel<{_FLOATS[t]}, {r}>" for t, ranks in RANKS.items() for r in ranks),
@@ -80,6 +81,13 @@ def qualified(name: str) -> str:
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.current_stream(device)
+
+
+def _small_solve(order: int, element: int) -> tuple[int, int, int]:
+    """Systems of a warp, warps of a block and bytes of a warp: SmallSolve of solve_kernel.cuh."""
+    systems = max(1, 32 // order)
+    held = systems * order * (order + 16 // element) * element
+    return systems, 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8, held
 
 
 class Nvrtc:
@@ -268,16 +276,28 @@ class Nvrtc:
         order = next(o for o in _SMALL_ORDERS if o >= n)
         element = 8 if wide else matrices.element_size()
         kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
-        # SmallSolve of solve_kernel.cuh
-        systems = max(1, 32 // order)
-        held = systems * order * (order + 16 // element) * element
-        warps = 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8
+        systems, warps, held = _small_solve(order, element)
         works = batch * max(1, -(-columns // 64))
         self.launch(
             f"solve_small_kernel<{kind}>", matrices.device, -(-works // (warps * systems)), warps * held,
             matrices, rights, shift, np.int64(batch), np.int32(n), np.int64(columns), np.float64(tolerance), only,
             solutions, info, threads=32 * warps,
         )  # fmt: skip
+
+    def small_pinv(self, a: Tensor, limit: float, tolerance: float, results: Tensor, info: Tensor) -> None:
+        """The smaller side up to 32."""
+        np = self.numpy
+        batch, rows, cols = a.shape
+        n = min(rows, cols)
+        order = next(o for o in _SMALL_ORDERS if o >= n)
+        systems, warps, held = _small_solve(order, 8)
+        held += systems * 2 * order * 8
+        if batch:
+            self.launch(
+                f"solve_pinv_kernel<{_FLOATS[a.dtype]}, {order}>", a.device, -(-batch // (warps * systems)),
+                warps * held, a, np.int64(batch), np.int32(max(rows, cols)), np.int32(n), np.int32(rows < cols),
+                np.float64(limit), np.float64(tolerance), results, info, threads=32 * warps,
+            )  # fmt: skip
 
     def solve_tiled(
         self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, work: Tensor, inverse: Tensor,

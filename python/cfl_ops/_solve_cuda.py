@@ -1,4 +1,4 @@
-"""ridge_solve on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
+"""ridge_solve and small_pinv on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
 
 Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; those whose pivots
 come near their rounding errors are solved again in float64, as on a CPU. Larger systems are factored tile by tile in
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _tuning
 
 SMALL = 64
+PINV_SMALL = 32
 BLOCK = 1024
 """Beyond, products of matrices are worth their own kernels."""
 SIDE = 32
@@ -56,6 +57,29 @@ def ridge_solve(
         info = _small(kernels, matrices, rights, shift, solution)
     info = torch.where(good.squeeze(-1), info.reshape(batch), BAD_PENALTY).to(torch.int32)
     return solution.reshape(cross.shape).to(dtype), info
+
+
+def small_pinv(kernels: Any, a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The op ``cfl_ops::small_pinv``: a kernel up to 32 columns (or rows, the fewer)."""
+    from .least_squares import _small_pinv_python
+
+    batch, (rows, cols) = a.shape[:-2], a.shape[-2:]
+    order = min(rows, cols)
+    if order > PINV_SMALL or a.numel() == 0:
+        return _small_pinv_python(a, limit)
+    working = a.to(torch.promote_types(a.dtype, torch.float32)).contiguous()
+    out = torch.empty(*batch, cols, rows, dtype=working.dtype, device=a.device)
+    info = torch.empty(batch, dtype=torch.int32, device=a.device)
+    matrices = batch.numel()
+    tolerance = order * torch.finfo(torch.float64).eps
+    kernels.small_pinv(
+        working.view(matrices, rows, cols),
+        limit,
+        tolerance,
+        out.view(matrices, cols, rows),
+        info.view(matrices),
+    )
+    return out.to(a.dtype), info
 
 
 def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:

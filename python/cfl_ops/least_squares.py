@@ -324,6 +324,7 @@ SMALL_PINV = define_op(
         a.new_empty(a.shape[:-2], dtype=torch.int32),
     ),
     core_dims=(2, None),
+    cuda="_solve_cuda:small_pinv",
     helper=True,
 )
 
