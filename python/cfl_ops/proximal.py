@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 from .errors import LinAlgError
+from .gram import GRAM
 from .solve import RIDGE_SOLVE
 
 __all__ = [
@@ -131,7 +132,7 @@ def _proximal_python(
         else:
             pe64, ridge_term = p64 / t.unsqueeze(-2), torch.ones_like(total)
             ones_scale = 1 / t_bias
-        system = pe64 @ p64.mT
+        system = GRAM(p.mT, None, None, False, 0, wide)[0] if lam_diag is None else pe64 @ p64.mT
         if ones_column:
             system = system + ones_scale[..., None, None] * (root64 @ root64.mT)
         # A row of weight zero has nothing to say; without a penalty its pivot would be zero.
@@ -144,8 +145,8 @@ def _proximal_python(
         if ones_column:
             change_bias = ones_scale.unsqueeze(-1) * (root64 * alpha).sum(-2)
     else:  # primal: D x D
-        system = p64.mT @ p64 + torch.diag_embed(t.expand(*t.shape[:-1], width))
-        right = p64.mT @ q64
+        moments = GRAM(p, q, None, False, 0, wide)
+        system, right = moments[0] + torch.diag_embed(t.expand(*t.shape[:-1], width)), moments[1]
         if ones_column:  # eliminate the column of ones
             pivot = total + t_bias
             safe_pivot = torch.where(pivot > 0, pivot, 1.0)[..., None, None]
