@@ -209,6 +209,12 @@ T atomicOr(T* to, T value) {
   return old;
 }
 template <class T>
+T atomicMax(T* to, T value) {
+  const T old = *to;
+  if (value > old) *to = value;
+  return old;
+}
+template <class T>
 T atomicMin(T* to, T value) {
   const T old = *to;
   if (value < old) *to = value;

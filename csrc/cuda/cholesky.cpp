@@ -18,7 +18,7 @@ bool is_wide(const Tensor& tensor) {
 // panels, 32, size), flags (batch panels + 1) of 0.
 void update_op(const Tensor& from, const Tensor& vectors, double scale_l, double scale_v,
                bool check_l, bool down, double lost, Tensor to, Tensor reflectors, Tensor flags,
-               Tensor info) {
+               Tensor found) {
   const OnDevice device(from);
   CholeskyUpdateArgs args = {};
   args.wide = is_wide(from);
@@ -46,11 +46,11 @@ void update_op(const Tensor& from, const Tensor& vectors, double scale_l, double
   args.reflectors = reflectors.data_ptr();
   args.flags = pointer<int>(flags);
   args.ticket = reinterpret_cast<unsigned*>(args.flags + flags.numel() - 1);
-  args.info = pointer<int>(info);
+  args.found = pointer<int>(found);
   check(cholesky_update(args, device.stream()), "cholesky_update");
 }
 
-void choose_op(const Tensor& from, const Tensor& info, bool failed, Tensor to) {
+void choose_op(const Tensor& from, const Tensor& found, bool failed, Tensor to, Tensor info) {
   const OnDevice device(from);
   CholeskyChooseArgs args = {};
   args.wide = is_wide(from);
@@ -66,8 +66,10 @@ void choose_op(const Tensor& from, const Tensor& info, bool failed, Tensor to) {
   args.to_batch_stride = to.stride(0);
   args.to_row_stride = to.stride(1);
   args.to_col_stride = to.stride(2);
-  args.info = pointer<const int>(info);
+  args.found = pointer<const int>(found);
+  args.passes = static_cast<int>(found.size(0));
   args.failed = failed;
+  args.info = pointer<int>(info);
   check(cholesky_choose(args, device.stream()), "cholesky_update");
 }
 

@@ -17,7 +17,7 @@ cudaError_t launch_rank(const CholeskyUpdateArgs& a, cudaStream_t stream) {
                         a.vector_row_stride, a.vector_stride, static_cast<T>(a.scale_l),
                         static_cast<T>(a.scale_v), static_cast<int>(a.check),
                         static_cast<int>(a.down), static_cast<T>(a.lost), static_cast<T*>(a.to),
-                        static_cast<T*>(a.reflectors), a.flags, a.ticket, a.info);
+                        static_cast<T*>(a.reflectors), a.flags, a.ticket, a.found);
 }
 
 template <class T>
@@ -40,7 +40,7 @@ cudaError_t launch_choose(const CholeskyChooseArgs& a, cudaStream_t stream) {
   return launch(&cholesky_choose_kernel<T>, a.batch * each, 0, stream, each, a.n,
                 static_cast<const T*>(a.from), a.from_batch_stride, a.from_row_stride,
                 a.from_col_stride, static_cast<T*>(a.to), a.to_batch_stride, a.to_row_stride,
-                a.to_col_stride, a.info, static_cast<int>(a.failed));
+                a.to_col_stride, a.found, a.passes, a.batch, static_cast<int>(a.failed), a.info);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ struct CholeskyUpdateArgs {
   void* reflectors;
   int* flags;
   unsigned* ticket;
-  int* info;
+  int* found;
 };
 cudaError_t cholesky_update(const CholeskyUpdateArgs& args, cudaStream_t stream);
 
@@ -37,8 +37,10 @@ struct CholeskyChooseArgs {
   int64_t from_batch_stride, from_row_stride, from_col_stride;
   void* to;
   int64_t to_batch_stride, to_row_stride, to_col_stride;
-  const int* info;
+  const int* found;
+  int passes;
   bool failed;
+  int* info;
 };
 cudaError_t cholesky_choose(const CholeskyChooseArgs& args, cudaStream_t stream);
 

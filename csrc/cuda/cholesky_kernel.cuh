@@ -14,7 +14,9 @@
 namespace cfl::cuda {
 
 constexpr int kPanel = 32;
-constexpr int kBadL = -1, kBadV = -2;  // the least of all that is found is what counts
+// What a pass finds wrong with a matrix: the largest number counts, and 0 is nothing. Before kBadL
+// come the pivots that fail, the first of them last.
+constexpr int kBadV = 0x7fffffff, kBadL = kBadV - 1;
 
 // A reflector: its vector, scaled, and c, +-1 / r, 1 / (l + r) of the scaled numbers; c has the
 // sign of the old pivot, for the column changes sign with it.
@@ -57,15 +59,15 @@ __device__ inline T reflect(const T* reflector, T l, T (&w)[kRank]) {
 // any strides, `to` (batch, n, n) is row-major and may be `from`. scale_l and scale_v are
 // sqrt(decay) and sqrt(|alpha|); a downdate fails that leaves no more than `lost` of a squared
 // pivot; `check` says that L can hold NaN or Inf. reflectors (batch, panels, 32, kReflector); flags
-// (batch, panels) and the ticket are 0 at first, info (batch) is kNoFailure at first and after
-// success.
+// (batch, panels) and the ticket are 0 at first, as is `found` (batch).
 template <class T, int kRank>
 __global__ void __launch_bounds__(kPanel)
     cholesky_update_kernel(int64_t n, int64_t rank, const T* from, int64_t from_batch_stride,
                            int64_t from_row_stride, int64_t from_col_stride, const T* vectors,
                            int64_t vector_batch_stride, int64_t vector_row_stride,
                            int64_t vector_stride, T scale_l, T scale_v, int check, int down, T lost,
-                           T* to, T* all_reflectors, int* flags, unsigned* next_ticket, int* info) {
+                           T* to, T* all_reflectors, int* flags, unsigned* next_ticket,
+                           int* found) {
   constexpr int kSize = kReflector<kRank>;
   __shared__ T tile[kPanel][kPanel + 1];
   __shared__ Pack<T> memory[kPanel * kSize / Pack<T>::kCount];
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kPanel)
   from += matrix * from_batch_stride;
   to += matrix * n * n;
   flags += matrix * panels;
-  info += matrix;
+  found += matrix;
   T* published = all_reflectors + matrix * panels * kPanel * kSize;
   bool bad_v = false, bad_l = false;
 
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kPanel)
         tile[lane][c] = reflect<T, kRank>(reflectors + c * kSize, tile[lane][c], w);
       }
     } else {
-      int failed = kNoFailure;
+      int failed = 0;
       for (int c = 0; c < kPanel && first + c < n; ++c) {
         T* const reflector = reflectors + c * kSize;
         const T l = tile[lane][c];
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kPanel)
           const bool good = down ? square > lost * l1 * l1 : square >= T(0);
           const T r1 = sqrt(good ? square : T(1));
           const T r = r1 / scale;
-          if (!good || !is_finite(r)) failed = least(failed, static_cast<int>(first) + c + 1);
+          if ((!good || !is_finite(r)) && !failed) failed = static_cast<int>(first) + c + 1;
           const bool still = r1 == T(0);  // a zero column of a semi-definite factor stays one
           const T inverse_r = still ? T(0) : T(1) / r1;
           const T cosine = still ? T(1) : l1 * inverse_r;
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kPanel)
         __syncwarp();
         if (lane > c) tile[lane][c] = reflect<T, kRank>(reflector, l, w);
       }
-      if (failed != kNoFailure) atomicMin(info, failed);
+      if (failed) atomicMax(found, kBadL - failed);
       __syncwarp();
       if (panel + 1 < panels) {
         for (int e = lane; e < kPanel * kSize; e += kPanel) {
@@ -179,20 +181,31 @@ __global__ void __launch_bounds__(kPanel)
     }
     __syncwarp();
   }
-  if (bad_l && check) atomicMin(info, kBadL);
-  if (bad_v) atomicMin(info, kBadV);
+  if (bad_l && check) atomicMax(found, kBadL);
+  if (bad_v) atomicMax(found, kBadV);
 }
 
-// The lower triangles of `from` to `to` (both of any strides) for the matrices that succeeded, or
-// for those that failed.
+// The lower triangles of `from` to `to` (both of any strides) for the matrices that succeeded in
+// all passes, or for those that failed; and info: 0, the first pivot that failed, -1 for a V and -2
+// for an L that is not finite, as python/cfl_ops/cholesky.py has it. found (passes, batch).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     cholesky_choose_kernel(int64_t blocks_each, int64_t n, const T* from, int64_t from_batch_stride,
                            int64_t from_row_stride, int64_t from_col_stride, T* to,
                            int64_t to_batch_stride, int64_t to_row_stride, int64_t to_col_stride,
-                           const int* info, int failed) {
+                           const int* found, int passes, int64_t batch, int failed, int* info) {
   const int64_t matrix = blockIdx.x / blocks_each;
-  if ((info[matrix] != kNoFailure) != (failed != 0)) return;
+  int code = 0;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int number = found[pass * batch + matrix];
+    if (number == kBadV) {
+      code = -1;
+    } else if (number && !code) {
+      code = number == kBadL ? -2 : kBadL - number;
+    }
+  }
+  if (threadIdx.x == 0 && blockIdx.x % blocks_each == 0) info[matrix] = code;
+  if ((code != 0) != (failed != 0)) return;
   from += matrix * from_batch_stride;
   to += matrix * to_batch_stride;
   for (int64_t row = blockIdx.x % blocks_each; row < n; row += blocks_each) {

@@ -6,8 +6,7 @@
 
 namespace cfl::cuda {
 
-constexpr int kLaneCount = 32;          // of a warp
-constexpr int kNoFailure = 0x7fffffff;  // where the least number that is found counts
+constexpr int kLaneCount = 32;  // of a warp
 
 // As many numbers as one load of shared memory brings.
 template <class T>

@@ -9,19 +9,21 @@
 namespace cfl::cuda {
 namespace {
 
-SolveArgs arguments(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
-                    double tolerance, bool wide, Tensor& solutions, Tensor& info) {
+SolveArgs arguments(const Tensor& matrices, const Tensor& rights, double lam,
+                    const std::optional<Tensor>& shift, double tolerance, bool wide,
+                    Tensor& solutions, Tensor& info) {
   const ScalarType dtype = matrices.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "cfl_ops.ridge_solve: expected float32 or float64");
   STD_TORCH_CHECK(rights.scalar_type() == dtype && solutions.scalar_type() == dtype &&
-                      shift.scalar_type() == ScalarType::Double &&
+                      (!shift || shift->scalar_type() == ScalarType::Double) &&
                       info.scalar_type() == ScalarType::Int,
                   "cfl_ops.ridge_solve: the dtypes do not fit");
   SolveArgs args = {};
   args.matrices = matrices.data_ptr();
   args.rights = rights.data_ptr();
-  args.shift = pointer<double>(shift);
+  args.lam = lam;
+  args.shift = shift ? pointer<double>(*shift) : nullptr;
   args.dtype = dtype == ScalarType::Double ? Real::kF64 : Real::kF32;
   args.compute = wide ? Real::kF64 : args.dtype;
   args.batch = matrices.size(0);
@@ -33,21 +35,23 @@ SolveArgs arguments(const Tensor& matrices, const Tensor& rights, const Tensor& 
   return args;
 }
 
-void solve_small_op(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
-                    double tolerance, bool wide, const std::optional<Tensor>& only,
-                    Tensor solutions, Tensor info) {
+void solve_small_op(const Tensor& matrices, const Tensor& rights, double lam,
+                    std::optional<Tensor> shift, double tolerance, bool wide,
+                    std::optional<Tensor> only, Tensor solutions, Tensor info,
+                    std::optional<Tensor> again) {
   const OnDevice device(matrices);
-  const SolveArgs args = arguments(matrices, rights, shift, tolerance, wide, solutions, info);
-  check(solve_small(args, only ? pointer<const int>(*only) : nullptr, device.stream()),
+  const SolveArgs args = arguments(matrices, rights, lam, shift, tolerance, wide, solutions, info);
+  check(solve_small(args, only ? pointer<const int>(*only) : nullptr,
+                    again ? pointer<int>(*again) : nullptr, device.stream()),
         "ridge_solve");
 }
 
 // flags: 2 batch (tiles + right tiles) tiles numbers and one more, all 0.
-void solve_tiled_op(const Tensor& matrices, const Tensor& rights, const Tensor& shift,
-                    double tolerance, Tensor work, Tensor inverse, Tensor flags, Tensor solutions,
-                    std::optional<Tensor> factors, Tensor info) {
+void solve_tiled_op(const Tensor& matrices, const Tensor& rights, double lam,
+                    std::optional<Tensor> shift, double tolerance, Tensor work, Tensor inverse,
+                    Tensor flags, Tensor solutions, std::optional<Tensor> factors, Tensor info) {
   const OnDevice device(matrices);
-  const SolveArgs args = arguments(matrices, rights, shift, tolerance, true, solutions, info);
+  const SolveArgs args = arguments(matrices, rights, lam, shift, tolerance, true, solutions, info);
   TiledMemory memory = {};
   memory.work = pointer<double>(work);
   memory.inverse = pointer<double>(inverse);

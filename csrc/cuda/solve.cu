@@ -7,24 +7,25 @@ namespace cfl::cuda {
 namespace {
 
 template <class T, class A, int kOrder>
-cudaError_t launch_small(const SolveArgs& a, const int* only, cudaStream_t stream) {
+cudaError_t launch_small(const SolveArgs& a, const int* only, int* again, cudaStream_t stream) {
   using Small = SmallSolve<A, kOrder>;
   const int64_t pieces = most<int64_t>(1, divide_up(a.columns, kColumnsPerWarp));
   const int64_t blocks = divide_up(a.batch * pieces, Small::kWarps * Small::Layout::kSystems);
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_threads(&solve_small_kernel<T, A, kOrder>, blocks, Small::kWarps * kLaneCount,
                         Small::kShared, stream, static_cast<const T*>(a.matrices),
-                        static_cast<const T*>(a.rights), a.shift, a.batch, static_cast<int>(a.n),
-                        a.columns, a.tolerance, only, static_cast<T*>(a.solutions), a.info);
+                        static_cast<const T*>(a.rights), a.lam, a.shift, a.batch,
+                        static_cast<int>(a.n), a.columns, a.tolerance, only,
+                        static_cast<T*>(a.solutions), a.info, again);
 }
 
 template <class T, class A>
-cudaError_t launch_order(const SolveArgs& a, const int* only, cudaStream_t stream) {
+cudaError_t launch_order(const SolveArgs& a, const int* only, int* again, cudaStream_t stream) {
   if (a.batch == 0) return cudaSuccess;
-  if (a.n <= 8) return launch_small<T, A, 8>(a, only, stream);
-  if (a.n <= 16) return launch_small<T, A, 16>(a, only, stream);
-  if (a.n <= 32) return launch_small<T, A, 32>(a, only, stream);
-  if (a.n <= 64) return launch_small<T, A, 64>(a, only, stream);
+  if (a.n <= 8) return launch_small<T, A, 8>(a, only, again, stream);
+  if (a.n <= 16) return launch_small<T, A, 16>(a, only, again, stream);
+  if (a.n <= 32) return launch_small<T, A, 32>(a, only, again, stream);
+  if (a.n <= 64) return launch_small<T, A, 64>(a, only, again, stream);
   return cudaErrorInvalidValue;
 }
 
@@ -35,9 +36,9 @@ cudaError_t launch_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t 
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(&solve_tiled_kernel<T>, blocks, 0, stream, static_cast<const T*>(a.matrices),
-                static_cast<const T*>(a.rights), a.shift, a.batch, a.n, a.columns, a.tolerance,
-                m.work, m.inverse, m.flags, m.ticket, static_cast<T*>(a.solutions), m.factors,
-                a.info);
+                static_cast<const T*>(a.rights), a.lam, a.shift, a.batch, a.n, a.columns,
+                a.tolerance, m.work, m.inverse, m.flags, m.ticket, static_cast<T*>(a.solutions),
+                m.factors, a.info);
 }
 
 template <class T, int kOrder>
@@ -67,10 +68,10 @@ cudaError_t solve_pinv(const SmallPinvArgs& a, cudaStream_t stream) {
                                : launch_pinv_order<float>(a, stream);
 }
 
-cudaError_t solve_small(const SolveArgs& a, const int* only, cudaStream_t stream) {
-  if (a.dtype == Real::kF64) return launch_order<double, double>(a, only, stream);
-  if (a.compute == Real::kF64) return launch_order<float, double>(a, only, stream);
-  return launch_order<float, float>(a, only, stream);
+cudaError_t solve_small(const SolveArgs& a, const int* only, int* again, cudaStream_t stream) {
+  if (a.dtype == Real::kF64) return launch_order<double, double>(a, only, again, stream);
+  if (a.compute == Real::kF64) return launch_order<float, double>(a, only, again, stream);
+  return launch_order<float, float>(a, only, again, stream);
 }
 
 cudaError_t solve_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t stream) {

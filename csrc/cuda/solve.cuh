@@ -13,10 +13,12 @@ namespace cfl::cuda {
 
 enum class Real : int { kF32, kF64 };
 
-// (A + diag(shift)) X = B for `batch` systems, A (n, n), B and X (n, columns) dense and row-major.
+// (A + lam I + diag(shift)) X = B for `batch` systems, A (n, n), B and X (n, columns) dense and
+// row-major.
 struct SolveArgs {
   const void *matrices, *rights;
-  const double* shift;  // (batch, n)
+  double lam;
+  const double* shift;  // (batch, n), or null
   Real dtype, compute;  // compute: kF64, or that of dtype
   int64_t batch, n, columns;
   double tolerance;  // a pivot up to tolerance times its diagonal entry fails
@@ -24,8 +26,8 @@ struct SolveArgs {
   int* info;  // (batch): 0, or the order of the first leading minor that failed
 };
 
-// n up to 64; `only`: (batch) which systems, or null for all.
-cudaError_t solve_small(const SolveArgs& args, const int* only, cudaStream_t stream);
+// n up to 64; `only`: (batch) which systems, or null for all; `again`: a copy of info, or null.
+cudaError_t solve_small(const SolveArgs& args, const int* only, int* again, cudaStream_t stream);
 
 // In float64, whatever `compute` says, with memory as TiledSolve has it (solve_kernel.cuh).
 struct TiledMemory {

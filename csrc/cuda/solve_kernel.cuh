@@ -32,13 +32,14 @@ struct SmallSolve {
 };
 
 // One system and up to 64 right sides for each group of lanes. A (n, n), B and X (n, k) dense and
-// row-major, computed in type A. With `only`, the systems that have a number other than 0 there.
-// X of a system that fails (see factor_rows) is NaN.
+// row-major, computed in type A. `lam` and, if not null, shift (batch, n) are added to the
+// diagonal. With `only`, the systems that have a number other than 0 there. X of a system that
+// fails (see factor_rows) is NaN; `again` gets a copy of info, or is null.
 template <class T, class A, int kOrder>
 __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
-    solve_small_kernel(const T* matrices, const T* rights, const double* shift, int64_t batch,
-                       int n, int64_t columns, double tolerance, const int* only, T* solutions,
-                       int* info) {
+    solve_small_kernel(const T* matrices, const T* rights, double lam, const double* shift,
+                       int64_t batch, int n, int64_t columns, double tolerance, const int* only,
+                       T* solutions, int* info, int* again) {
   using Small = SmallSolve<A, kOrder>;
   using Layout = RowLayout<kOrder>;
   constexpr int kLanes = Layout::kLanes, kRows = Layout::kRows, kStride = Small::kStride,
@@ -81,11 +82,11 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
         row[r][c + e] = mine && i < n && c + e <= i ? pack.value[e] : A(c + e == i);
       }
     }
-    const A more = mine && i < n ? static_cast<A>(shift[system * n + i]) : A(0);
+    const double more = mine && i < n ? lam + (shift ? shift[system * n + i] : 0.0) : 0.0;
     diagonal[r] = A(1);
 #pragma unroll
     for (int c = 0; c < kOrder; ++c) {
-      if (c / kLanes == r && c == i) diagonal[r] = row[r][c] += more;
+      if (c / kLanes == r && c == i) diagonal[r] = row[r][c] += static_cast<A>(more);
     }
     inverse[r] = A(1);
   }
@@ -126,7 +127,10 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
       }
     }
   }
-  if (mine && lane == 0 && first == 0) info[system] = failed;
+  if (mine && lane == 0 && first == 0) {
+    info[system] = failed;
+    if (again) again[system] = failed;
+  }
 }
 
 // --- pseudoinverses of small matrices ------------------------------------------------------------
@@ -245,12 +249,13 @@ constexpr int kTileSize = kSide * kSide;
 struct TiledSolve {
   int64_t batch, n, columns;
   int64_t tiles, right_tiles;  // 32-wide pieces of n and of the columns
-  const double* shift;         // (batch, n)
+  double lam;                  // added to the diagonal, as is
+  const double* shift;         // (batch, n), or null
   double tolerance;
   double* work;  // (batch, tiles + right_tiles, tiles) tiles of L, below them of Y^T and later X^T
   double* inverse;  // (batch, 32 tiles): 1 / L_ii
   int* flags;       // (batch, tiles + right_tiles, tiles), twice: of L and Y^T, and of X^T
-  int* info;        // (batch), kNoFailure at first and after success
+  int* info;        // (batch): 0, or the order of the first leading minor that failed
 };
 
 // The tile of a row and a column of tiles, in flags and (times its size) in work.
@@ -346,7 +351,7 @@ __device__ inline void factor_tile(const TiledSolve& s, int64_t matrix, int64_t 
       }
     } else if (row < s.n && col <= row) {
       start[e] = static_cast<double>(matrices[(matrix * s.n + row) * s.n + col]);
-      if (row == col) start[e] += s.shift[matrix * s.n + row];
+      if (row == col) start[e] += s.lam + (s.shift ? s.shift[matrix * s.n + row] : 0.0);
     }
     if (i == j && r == c) diagonal[r] = start[e];
   }
@@ -376,7 +381,10 @@ __device__ inline void factor_tile(const TiledSolve& s, int64_t matrix, int64_t 
       const int n = static_cast<int>(least<int64_t>(kSide, s.n - j * kSide));
       const int failed =
           factor_rows<double, kSide>(row, inverse, lane, n, s.tolerance, diagonal, tiles[1]);
-      if (failed && lane == 0) atomicMin(s.info + matrix, static_cast<int>(j * kSide) + failed);
+      if (lane == 0) {  // the diagonal tiles are done one after the other
+        const int before = j > 0 ? s.info[matrix] : 0;
+        s.info[matrix] = before || !failed ? before : static_cast<int>(j * kSide) + failed;
+      }
 #pragma unroll
       for (int c = 0; c < kSide; ++c) tiles[0][place<false>(lane, c)] = c <= lane ? row[0][c] : 0.0;
       s.inverse[(matrix * s.tiles + j) * kSide + lane] = inverse[0];
@@ -465,7 +473,7 @@ __device__ inline void solution_tile(const TiledSolve& s, int64_t matrix, int64_
     for (int c = 0; c < kSide; ++c) tiles[0][place<false>(lane, c)] = x[c];
   }
   __syncthreads();
-  const bool failed = s.info[matrix] != kNoFailure;
+  const bool failed = s.info[matrix] != 0;
 #pragma unroll
   for (int e = threadIdx.x; e < kTileSize; e += kThreads) {
     s.work[target * kTileSize + e] = tiles[0][e];
@@ -484,16 +492,17 @@ __device__ inline void solution_tile(const TiledSolve& s, int64_t matrix, int64_
 // `factors` (batch, n, n) gets L, or is null; there may be no right sides.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    solve_tiled_kernel(const T* matrices, const T* rights, const double* shift, int64_t batch,
-                       int64_t n, int64_t columns, double tolerance, double* work, double* inverse,
-                       int* flags, unsigned* next_ticket, T* solutions, double* factors,
-                       int* info) {
+    solve_tiled_kernel(const T* matrices, const T* rights, double lam, const double* shift,
+                       int64_t batch, int64_t n, int64_t columns, double tolerance, double* work,
+                       double* inverse, int* flags, unsigned* next_ticket, T* solutions,
+                       double* factors, int* info) {
   TiledSolve s = {};
   s.batch = batch;
   s.n = n;
   s.columns = columns;
   s.tiles = (n + kSide - 1) / kSide;
   s.right_tiles = (columns + kSide - 1) / kSide;
+  s.lam = lam;
   s.shift = shift;
   s.tolerance = tolerance;
   s.work = work;

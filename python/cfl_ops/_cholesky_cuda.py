@@ -14,17 +14,16 @@ PANEL = 32
 """kPanel of cholesky_kernel.cuh."""
 RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
 """The instantiations: a warp holds a row's part of so many vectors in each lane."""
-NO_FAILURE = 2**31 - 1
 
 
 def cholesky_update(kernels: Any, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
     """The op ``cfl_ops::cholesky_update``."""
     order, batch = L.shape[-1], L.shape[:-2]
     factors = L.reshape(batch.numel(), order, order)
-    out = torch.zeros(L.shape, dtype=L.dtype, device=L.device)
-    raw = _passes(kernels, factors, V, alpha, decay, out.view(factors.shape))
-    kernels.cholesky_choose(factors, raw, True, out.view(factors.shape))  # failed: the old factor
-    return out, _codes(raw).view(batch)
+    out = torch.zeros(factors.shape, dtype=L.dtype, device=L.device)
+    found, info = _passes(kernels, factors, V, alpha, decay, out)
+    kernels.cholesky_choose(factors, found, True, out, info)  # failed: the old factor
+    return out.view(L.shape), info.view(batch)
 
 
 def cholesky_update_(kernels: Any, L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
@@ -32,26 +31,17 @@ def cholesky_update_(kernels: Any, L: Tensor, V: Tensor, alpha: float, decay: fl
     order, batch = L.shape[-1], L.shape[:-2]
     factors = L.reshape(batch.numel(), order, order)
     fresh = torch.empty(factors.shape, dtype=L.dtype, device=L.device)
-    raw = _passes(kernels, factors, V, alpha, decay, fresh)
-    if factors.data_ptr() == L.data_ptr():
-        kernels.cholesky_choose(fresh, raw, False, factors)
-    else:  # batch dimensions that no view can join
-        lower = torch.ones(L.shape[-2:], dtype=torch.bool, device=L.device).tril()
-        changed = lower & (raw.view(batch) == NO_FAILURE)[..., None, None]
-        L.copy_(torch.where(changed, fresh.view(L.shape), L))
-    return _codes(raw).view(batch)
+    found, info = _passes(kernels, factors, V, alpha, decay, fresh)
+    kernels.cholesky_choose(fresh, found, False, factors, info)
+    if factors.data_ptr() != L.data_ptr():  # batch dimensions that no view can join
+        L.copy_(factors.view(L.shape))
+    return info.view(batch)
 
 
-def _codes(raw: Tensor) -> Tensor:
-    """The kernel's least number: all good, a pivot, L not finite (-1) or V (-2)."""
-    from .cholesky import BAD_L, BAD_V
-
-    info = torch.where(raw == NO_FAILURE, 0, raw)
-    return torch.where(raw == -1, BAD_L, torch.where(raw == -2, BAD_V, info)).to(torch.int32)
-
-
-def _passes(kernels: Any, factors: Tensor, V: Tensor, alpha: float, decay: float, out: Tensor) -> Tensor:
-    """New factors into the lower triangles of ``out``; returns the kernel's info."""
+def _passes(
+    kernels: Any, factors: Tensor, V: Tensor, alpha: float, decay: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """New factors into the lower triangles of ``out``; what each pass found, and memory for info."""
     from .cholesky import LOST_PIVOT
 
     matrices, order, rank = len(factors), factors.shape[-1], V.shape[-1]
@@ -60,20 +50,17 @@ def _passes(kernels: Any, factors: Tensor, V: Tensor, alpha: float, decay: float
     ranks, panels = RANKS[dtype], -(-order // PANEL)
     step = ranks[-1]
     passes = max(1, -(-rank // step))  # without vectors, too: signs and decay
-    flags = torch.zeros(passes, matrices * panels + 1, dtype=torch.int32, device=device)
-    info = torch.full((passes, matrices), NO_FAILURE, dtype=torch.int32, device=device)
+    each = matrices * panels + 1
+    zeros = torch.zeros(passes * (each + matrices), dtype=torch.int32, device=device)
+    flags, found = zeros[: passes * each].view(passes, each), zeros[passes * each :].view(passes, matrices)
     held = next(r for r in ranks if r >= min(rank, step))
     size = -(-(held + 3) // 4) * 4
     reflectors = torch.empty(matrices, panels, PANEL, size, dtype=dtype, device=device)
-    lost = LOST_PIVOT * torch.finfo(dtype).eps
     for i in range(passes):
-        chunk = vectors[..., i * step : (i + 1) * step]
         first = i == 0
         kernels.cholesky_update(
-            factors if first else out, chunk, math.sqrt(decay) if first else 1.0, math.sqrt(abs(alpha)),
-            first, alpha < 0, lost, out, reflectors, flags[i], info[i],
+            factors if first else out, vectors[..., i * step : (i + 1) * step], math.sqrt(decay) if first else 1.0,
+            math.sqrt(abs(alpha)), first, alpha < 0, LOST_PIVOT * torch.finfo(dtype).eps, out, reflectors, flags[i],
+            found[i],
         )  # fmt: skip
-    raw = info[0]
-    for later in info[1:]:  # what came first is what is told, but a bad V always
-        raw = torch.where((raw == NO_FAILURE) | (later == -2), later, raw)
-    return raw
+    return found, torch.zeros(matrices, dtype=torch.int32, device=device)

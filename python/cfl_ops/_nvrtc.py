@@ -265,8 +265,8 @@ class Nvrtc:
             )  # fmt: skip
 
     def solve_small(
-        self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, wide: bool, only: Tensor | None,
-        solutions: Tensor, info: Tensor,
+        self, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, tolerance: float, wide: bool,
+        only: Tensor | None, solutions: Tensor, info: Tensor, again: Tensor | None,
     ) -> None:  # fmt: skip
         """See solve.cuh, here and below."""
         np = self.numpy
@@ -280,8 +280,8 @@ class Nvrtc:
         works = batch * max(1, -(-columns // 64))
         self.launch(
             f"solve_small_kernel<{kind}>", matrices.device, -(-works // (warps * systems)), warps * held,
-            matrices, rights, shift, np.int64(batch), np.int32(n), np.int64(columns), np.float64(tolerance), only,
-            solutions, info, threads=32 * warps,
+            matrices, rights, np.float64(lam), shift, np.int64(batch), np.int32(n), np.int64(columns),
+            np.float64(tolerance), only, solutions, info, again, threads=32 * warps,
         )  # fmt: skip
 
     def small_pinv(self, a: Tensor, limit: float, tolerance: float, results: Tensor, info: Tensor) -> None:
@@ -300,8 +300,8 @@ class Nvrtc:
             )  # fmt: skip
 
     def solve_tiled(
-        self, matrices: Tensor, rights: Tensor, shift: Tensor, tolerance: float, work: Tensor, inverse: Tensor,
-        flags: Tensor, solutions: Tensor, factors: Tensor | None, info: Tensor,
+        self, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, tolerance: float, work: Tensor,
+        inverse: Tensor, flags: Tensor, solutions: Tensor, factors: Tensor | None, info: Tensor,
     ) -> None:  # fmt: skip
         """Tile by tile in float64."""
         np = self.numpy
@@ -311,13 +311,13 @@ class Nvrtc:
         if blocks:
             self.launch(
                 f"solve_tiled_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, blocks, 0,
-                matrices, rights, shift, *map(np.int64, (batch, n, columns)), np.float64(tolerance), work, inverse,
-                flags, flags[-1:], solutions, factors, info,
+                matrices, rights, np.float64(lam), shift, *map(np.int64, (batch, n, columns)),
+                np.float64(tolerance), work, inverse, flags, flags[-1:], solutions, factors, info,
             )  # fmt: skip
 
     def cholesky_update(
         self, matrices: Tensor, vectors: Tensor, scale_l: float, scale_v: float, check: bool, down: bool,
-        lost: float, out: Tensor, reflectors: Tensor, flags: Tensor, info: Tensor,
+        lost: float, out: Tensor, reflectors: Tensor, flags: Tensor, found: Tensor,
     ) -> None:  # fmt: skip
         """See cholesky.cuh, here and below."""
         np = self.numpy
@@ -330,10 +330,12 @@ class Nvrtc:
                 f"cholesky_update_kernel<{_FLOATS[matrices.dtype]}, {held}>", matrices.device, blocks, 0,
                 np.int64(n), np.int64(rank), matrices, *map(np.int64, matrices.stride()), vectors,
                 *map(np.int64, vectors.stride()), real(scale_l), real(scale_v), np.int32(check), np.int32(down),
-                real(lost), out, reflectors, flags, flags[-1:], info, threads=PANEL,
+                real(lost), out, reflectors, flags, flags[-1:], found, threads=PANEL,
             )  # fmt: skip
 
-    def cholesky_choose(self, matrices: Tensor, info: Tensor, failed: bool, out: Tensor) -> None:
+    def cholesky_choose(
+        self, matrices: Tensor, found: Tensor, failed: bool, out: Tensor, info: Tensor
+    ) -> None:
         """The factors of the systems that failed, or of those that did not."""
         np = self.numpy
         batch, n = matrices.shape[:2]
@@ -342,5 +344,5 @@ class Nvrtc:
             self.launch(
                 f"cholesky_choose_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, batch * each, 0,
                 np.int64(each), np.int64(n), matrices, *map(np.int64, matrices.stride()), out,
-                *map(np.int64, out.stride()), info, np.int32(failed),
+                *map(np.int64, out.stride()), found, np.int32(len(found)), np.int64(batch), np.int32(failed), info,
             )  # fmt: skip

@@ -10,6 +10,7 @@ factorisation serves.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,14 +26,13 @@ SIDE = 32
 """kSide of solve_kernel.cuh."""
 DOUBT = 4.0
 """A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
-NO_FAILURE = 2**31 - 1
 
 
 def ridge_solve(
     kernels: Any, gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The op ``cfl_ops::ridge_solve``: no synchronisation."""
-    from .solve import BAD_PENALTY, _factor, _ridge_solve_python, penalties
+    from .solve import BAD_PENALTY, _factor, _ridge_solve_python
 
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
@@ -43,20 +43,36 @@ def ridge_solve(
         own = _few(gram.device, min(order, BLOCK), 0, batch.numel())
         chosen = functools.partial(factor, kernels) if own else _factor
         return _ridge_solve_python(gram, cross, lam, lam_diag, chosen)
-    shift, good = penalties(gram, lam, lam_diag)
+    number, shift, good = _penalty(gram, lam, lam_diag)
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     working = torch.promote_types(dtype, torch.float32)
-    # A penalty that is refused becomes NaN, which no pivot survives.
-    shift = torch.where(good, shift, torch.nan).expand(*batch, order).reshape(-1, order).contiguous()
     matrices = gram.to(working).reshape(-1, order, order).contiguous()
     rights = cross.to(working).reshape(-1, order, columns).contiguous()
     solution = torch.empty_like(rights)
     if tiled:
-        info = _tiled(kernels, matrices, rights, shift, solution, None)
+        info = _tiled(kernels, matrices, rights, number, shift, solution, None)
     else:
-        info = _small(kernels, matrices, rights, shift, solution)
-    info = torch.where(good.squeeze(-1), info.reshape(batch), BAD_PENALTY).to(torch.int32)
-    return solution.reshape(cross.shape).to(dtype), info
+        info = _small(kernels, matrices, rights, number, shift, solution)
+    info = info.view(batch)
+    if good is not None:
+        info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
+    return solution.view(cross.shape).to(dtype), info
+
+
+def _penalty(
+    gram: Tensor, lam: Tensor, lam_diag: Tensor | None
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """A number for all, or numbers for each diagonal and which systems may have them."""
+    from .solve import penalties
+
+    if lam_diag is None and lam.ndim == 0 and lam.is_cpu:
+        number = float(lam)
+        if 0 <= number < math.inf:
+            return number, None, None
+    shift, good = penalties(gram, lam, lam_diag)
+    # A penalty that is refused becomes NaN, which no pivot survives.
+    shift = torch.where(good, shift, torch.nan).expand(gram.shape[:-1])
+    return 0.0, shift.reshape(-1, gram.shape[-1]).contiguous(), good
 
 
 def small_pinv(kernels: Any, a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -94,8 +110,7 @@ def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
         corner = work[:, begin:end, begin:end]
         factors = torch.empty(corner.shape, dtype=work.dtype, device=work.device)
         nothing = work.new_empty(len(work), end - begin, 0)
-        shift = work.new_zeros(len(work), end - begin)
-        failed = _tiled(kernels, corner.contiguous(), nothing, shift, nothing, factors)
+        failed = _tiled(kernels, corner.contiguous(), nothing, 0.0, None, nothing, factors)
         info = torch.where((info == 0) & (failed > 0), failed + begin, info)
         corner.copy_(factors)
         if end < order:
@@ -112,22 +127,29 @@ def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
     return bool(use["tiled"])
 
 
-def _small(kernels: Any, matrices: Tensor, rights: Tensor, shift: Tensor, solution: Tensor) -> Tensor:
-    order = matrices.shape[-1]
-    info = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+def _small(
+    kernels: Any, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solution: Tensor
+) -> Tensor:
+    batch, order = matrices.shape[:2]
+    info = torch.empty(2, batch, dtype=torch.int32, device=matrices.device)
     exact = order * torch.finfo(torch.float64).eps
     if matrices.dtype == torch.float64:
-        kernels.solve_small(matrices, rights, shift, exact, True, None, solution, info)
-        return info
-    eps = torch.finfo(torch.float32).eps
-    kernels.solve_small(matrices, rights, shift, DOUBT * order * eps, False, None, solution, info)
-    final = info.clone()
-    kernels.solve_small(matrices, rights, shift, exact, True, info, solution, final)
-    return final
+        kernels.solve_small(matrices, rights, lam, shift, exact, True, None, solution, info[0], None)
+        return info[0]
+    doubt = DOUBT * order * torch.finfo(torch.float32).eps
+    kernels.solve_small(matrices, rights, lam, shift, doubt, False, None, solution, info[0], info[1])
+    kernels.solve_small(matrices, rights, lam, shift, exact, True, info[0], solution, info[1], None)
+    return info[1]
 
 
 def _tiled(
-    kernels: Any, matrices: Tensor, rights: Tensor, shift: Tensor, solution: Tensor, factors: Tensor | None
+    kernels: Any,
+    matrices: Tensor,
+    rights: Tensor,
+    lam: float,
+    shift: Tensor | None,
+    solution: Tensor,
+    factors: Tensor | None,
 ) -> Tensor:
     batch, order, columns = rights.shape
     tiles, right_tiles = -(-order // SIDE), -(-columns // SIDE)
@@ -136,7 +158,7 @@ def _tiled(
     work = torch.empty(held * SIDE * SIDE, dtype=torch.float64, device=device)
     inverse = torch.empty(batch * tiles * SIDE, dtype=torch.float64, device=device)
     flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
-    info = torch.full((batch,), NO_FAILURE, dtype=torch.int32, device=device)
+    info = torch.empty(batch, dtype=torch.int32, device=device)
     exact = order * torch.finfo(torch.float64).eps
-    kernels.solve_tiled(matrices, rights, shift, exact, work, inverse, flags, solution, factors, info)
-    return torch.where(info == NO_FAILURE, 0, info)
+    kernels.solve_tiled(matrices, rights, lam, shift, exact, work, inverse, flags, solution, factors, info)
+    return info
