@@ -45,7 +45,7 @@ def steps(make: Any, rows: int, features: int, width: int, device: str, eager: b
             return backbone(x)
 
     backbone, optimizer = twin()
-    closed = ClosedFormLinear(features, CLASSES, lam=1.0).to(device)
+    closed = ClosedFormLinear(features, CLASSES, lam=1.0, check="next").to(device)
 
     def closed_form() -> None:
         closed.step(forward(backbone), y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import cfl_ops
@@ -203,3 +204,48 @@ def test_backbone_first_takes_the_gradient_at_the_old_head() -> None:
     before = backbone.weight.detach().clone()
     cfl_ops.learn.train_step(backbone, head, optimizer, x.double(), y, order="backbone-first")
     torch.testing.assert_close(before - backbone.weight.detach(), want)
+
+
+def test_errors_can_wait_for_the_next_step() -> None:
+    """A bad batch changes nothing and raises one step later, once, with the message of that step."""
+    backbone, head = nn.Linear(6, 8), ClosedFormLinear(8, 3, check="next")
+    x, y = data()
+    head.step(backbone(x), y)
+    before = head.weight.clone()
+    backbone.zero_grad()
+    bad = x.clone()
+    bad[5, 2] = torch.nan
+    head.step(backbone(bad), y)  # says nothing yet
+    assert torch.equal(head.weight, before)
+    assert not backbone.bias.grad.any()
+    with pytest.raises(ValueError, match="features has NaN or Inf in row 5") as caught:
+        head.step(backbone(x), y)
+    assert "the step before" in caught.value.__notes__[0]
+    assert torch.equal(head.weight, before)
+    head.step(backbone(x), y)
+    head.check()
+    y[3] = 3
+    head.update(backbone(x), y)
+    with pytest.raises(IndexError):
+        head.check()
+    head.check()  # told once
+
+
+def test_a_copy_leaves_the_outcome_behind() -> None:
+    head = ClosedFormLinear(6, 3, check="next")
+    x, y = data()
+    x[0] = torch.nan
+    head.update(x, y)
+    buffer = io.BytesIO()
+    torch.save(head, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(head), torch.load(buffer, weights_only=False)):
+        other.check()
+        assert torch.equal(other.weight, head.weight)
+    with pytest.raises(ValueError, match="features has NaN"):
+        head.check()
+
+
+def test_check_must_be_known() -> None:
+    with pytest.raises(ValueError, match="check must be one of"):
+        ClosedFormLinear(6, 3, check="never")

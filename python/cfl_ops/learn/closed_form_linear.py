@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks
-from ..proximal import proximal_step_
+from .._library import check_info
+from ..proximal import proximal_step_, proximal_step_ex_
 
 __all__ = ["ClosedFormLinear"]
 
 METHODS = ("proximal", "ridge")
+CHECKS = ("now", "next")
+
+
+class _Outcome:
+    """The info of a step on its way to the host, and what an error message needs."""
+
+    def __init__(self, info: Tensor, rows: Tensor, target: Tensor) -> None:
+        self.info, self.context = info, (rows, target)
+        self.arrived: torch.cuda.Event | None = None
+        self.host = info
+        if info.is_cuda:
+            self.host = torch.empty((), dtype=info.dtype, pin_memory=True)
+            self.host.copy_(info, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def check(self) -> None:
+        """Wait until it is there, and raise what the step would have raised."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if int(self.host) == 0:
+            return
+        try:
+            check_info("proximal_step", self.info, [], list(self.context))
+        except Exception as error:
+            error.add_note("It was the step before this one that failed; it left the head as it was.")
+            raise
+
+
 # Standard deviation of the initial weight, of in_features D and out_features K.
 INITS = {
     "zeros": lambda d, k: 0.0,
@@ -51,6 +82,10 @@ class ClosedFormLinear(nn.Module):
         fit_bias: ``"penalized"`` or ``"free"``, likewise.
         init: ``"zeros"`` (the paper's choice with SGD), ``"lecun"`` (with Adam), ``"xavier"`` or ``"he"``: a
             normal distribution; the bias starts at zero.
+        check: when bad data raise. ``"now"``: in the step that meets them, for which the host waits for a GPU in
+            each step. ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does
+            with a gradient head; the step that failed left the head as it was and gave the backbone a gradient
+            of zero.
         device, dtype: of the parameters.
 
     Example:
@@ -77,15 +112,19 @@ class ClosedFormLinear(nn.Module):
         reduction: str = "mean",
         fit_bias: str = "penalized",
         init: str = "zeros",
+        check: str = "now",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _checks.choice("learn.ClosedFormLinear", "method", method, METHODS)
         _checks.choice("learn.ClosedFormLinear", "init", init, tuple(INITS))
+        _checks.choice("learn.ClosedFormLinear", "check", check, CHECKS)
         self.in_features, self.out_features = in_features, out_features
         self.lam, self.ridge, self.relative = lam, ridge, relative
         self.method, self.reduction, self.fit_bias, self.init = method, reduction, fit_bias, init
+        self.check_when = check
+        self._outcome: _Outcome | None = None
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
@@ -139,18 +178,29 @@ class ClosedFormLinear(nn.Module):
             lam, ridge = lam * mean_square, ridge * mean_square
         if self.method == "ridge":
             lam, ridge = 0.0, lam + ridge
-        loss, grad_features = proximal_step_(
-            rows,
-            target,
-            self.weight,
-            self.bias,
-            lam=lam,
-            ridge=ridge,
-            reduction=self.reduction,
-            sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
-            fit_bias=self.fit_bias,
-        )
+        self.check()
+        arguments = (rows, target, self.weight, self.bias)
+        options: dict[str, Any] = {
+            "lam": lam, "ridge": ridge, "reduction": self.reduction, "fit_bias": self.fit_bias,
+            "sample_weight": None if sample_weight is None else sample_weight.reshape(-1),
+        }  # fmt: skip
+        if self.check_when == "now" or torch.compiler.is_compiling():
+            loss, grad_features = proximal_step_(*arguments, **options)
+        else:
+            (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
+            if not (info.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._outcome = _Outcome(info, rows, target)
         return loss, grad_features.reshape(features.shape)
+
+    def check(self) -> None:
+        """With ``check="next"``: raise now if the last step failed. Waits for a GPU to have done that step."""
+        if self._outcome is not None:
+            outcome, self._outcome = self._outcome, None
+            outcome.check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the outcome of a step on its way."""
+        return {**self.__dict__, "_outcome": None}
 
     def step(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Solve the head on this batch, then backpropagate its gradient into what made the features.
