@@ -340,6 +340,33 @@ def test_cholesky_update_at_every_size(
     check_sample(kernels, spec, [L, V, alpha, 0.9])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_downdates_of_several_passes_fail_where_the_fallback_does(
+    kernels, dtype: torch.dtype, seed: int
+) -> None:
+    """What a pass leaves of a pivot is compared with the pivot of the start; in place nothing changes then."""
+    torch.manual_seed(seed)
+    order, rank = 12, 70
+    L = torch.randn(6, order, order, dtype=torch.float64).tril_() / 4
+    L.diagonal(dim1=-2, dim2=-1).abs_().add_(1)
+    V = torch.randn(6, order, rank, dtype=torch.float64)
+    V *= torch.linspace(0.02, 0.2, 6)[:, None, None]
+    L[5], V[5] = torch.eye(order), 0.0
+    V[5, 7] = ((1 - 3 * torch.finfo(dtype).eps) / rank) ** 0.5  # three eps of a pivot are left
+    L, V = L.to(dtype), V.to(dtype)
+    want, info = cfl_ops.cholesky._update_python(L, V, -1.0, 1.0)
+    assert info[0] == 0
+    assert info[4] > 0
+    assert info[5] == 8
+    got, codes = _cholesky_cuda.cholesky_update(kernels, L, V, -1.0, 1.0)
+    assert torch.equal(codes, info)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+    again = L.clone()
+    assert torch.equal(_cholesky_cuda.cholesky_update_(kernels, again, V, -1.0, 1.0), info)
+    assert torch.equal(again[info != 0], L[info != 0])
+
+
 # --- the launcher for CuPy ----------------------------------------------------------------------------------
 
 GLUE = """

@@ -130,6 +130,7 @@ def test_constants_are_those_of_the_sources() -> None:
         ("kGramTile", _cuda.GRAM_TILE),
         ("kGramDepth", _cuda.GRAM_DEPTH),
         ("kColumnsPerWarp", 64),
+        ("kSecondLookBlocks", _nvrtc.SECOND_LOOK_BLOCKS),
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text

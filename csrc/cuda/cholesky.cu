@@ -33,8 +33,8 @@ cudaError_t launch_update(const CholeskyUpdateArgs& a, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_choose(const CholeskyChooseArgs& a, cudaStream_t stream) {
-  constexpr int64_t kMostEach = 1024;
-  const int64_t each = least(kMostEach, a.n);
+  const int64_t each =
+      a.n <= 128 ? least<int64_t>(1, a.n) : least<int64_t>(1024, divide_up(a.n, kWarps));
   if (a.batch * each == 0) return cudaSuccess;
   if (a.batch * each > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(&cholesky_choose_kernel<T>, a.batch * each, 0, stream, each, a.n,

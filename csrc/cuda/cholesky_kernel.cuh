@@ -36,6 +36,17 @@ __device__ inline double reciprocal_scale(double value) {
 __device__ inline bool is_negative(float value) { return __float_as_uint(value) >> 31; }
 __device__ inline bool is_negative(double value) { return double_bits(value) >> 63; }
 
+#if defined(CFL_CUDA_ON_HOST)
+template <class T>
+T quick_reciprocal(T value) {
+  return T(1) / value;
+}
+#else
+// Of a number that is far from the ends of the range.
+__device__ inline float quick_reciprocal(float value) { return __fdividef(1.0f, value); }
+__device__ inline double quick_reciprocal(double value) { return 1.0 / value; }
+#endif
+
 // w (a row's part of V) and l (its entry in the column) through a reflector.
 template <class T, int kRank>
 __device__ inline T reflect(const T* reflector, T l, T (&w)[kRank]) {
@@ -73,8 +84,8 @@ __global__ void __launch_bounds__(kPanel)
   __shared__ Pack<T> memory[kPanel * kSize / Pack<T>::kCount];
   T* const reflectors = reinterpret_cast<T*>(memory);
   const int64_t panels = (n + kPanel - 1) / kPanel;
-  const int64_t ticket = take_ticket(next_ticket), matrix = ticket / panels,
-                panel = ticket % panels;
+  const int64_t ticket = take_ticket(next_ticket), batch = gridDim.x / panels;
+  const int64_t matrix = ticket % batch, panel = ticket / batch;
   const int lane = threadIdx.x;
   const int64_t first = panel * kPanel, mine = first + lane;
   from += matrix * from_batch_stride;
@@ -85,19 +96,29 @@ __global__ void __launch_bounds__(kPanel)
   bool bad_v = false, bad_l = false;
 
   T w[kRank];
+  vectors += matrix * vector_batch_stride + mine * vector_row_stride;
 #pragma unroll
   for (int k = 0; k < kRank; ++k) {
     w[k] = T(0);
-    if (mine < n && k < rank) {
-      w[k] = vectors[matrix * vector_batch_stride + mine * vector_row_stride + k * vector_stride];
-      bad_v = bad_v || !is_finite(w[k]);
-      w[k] *= scale_v;
-    }
+    if (mine < n && k < rank) w[k] = vectors[k * vector_stride];
+  }
+#pragma unroll
+  for (int k = 0; k < kRank; ++k) {
+    bad_v = bad_v || !is_finite(w[k]);
+    w[k] *= scale_v;
   }
   // Each lane holds a column of the next tile while the warp waits for the reflectors of this one.
   const bool by_rows = from_col_stride <= from_row_stride;
   T next[kPanel];
+  const int64_t step = by_rows ? from_row_stride : from_col_stride;
   auto prefetch = [&](int64_t p) {
+    if (p < panel && first + kPanel <= n) {  // a whole tile, for all lanes: nothing to test
+      const T* corner = from + (first + (by_rows ? 0 : lane)) * from_row_stride +
+                        (p * kPanel + (by_rows ? lane : 0)) * from_col_stride;
+#pragma unroll
+      for (int e = 0; e < kPanel; ++e) next[e] = corner[e * step];
+      return;
+    }
 #pragma unroll
     for (int e = 0; e < kPanel; ++e) {
       const int64_t row = first + (by_rows ? e : lane), col = p * kPanel + (by_rows ? lane : e);
@@ -149,15 +170,16 @@ __global__ void __launch_bounds__(kPanel)
           const T total = (partial[0] + partial[1]) + (partial[2] + partial[3]);
           const T square = fma(l1, l1, down ? -total : total);
           const bool good = down ? square > lost * l1 * l1 : square >= T(0);
-          const T r1 = sqrt(good ? square : T(1));
-          const T r = r1 / scale;
+          const bool still = square == T(0);  // a zero column of a semi-definite factor stays one
+          // What is not zero is far from the ends of the range: no root or quotient needs care.
+          const T inverse_r = still ? T(0) : inverse_root(good ? square : T(1));
+          const T r1 = (good ? square : T(1)) * inverse_r;
+          const T r = r1 * reciprocal_scale(scale);  // exact
           if ((!good || !is_finite(r)) && !failed) failed = static_cast<int>(first) + c + 1;
-          const bool still = r1 == T(0);  // a zero column of a semi-definite factor stays one
-          const T inverse_r = still ? T(0) : T(1) / r1;
           const T cosine = still ? T(1) : l1 * inverse_r;
           reflector[kRank] = l < T(0) ? -cosine : cosine;
           reflector[kRank + 1] = down ? -inverse_r : inverse_r;
-          reflector[kRank + 2] = still ? T(0) : T(1) / (l1 + r1);
+          reflector[kRank + 2] = still ? T(0) : quick_reciprocal(l1 + r1);
           tile[lane][c] = r;
         }
         __syncwarp();
@@ -195,21 +217,17 @@ __global__ void __launch_bounds__(kThreads)
                            int64_t to_batch_stride, int64_t to_row_stride, int64_t to_col_stride,
                            const int* found, int passes, int64_t batch, int failed, int* info) {
   const int64_t matrix = blockIdx.x / blocks_each;
-  int code = 0;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int number = found[pass * batch + matrix];
-    if (number == kBadV) {
-      code = -1;
-    } else if (number && !code) {
-      code = number == kBadL ? -2 : kBadL - number;
-    }
-  }
+  int worst = 0;
+  for (int pass = 0; pass < passes; ++pass) worst = most(worst, found[pass * batch + matrix]);
+  const int code = worst == kBadV ? -1 : worst == kBadL ? -2 : worst ? kBadL - worst : 0;
   if (threadIdx.x == 0 && blockIdx.x % blocks_each == 0) info[matrix] = code;
   if ((code != 0) != (failed != 0)) return;
   from += matrix * from_batch_stride;
   to += matrix * to_batch_stride;
-  for (int64_t row = blockIdx.x % blocks_each; row < n; row += blocks_each) {
-    for (int64_t col = threadIdx.x; col <= row; col += kThreads) {
+  // A warp for each row.
+  const int64_t first = blockIdx.x % blocks_each * kWarps + threadIdx.x / kLaneCount;
+  for (int64_t row = first; row < n; row += blocks_each * kWarps) {
+    for (int64_t col = threadIdx.x % kLaneCount; col <= row; col += kLaneCount) {
       to[row * to_row_stride + col * to_col_stride] =
           from[row * from_row_stride + col * from_col_stride];
     }

@@ -182,7 +182,6 @@ __device__ inline void wait_for(const int* flag) {
 }
 // After a barrier: what the whole block wrote before it is seen by whoever sees the flag.
 __device__ inline void set_flag(int* flag) {
-  __threadfence();
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
 #endif

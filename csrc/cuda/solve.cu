@@ -10,7 +10,8 @@ template <class T, class A, int kOrder>
 cudaError_t launch_small(const SolveArgs& a, const int* only, int* again, cudaStream_t stream) {
   using Small = SmallSolve<A, kOrder>;
   const int64_t pieces = most<int64_t>(1, divide_up(a.columns, kColumnsPerWarp));
-  const int64_t blocks = divide_up(a.batch * pieces, Small::kWarps * Small::Layout::kSystems);
+  int64_t blocks = divide_up(a.batch * pieces, Small::kWarps * Small::Layout::kSystems);
+  if (sizeof(T) != sizeof(A)) blocks = least<int64_t>(blocks, kSecondLookBlocks);
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_threads(&solve_small_kernel<T, A, kOrder>, blocks, Small::kWarps * kLaneCount,
                         Small::kShared, stream, static_cast<const T*>(a.matrices),

@@ -19,9 +19,13 @@ template <class A, int kOrder>
 struct SmallSolve {
   using Layout = RowLayout<kOrder>;
   static constexpr int kStride = kOrder + Pack<A>::kCount;  // no two lanes in one bank
-  static constexpr int kTile = kOrder * kStride;            // numbers of a system
+  // Numbers of a system; those of a warp's others begin in other banks.
+  static constexpr int kTile = kOrder * kStride + (Layout::kSystems > 1 ? kOrder : 0);
   static constexpr int kBytes = Layout::kSystems * kTile * static_cast<int>(sizeof(A));
-  static constexpr int kWarps = kBytes > 16 << 10 ? 2 : kBytes > 8 << 10 ? 4 : 8;
+  static constexpr int kWarps = kBytes > 32 << 10   ? 1
+                                : kBytes > 16 << 10 ? 2
+                                : kBytes > 8 << 10  ? 4
+                                                    : 8;
   static constexpr int kShared = kWarps * kBytes;
   static constexpr int kColumns =
       kOrder * sizeof(A) > 256 ? 1 : 4;  // right sides in work at a time
@@ -31,15 +35,15 @@ struct SmallSolve {
       kWarps * Layout::kSystems * kPinvTile * static_cast<int>(sizeof(A));
 };
 
-// One system and up to 64 right sides for each group of lanes. A (n, n), B and X (n, k) dense and
-// row-major, computed in type A. `lam` and, if not null, shift (batch, n) are added to the
-// diagonal. With `only`, the systems that have a number other than 0 there. X of a system that
-// fails (see factor_rows) is NaN; `again` gets a copy of info, or is null.
+// One system and up to 64 right sides for each group of lanes of block `block`. A (n, n), B and X
+// (n, k) dense and row-major, computed in type A. `lam` and, if not null, shift (batch, n) are
+// added to the diagonal. With `only`, the systems that have a number other than 0 there. X of a
+// system that fails (see factor_rows) is NaN; `again` gets a copy of info, or is null.
 template <class T, class A, int kOrder>
-__global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
-    solve_small_kernel(const T* matrices, const T* rights, double lam, const double* shift,
-                       int64_t batch, int n, int64_t columns, double tolerance, const int* only,
-                       T* solutions, int* info, int* again) {
+__device__ inline void solve_block(int64_t block, const T* matrices, const T* rights, double lam,
+                                   const double* shift, int64_t batch, int n, int64_t columns,
+                                   double tolerance, const int* only, T* solutions, int* info,
+                                   int* again) {
   using Small = SmallSolve<A, kOrder>;
   using Layout = RowLayout<kOrder>;
   constexpr int kLanes = Layout::kLanes, kRows = Layout::kRows, kStride = Small::kStride,
@@ -48,8 +52,7 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
   const int warp = threadIdx.x / kLaneCount, lane = threadIdx.x % kLanes;
   const int group = threadIdx.x % kLaneCount / kLanes;
   const int64_t pieces = most<int64_t>(1, (columns + kColumnsPerWarp - 1) / kColumnsPerWarp);
-  const int64_t work =
-      (static_cast<int64_t>(blockIdx.x) * Small::kWarps + warp) * Layout::kSystems + group;
+  const int64_t work = (block * Small::kWarps + warp) * Layout::kSystems + group;
   const int64_t system = work / pieces, first = work % pieces * kColumnsPerWarp;
   bool mine = system < batch;
   if (only) {
@@ -133,6 +136,31 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
   }
 }
 
+// A second look at float systems in double has few of them to solve: a block walks over many.
+constexpr int kSecondLookBlocks = 2048;
+
+template <class T, class A, int kOrder>
+__global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
+    solve_small_kernel(const T* matrices, const T* rights, double lam, const double* shift,
+                       int64_t batch, int n, int64_t columns, double tolerance, const int* only,
+                       T* solutions, int* info, int* again) {
+  auto solve = [&](int64_t block) {
+    solve_block<T, A, kOrder>(block, matrices, rights, lam, shift, batch, n, columns, tolerance,
+                              only, solutions, info, again);
+  };
+  if constexpr (sizeof(T) == sizeof(A)) {
+    solve(blockIdx.x);
+  } else {
+    using Small = SmallSolve<A, kOrder>;
+    constexpr int kSystems = Small::kWarps * Small::Layout::kSystems;
+    const int64_t pieces = most<int64_t>(1, (columns + kColumnsPerWarp - 1) / kColumnsPerWarp);
+    for (int64_t block = blockIdx.x; block * kSystems < batch * pieces; block += gridDim.x) {
+      solve(block);
+      __syncwarp();
+    }
+  }
+}
+
 // --- pseudoinverses of small matrices ------------------------------------------------------------
 
 // P = (T^T T)^-1 T^T of T (m, s), m >= s, for each matrix of a batch, in double: T's columns are
@@ -176,9 +204,12 @@ __global__ void __launch_bounds__(SmallSolve<double, kOrder>::kWarps* kLaneCount
   };
 
   double row[1][kOrder] = {}, inverse[1] = {1.0};
-  for (int r = 0; r < m; ++r) {
-    const double own = entry(r);
-    add_outer(own, own, row[0]);
+  for (int begin = 0; begin < m; begin += 4) {  // four loads at a time under way
+    double own[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) own[e] = entry(begin + e);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) add_outer(own[e], own[e], row[0]);
   }
   double square = 1.0;
 #pragma unroll
@@ -283,7 +314,9 @@ __device__ inline void fetch_tile(const TiledSolve& s, int64_t at, double* to) {
 struct Piece {
   int part, row, col;
   __device__ Piece()
-      : part(threadIdx.x / 64), row(threadIdx.x % 64 / 8 * 4), col(threadIdx.x % 8 * 4) {}
+      : part(threadIdx.x / 64), row(threadIdx.x % 64 / 8 * 4), col(threadIdx.x % 8 * 2) {}
+  // Its columns are two and two, 16 apart.
+  __device__ int column(int j) const { return col + (j & 1) + (j >> 1) * (kSide / 2); }
 };
 
 // sum(r, c) += left(r, k) right(c, k), or with kAcross right(k, c).
@@ -302,7 +335,7 @@ __device__ inline void multiply_tiles(const double* left, const double* right, c
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      b[j] = right[kAcross ? place<true>(k, piece.col + j) : k * kSide + piece.col + j];
+      b[j] = right[kAcross ? place<true>(k, piece.column(j)) : k * kSide + piece.column(j)];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -310,6 +343,9 @@ __device__ inline void multiply_tiles(const double* left, const double* right, c
     }
   }
 }
+
+// Mixes the rows of a column, so that the 16 lanes that store at a time meet 16 pairs of banks.
+__device__ inline int spread(int c) { return (c >> 1 & 3) | (c >> 3 & 1) << 3; }
 
 // start - sum, gathered from the four quarters, into tiles[0]. `start` is that of fetch_tile's e.
 constexpr int kEach = kTileSize / kThreads;
@@ -320,14 +356,18 @@ __device__ inline void gather_tile(const double (&start)[kEach], const Piece& pi
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      tiles[piece.part][place<false>(piece.row + i, piece.col + j)] = sum[i][j];
+      tiles[piece.part][place<false>((piece.row + i) ^ spread(piece.col), piece.column(j))] =
+          sum[i][j];
     }
   }
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int at = threadIdx.x + e * kThreads;
-    tiles[0][at] = start[e] - ((tiles[0][at] + tiles[1][at]) + (tiles[2][at] + tiles[3][at]));
+    const int from = at ^ spread(at / kSide);
+    const double all = (tiles[0][from] + tiles[1][from]) + (tiles[2][from] + tiles[3][from]);
+    __syncwarp();  // the 32 numbers of a column are a warp's
+    tiles[0][at] = start[e] - all;
   }
   __syncthreads();
 }
@@ -360,10 +400,7 @@ __device__ inline void factor_tile(const TiledSolve& s, int64_t matrix, int64_t 
   double sum[4][4] = {};
   for (int64_t k = 0; k < j; ++k) {
     const int64_t left = tile_at(s, matrix, i, k), other = tile_at(s, matrix, j, k);
-    if (threadIdx.x == 0) {
-      wait_for(s.flags + left);
-      wait_for(s.flags + other);
-    }
+    if (threadIdx.x < 2) wait_for(s.flags + (threadIdx.x == 0 ? left : other));
     __syncthreads();
     fetch_tile<false>(s, left, tiles[0]);
     if (i != j) fetch_tile<false>(s, other, tiles[1]);
@@ -444,10 +481,7 @@ __device__ inline void solution_tile(const TiledSolve& s, int64_t matrix, int64_
     start[e] = s.work[target * kTileSize + threadIdx.x + e * kThreads];
   for (int64_t i = s.tiles - 1; i > j; --i) {
     const int64_t known = tile_at(s, matrix, s.tiles + q, i), of_factor = tile_at(s, matrix, i, j);
-    if (threadIdx.x == 0) {
-      wait_for(done + known);
-      wait_for(s.flags + of_factor);
-    }
+    if (threadIdx.x < 2) wait_for(threadIdx.x == 0 ? done + known : s.flags + of_factor);
     __syncthreads();
     fetch_tile<false>(s, known, tiles[0]);
     fetch_tile<true>(s, of_factor, tiles[1]);

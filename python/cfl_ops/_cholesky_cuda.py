@@ -16,6 +16,10 @@ RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
 """The instantiations: a warp holds a row's part of so many vectors in each lane."""
 
 
+BAD_L_FOUND = 2**31 - 2
+"""kBadL of cholesky_kernel.cuh: what a failed pivot is counted back from."""
+
+
 def cholesky_update(kernels: Any, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
     """The op ``cfl_ops::cholesky_update``."""
     order, batch = L.shape[-1], L.shape[:-2]
@@ -56,11 +60,17 @@ def _passes(
     held = next(r for r in ranks if r >= min(rank, step))
     size = -(-(held + 3) // 4) * 4
     reflectors = torch.empty(matrices, panels, PANEL, size, dtype=dtype, device=device)
+    lost = LOST_PIVOT * torch.finfo(dtype).eps
     for i in range(passes):
         first = i == 0
         kernels.cholesky_update(
             factors if first else out, vectors[..., i * step : (i + 1) * step], math.sqrt(decay) if first else 1.0,
-            math.sqrt(abs(alpha)), first, alpha < 0, LOST_PIVOT * torch.finfo(dtype).eps, out, reflectors, flags[i],
+            math.sqrt(abs(alpha)), first, alpha < 0, lost, out, reflectors, flags[i],
             found[i],
         )  # fmt: skip
+    if passes > 1 and alpha < 0:  # a pass compares with the pivot that it finds, not with the first
+        old = factors.diagonal(dim1=-2, dim2=-1).abs() * math.sqrt(decay)
+        kept = out.diagonal(dim1=-2, dim2=-1) > math.sqrt(lost) * old
+        which = kept.logical_not().to(torch.int32).argmax(-1).to(torch.int32) + 1
+        found[0] = torch.maximum(found[0], torch.where(kept.all(-1), 0, BAD_L_FOUND - which))
     return found, torch.zeros(matrices, dtype=torch.int32, device=device)

@@ -19,6 +19,8 @@ from ._solve_cuda import SIDE
 THREADS, WARPS, PART, LINE, MAX_SHARED = 256, 8, 1 << 15, 64, 8192
 """As in device.cuh and codec_kernel.cuh."""
 MOST_BLOCKS = 1 << 20
+SECOND_LOOK_BLOCKS = 2048
+"""Of solve_kernel.cuh."""
 OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of device.cuh
 HEADERS = {
     "codec": ("device", "codec_kernel"),
@@ -86,8 +88,9 @@ def _current_stream(device: torch.device) -> torch.cuda.Stream:
 def _small_solve(order: int, element: int) -> tuple[int, int, int]:
     """Systems of a warp, warps of a block and bytes of a warp: SmallSolve of solve_kernel.cuh."""
     systems = max(1, 32 // order)
-    held = systems * order * (order + 16 // element) * element
-    return systems, 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8, held
+    numbers = order * (order + 16 // element) + (order if systems > 1 else 0)
+    held = systems * numbers * element
+    return systems, 1 if held > 32 << 10 else 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8, held
 
 
 class Nvrtc:
@@ -124,7 +127,8 @@ class Nvrtc:
             if shared > 24 << 10:  # more than 48 KB, with the static part, must be asked for
                 function.max_dynamic_shared_size_bytes = shared
             current = _current_stream(device)
-            if hasattr(current, "__cuda_stream__") or current is None:
+            from_external = getattr(self.cupy.cuda.Stream, "from_external", None)  # CuPy 14
+            if current is None or (from_external and hasattr(current, "__cuda_stream__")):
                 stream = self.cupy.cuda.Stream.from_external(current)
             else:  # an older torch
                 stream = self.cupy.cuda.ExternalStream(current.cuda_stream, device.index)
@@ -277,9 +281,11 @@ class Nvrtc:
         element = 8 if wide else matrices.element_size()
         kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
         systems, warps, held = _small_solve(order, element)
-        works = batch * max(1, -(-columns // 64))
+        blocks = -(-batch * max(1, -(-columns // 64)) // (warps * systems))
+        if element != matrices.element_size():
+            blocks = min(blocks, SECOND_LOOK_BLOCKS)
         self.launch(
-            f"solve_small_kernel<{kind}>", matrices.device, -(-works // (warps * systems)), warps * held,
+            f"solve_small_kernel<{kind}>", matrices.device, blocks, warps * held,
             matrices, rights, np.float64(lam), shift, np.int64(batch), np.int32(n), np.int64(columns),
             np.float64(tolerance), only, solutions, info, again, threads=32 * warps,
         )  # fmt: skip
@@ -339,7 +345,7 @@ class Nvrtc:
         """The factors of the systems that failed, or of those that did not."""
         np = self.numpy
         batch, n = matrices.shape[:2]
-        each = min(1024, n)
+        each = min(1, n) if n <= 128 else min(1024, -(-n // WARPS))
         if batch * each:
             self.launch(
                 f"cholesky_choose_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, batch * each, 0,
