@@ -166,29 +166,18 @@ T __shfl_up_sync(unsigned, T value, int delta) {
       value, [&](auto at, int lane) { return at(lane < delta ? lane : lane - delta); });
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return on_host::collective(value, [&](auto at, int) { return at(from); });
+}
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return on_host::collective(value, [&](auto at, int lane) { return at(lane ^ mask); });
 }
-template <class T>
-unsigned __match_any_sync(unsigned, T value) {
-  return on_host::collective(value, [&](auto at, int) {
-    unsigned peers = 0;
-    for (int i = 0; i < 32; ++i) peers |= static_cast<unsigned>(at(i) == value) << i;
-    return peers;
-  });
-}
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+inline unsigned __ballot_sync(unsigned, int value) {
   return on_host::collective(value, [&](auto at, int) {
     unsigned all = 0;
-    for (int i = 0; i < 32; ++i) all |= mask >> i & 1 ? at(i) : 0;
+    for (int i = 0; i < 32; ++i) all |= static_cast<unsigned>(at(i) != 0) << i;
     return all;
-  });
-}
-inline int __any_sync(unsigned, int value) {
-  return on_host::collective(value, [&](auto at, int) {
-    int any = 0;
-    for (int i = 0; i < 32; ++i) any |= at(i) != 0;
-    return any;
   });
 }
 template <class T>
@@ -210,6 +199,19 @@ T atomicMin(T* to, T value) {
   return old;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned picks) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<unsigned>(bytes >> 8 * (picks >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return out;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

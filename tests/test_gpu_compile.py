@@ -111,11 +111,12 @@ def test_constants_are_those_of_the_sources() -> None:
     text = _nvrtc.source()
     for name, value in (
         ("kThreads", _nvrtc.THREADS),
-        ("kLine", _nvrtc.LINE),
         ("kMaxShared", _nvrtc.MAX_SHARED),
+        ("kMaxSharedSymbols", _nvrtc.MAX_SHARED_SYMBOLS),
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
+    assert f"constexpr int kTile = 1 << {_nvrtc.TILE.bit_length() - 1};" in text
 
 
 def test_cupy_would_get_sources_from_an_installed_package() -> None:

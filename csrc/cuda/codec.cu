@@ -46,17 +46,16 @@ cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int
 }
 
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
-                         const int32_t* tree, int nodes, int leaves, const uint32_t* crc_tables,
-                         uint32_t* slots, int64_t slot_words, int staged_words, uint32_t* entries,
+                         const int32_t* tree, int nodes, int leaves, int alphabet,
+                         const uint32_t* crc_tables, uint32_t* slots, int64_t slot_words,
+                         int staged_words, int64_t shared, uint32_t* entries,
                          cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  if (nodes > kMaxCodecNodes) return cudaErrorInvalidValue;
-  const size_t shared = (static_cast<size_t>(kWarps + 1) * nodes + staged_words) * sizeof(uint32_t);
   return by_symbol(symbol_size, [&](auto s) {
     using S = decltype(s);
     return launch(&codec_encode_kernel<S>, divide_up(n, int64_t{1} << chunk_log2), shared, stream,
-                  in<S>(symbols), n, chunk_log2, tree, nodes, leaves, crc_tables, slots, slot_words,
-                  staged_words, entries);
+                  in<S>(symbols), n, chunk_log2, tree, nodes, leaves, alphabet, crc_tables, slots,
+                  slot_words, staged_words, entries);
   });
 }
 
@@ -130,16 +129,18 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
 
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream) {
   if (args.chunks == 0) return cudaSuccess;
-  if (args.nodes > kMaxCodecNodes) return cudaErrorInvalidValue;
-  const size_t shared = (divide_up(8 * args.largest, kLine) + 1) * sizeof(uint32_t);
-  auto decode = [&](auto t) {
-    using T = decltype(t);
-    return launch(&codec_decode_kernel<T>, args.chunks, shared, stream, args.payload, args.entries,
-                  args.offsets, args.n, args.chunk_log2, args.first_chunk, args.tree, args.nodes,
-                  args.crc_tables, args.affine, args.group_size, args.start, args.count,
-                  static_cast<T*>(args.out), args.bad);
-  };
-  return args.affine ? by_float(args.dtype, decode) : by_symbol(args.symbol_size, decode);
+  return by_symbol(args.symbol_size, [&](auto s) {
+    using S = decltype(s);
+    auto decode = [&](auto t) {
+      using T = decltype(t);
+      return launch(&codec_decode_kernel<S, T>, args.chunks, args.shared, stream, args.payload,
+                    args.entries, args.offsets, args.n, args.chunk_log2, args.first_chunk,
+                    args.tree, args.nodes, args.leaves, args.crc_tables, args.affine,
+                    args.group_size, args.start, args.count, args.largest, args.lists,
+                    static_cast<T*>(args.out), args.bad);
+    };
+    return args.affine ? by_float(args.dtype, decode) : decode(s);
+  });
 }
 
 }  // namespace cfl::cuda

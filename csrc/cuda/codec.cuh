@@ -25,9 +25,9 @@ cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int
 
 // See codec_encode_kernel.
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
-                         const int32_t* tree, int nodes, int leaves, const uint32_t* crc_tables,
-                         uint32_t* slots, int64_t slot_words, int staged_words, uint32_t* entries,
-                         cudaStream_t stream);
+                         const int32_t* tree, int nodes, int leaves, int alphabet,
+                         const uint32_t* crc_tables, uint32_t* slots, int64_t slot_words,
+                         int staged_words, int64_t shared, uint32_t* entries, cudaStream_t stream);
 cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chunks,
                          const uint32_t* entries, const int64_t* offsets, uint8_t* out,
                          cudaStream_t stream);
@@ -52,15 +52,17 @@ struct CodecDecodeArgs {
   int chunk_log2;
   int64_t first_chunk;
   const int32_t* tree;
-  int nodes;
+  int nodes, leaves;
   const uint32_t* crc_tables;
-  const Affine* affine;  // or null: out takes symbols of symbol_size bytes
+  const Affine* affine;  // or null: out takes the symbols
   int64_t group_size;
   int64_t start, count;
   void* out;
-  int symbol_size;
-  Float dtype;
-  int64_t largest;  // chunk, in bytes
+  int symbol_size;  // of the payload
+  Float dtype;      // of the weights
+  int largest;      // chunk, in bytes
+  int lists;
+  int64_t shared;  // bytes of shared memory
   unsigned long long* bad;
 };
 // cudaErrorInvalidValue where a chunk needs more shared memory than a block can have.

@@ -19,12 +19,12 @@ using int64_t = long long;
 using uint64_t = unsigned long long;
 using intptr_t = long long;
 }  // namespace cfl::cuda
-#define CFL_DYNAMIC_SHARED(name) extern __shared__ uint32_t name[]
+#define CFL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint32_t name[]
 #else
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#define CFL_DYNAMIC_SHARED(name) extern __shared__ uint32_t name[]
+#define CFL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint32_t name[]
 #endif
 
 namespace cfl::cuda {

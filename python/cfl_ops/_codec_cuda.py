@@ -1,7 +1,7 @@
 """The codec's ops on a GPU: memory, headers and code on the host, and the kernels of csrc/cuda/codec_kernel.cuh.
 
-The bytes are those of the CPU. What the kernels do not hold (a code tree of more than 1,024 nodes, chunks whose
-table of ones exceeds a block's shared memory) is left to the fallback in torch ops.
+The bytes are those of the CPU. What the kernels do not hold (a code tree of more than 1,024 nodes, chunks of more
+than 2^15 symbols or more bytes than a block's shared memory) is left to the fallback in torch ops.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from . import _codec_python as _py
-from ._nvrtc import PART, THREADS, WARPS
+from ._nvrtc import MAX_SHARED_SYMBOLS, PART, THREADS, TILE, WARPS
 
-MAX_NODES = 1024
-LINE_BYTES = 8
-STATIC_SHARED = 18 << 10
+MAX_NODES, MAX_CHUNK_LOG2 = 1024, 15
+STATIC_SHARED = 5 << 10
 """Bytes that the kernels declare themselves, with some to spare."""
 NO_CHUNK = 2**63 - 1
 
@@ -63,12 +62,35 @@ def _to_device(data: bytes, device: torch.device) -> Tensor:
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block can have (99 KB on consumer cards, 227 KB on an H100), less the static ones."""
+    """Bytes that a block can ask for: 99 KB on consumer cards, 227 KB on an H100, less the static ones."""
     if device.type != "cuda":
         return (99 << 10) - STATIC_SHARED
     properties = torch.cuda.get_device_properties(device)
     optin: int = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return optin - STATIC_SHARED
+
+
+def _stack_bytes(symbol_bytes: int) -> int:
+    """The two stacks of lists of a warp (Stacks in codec_kernel.cuh)."""
+    return 2 * (TILE * symbol_bytes + 4 * 64)
+
+
+def _node_bytes(nodes: int, chunk_log2: int) -> int:
+    """The nodes, where their bits start, and what has passed them at the end of each tile."""
+    return 20 * nodes + 4 * -(-(nodes << chunk_log2) // TILE // 2)
+
+
+def encode_shared(nodes: int, chunk_log2: int, alphabet: int, symbol_bytes: int) -> int:
+    """Bytes of shared memory that codec_encode_kernel needs besides the bits of a chunk."""
+    codes = 4 * alphabet if alphabet <= MAX_SHARED_SYMBOLS else 0
+    return _node_bytes(nodes, chunk_log2) + WARPS * max(_stack_bytes(symbol_bytes), 4 * nodes) + codes
+
+
+def decode_shared(nodes: int, chunk_log2: int, leaves: int, largest: int) -> int:
+    """Bytes of shared memory that codec_decode_kernel needs besides the stacks of its warps."""
+    symbols = 4 * -(-leaves // 2) if leaves <= MAX_SHARED_SYMBOLS else 0
+    words = -(-largest // 4) + 2
+    return _node_bytes(nodes, chunk_log2) + symbols + 4 * (words + words // 2)
 
 
 # --- quantize -----------------------------------------------------------------------------------------------
@@ -154,13 +176,19 @@ def _counts(kernels: Any, symbols: Tensor) -> list[int]:
 
 
 def _pack_tree(tree: _py.Tree, alphabet: int, device: torch.device) -> Tensor:
-    """The nodes, the symbol of each rank, the rank of each symbol, as int32."""
-    rank = [0] * alphabet
-    for r, symbol in enumerate(tree.symbols):
-        rank[symbol] = r
-    entries = [field for node in tree.nodes for field in (node.right, node.first, node.bits)]
-    entries += tree.symbols + rank
-    return _to_device(struct.pack(f"<{len(entries)}i", *entries), device).view(torch.int32)
+    """As the kernels read it: the nodes, the symbol of each rank, the rank and the leaf of each symbol."""
+    codes, odd = [0] * alphabet, [0] * len(tree.nodes)
+    nodes: list[int] = []
+    for v, node in enumerate(tree.nodes):
+        if node.right:
+            odd[v + 1] = odd[node.right] = 1 - odd[v]
+        else:
+            for rank in range(node.first, node.first + (1 << node.bits)):
+                codes[tree.symbols[rank]] = v << 16 | rank
+        nodes += node.right, node.first, node.bits, odd[v]
+    symbols = tree.symbols + [0] * (len(tree.symbols) % 2)
+    data = struct.pack(f"<{len(nodes)}i{len(symbols)}H{alphabet}I", *nodes, *symbols, *codes)
+    return _to_device(data, device).view(torch.int32)
 
 
 def huffman_encode(
@@ -174,20 +202,23 @@ def huffman_encode(
     counts = _counts(kernels, flat)
     lengths = _py.code_lengths(counts)
     tree = _py.build_tree(lengths)
-    if len(tree.nodes) > MAX_NODES:
+    symbol_bytes = flat.element_size()
+    shared = encode_shared(len(tree.nodes), chunk_log2, len(lengths), symbol_bytes)
+    room = _shared_memory(device) - shared
+    if len(tree.nodes) > MAX_NODES or chunk_log2 > MAX_CHUNK_LOG2 or room < 0:
         return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
     packed, leaves = _pack_tree(tree, len(lengths), device), len(tree.symbols)
     # What the counts promise with some room; if a chunk needs more, its size comes back and nothing else.
     bits = sum(count * length for count, length in zip(counts, lengths, strict=True)) if leaves > 1 else 0
     needed = min(chunk * max(lengths), int(1.02 * chunk * bits / sum(counts)) + 2048)
     chunks = -(-n // chunk)
-    room = _shared_memory(device) // 4 - (WARPS + 1) * len(tree.nodes)
     entries = torch.empty(chunks, 2, dtype=torch.int32, device=device)
     while True:
         slots = torch.empty(chunks, needed // 32 + 1, dtype=torch.int32, device=device)
-        staged = max(0, min(slots.shape[1], room))
+        staged = slots.shape[1] if 4 * slots.shape[1] <= room else 0
         kernels.encode(
-            flat, chunk_log2, packed, len(tree.nodes), leaves, crc_tables(device), staged, slots, entries
+            *(flat, chunk_log2, packed, len(tree.nodes), leaves, len(lengths), crc_tables(device), staged),
+            *(shared + 4 * staged, slots, entries),
         )
         table = entries.cpu()
         largest = int(table[:, 0].max())
@@ -257,8 +288,12 @@ def _decode(
     first, last = start >> header.chunk_log2, (start + count - 1) >> header.chunk_log2
     largest = max(header.sizes[first : last + 1])
     tree = _py.build_tree(header.lengths)
-    if len(tree.nodes) > MAX_NODES or 4 * (-(-largest // LINE_BYTES) + 1) > _shared_memory(device):
+    nodes, leaves = len(tree.nodes), len(tree.symbols)
+    shared = decode_shared(nodes, header.chunk_log2, leaves, largest)
+    lists = min(WARPS, (_shared_memory(device) - shared) // _stack_bytes(header.symbol_bytes))
+    if nodes > MAX_NODES or header.chunk_log2 > MAX_CHUNK_LOG2 or lists < 1:
         return None
+    shared += lists * _stack_bytes(header.symbol_bytes)
     table = header.data - 8 * len(header.sizes)
     entries = payload[table + 8 * first : table + 8 * (last + 1)].clone().view(torch.int32).view(-1, 2)
     sizes = entries[:, 0].to(torch.int64)
@@ -266,7 +301,7 @@ def _decode(
     bad = torch.full((), NO_CHUNK, dtype=torch.int64, device=device)
     kernels.decode(
         *(payload, entries, offsets, header.numel, header.chunk_log2, first),
-        *(_pack_tree(tree, len(header.lengths), device), len(tree.nodes), crc_tables(device)),
-        *(affine, group_size, start, largest, out, bad),
+        *(_pack_tree(tree, len(header.lengths), device), nodes, leaves, crc_tables(device)),
+        *(affine, group_size, header.symbol_bytes, start, largest, lists, shared, out, bad),
     )
     return torch.where(bad == NO_CHUNK, _py.GOOD, _py.BAD_CHUNK + bad)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-THREADS, WARPS, PART, LINE, MAX_SHARED = 256, 8, 1 << 15, 64, 8192
+THREADS, WARPS, PART, MAX_SHARED, TILE, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 10, 4096
 """As in device.cuh and codec_kernel.cuh."""
 MOST_BLOCKS = 1 << 20
 OPTIONS = ("-std=c++20",)
@@ -41,7 +41,7 @@ def names() -> list[str]:
     symbols, floats = tuple(_SYMBOLS.values()), tuple(_FLOATS.values())
     kernels = ["codec_gather_kernel<uint8_t>"]
     kernels += [f"codec_{what}_kernel<{s}>" for what in ("histogram", "encode") for s in symbols]
-    kernels += [f"codec_decode_kernel<{t}>" for t in symbols + floats]
+    kernels += [f"codec_decode_kernel<{s}, {t}>" for s in symbols for t in (s, *floats)]
     kernels += [f"codec_{what}_kernel<{t}>" for what in ("range", "ends", "affine") for t in floats]
     kernels += [f"codec_quantize_kernel<{t}, {s}>" for t in floats for s in symbols]
     kernels += [f"codec_dequantize_kernel<{s}, {t}>" for t in floats for s in symbols]
@@ -107,16 +107,16 @@ class Nvrtc:
         )
 
     def encode(
-        self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, crc_tables: Tensor,
-        staged_words: int, slots: Tensor, entries: Tensor,
+        self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, alphabet: int,
+        crc_tables: Tensor, staged_words: int, shared: int, slots: Tensor, entries: Tensor,
     ) -> None:  # fmt: skip
         """Chunks into their slots."""
         np = self.numpy
         self.launch(
-            *(f"codec_encode_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, entries.shape[0]),
-            4 * ((WARPS + 1) * nodes + staged_words),
+            *(f"codec_encode_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, entries.shape[0], shared),
             *(symbols, np.int64(symbols.numel()), np.int32(chunk_log2), tree, np.int32(nodes)),
-            *(np.int32(leaves), crc_tables, slots, np.int64(slots.shape[1]), np.int32(staged_words), entries),
+            *(np.int32(leaves), np.int32(alphabet), crc_tables, slots, np.int64(slots.shape[1])),
+            *(np.int32(staged_words), entries),
         )
 
     def gather(self, slots: Tensor, entries: Tensor, offsets: Tensor, out: Tensor) -> None:
@@ -128,16 +128,17 @@ class Nvrtc:
 
     def decode(
         self, payload: Tensor, entries: Tensor, offsets: Tensor, n: int, chunk_log2: int, first_chunk: int,
-        tree: Tensor, nodes: int, crc_tables: Tensor, affine: Tensor | None, group_size: int, start: int,
-        largest: int, out: Tensor, bad: Tensor,
+        tree: Tensor, nodes: int, leaves: int, crc_tables: Tensor, affine: Tensor | None, group_size: int,
+        symbol_bytes: int, start: int, largest: int, lists: int, shared: int, out: Tensor, bad: Tensor,
     ) -> None:  # fmt: skip
         """Chunks to symbols, or with ``affine`` to weights."""
-        np, kind = self.numpy, (_SYMBOLS if affine is None else _FLOATS)[out.dtype]
+        np, kind = self.numpy, f"uint{8 * symbol_bytes}_t"
+        to = kind if affine is None else _FLOATS[out.dtype]
         self.launch(
-            *(f"codec_decode_kernel<{kind}>", out.device, offsets.numel(), 4 * (-(-8 * largest // LINE) + 1)),
+            *(f"codec_decode_kernel<{kind}, {to}>", out.device, offsets.numel(), shared),
             *(payload, entries, offsets, np.int64(n), np.int32(chunk_log2), np.int64(first_chunk), tree),
-            *(np.int32(nodes), crc_tables, affine, np.int64(group_size), np.int64(start)),
-            *(np.int64(out.numel()), out, bad),
+            *(np.int32(nodes), np.int32(leaves), crc_tables, affine, np.int64(group_size), np.int64(start)),
+            *(np.int64(out.numel()), np.int32(largest), np.int32(lists), out, bad),
         )
 
     def range(
