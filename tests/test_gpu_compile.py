@@ -116,7 +116,7 @@ def test_constants_are_those_of_the_sources() -> None:
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
-    assert f"constexpr int kTile = 1 << {_nvrtc.TILE.bit_length() - 1};" in text
+    assert f"constexpr int kTileBytes = 1 << {_nvrtc.TILE_BYTES.bit_length() - 1};" in text
 
 
 def test_cupy_would_get_sources_from_an_installed_package() -> None:

@@ -48,8 +48,7 @@ cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
                          const int32_t* tree, int nodes, int leaves, int alphabet,
                          const uint32_t* crc_tables, uint32_t* slots, int64_t slot_words,
-                         int staged_words, int64_t shared, uint32_t* entries,
-                         cudaStream_t stream) {
+                         int staged_words, int64_t shared, uint32_t* entries, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   return by_symbol(symbol_size, [&](auto s) {
     using S = decltype(s);

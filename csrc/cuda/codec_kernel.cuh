@@ -1,7 +1,7 @@
 // The codec on a GPU: the chunks of docs/format.md (pivot layout), one block for each.
 //
 // A chunk is a wavelet tree: each inner node holds, for the symbols that pass it, which way they
-// go. A warp takes kTile consecutive symbols of the chunk through the whole tree, node by node,
+// go. A warp takes a tile of consecutive symbols of the chunk through the whole tree, node by node,
 // with their lists in shared memory; warps wait for each other only between the phases of a chunk.
 //   * Decoding goes from the last node to the first. A leaf's raw bits become a list of symbols; an
 //     inner node merges its children's lists, 4 bytes to a lane: the ones before the lane's bits
@@ -10,7 +10,8 @@
 //   * Encoding goes from the first node to the last, and parts the lists by ballot.
 // What both need is how many symbols have passed each node where a tile ends (`passed`), and where
 // the bits of each node start. The decoder finds them by rank differences, the encoder by counting.
-// Nodes that no symbol of a tile passes are skipped 32 at a time.
+// The lanes prepare the visits of 32 nodes at a time; nodes that no symbol of the tile passes are
+// not visited.
 //
 // Why not each symbol on its own, root to leaf: that is 2.5 steps on average for normal weights,
 // but 7.5 for the slowest of a warp's 32 lanes, and all of them wait for it.
@@ -30,32 +31,34 @@ struct alignas(16) CodecNode {
   int32_t bits;   // leaf: it holds 2^bits symbols
   int32_t odd;    // depth modulo 2
 };
-constexpr int kTile = 1 << 10;           // symbols that a warp takes through the tree at a time
-constexpr int kMaxTiles = 32;            // of a chunk
+constexpr int kTileBytes = 1 << 11;  // of the symbols that a warp takes through the tree at a time
 constexpr int kMaxSharedSymbols = 4096;  // a code's tables of more symbols stay in global memory
 constexpr int kPart = 1 << 15;           // weights of a group that a block quantises at a time
 constexpr int kMaxShared = 8192;         // counts that fit shared memory
 constexpr double kHuge = 0x1.fffffffffffffp1023;  // above all finite weights, or equal
 
+// The sum over this lane and those before it.
+__device__ inline uint32_t warp_inclusive(uint32_t sum) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t below = __shfl_up_sync(kFull, sum, d);
+    if (lane >= d) sum += below;
+  }
+  return sum;
+}
+
 // The sum of `v` over the threads before this one; *total is the sum over all of them.
 __device__ inline uint32_t block_exclusive(uint32_t v, uint32_t* total) {
   __shared__ uint32_t warps[kWarps + 1];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  auto inclusive = [&](uint32_t sum) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t below = __shfl_up_sync(kFull, sum, d);
-      if (lane >= d) sum += below;
-    }
-    return sum;
-  };
-  const uint32_t mine = inclusive(v);
+  const uint32_t mine = warp_inclusive(v);
   __syncthreads();  // the last call's readers are done
   if (lane == 31) warps[warp] = mine;
   __syncthreads();
   if (warp == 0) {
     const uint32_t one = lane < kWarps ? warps[lane] : 0;
-    const uint32_t sum = inclusive(one);
+    const uint32_t sum = warp_inclusive(one);
     if (lane < kWarps) warps[lane] = sum - one;
     if (lane == kWarps - 1) warps[kWarps] = sum;
   }
@@ -92,10 +95,10 @@ __device__ inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
   return product;
 }
 
-// Of `size` bytes, by the whole block, a word to each thread and row: the remainder moves on by a row (a look-up in
-// four tables), and at the end by what the thread lies before the end. `tables` holds these 4 * 256
-// entries and 256 factors (_cuda.py); the whole rows are the last ones, for zeros in front change
-// nothing.
+// Of `size` bytes, by the whole block, a word to each thread and row: the remainder moves on by a
+// row (a look-up in four tables), and at the end by what the thread lies before the end. `tables`
+// holds these 4 * 256 entries and 256 factors (_cuda.py); the whole rows are the last ones, for
+// zeros in front change nothing.
 __device__ inline uint32_t block_crc(const uint32_t* data, uint32_t size, const uint32_t* tables) {
   __shared__ uint32_t table[4 * 256];
   __shared__ uint32_t sums[kWarps];
@@ -166,19 +169,13 @@ __global__ void __launch_bounds__(kThreads)
 // from one and writes to the other. Each list starts at a word; kSlack words hold what that wastes
 // (3 bytes for each of at most 61 depths) and what is read past the end.
 template <class S>
-struct Stacks {
+struct Tile {
+  static constexpr uint32_t kSymbols = kTileBytes / sizeof(S);
   static constexpr uint32_t kEach = 4 / sizeof(S);  // symbols of a word
   static constexpr uint32_t kSlack = 64;
-  static constexpr uint32_t kWords = kTile / kEach + kSlack;
-  uint32_t* memory;   // 2 * kWords
-  uint32_t tops = 0;  // in words, that of the even stack in the low half
+  static constexpr uint32_t kStack = kTileBytes / 4 + kSlack;  // words
 
   __device__ static uint32_t words(uint32_t symbols) { return (symbols + kEach - 1) / kEach; }
-  __device__ uint32_t* top(int odd) {
-    return memory + (odd ? kWords + (tops >> 16) : tops & 0xffffu);
-  }
-  __device__ void grow(int odd, uint32_t words) { tops += odd ? words << 16 : words; }
-  __device__ void shrink(int odd, uint32_t words) { tops -= odd ? words << 16 : words; }
 };
 
 // What a warp must know to take a tile through the tree.
@@ -194,12 +191,34 @@ struct Passage {
   __device__ uint32_t through(int tile, int node) const {
     return passed[tile * count + node] - before(tile, node);
   }
-  // The nodes that symbols of the tile pass, of the 32 from `first` on.
-  __device__ uint32_t taken(int tile, int first) const {
-    const int node = first + (threadIdx.x & 31);
-    return __ballot_sync(kFull, node < count && through(tile, node) != 0);
+};
+
+// One warp's visit of a node. Each lane prepares one, and all carry them out in turn.
+struct Visit {
+  uint32_t here = 0;   // symbols of the tile that pass the node
+  uint32_t at = 0;     // their first bit in the chunk
+  uint32_t list = 0;   // where their list starts in the warp's memory, in words
+  uint32_t left = 0;   // inner node: the left child's list; leaf: the bits of a symbol
+  uint32_t right = 0;  // inner node: the right child's list; leaf: the rank of its first symbol
+  uint32_t extra = 0;  // inner node: decoding, the ones before `at`; encoding, node.first
+
+  __device__ Visit of_lane(int lane) const {
+    const uint32_t place = __shfl_sync(kFull, list << 16 | here, lane);
+    const uint32_t lists = __shfl_sync(kFull, right << 16 | left, lane);
+    return {place & 0xffffu, __shfl_sync(kFull, at, lane),   place >> 16, lists & 0xffffu,
+            lists >> 16,     __shfl_sync(kFull, extra, lane)};
   }
 };
+
+// The tops of both stacks in words, that of the even one in the low half: sums of differences
+// borrow from the high half and give back.
+__device__ inline uint32_t on_stack(uint32_t odd, uint32_t words) {
+  return odd ? words << 16 : words;
+}
+template <class S>
+__device__ inline uint32_t top_of(uint32_t tops, uint32_t odd) {
+  return odd ? Tile<S>::kStack + (tops >> 16) : tops & 0xffffu;
+}
 
 // ---- encoding
 // ------------------------------------------------------------------------------------
@@ -214,7 +233,7 @@ __device__ inline void put_bits(uint32_t* words, uint32_t pos, uint32_t value, u
 // kEach symbols from the k-th on, of `n`; a whole word at once where that is aligned.
 template <class S>
 __device__ inline uint32_t load_symbols(const S* symbols, uint32_t k, uint32_t n, bool aligned) {
-  constexpr uint32_t kEach = Stacks<S>::kEach;
+  constexpr uint32_t kEach = Tile<S>::kEach;
   if (aligned && k + kEach <= n) return *reinterpret_cast<const uint32_t*>(symbols + k);
   uint32_t word = 0;
   for (uint32_t j = 0; j < kEach && k + j < n; ++j) {
@@ -231,7 +250,7 @@ __device__ inline uint32_t symbol_at(uint32_t word, uint32_t j) {
 template <class S>
 __device__ inline void codec_count_tile(const S* symbols, uint32_t n, const uint32_t* codes,
                                         int nodes, uint32_t* counts, uint16_t* passed) {
-  constexpr uint32_t kEach = Stacks<S>::kEach;
+  constexpr uint32_t kEach = Tile<S>::kEach;
   const int lane = threadIdx.x & 31;
   const bool aligned = (reinterpret_cast<intptr_t>(symbols) & 3) == 0;
   for (int v = lane; v < nodes; v += 32) counts[v] = 0;
@@ -253,10 +272,9 @@ template <class S>
 __device__ inline void codec_part_tile(const S* symbols, uint32_t n, int tile,
                                        const uint32_t* codes, const Passage& passage,
                                        uint32_t* memory, uint32_t* words) {
-  constexpr uint32_t kEach = Stacks<S>::kEach;
+  constexpr uint32_t kEach = Tile<S>::kEach;
   const uint32_t lane = threadIdx.x & 31, below = (1u << lane) - 1;
   const bool aligned = (reinterpret_cast<intptr_t>(symbols) & 3) == 0;
-  Stacks<S> stacks = {memory};
   for (uint32_t k = lane * kEach; k < n; k += 32 * kEach) {
     const uint32_t word = load_symbols(symbols, k, n, aligned);
     uint32_t ranks = 0;
@@ -266,59 +284,85 @@ __device__ inline void codec_part_tile(const S* symbols, uint32_t n, int tile,
     }
     memory[k / kEach] = ranks;
   }
-  stacks.grow(0, stacks.words(n));
+  uint32_t tops = on_stack(0, Tile<S>::words(n));
   for (int first = 0; first < passage.count; first += 32) {
-    for (uint32_t todo = passage.taken(tile, first); todo != 0; todo &= todo - 1) {
-      __syncwarp();  // the lists of the node before are complete, and read
-      const int v = first + __ffs(todo) - 1;
+    const int v = first + static_cast<int>(lane);
+    Visit mine;
+    uint32_t change = 0, odd = 0, rights = 0;
+    bool inner = false;
+    if (v < passage.count && (mine.here = passage.through(tile, v)) != 0) {
       const CodecNode node = passage.nodes[v];
-      const uint32_t here = passage.through(tile, v), before = passage.before(tile, v);
-      stacks.shrink(node.odd, stacks.words(here));
-      const uint32_t* from = stacks.top(node.odd);
-      if (node.right == 0) {
-        if (node.bits == 0) continue;
-        for (uint32_t k = lane * kEach; k < here; k += 32 * kEach) {
-          const uint32_t ranks = from[k / kEach], some = least(kEach, here - k);
+      inner = node.right != 0;
+      odd = node.odd;
+      mine.at = passage.start[v] + passage.before(tile, v) * (inner ? 1 : node.bits);
+      mine.left = node.bits;
+      mine.right = mine.extra = node.first;
+      change = 0 - on_stack(odd, Tile<S>::words(mine.here));
+      if (inner) {
+        rights = passage.through(tile, node.right);
+        change += on_stack(1 - odd, Tile<S>::words(rights) + Tile<S>::words(mine.here - rights));
+      }
+    }
+    const uint32_t after = tops + warp_inclusive(change);
+    tops = __shfl_sync(kFull, after, 31);
+    mine.list = top_of<S>(after, odd);
+    if (inner) {  // the left list, which is wanted first, lies on top
+      mine.right = top_of<S>(after - change, 1 - odd);
+      mine.left = mine.right + Tile<S>::words(rights);
+    }
+    const uint32_t inners = __ballot_sync(kFull, inner);
+    // Leaves without bits are nothing to visit.
+    uint32_t todo = __ballot_sync(kFull, mine.here != 0 && (inner || mine.left != 0));
+    for (; todo != 0; todo &= todo - 1) {
+      const int next = __ffs(todo) - 1;
+      const Visit visit = mine.of_lane(next);
+      const uint32_t* from = memory + visit.list;
+      __syncwarp();  // the lists of the node before are complete, and read
+      if ((inners >> next & 1) == 0) {
+        const uint32_t bits = visit.left;
+        for (uint32_t k = lane * kEach; k < visit.here; k += 32 * kEach) {
+          const uint32_t ranks = from[k / kEach], some = least(kEach, visit.here - k);
           uint32_t raw = 0;
 #pragma unroll
           for (uint32_t j = 0; j < kEach; ++j) {
-            const uint32_t one = symbol_at<S>(ranks, j) - node.first;
-            if (j < some) raw |= one << j * node.bits;
+            const uint32_t one = symbol_at<S>(ranks, j) - visit.right;
+            if (j < some) raw |= one << j * bits;
           }
-          put_bits(words, passage.start[v] + (before + k) * node.bits, raw, some * node.bits);
+          put_bits(words, visit.at + k * bits, raw, some * bits);
         }
         continue;
       }
-      // The right list, and the left one, which is wanted first, on top of it.
-      const uint32_t rights = passage.through(tile, node.right);
-      S* right = reinterpret_cast<S*>(stacks.top(!node.odd));
-      stacks.grow(!node.odd, stacks.words(rights));
-      S* left = reinterpret_cast<S*>(stacks.top(!node.odd));
-      stacks.grow(!node.odd, stacks.words(here - rights));
-      uint32_t ones = 0, mine = 0;
+      S* left = reinterpret_cast<S*>(memory + visit.left);
+      S* right = reinterpret_cast<S*>(memory + visit.right);
+      const S* ranks = reinterpret_cast<const S*>(from) + lane;
+      uint32_t ones = 0;
+      for (uint32_t strip = 0; strip < visit.here; strip += 32 * 32) {
+        const uint32_t end = least(visit.here, strip + 32 * 32);
+        uint32_t bits = 0;  // of 32 symbols in each lane
 #pragma unroll 4
-      for (uint32_t k = lane; k - lane < here; k += 32) {
-        const bool inside = k < here;
-        const S rank = inside ? reinterpret_cast<const S*>(from)[k] : S{0};
-        const bool goes_right = inside && rank >= node.first;
-        const uint32_t together = __ballot_sync(kFull, goes_right);
-        const uint32_t place = ones + __popc(together & below);
-        S* to = goes_right ? right + place : left + (k - place);
-        if (inside) *to = rank;
-        ones += __popc(together);
-        if (k / 32 == lane) mine = together;
-      }
-      if (32 * lane < here) {
-        put_bits(words, passage.start[v] + before + 32 * lane, mine, least(32u, here - 32 * lane));
+        for (uint32_t k = strip; k < end; k += 32) {
+          const bool inside = k + lane < end;
+          const uint32_t rank = ranks[k];  // past the end: of another list, or slack
+          const bool goes_right = inside && rank >= visit.extra;
+          const uint32_t together = __ballot_sync(kFull, goes_right);
+          const uint32_t place = ones + __popc(together & below);
+          S* to = goes_right ? right + place : left + (k + lane - place);
+          if (inside) *to = static_cast<S>(rank);
+          ones += __popc(together);
+          if (k - strip == 32 * lane) bits = together;
+        }
+        const uint32_t k = strip + 32 * lane;
+        if (k < end) put_bits(words, visit.at + k, bits, least(32u, end - k));
       }
     }
   }
   __syncwarp();  // before the next tile's lists
 }
 
-// tree: the nodes, the symbol of each rank (16 bits each, padded to a word), and for each symbol its
-// rank and, in the upper half, its leaf. A chunk's bits go to its slot (words), its size and checksum to `entries`. Where they
-// do not fit the slot, only the size is written. Shared memory: encode_shared of _codec_cuda.py.
+// tree: the nodes, the symbol of each rank (16 bits each, padded to a word), and for each symbol
+// its rank and, in the upper half, its leaf. A chunk's bits go to its slot (words), its size and
+// checksum to `entries`. Where they do not fit the slot, only the size is written. Shared memory:
+// encode_shared of _codec_cuda.py.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     codec_encode_kernel(const S* symbols, int64_t n, int chunk_log2, const int32_t* tree, int count,
@@ -327,16 +371,16 @@ __global__ void __launch_bounds__(kThreads)
   CFL_DYNAMIC_SHARED(memory);
   const int64_t chunk = int64_t{1} << chunk_log2, begin = blockIdx.x * chunk;
   const uint32_t here = static_cast<uint32_t>(least(chunk, n - begin));
-  const int tiles = (1 << chunk_log2) / kTile;
+  const int tiles = static_cast<int>((chunk + Tile<S>::kSymbols - 1) / Tile<S>::kSymbols);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const uint32_t each_warp = most(2 * Stacks<S>::kWords, static_cast<uint32_t>(count));
+  const uint32_t each_warp = most(2 * Tile<S>::kStack, static_cast<uint32_t>(count));
   CodecNode* nodes = reinterpret_cast<CodecNode*>(memory);
   uint32_t* start = memory + 4 * count;
   uint16_t* passed = reinterpret_cast<uint16_t*>(start + count);
   uint32_t* scratch = start + count + (tiles * count + 1) / 2;
   uint32_t* staged = scratch + kWarps * each_warp;
   const uint32_t* codes = reinterpret_cast<const uint32_t*>(tree) + 4 * count + (leaves + 1) / 2;
-  if (alphabet <= kMaxSharedSymbols) {
+  if (sizeof(S) == 1 || alphabet <= kMaxSharedSymbols) {
     for (int i = threadIdx.x; i < alphabet; i += kThreads) staged[i] = codes[i];
     codes = staged;
     staged += alphabet;
@@ -345,10 +389,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < 4 * count; i += kThreads) memory[i] = tree[i];
   __syncthreads();
 
-  auto part = [&](int tile) { return symbols + begin + tile * kTile; };
+  auto part = [&](int tile) { return symbols + begin + tile * Tile<S>::kSymbols; };
   auto size_of = [&](int tile) {
-    const uint32_t first = tile * kTile;
-    return first < here ? least<uint32_t>(kTile, here - first) : 0;
+    const uint32_t first = tile * Tile<S>::kSymbols;
+    return first < here ? least(Tile<S>::kSymbols + 0, here - first) : 0;
   };
   for (int tile = warp; tile < tiles; tile += kWarps) {
     codec_count_tile(part(tile), size_of(tile), codes, count, scratch, passed + tile * count);
@@ -671,7 +715,7 @@ __device__ inline uint32_t window(const uint32_t* list, uint32_t i) {
 template <class S>
 __device__ inline uint32_t picking(uint32_t pattern) {
   uint32_t pick = 0, rights = 0;
-  for (uint32_t j = 0; j < Stacks<S>::kEach; ++j) {
+  for (uint32_t j = 0; j < Tile<S>::kEach; ++j) {
     const uint32_t one = pattern >> j & 1;
     const uint32_t byte = one ? 4 + rights * sizeof(S) : (j - rights) * sizeof(S);
     for (uint32_t b = 0; b < sizeof(S); ++b) pick |= (byte + b) << 4 * (j * sizeof(S) + b);
@@ -685,47 +729,62 @@ template <class S>
 __device__ inline void codec_merge_tile(int tile, const Ranks& bits, const Passage& passage,
                                         const uint16_t* symbol_of, const uint32_t* picks,
                                         uint32_t* memory) {
-  constexpr uint32_t kEach = Stacks<S>::kEach;
+  constexpr uint32_t kEach = Tile<S>::kEach;
   const uint32_t lane = threadIdx.x & 31;
-  Stacks<S> stacks = {memory};
-  for (int first = (passage.count - 1) / 32 * 32; first >= 0; first -= 32) {
-    uint32_t todo = passage.taken(tile, first);
-    while (todo != 0) {
-      __syncwarp();  // the lists of the node before are complete, and read
-      const int highest = 31 - __clz(todo), v = first + highest;
-      todo ^= 1u << highest;
+  uint32_t tops = 0;
+  for (int last = passage.count - 1; last >= 0; last -= 32) {
+    const int v = last - static_cast<int>(lane);
+    Visit mine;
+    uint32_t change = 0, odd = 0, rights = 0;
+    bool inner = false;
+    if (v >= 0 && (mine.here = passage.through(tile, v)) != 0) {
       const CodecNode node = passage.nodes[v];
-      const uint32_t here = passage.through(tile, v), before = passage.before(tile, v);
-      if (node.right == 0) {
-        const uint32_t start = passage.start[v] + before * node.bits;
-        uint32_t* to = stacks.top(node.odd);
-        const uint32_t mask = (1u << node.bits) - 1;
-        for (uint32_t k = lane * kEach; k < here; k += 32 * kEach) {
-          const uint32_t raw = bits.at(start + k * node.bits);
-          uint32_t word = 0;
-#pragma unroll
-          for (uint32_t j = 0; j < kEach; ++j) {
-            const uint32_t symbol = symbol_of[node.first + (raw >> j * node.bits & mask)];
-            word |= symbol << 8 * sizeof(S) * j;
-          }
-          to[k / kEach] = word;
-        }
-      } else {
-        const uint32_t start = passage.start[v] + before, base = bits.rank(start);
-        const uint32_t rights = (bits.rank(start + here) - base) & 0xffffu;
-        stacks.shrink(!node.odd, stacks.words(here - rights));
-        const uint32_t* left = stacks.top(!node.odd);
-        stacks.shrink(!node.odd, stacks.words(rights));
-        const uint32_t* right = stacks.top(!node.odd);
-        uint32_t* to = stacks.top(node.odd);
-        for (uint32_t k = lane * kEach; k < here; k += 32 * kEach) {
-          const uint32_t ones = (bits.rank(start + k) - base) & 0xffffu;
-          const uint32_t pattern = bits.at(start + k) & ((1u << kEach) - 1);
+      inner = node.right != 0;
+      odd = node.odd;
+      mine.at = passage.start[v] + passage.before(tile, v) * (inner ? 1 : node.bits);
+      mine.left = node.bits;
+      mine.right = node.first;
+      change = on_stack(odd, Tile<S>::words(mine.here));
+      if (inner) {
+        mine.extra = bits.rank(mine.at);
+        rights = (bits.rank(mine.at + mine.here) - mine.extra) & 0xffffu;
+        change -= on_stack(1 - odd, Tile<S>::words(rights) + Tile<S>::words(mine.here - rights));
+      }
+    }
+    const uint32_t after = tops + warp_inclusive(change);
+    tops = __shfl_sync(kFull, after, 31);
+    mine.list = top_of<S>(after - change, odd);
+    if (inner) {  // the left list was written last, and lies on top
+      mine.right = top_of<S>(after, 1 - odd);
+      mine.left = mine.right + Tile<S>::words(rights);
+    }
+    const uint32_t inners = __ballot_sync(kFull, inner);
+    for (uint32_t todo = __ballot_sync(kFull, mine.here != 0); todo != 0; todo &= todo - 1) {
+      const int next = __ffs(todo) - 1;
+      const Visit visit = mine.of_lane(next);
+      uint32_t* to = memory + visit.list;
+      __syncwarp();  // the lists of the node before are complete, and read
+      if (inners >> next & 1) {
+        const uint32_t *left = memory + visit.left, *right = memory + visit.right;
+        for (uint32_t k = lane * kEach; k < visit.here; k += 32 * kEach) {
+          const uint32_t ones = (bits.rank(visit.at + k) - visit.extra) & 0xffffu;
+          const uint32_t pattern = bits.at(visit.at + k) & ((1u << kEach) - 1);
           to[k / kEach] =
               __byte_perm(window<S>(left, k - ones), window<S>(right, ones), picks[pattern]);
         }
+        continue;
       }
-      stacks.grow(node.odd, stacks.words(here));
+      const uint32_t each = visit.left, mask = (1u << each) - 1;
+      const uint16_t* symbols = symbol_of + visit.right;
+      for (uint32_t k = lane * kEach; k < visit.here; k += 32 * kEach) {
+        const uint32_t raw = bits.at(visit.at + k * each);
+        uint32_t word = 0;
+#pragma unroll
+        for (uint32_t j = 0; j < kEach; ++j) {
+          word |= static_cast<uint32_t>(symbols[raw >> j * each & mask]) << 8 * sizeof(S) * j;
+        }
+        to[k / kEach] = word;
+      }
     }
   }
   __syncwarp();
@@ -737,9 +796,9 @@ __device__ inline void codec_store_symbols(const uint32_t* list, uint32_t skip, 
                                            S* out) {
   uint32_t k = threadIdx.x & 31;
   if (skip == 0 && (reinterpret_cast<intptr_t>(out) & 3) == 0) {
-    const uint32_t words = count / Stacks<S>::kEach;
+    const uint32_t words = count / Tile<S>::kEach;
     for (uint32_t i = k; i < words; i += 32) reinterpret_cast<uint32_t*>(out)[i] = list[i];
-    k += words * Stacks<S>::kEach;
+    k += words * Tile<S>::kEach;
   }
   for (; k < count; k += 32) out[k] = reinterpret_cast<const S*>(list)[skip + k];
 }
@@ -787,7 +846,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunk = int64_t{1} << chunk_log2, number = first_chunk + blockIdx.x;
   const int64_t begin = number * chunk;
   const uint32_t here = static_cast<uint32_t>(least(chunk, n - begin));
-  const int tiles = (1 << chunk_log2) / kTile;
+  const int tiles = static_cast<int>((chunk + Tile<S>::kSymbols - 1) / Tile<S>::kSymbols);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t bytes = entries[2 * blockIdx.x], words = (bytes + 3) / 4;
   const int most_words = (largest + 3) / 4;
@@ -799,14 +858,14 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* ones = reinterpret_cast<uint16_t*>(data + most_words + 2);
   uint32_t* stacks = data + most_words + 2 + (most_words + 2) / 2;
   const uint16_t* symbol_of = reinterpret_cast<const uint16_t*>(tree + 4 * count);
-  if (leaves <= kMaxSharedSymbols) {
+  if (sizeof(S) == 1 || leaves <= kMaxSharedSymbols) {
     for (int i = threadIdx.x; i < (leaves + 1) / 2; i += kThreads) {
       stacks[i] = static_cast<uint32_t>(tree[4 * count + i]);
     }
     symbol_of = reinterpret_cast<const uint16_t*>(stacks);
     stacks += (leaves + 1) / 2;
   }
-  stacks += warp * 2 * Stacks<S>::kWords;
+  stacks += warp * 2 * Tile<S>::kStack;
   for (int i = threadIdx.x; i < 4 * count; i += kThreads) {
     memory[i] = static_cast<uint32_t>(tree[i]);
   }
@@ -840,7 +899,8 @@ __global__ void __launch_bounds__(kThreads)
     uint64_t at = 0;
     bool fits = intact;
     uint16_t* passing = passed + lane * count;
-    if (lane < tiles) passing[0] = static_cast<uint16_t>(least(here, (lane + 1u) * kTile));
+    if (lane < tiles)
+      passing[0] = static_cast<uint16_t>(least(here, (lane + 1) * Tile<S>::kSymbols));
     for (int v = 0; v < count && fits; ++v) {
       const CodecNode node = nodes[v];
       const uint32_t some = lane < tiles ? passing[v] : 0;
@@ -867,7 +927,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const Passage passage = {nodes, count, start, passed};
   for (int tile = warp; tile < tiles && warp < lists; tile += lists) {
-    const int64_t tile_begin = begin + tile * kTile, tile_end = least(tile_begin + kTile, begin + here);
+    const int64_t tile_begin = begin + tile * Tile<S>::kSymbols;
+    const int64_t tile_end = least(tile_begin + Tile<S>::kSymbols, begin + here);
     const int64_t first = most(tile_begin, start_at), last = least(tile_end, start_at + wanted);
     if (first >= last) continue;
     codec_merge_tile<S>(tile, ranks, passage, symbol_of, picks, stacks);

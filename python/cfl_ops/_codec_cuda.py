@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _codec_python as _py
-from ._nvrtc import MAX_SHARED_SYMBOLS, PART, THREADS, TILE, WARPS
+from ._nvrtc import MAX_SHARED_SYMBOLS, PART, THREADS, TILE_BYTES, WARPS
 
 MAX_NODES, MAX_CHUNK_LOG2 = 1024, 15
 STATIC_SHARED = 5 << 10
@@ -70,27 +70,27 @@ def _shared_memory(device: torch.device) -> int:
     return optin - STATIC_SHARED
 
 
-def _stack_bytes(symbol_bytes: int) -> int:
-    """The two stacks of lists of a warp (Stacks in codec_kernel.cuh)."""
-    return 2 * (TILE * symbol_bytes + 4 * 64)
+_STACK_BYTES = 2 * (TILE_BYTES + 4 * 64)
+"""The two stacks of lists of a warp (Tile in codec_kernel.cuh)."""
 
 
-def _node_bytes(nodes: int, chunk_log2: int) -> int:
+def _node_bytes(nodes: int, chunk_log2: int, symbol_bytes: int) -> int:
     """The nodes, where their bits start, and what has passed them at the end of each tile."""
-    return 20 * nodes + 4 * -(-(nodes << chunk_log2) // TILE // 2)
+    tiles = -(-(symbol_bytes << chunk_log2) // TILE_BYTES)
+    return 20 * nodes + 4 * -(-tiles * nodes // 2)
 
 
 def encode_shared(nodes: int, chunk_log2: int, alphabet: int, symbol_bytes: int) -> int:
     """Bytes of shared memory that codec_encode_kernel needs besides the bits of a chunk."""
     codes = 4 * alphabet if alphabet <= MAX_SHARED_SYMBOLS else 0
-    return _node_bytes(nodes, chunk_log2) + WARPS * max(_stack_bytes(symbol_bytes), 4 * nodes) + codes
+    return _node_bytes(nodes, chunk_log2, symbol_bytes) + WARPS * max(_STACK_BYTES, 4 * nodes) + codes
 
 
-def decode_shared(nodes: int, chunk_log2: int, leaves: int, largest: int) -> int:
+def decode_shared(nodes: int, chunk_log2: int, leaves: int, symbol_bytes: int, largest: int) -> int:
     """Bytes of shared memory that codec_decode_kernel needs besides the stacks of its warps."""
     symbols = 4 * -(-leaves // 2) if leaves <= MAX_SHARED_SYMBOLS else 0
     words = -(-largest // 4) + 2
-    return _node_bytes(nodes, chunk_log2) + symbols + 4 * (words + words // 2)
+    return _node_bytes(nodes, chunk_log2, symbol_bytes) + symbols + 4 * (words + words // 2)
 
 
 # --- quantize -----------------------------------------------------------------------------------------------
@@ -289,11 +289,11 @@ def _decode(
     largest = max(header.sizes[first : last + 1])
     tree = _py.build_tree(header.lengths)
     nodes, leaves = len(tree.nodes), len(tree.symbols)
-    shared = decode_shared(nodes, header.chunk_log2, leaves, largest)
-    lists = min(WARPS, (_shared_memory(device) - shared) // _stack_bytes(header.symbol_bytes))
+    shared = decode_shared(nodes, header.chunk_log2, leaves, header.symbol_bytes, largest)
+    lists = min(WARPS, (_shared_memory(device) - shared) // _STACK_BYTES)
     if nodes > MAX_NODES or header.chunk_log2 > MAX_CHUNK_LOG2 or lists < 1:
         return None
-    shared += lists * _stack_bytes(header.symbol_bytes)
+    shared += lists * _STACK_BYTES
     table = header.data - 8 * len(header.sizes)
     entries = payload[table + 8 * first : table + 8 * (last + 1)].clone().view(torch.int32).view(-1, 2)
     sizes = entries[:, 0].to(torch.int64)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-THREADS, WARPS, PART, MAX_SHARED, TILE, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 10, 4096
+THREADS, WARPS, PART, MAX_SHARED, TILE_BYTES, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 11, 4096
 """As in device.cuh and codec_kernel.cuh."""
 MOST_BLOCKS = 1 << 20
 OPTIONS = ("-std=c++20",)
