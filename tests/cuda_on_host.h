@@ -193,9 +193,15 @@ T atomicOr(T* to, T value) {
   return old;
 }
 template <class T>
-T atomicMin(T* to, T value) {
+T atomicMax(T* to, T value) {
   const T old = *to;
-  if (value < old) *to = value;
+  if (old < value) *to = value;
+  return old;
+}
+template <class T>
+T atomicCAS(T* to, T known, T value) {
+  const T old = *to;
+  if (old == known) *to = value;
   return old;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

@@ -19,7 +19,7 @@ import torch
 from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc, codec
 
 ROOT = Path(__file__).parent.parent
-CODEC = ("quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
+CODEC = ("weight_range", "quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,126 @@ def test_payload_is_that_of_the_cpu(kernels, name: str, order: str, monkeypatch:
             out = torch.empty(end - begin, dtype=symbols.dtype)
             assert int(_codec_cuda.huffman_decode_(kernels, got[5:], out, begin)) == 0
             assert torch.equal(out, symbols[begin:end])
+
+
+@pytest.mark.parametrize("name", ["normal8", "normal10", "skewed"])
+def test_any_address(kernels, name: str) -> None:
+    """Symbols and outputs that do not start at a word, and slices that start and end anywhere in a tile."""
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    for offset in (1, 2, 3):
+        shifted = torch.empty(n + offset, dtype=symbols.dtype)[offset:].copy_(symbols)
+        payload = codec.HUFFMAN_ENCODE(symbols, [n], 12, 0)
+        assert torch.equal(_codec_cuda.huffman_encode(kernels, shifted, [n], 12, 0), payload)
+        for begin, end in ((0, n), (4096, n), (2047, 2049), (5 * offset, n - 1)):
+            room = torch.full((n + 8,), 77, dtype=symbols.dtype)
+            out = room[offset : offset + end - begin]
+            assert int(_codec_cuda.huffman_decode_(kernels, payload, out, begin)) == 0
+            assert torch.equal(out, symbols[begin:end])
+            assert bool(
+                (room[:offset].int() == 77).all() and (room[offset + end - begin :].int() == 77).all()
+            )
+
+
+def test_many_nodes(kernels) -> None:
+    """More nodes than lanes, in a deep tree: Fibonacci counts give one code length to each symbol."""
+    counts = [1, 1]
+    while len(counts) < 18:
+        counts.append(counts[-1] + counts[-2])
+    symbols = torch.repeat_interleave(torch.arange(18), torch.tensor(counts))
+    symbols = symbols[torch.randperm(symbols.numel())].to(torch.uint16)
+    spread = (torch.rand(9000) ** 3 * 1200).to(torch.uint16)  # hundreds of nodes
+    for s in (symbols, spread):
+        n = s.numel()
+        want = codec.HUFFMAN_ENCODE(s, [n], 13, 0)
+        assert torch.equal(_codec_cuda.huffman_encode(kernels, s, [n], 13, 0), want)
+        out = torch.empty_like(s)
+        assert int(_codec_cuda.huffman_decode_(kernels, want, out, 0)) == 0
+        assert torch.equal(out, s)
+
+
+class Spy:
+    """Kernels that note how they are called."""
+
+    def __init__(self, kernels) -> None:
+        self.kernels, self.calls = kernels, []
+
+    def __getattr__(self, name: str):
+        def call(*args) -> None:
+            self.calls.append((name, args))
+            getattr(self.kernels, name)(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("lists", [1, 3])
+def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the lists of all warps do not fit, fewer decode."""
+    symbols = normal_symbols(20000, 256, torch.uint8)
+    payload = codec.HUFFMAN_ENCODE(symbols, [20000], 15, 0)
+    facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 20000)[0].tolist()
+    room = (
+        _codec_cuda.decode_shared(facts[5], 15, facts[6], 1, facts[8])
+        + (lists + 1) * _codec_cuda._STACK_BYTES
+    )
+    monkeypatch.setattr(_codec_cuda, "_shared_memory", lambda device: room - 1)
+    spy, out = Spy(kernels), torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(spy, payload, out, 0)) == 0
+    assert [(name, args[-4]) for name, args in spy.calls] == [("decode", lists)]
+    assert torch.equal(out, symbols)
+
+
+def test_the_first_bad_chunk_is_reported(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFL_ON_HOST_ORDER", "reverse")
+    symbols = normal_symbols(5000, 64, torch.uint8)
+    payload = codec.HUFFMAN_ENCODE(symbols, [5000], 10, 0)
+    facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 2048, 1)[0].tolist()
+    payload[facts[4] + facts[7]] ^= 1  # the first byte of chunk 2
+    payload[-1] ^= 1
+    out = torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out, 0)) == 1002
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 3500)) == 1004
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 1024)) == 0
+
+
+def test_waits(emulated, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wait for a GPU goes through to_host: two to encode, one to read a header and decode."""
+    waits: list[int] = []
+    to_host = _codec_cuda.to_host
+    monkeypatch.setattr(_codec_cuda, "to_host", lambda data: (waits.append(data.numel()), to_host(data))[1])
+    for symbols in (normal_symbols(70000, 256, torch.uint8), normal_symbols(70000, 1024, torch.uint16)):
+        waits.clear()
+        payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
+        assert len(waits) == 2
+        waits.clear()
+        assert _codec_cuda.read_header(payload) == (0, symbols.element_size(), 70000, (70000,))
+        out = torch.empty_like(symbols)
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+        assert len(waits) == 1
+        assert torch.equal(out, symbols)
+        # Not for another tensor, nor for one that was written to, nor twice.
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+        assert len(waits) == 2
+        _codec_cuda.read_header(payload)
+        payload[0] ^= 1
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 2
+        assert len(waits) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weight_range_is_that_of_the_cpu(kernels, nvrtc, dtype: torch.dtype) -> None:
+    bad = torch.tensor([[torch.nan, 1.0, 2.0], [0.0, -0.0, 1.0]], dtype=dtype)
+    for w in (
+        torch.randn(70001).to(dtype),
+        torch.randn(3, 500).to(dtype),
+        bad,
+        torch.empty(2, 0, dtype=dtype),
+    ):
+        for bits, every in ((4, 33), (10, 1), (0, 1)):
+            want = codec.WEIGHT_RANGE(w, bits, every)
+            for launcher in (kernels, nvrtc):
+                got = _codec_cuda.weight_range(launcher, w, bits, every)
+                assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_chunk_that_outgrows_its_slot_is_encoded_again(kernels) -> None:

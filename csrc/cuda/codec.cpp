@@ -32,10 +32,16 @@ const Affine* affine_of(const std::optional<Tensor>& affine) {
   return affine ? pointer<const Affine>(*affine) : nullptr;
 }
 
-void histogram_op(const Tensor& symbols, int64_t block, int64_t step, Tensor counts) {
+void largest_op(const Tensor& symbols, Tensor largest) {
+  const OnDevice device(symbols);
+  check(codec_largest(symbols.data_ptr(), symbol_size(symbols), symbols.numel(),
+                      pointer<unsigned long long>(largest), device.stream()),
+        "huffman_encode");
+}
+
+void histogram_op(const Tensor& symbols, Tensor counts) {
   const OnDevice device(symbols);
   check(codec_histogram(symbols.data_ptr(), symbol_size(symbols), symbols.numel(),
-                        static_cast<int>(counts.numel()), block, step,
                         pointer<unsigned long long>(counts), device.stream()),
         "huffman_encode");
 }
@@ -65,7 +71,7 @@ void decode_op(const Tensor& payload, const Tensor& entries, const Tensor& offse
                int64_t chunk_log2, int64_t first_chunk, const Tensor& tree, int64_t nodes,
                int64_t leaves, const Tensor& crc_tables, const std::optional<Tensor>& affine,
                int64_t group_size, int64_t symbol_bytes, int64_t start, int64_t largest,
-               int64_t lists, int64_t shared, Tensor out, Tensor bad) {
+               int64_t lists, int64_t shared, Tensor out, Tensor info) {
   const OnDevice device(payload);
   CodecDecodeArgs args = {};
   args.payload = pointer<uint8_t>(payload);
@@ -93,7 +99,7 @@ void decode_op(const Tensor& payload, const Tensor& entries, const Tensor& offse
   args.largest = static_cast<int>(largest);
   args.lists = static_cast<int>(lists);
   args.shared = shared;
-  args.bad = pointer<unsigned long long>(bad);
+  args.info = pointer<unsigned long long>(info);
   check(codec_decode(args, device.stream()), "huffman_decode");
 }
 
@@ -141,6 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
 #endif
+  m.impl("cuda_largest", TORCH_BOX(&cfl::cuda::largest_op));
   m.impl("cuda_histogram", TORCH_BOX(&cfl::cuda::histogram_op));
   m.impl("cuda_encode", TORCH_BOX(&cfl::cuda::encode_op));
   m.impl("cuda_gather", TORCH_BOX(&cfl::cuda::gather_op));

@@ -8,6 +8,10 @@ namespace {
 
 constexpr int64_t kMostBlocks = 1 << 20;  // of grids whose blocks take several items in turn
 
+int64_t counting_blocks(int64_t symbols) {
+  return least<int64_t>(1024, divide_up(symbols, 16 * kThreads));
+}
+
 template <class Call>
 cudaError_t by_symbol(int size, Call call) {
   return size == 1 ? call(uint8_t{}) : call(uint16_t{});
@@ -32,16 +36,24 @@ const T* in(const void* data) {
 
 }  // namespace
 
-cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int alphabet,
-                            int64_t block, int64_t step, unsigned long long* counts,
-                            cudaStream_t stream) {
+cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
+                          unsigned long long* largest, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  const int64_t blocks = least<int64_t>(2048, divide_up(divide_up(n, step) * block, 16 * kThreads));
-  const size_t shared = alphabet <= kMaxShared ? alphabet * sizeof(uint32_t) : 0;
   return by_symbol(symbol_size, [&](auto s) {
     using S = decltype(s);
-    return launch(&codec_histogram_kernel<S>, blocks, shared, stream, in<S>(symbols), n, alphabet,
-                  block, step, counts);
+    return launch(&codec_largest_kernel<S>, counting_blocks(n), 0, stream, in<S>(symbols), n,
+                  largest);
+  });
+}
+
+cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n,
+                            unsigned long long* counts, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const size_t shared = (symbol_size == 1 ? 256 : kMaxShared) * sizeof(uint32_t);
+  return by_symbol(symbol_size, [&](auto s) {
+    using S = decltype(s);
+    return launch(&codec_histogram_kernel<S>, counting_blocks(n), shared, stream, in<S>(symbols), n,
+                  counts);
   });
 }
 
@@ -136,7 +148,7 @@ cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream) {
                     args.entries, args.offsets, args.n, args.chunk_log2, args.first_chunk,
                     args.tree, args.nodes, args.leaves, args.crc_tables, args.affine,
                     args.group_size, args.start, args.count, args.largest, args.lists,
-                    static_cast<T*>(args.out), args.bad);
+                    static_cast<T*>(args.out), args.info);
     };
     return args.affine ? by_float(args.dtype, decode) : decode(s);
   });

@@ -18,10 +18,12 @@ namespace cfl::cuda {
 struct Affine;
 enum class Float : int { kF16, kBF16, kF32, kF64 };
 
-// counts[0..alphabet) += the counts of the first `block` symbols of every `step`.
-cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int alphabet,
-                            int64_t block, int64_t step, unsigned long long* counts,
-                            cudaStream_t stream);
+// *largest = max(*largest, symbols).
+cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
+                          unsigned long long* largest, cudaStream_t stream);
+// See codec_histogram_kernel.
+cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n,
+                            unsigned long long* counts, cudaStream_t stream);
 
 // See codec_encode_kernel.
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
@@ -63,7 +65,7 @@ struct CodecDecodeArgs {
   int largest;      // chunk, in bytes
   int lists;
   int64_t shared;  // bytes of shared memory
-  unsigned long long* bad;
+  unsigned long long* info;
 };
 // cudaErrorInvalidValue where a chunk needs more shared memory than a block can have.
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream);

@@ -35,6 +35,8 @@ constexpr int kTileBytes = 1 << 11;  // of the symbols that a warp takes through
 constexpr int kMaxSharedSymbols = 4096;  // a code's tables of more symbols stay in global memory
 constexpr int kPart = 1 << 15;           // weights of a group that a block quantises at a time
 constexpr int kMaxShared = 8192;         // counts that fit shared memory
+constexpr int64_t kSampleBlock = 4096;   // symbols that are counted together
+constexpr unsigned long long kBadChunk = 1000;    // as in cpu/codec_payload.h
 constexpr double kHuge = 0x1.fffffffffffffp1023;  // above all finite weights, or equal
 
 // The sum over this lane and those before it.
@@ -132,12 +134,32 @@ __device__ inline uint32_t block_crc(const uint32_t* data, uint32_t size, const 
 // ---- histogram
 // -----------------------------------------------------------------------------------
 
-// Of the first `block` symbols of every `step`. Symbols beyond the alphabet are the caller's fault.
-template <class T>
+// *largest (0 before) becomes the largest symbol.
+template <class S>
 __global__ void __launch_bounds__(kThreads)
-    codec_histogram_kernel(const T* symbols, int64_t n, int alphabet, int64_t block, int64_t step,
-                           unsigned long long* counts) {
+    codec_largest_kernel(const S* symbols, int64_t n, unsigned long long* largest) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  uint32_t most_here = 0;
+#pragma unroll 8
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += stride) {
+    most_here = most(most_here, static_cast<uint32_t>(symbols[i]));
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    most_here = most(most_here, __shfl_xor_sync(kFull, most_here, d));
+  }
+  if ((threadIdx.x & 31) == 0) atomicMax(largest, static_cast<unsigned long long>(most_here));
+}
+
+// Adds to `counts`, of all symbols or of the first kSampleBlock of every so many (docs/format.md,
+// how the lengths are found). Behind the counts of 16-bit symbols follows the largest of them.
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    codec_histogram_kernel(const S* symbols, int64_t n, unsigned long long* counts) {
   CFL_DYNAMIC_SHARED(local);
+  const int alphabet = sizeof(S) == 1 ? 256 : static_cast<int>(counts[1 << 16]) + 1;
+  const int64_t every = n / (int64_t{1024} * alphabet);
+  const int64_t block = every > 1 ? kSampleBlock : n, step = every > 1 ? kSampleBlock * every : n;
   const bool shared_counts = alphabet <= kMaxShared;
   if (shared_counts) {
     for (int s = threadIdx.x; s < alphabet; s += kThreads) local[s] = 0;
@@ -147,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t sampled = (n + step - 1) / step * block;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < sampled;
        i += stride) {
-    const int64_t at = block == step ? i : i / block * step + i % block;
+    const int64_t at = block == step ? i : i / kSampleBlock * step + i % kSampleBlock;
     if (at >= n) continue;
     if (shared_counts) {
       atomicAdd(&local[symbols[at]], 1u);
@@ -820,6 +842,16 @@ __device__ inline void codec_store_weights(const S* symbols, uint32_t count, T* 
   }
 }
 
+// *info becomes `code` if it is 0 or more than that.
+__device__ inline void report(unsigned long long* info, unsigned long long code) {
+  unsigned long long known = 0;
+  while (known == 0 || known > code) {
+    const unsigned long long found = atomicCAS(info, known, code);
+    if (found == known) return;
+    known = found;
+  }
+}
+
 template <class S, class T>
 struct IsSame {
   static constexpr bool value = false;
@@ -831,15 +863,16 @@ struct IsSame<T, T> {
 
 // Symbols [start_at, start_at + wanted) of n, of type S, from the chunks first_chunk and on; as
 // weights where T is another type. entries and offsets (in the payload) are of these chunks, the
-// largest of which has `largest` bytes. *bad becomes the smallest number of a bad chunk. As many
-// warps merge as have `lists` in shared memory (decode_shared of _codec_cuda.py).
+// largest of which has `largest` bytes. *info (0 before) becomes kBadChunk and the smallest number
+// of a bad chunk. As many warps merge as have `lists` in shared memory (decode_shared of
+// _codec_cuda.py).
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
     codec_decode_kernel(const uint8_t* payload, const uint32_t* entries, const int64_t* offsets,
                         int64_t n, int chunk_log2, int64_t first_chunk, const int32_t* tree,
                         int count, int leaves, const uint32_t* crc_tables, const Affine* affine,
                         int64_t group_size, int64_t start_at, int64_t wanted, int largest,
-                        int lists, T* out, unsigned long long* bad) {
+                        int lists, T* out, unsigned long long* info) {
   CFL_DYNAMIC_SHARED(memory);
   __shared__ uint32_t picks[16];
   __shared__ bool good;
@@ -919,7 +952,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (lane == 0) {
       good = fits && (at + 7) / 8 == bytes;
-      if (!good) atomicMin(bad, static_cast<unsigned long long>(number));
+      if (!good) report(info, kBadChunk + number);
     }
   }
   __syncthreads();

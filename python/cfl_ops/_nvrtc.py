@@ -40,7 +40,7 @@ def names() -> list[str]:
     """The instantiations that are compiled."""
     symbols, floats = tuple(_SYMBOLS.values()), tuple(_FLOATS.values())
     kernels = ["codec_gather_kernel<uint8_t>"]
-    kernels += [f"codec_{what}_kernel<{s}>" for what in ("histogram", "encode") for s in symbols]
+    kernels += [f"codec_{what}_kernel<{s}>" for what in ("largest", "histogram", "encode") for s in symbols]
     kernels += [f"codec_decode_kernel<{s}, {t}>" for s in symbols for t in (s, *floats)]
     kernels += [f"codec_{what}_kernel<{t}>" for what in ("range", "ends", "affine") for t in floats]
     kernels += [f"codec_quantize_kernel<{t}, {s}>" for t in floats for s in symbols]
@@ -93,18 +93,24 @@ class Nvrtc:
             with stream:
                 function((blocks,), (THREADS,), tuple(plain), shared_mem=shared)
 
-    def histogram(self, symbols: Tensor, block: int, step: int, counts: Tensor) -> None:
+    def largest(self, symbols: Tensor, largest: Tensor) -> None:
         """See codec.cuh, here and below."""
-        n, np = symbols.numel(), self.numpy
-        if n == 0:
-            return
-        alphabet = counts.numel()
-        blocks = min(2048, -(-(-(-n // step) * block) // (16 * THREADS)))
-        self.launch(
-            *(f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, blocks),
-            4 * alphabet if alphabet <= MAX_SHARED else 0,
-            *(symbols, np.int64(n), np.int32(alphabet), np.int64(block), np.int64(step), counts),
-        )
+        n = symbols.numel()
+        if n:
+            self.launch(
+                *(f"codec_largest_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device),
+                *(min(1024, -(-n // (16 * THREADS))), 0, symbols, self.numpy.int64(n), largest),
+            )
+
+    def histogram(self, symbols: Tensor, counts: Tensor) -> None:
+        """Counts of all symbols, or of a sample."""
+        n = symbols.numel()
+        if n:
+            self.launch(
+                *(f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device),
+                *(min(1024, -(-n // (16 * THREADS))), 4 * min(counts.numel() - 1, MAX_SHARED)),
+                *(symbols, self.numpy.int64(n), counts),
+            )
 
     def encode(
         self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, alphabet: int,
@@ -129,7 +135,7 @@ class Nvrtc:
     def decode(
         self, payload: Tensor, entries: Tensor, offsets: Tensor, n: int, chunk_log2: int, first_chunk: int,
         tree: Tensor, nodes: int, leaves: int, crc_tables: Tensor, affine: Tensor | None, group_size: int,
-        symbol_bytes: int, start: int, largest: int, lists: int, shared: int, out: Tensor, bad: Tensor,
+        symbol_bytes: int, start: int, largest: int, lists: int, shared: int, out: Tensor, info: Tensor,
     ) -> None:  # fmt: skip
         """Chunks to symbols, or with ``affine`` to weights."""
         np, kind = self.numpy, f"uint{8 * symbol_bytes}_t"
@@ -138,7 +144,7 @@ class Nvrtc:
             *(f"codec_decode_kernel<{kind}, {to}>", out.device, offsets.numel(), shared),
             *(payload, entries, offsets, np.int64(n), np.int32(chunk_log2), np.int64(first_chunk), tree),
             *(np.int32(nodes), np.int32(leaves), crc_tables, affine, np.int64(group_size), np.int64(start)),
-            *(np.int64(out.numel()), np.int32(largest), np.int32(lists), out, bad),
+            *(np.int64(out.numel()), np.int32(largest), np.int32(lists), out, info),
         )
 
     def range(
