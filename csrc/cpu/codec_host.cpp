@@ -81,9 +81,10 @@ std::tuple<Tensor, Tensor, Tensor> host_code_op(const Tensor& strided, int64_t s
 }
 
 // All of a payload before its chunks, behind `reserve` zeros. entries: (chunks, 2) int32.
-Tensor host_head_op(const Tensor& entries, const Tensor& table, std::vector<int64_t> shape,
+Tensor host_head_op(const Tensor& strided, const Tensor& table, std::vector<int64_t> shape,
                     int64_t symbol_bytes, int64_t chunk_log2, int64_t numel, int64_t alphabet,
                     int64_t reserve) {
+  const Tensor entries = torch::stable::contiguous(strided);
   const int64_t chunks = entries.size(0), ndim = static_cast<int64_t>(shape.size());
   const int64_t before = kHeaderBytes + 8 * ndim, head = before + table.numel() + 8 * chunks;
   Tensor out = empty_cpu({reserve + head}, ScalarType::Byte);

@@ -56,7 +56,8 @@ def crc_tables(device: torch.device) -> Tensor:
     row = _crc_power(4 * THREADS)
     entries = [_crc_multiply(value << 8 * byte, row) for byte in range(4) for value in range(256)]
     entries += [_crc_power(4 * (THREADS - thread)) for thread in range(THREADS)]
-    return to_device(_py.from_bytes(struct.pack(f"<{len(entries)}I", *entries)), device).view(torch.int32)
+    host = _py.from_bytes(struct.pack(f"<{len(entries)}I", *entries))
+    return host.to(device).view(torch.int32)  # waits, once: other streams will read it too
 
 
 # --- between host and GPU -----------------------------------------------------------------------------------

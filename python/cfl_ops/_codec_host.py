@@ -66,7 +66,7 @@ def head(
     reserve: int,
 ) -> Tensor:
     """All of a payload before its chunks, behind ``reserve`` zeros. entries: (chunks, 2) int32."""
-    packed, chunks = _py.as_bytes(table), _py.as_bytes(entries.view(torch.uint8).flatten())
+    packed, chunks = _py.as_bytes(table), _py.as_bytes(entries.contiguous().view(torch.uint8).flatten())
     data = _py.head_bytes(symbol_bytes, chunk_log2, numel, tuple(shape), alphabet, packed, chunks)
     return _py.from_bytes(bytes(reserve) + data)
 
