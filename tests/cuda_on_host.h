@@ -82,28 +82,33 @@ inline void run_block(int threads) {
     }
     return *any;
   };
-  for (;;) {
-    for (int i = 0; i < threads; ++i) {
-      const int t = reverse ? threads - 1 - i : i;
-      if (fibers[t].wait != Wait::kNone) continue;
-      running = t;
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
+  auto release = [&](int first, int last, Wait why) {
+    bool any = false;
+    if (!all(first, last, why, &any)) return false;
+    for (int t = first; t < last; ++t) {
+      if (fibers[t].wait == why) fibers[t].wait = Wait::kNone;
     }
-    bool moved = false, any = false;
-    auto release = [&](int first, int last, Wait why) {
-      any = false;
-      if (!all(first, last, why, &any)) return;
-      for (int t = first; t < last; ++t) {
-        if (fibers[t].wait == why) fibers[t].wait = Wait::kNone;
-      }
-      moved = true;
-    };
-    for (int w = 0; w < threads; w += 32)
-      release(w, w + 32 < threads ? w + 32 : threads, Wait::kWarp);
-    if (!moved) release(0, threads, Wait::kBlock);
-    if (moved) continue;
-    any = false;
+    return true;
+  };
+  const int warps = (threads + 31) / 32;
+  for (;;) {
+    // Each warp runs as far as it can before the next one does: that shows a missing barrier of the
+    // block, as the order within a warp shows one of the warp.
+    for (int i = 0; i < warps; ++i) {
+      const int first = 32 * (reverse ? warps - 1 - i : i);
+      const int last = first + 32 < threads ? first + 32 : threads;
+      do {
+        for (int k = 0; k < last - first; ++k) {
+          const int t = reverse ? last - 1 - k : first + k;
+          if (fibers[t].wait != Wait::kNone) continue;
+          running = t;
+          threadIdx.x = t;
+          swapcontext(&scheduler, &fibers[t].context);
+        }
+      } while (release(first, last, Wait::kWarp));
+    }
+    if (release(0, threads, Wait::kBlock)) continue;
+    bool any = false;
     if (all(0, threads, Wait::kDone, &any)) return;
     std::fprintf(stderr, "cuda_on_host: a barrier that not all threads reach (block %u)\n",
                  blockIdx.x);

@@ -36,7 +36,9 @@ constexpr int kMaxSharedSymbols = 4096;  // a code's tables of more symbols stay
 constexpr int kPart = 1 << 15;           // weights of a group that a block quantises at a time
 constexpr int kMaxShared = 8192;         // counts that fit shared memory
 constexpr int64_t kSampleBlock = 4096;   // symbols that are counted together
-constexpr unsigned long long kBadChunk = 1000;    // as in cpu/codec_payload.h
+constexpr unsigned long long kBadChunk = 1000;  // as in cpu/codec_payload.h
+// __launch_bounds__(kThreads, n): registers for n blocks at once. Left to itself ptxas aims at more
+// than shared memory has room for, and spills.
 constexpr double kHuge = 0x1.fffffffffffffp1023;  // above all finite weights, or equal
 
 // The sum over this lane and those before it.
@@ -104,7 +106,6 @@ __device__ inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
 __device__ inline uint32_t block_crc(const uint32_t* data, uint32_t size, const uint32_t* tables) {
   __shared__ uint32_t table[4 * 256];
   __shared__ uint32_t sums[kWarps];
-  __syncthreads();
   for (int i = threadIdx.x; i < 4 * 256; i += kThreads) table[i] = tables[i];
   __syncthreads();
   const uint32_t words = size / 4, rows = (words + kThreads - 1) / kThreads;
@@ -285,8 +286,8 @@ __device__ inline void codec_count_tile(const S* symbols, uint32_t n, const uint
     }
   }
   __syncwarp();
+  // Each lane takes what it will set to zero for the next tile.
   for (int v = lane; v < nodes; v += 32) passed[v] = static_cast<uint16_t>(counts[v]);
-  __syncwarp();  // before the next tile's counts
 }
 
 // By one warp: the bits of a tile, to `words`.
@@ -386,7 +387,7 @@ __device__ inline void codec_part_tile(const S* symbols, uint32_t n, int tile,
 // checksum to `entries`. Where they do not fit the slot, only the size is written. Shared memory:
 // encode_shared of _codec_cuda.py.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     codec_encode_kernel(const S* symbols, int64_t n, int chunk_log2, const int32_t* tree, int count,
                         int leaves, int alphabet, const uint32_t* crc_tables, uint32_t* slots,
                         int64_t slot_words, int staged_words, uint32_t* entries) {
@@ -649,7 +650,7 @@ __device__ inline int codec_bin(const Affine& a, double w) {
 
 // Groups with NaN or Inf (info) become zeros and are not counted. counts may be null.
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     codec_quantize_kernel(const T* weights, int64_t groups, int64_t size, int64_t parts,
                           const Affine* affine, const int64_t* info, int levels, S* symbols,
                           unsigned long long* counts) {
@@ -867,7 +868,7 @@ struct IsSame<T, T> {
 // of a bad chunk. As many warps merge as have `lists` in shared memory (decode_shared of
 // _codec_cuda.py).
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     codec_decode_kernel(const uint8_t* payload, const uint32_t* entries, const int64_t* offsets,
                         int64_t n, int chunk_log2, int64_t first_chunk, const int32_t* tree,
                         int count, int leaves, const uint32_t* crc_tables, const Affine* affine,
@@ -928,27 +929,30 @@ __global__ void __launch_bounds__(kThreads)
   if (warp == 0) {
     // Each lane follows the symbols up to the end of its tile through the nodes; those up to the
     // end of the last tile are all. What passes a node is set when its parent is visited, which
-    // comes first in pre-order.
-    uint64_t at = 0;
-    bool fits = intact;
+    // comes first in pre-order. The other warps wait: what can be loaded ahead is.
+    uint32_t at = 0, some = lane < tiles ? least(here, (lane + 1) * Tile<S>::kSymbols) : 0;
     uint16_t* passing = passed + lane * count;
-    if (lane < tiles)
-      passing[0] = static_cast<uint16_t>(least(here, (lane + 1) * Tile<S>::kSymbols));
+    if (lane < tiles) passing[0] = static_cast<uint16_t>(some);
+    CodecNode node = nodes[0];
+    bool fits = intact;
     for (int v = 0; v < count && fits; ++v) {
-      const CodecNode node = nodes[v];
-      const uint32_t some = lane < tiles ? passing[v] : 0;
+      const CodecNode next = nodes[least(v + 1, count - 1)];
+      const uint32_t waiting = lane < tiles && v + 1 < count ? passing[v + 1] : 0;
       const uint32_t all = __shfl_sync(kFull, some, tiles - 1);
-      const uint64_t need = static_cast<uint64_t>(all) * (node.right ? 1 : node.bits);
-      fits = need <= 8ull * bytes - at;
+      const uint32_t need = all * (node.right ? 1 : node.bits);  // at most 2^15 * 16
+      fits = need <= 8 * bytes - at;
       if (!fits) break;
-      const uint32_t pos = static_cast<uint32_t>(at);
-      if (lane == 0) start[v] = pos;
+      if (lane == 0) start[v] = at;
       if (node.right && lane < tiles) {
-        const uint32_t rights = (ranks.rank(pos + some) - ranks.rank(pos)) & 0xffffu;
-        passing[v + 1] = static_cast<uint16_t>(some - rights);
+        const uint32_t rights = (ranks.rank(at + some) - ranks.rank(at)) & 0xffffu;
+        some -= rights;
+        passing[v + 1] = static_cast<uint16_t>(some);
         passing[node.right] = static_cast<uint16_t>(rights);
+      } else {
+        some = waiting;
       }
       at += need;
+      node = next;
     }
     if (lane == 0) {
       good = fits && (at + 7) / 8 == bytes;
