@@ -254,6 +254,8 @@ def test_quantize_is_that_of_the_cpu(kernels, dtype: torch.dtype, bits: int) -> 
     cases = [
         torch.randn(3, 700).to(dtype),
         torch.randn(1, 70000).to(dtype),
+        torch.randn(60, 7).to(dtype),  # groups of fewer weights than lanes
+        torch.randn(33, 45).to(dtype),
         torch.full((2, 40), 3.0, dtype=dtype),
         torch.tensor([[0.0, -0.0, 1.0], [torch.nan, 1.0, 2.0], [torch.inf, 0.0, -torch.inf]], dtype=dtype),
         torch.tensor([[-huge, huge, 1.0], [torch.nan, torch.nan, torch.inf]], dtype=dtype),
@@ -280,6 +282,7 @@ def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
         {"nonfinite": "keep"},
         {"bits": 10, "per": "row", "nonfinite": "keep"},
         {"bits": 5, "per": "block", "block_size": 64, "nonfinite": "keep"},
+        {"bits": 9, "per": "block", "block_size": 28, "nonfinite": "keep"},
     )
     for option in options:
         blob = cfl_ops.compress(w, **option)

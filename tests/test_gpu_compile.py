@@ -116,6 +116,7 @@ def test_constants_are_those_of_the_sources() -> None:
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
+    assert f"constexpr int kSpan = 1 << {_nvrtc.SPAN.bit_length() - 1};" in text
     assert f"constexpr int kTileBytes = 1 << {_nvrtc.TILE_BYTES.bit_length() - 1};" in text
 
 

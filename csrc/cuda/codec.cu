@@ -127,7 +127,7 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
                              const Affine* affine, void* weights, Float dtype,
                              cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  const int64_t blocks = least(kMostBlocks, divide_up(n, 4 * kThreads));
+  const int64_t blocks = least(kMostBlocks, divide_up(n, int64_t{kSpan} * kWarps));
   return by_float(dtype, [&](auto t) {
     return by_symbol(symbol_size, [&](auto s) {
       using T = decltype(t);

@@ -34,6 +34,7 @@ struct alignas(16) CodecNode {
 constexpr int kTileBytes = 1 << 11;  // of the symbols that a warp takes through the tree at a time
 constexpr int kMaxSharedSymbols = 4096;  // a code's tables of more symbols stay in global memory
 constexpr int kPart = 1 << 15;           // weights of a group that a block quantises at a time
+constexpr int kSpan = 1 << 12;           // symbols that a warp turns into weights at a time
 constexpr int kMaxShared = 8192;         // counts that fit shared memory
 constexpr int64_t kSampleBlock = 4096;   // symbols that are counted together
 constexpr unsigned long long kBadChunk = 1000;  // as in cpu/codec_payload.h
@@ -699,13 +700,39 @@ __device__ inline void codec_weight(const Affine& a, int symbol, T* to) {
   }
 }
 
+// By one warp: `count` symbols as weights; the first of them is the number-th of the tensor.
+template <class S, class T>
+__device__ inline void codec_store_weights(const S* symbols, uint32_t count, T* out,
+                                           const Affine* affine, int64_t number,
+                                           int64_t group_size) {
+  const uint32_t lane = threadIdx.x & 31;
+  int64_t group = number / group_size;
+  if (group_size < 32) {  // lanes in different groups
+    const uint32_t size = static_cast<uint32_t>(group_size);
+    const uint32_t skip = static_cast<uint32_t>(number - group * group_size);
+    for (uint32_t k = lane; k < count; k += 32) {
+      codec_weight(affine[group + (skip + k) / size], symbols[k], &out[k]);
+    }
+    return;
+  }
+  for (uint32_t first = 0; first < count; ++group) {
+    const uint32_t last = static_cast<uint32_t>(
+        least(static_cast<int64_t>(count), (group + 1) * group_size - number));
+    const Affine a = affine[group];
+    for (uint32_t k = first + lane; k < last; k += 32) codec_weight(a, symbols[k], &out[k]);
+    first = last;
+  }
+}
+
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
     codec_dequantize_kernel(const S* symbols, int64_t n, int64_t size, const Affine* affine,
                             T* weights) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += stride) {
-    codec_weight(affine[size == n ? 0 : i / size], symbols[i], &weights[i]);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + (threadIdx.x >> 5);
+  for (int64_t i = warp * kSpan; i < n; i += warps * kSpan) {
+    const uint32_t count = static_cast<uint32_t>(least(int64_t{kSpan}, n - i));
+    codec_store_weights(symbols + i, count, weights + i, affine, i, size);
   }
 }
 
@@ -824,23 +851,6 @@ __device__ inline void codec_store_symbols(const uint32_t* list, uint32_t skip, 
     k += words * Tile<S>::kEach;
   }
   for (; k < count; k += 32) out[k] = reinterpret_cast<const S*>(list)[skip + k];
-}
-
-// By one warp: `count` symbols as weights; the first of them is the number-th of the tensor.
-template <class S, class T>
-__device__ inline void codec_store_weights(const S* symbols, uint32_t count, T* out,
-                                           const Affine* affine, int64_t number,
-                                           int64_t group_size) {
-  int64_t group = number / group_size;
-  for (uint32_t first = 0; first < count; ++group) {
-    const uint32_t last = static_cast<uint32_t>(
-        least(static_cast<int64_t>(count), (group + 1) * group_size - number));
-    const Affine a = affine[group];
-    for (uint32_t k = first + (threadIdx.x & 31); k < last; k += 32) {
-      codec_weight(a, symbols[k], &out[k]);
-    }
-    first = last;
-  }
 }
 
 // *info becomes `code` if it is 0 or more than that.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 THREADS, WARPS, PART, MAX_SHARED, TILE_BYTES, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 11, 4096
 """As in device.cuh and codec_kernel.cuh."""
-MOST_BLOCKS = 1 << 20
+MOST_BLOCKS, SPAN = 1 << 20, 1 << 12
 OPTIONS = ("-std=c++20",)
 
 _SYMBOLS = {torch.uint8: "uint8_t", torch.uint16: "uint16_t"}
@@ -210,7 +210,7 @@ class Nvrtc:
         if n:
             self.launch(
                 f"codec_dequantize_kernel<{_SYMBOLS[symbols.dtype]}, {_FLOATS[weights.dtype]}>",
-                *(symbols.device, min(MOST_BLOCKS, -(-n // (4 * THREADS))), 0),
+                *(symbols.device, min(MOST_BLOCKS, -(-n // (SPAN * WARPS))), 0),
                 *(symbols, np.int64(n), np.int64(symbols.shape[1]), affine, weights),
             )
 
