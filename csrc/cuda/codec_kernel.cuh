@@ -102,8 +102,8 @@ __device__ inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
 
 // Of `size` bytes, by the whole block, a word to each thread and row: the remainder moves on by a
 // row (a look-up in four tables), and at the end by what the thread lies before the end. `tables`
-// holds these 4 * 256 entries and 256 factors (_cuda.py); the whole rows are the last ones, for
-// zeros in front change nothing.
+// holds these 4 * 256 entries and 256 factors (_codec_cuda.py); the whole rows are the last ones,
+// for zeros in front change nothing. It waits for what the block is still writing to `data`.
 __device__ inline uint32_t block_crc(const uint32_t* data, uint32_t size, const uint32_t* tables) {
   __shared__ uint32_t table[4 * 256];
   __shared__ uint32_t sums[kWarps];
@@ -465,7 +465,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int tile = warp; tile < tiles && size_of(tile); tile += kWarps) {
       codec_part_tile(part(tile), size_of(tile), tile, codes, passage, scratch, words);
     }
-    __syncthreads();
     const uint32_t crc = block_crc(words, size, crc_tables);
     if (threadIdx.x == 0) {
       entries[2 * blockIdx.x] = size;

@@ -60,6 +60,10 @@ def _current_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.current_stream(device)
 
 
+def _counting_blocks(symbols: int) -> int:
+    return min(1024, -(-symbols // (16 * THREADS)))
+
+
 class Nvrtc:
     """The same calls as :class:`cfl_ops._cuda.Native`."""
 
@@ -95,22 +99,18 @@ class Nvrtc:
 
     def largest(self, symbols: Tensor, largest: Tensor) -> None:
         """See codec.cuh, here and below."""
-        n = symbols.numel()
+        n, blocks = symbols.numel(), _counting_blocks(symbols.numel())
         if n:
-            self.launch(
-                *(f"codec_largest_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device),
-                *(min(1024, -(-n // (16 * THREADS))), 0, symbols, self.numpy.int64(n), largest),
-            )
+            name = f"codec_largest_kernel<{_SYMBOLS[symbols.dtype]}>"
+            self.launch(name, symbols.device, blocks, 0, symbols, self.numpy.int64(n), largest)
 
     def histogram(self, symbols: Tensor, counts: Tensor) -> None:
         """Counts of all symbols, or of a sample."""
-        n = symbols.numel()
+        n, blocks = symbols.numel(), _counting_blocks(symbols.numel())
         if n:
-            self.launch(
-                *(f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device),
-                *(min(1024, -(-n // (16 * THREADS))), 4 * min(counts.numel() - 1, MAX_SHARED)),
-                *(symbols, self.numpy.int64(n), counts),
-            )
+            name = f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>"
+            shared = 4 * min(counts.numel() - 1, MAX_SHARED)
+            self.launch(name, symbols.device, blocks, shared, symbols, self.numpy.int64(n), counts)
 
     def encode(
         self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, alphabet: int,

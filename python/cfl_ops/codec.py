@@ -728,14 +728,14 @@ def _header(op: str, payload: Tensor, raw: Tensor | None = None) -> _Header:
     """
     if payload.device.type == "cpu" or torch.compiler.is_compiling():
         code, symbol_bytes, _, numel, ndim, *extents = _as_tensor(PAYLOAD_HEADER(payload)).tolist()
+        shape = tuple(extents[:ndim])
     else:  # read on the host, and not once more by the op that decodes
         from . import _codec_cuda
 
-        code, symbol_bytes, numel, extents = _codec_cuda.read_header(payload, raw)
-        ndim = len(extents)
+        code, symbol_bytes, numel, shape = _codec_cuda.read_header(payload, raw)
     if code:
         raise _corrupt(op, f"the payload {_py.WORDS[code]}")
-    return _Header(symbol_bytes, numel, tuple(extents[:ndim]))
+    return _Header(symbol_bytes, numel, shape)
 
 
 # --- weights ------------------------------------------------------------------------------------------------
