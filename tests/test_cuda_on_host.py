@@ -198,6 +198,11 @@ def test_waits(emulated, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
         payload[0] ^= 1
         assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 2
         assert len(waits) == 4
+        with torch.inference_mode():
+            payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
+            assert _codec_cuda.read_header(payload)[0] == 0
+            assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+            assert torch.equal(out, symbols)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

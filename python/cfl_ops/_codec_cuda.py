@@ -113,7 +113,8 @@ def read_header(payload: Tensor, raw: Tensor | None = None) -> tuple[int, int, i
     wait for its header again.
     """
     facts, _, raw = _parse(payload, raw, 0, 0)
-    _held.payload, _held.version, _held.raw = weakref.ref(payload), payload._version, raw
+    if not payload.is_inference():  # those do not count their changes
+        _held.payload, _held.version, _held.raw = weakref.ref(payload), payload._version, raw
     return facts[0], facts[1], facts[3], tuple(facts[9:])
 
 
