@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 import subprocess
 import types
+import zlib
 from pathlib import Path
 
 import cfl_ops
@@ -174,6 +176,34 @@ def test_the_first_bad_chunk_is_reported(kernels, monkeypatch: pytest.MonkeyPatc
     assert int(_codec_cuda.huffman_decode_(kernels, payload, out, 0)) == 1002
     assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 3500)) == 1004
     assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 1024)) == 0
+
+
+def test_forged_chunks(kernels) -> None:
+    """Bits that were changed behind right checksums: the verdict, and what is decoded, are the CPU's."""
+    verdicts = set()
+    for dtype, alphabet in ((torch.uint8, 256), (torch.uint16, 1024)):
+        symbols = normal_symbols(3000, alphabet, dtype)
+        payload = codec.HUFFMAN_ENCODE(symbols, [3000], 11, 0)
+        data = int(torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 0)[0][4])
+        for seed in range(25):
+            generator = torch.Generator().manual_seed(seed)
+            forged = payload.clone()
+            for _ in range(1 + seed % 3):
+                at = int(torch.randint(data, forged.numel(), (1,), generator=generator))
+                forged[at] ^= 1 << seed % 8
+            raw = bytearray(forged.tolist())
+            entries = struct.unpack_from("<4I", raw, data - 16)
+            cut = data + entries[0]
+            sums = zlib.crc32(raw[data:cut]), zlib.crc32(raw[cut:])
+            struct.pack_into("<4I", raw, data - 16, entries[0], sums[0], entries[2], sums[1])
+            struct.pack_into("<I", raw, 36, zlib.crc32(raw[40:data], zlib.crc32(raw[:36])))
+            forged = torch.frombuffer(raw, dtype=torch.uint8)
+            want, got = torch.zeros_like(symbols), torch.zeros_like(symbols)
+            verdict = int(codec.HUFFMAN_DECODE(forged, want, 0))
+            assert int(_codec_cuda.huffman_decode_(kernels, forged, got, 0)) == verdict
+            assert verdict or torch.equal(got, want)
+            verdicts.add(verdict)
+    assert {0, 1000} <= verdicts  # some bits only change symbols, others the sizes of lists
 
 
 def test_waits(emulated, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
