@@ -124,7 +124,8 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, Call call) {
   blockDim.x = threads;
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx.x = static_cast<unsigned>(b);
-    shared.assign((shared_bytes + 3) / 4, 0xcdcdcdcdu);  // never zero by chance
+    // Never zero by chance; and of this very size, so that AddressSanitizer sees what goes beyond.
+    shared = std::vector<uint32_t>((shared_bytes + 3) / 4, 0xcdcdcdcdu);
     run_block(threads);
   }
 }

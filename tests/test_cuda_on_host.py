@@ -75,6 +75,8 @@ SYMBOLS = {
     "two": lambda: torch.arange(2500).remainder(2).to(torch.uint16),
     "normal8": lambda: normal_symbols(9001, 256, torch.uint8),
     "normal10": lambda: normal_symbols(8193, 1024, torch.uint16),
+    "chunks8": lambda: normal_symbols(36000, 256, torch.uint8),  # several tiles to a warp
+    "chunks10": lambda: normal_symbols(33000, 1024, torch.uint16),
     "skewed": lambda: (torch.rand(5000) ** 9 * 250).to(torch.uint8),
     "uniform16": lambda: torch.randint(65536, (3000,), dtype=torch.int32).to(torch.uint16),
     "sampled": lambda: torch.randint(3, (40000,), dtype=torch.int32).to(torch.uint16),

@@ -47,7 +47,7 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
                              const Affine* affine, void* weights, Float dtype, cudaStream_t stream);
 
 struct CodecDecodeArgs {
-  const uint8_t* payload;  // each chunk is read as aligned words: up to 3 bytes before and after it
+  const uint8_t* payload;   // each chunk is read as aligned words: up to 3 bytes before it
   const uint32_t* entries;  // bytes and checksum of each chunk
   const int64_t* offsets;
   int64_t chunks, n;

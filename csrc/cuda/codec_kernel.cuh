@@ -72,21 +72,6 @@ __device__ inline uint32_t block_exclusive(uint32_t v, uint32_t* total) {
   return mine - v + warps[warp];
 }
 
-// The bits of a chunk, which may start at any byte.
-struct Bits {
-  const uint32_t* words;  // aligned, at or before the chunk
-  uint32_t skip;          // bits from there to the chunk
-  uint32_t count;         // bits of the chunk
-
-  __device__ uint32_t at(uint32_t pos) const {  // 32 of them; what lies past the end reads as zero
-    if (pos >= count) return 0;
-    const uint32_t p = pos + skip, s = p & 31, left = count - pos;
-    const uint32_t low = words[p >> 5] >> s;
-    const uint32_t bits = s && left > 32 - s ? low | words[(p >> 5) + 1] << (32 - s) : low;
-    return left >= 32 ? bits : bits & ((1u << left) - 1);
-  }
-};
-
 // ---- checksum
 // ------------------------------------------------------------------------------------
 
@@ -485,17 +470,19 @@ __global__ void __launch_bounds__(kThreads)
     codec_gather_kernel(const uint32_t* slots, int64_t slot_words, const uint32_t* entries,
                         const int64_t* offsets, T* out) {
   const uint32_t* from = slots + blockIdx.x * slot_words;
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(from);
   const uint32_t size = entries[2 * blockIdx.x];
-  const Bits bits = {from, 0, 8 * size};
   T* to = out + offsets[blockIdx.x];
   // Bytes up to a word of `out`, whole words, and the bytes that are left.
   const uint32_t head = least(size, static_cast<uint32_t>(-reinterpret_cast<intptr_t>(to) & 3));
   const uint32_t words = (size - head) / 4;
   uint32_t* aligned = reinterpret_cast<uint32_t*>(to + head);
-  for (uint32_t i = threadIdx.x; i < words; i += kThreads) aligned[i] = bits.at(8 * head + 32 * i);
-  if (threadIdx.x < head) to[threadIdx.x] = static_cast<T>(bits.at(8 * threadIdx.x));
+  for (uint32_t i = threadIdx.x; i < words; i += kThreads) {
+    aligned[i] = __funnelshift_r(from[i], head ? from[i + 1] : 0, 8 * head);
+  }
+  if (threadIdx.x < head) to[threadIdx.x] = bytes[threadIdx.x];
   const uint32_t tail = head + 4 * words + threadIdx.x;
-  if (tail < size) to[tail] = static_cast<T>(bits.at(8 * tail));
+  if (tail < size) to[tail] = bytes[tail];
 }
 
 // ---- weights to symbols and back
@@ -913,12 +900,22 @@ __global__ void __launch_bounds__(kThreads, 3)
     memory[i] = static_cast<uint32_t>(tree[i]);
   }
   if (threadIdx.x < 16) picks[threadIdx.x] = picking<S>(threadIdx.x);
+  // The chunk, which may start at any byte, and two more words of zeros: `Ranks` and `window` look
+  // that far. Nothing is read that lies behind the chunk, where the payload may end.
   const uint8_t* from = payload + offsets[blockIdx.x];
   const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<intptr_t>(from) & 3);
-  const Bits encoded = {reinterpret_cast<const uint32_t*>(from - misaligned), 8 * misaligned,
-                        8 * bytes};
-  // Two more words, of zeros: `Ranks` and `window` look that far.
-  for (uint32_t i = threadIdx.x; i < words + 2; i += kThreads) data[i] = encoded.at(32 * i);
+  const uint32_t* aligned = reinterpret_cast<const uint32_t*>(from - misaligned);
+  for (uint32_t i = threadIdx.x; i < words + 2; i += kThreads) {
+    uint32_t word = 0;
+    if (4 * i + 8 <= bytes) {
+      word = __funnelshift_r(aligned[i], aligned[i + 1], 8 * misaligned);
+    } else {
+      for (uint32_t b = 4 * i; b < bytes && b < 4 * i + 4; ++b) {
+        word |= static_cast<uint32_t>(from[b]) << 8 * (b & 3);
+      }
+    }
+    data[i] = word;
+  }
   const bool intact = block_crc(data, bytes, crc_tables) == entries[2 * blockIdx.x + 1];
 
   // An odd number of words to each thread: no two lanes of a warp on the same bank.
