@@ -239,16 +239,26 @@ __device__ inline void put_bits(uint32_t* words, uint32_t pos, uint32_t value, u
   if (s + bits > 32) atomicOr(&words[(pos >> 5) + 1], value >> (32 - s));
 }
 
-// kEach symbols from the k-th on, of `n`; a whole word at once where that is aligned.
-template <class S>
-__device__ inline uint32_t load_symbols(const S* symbols, uint32_t k, uint32_t n, bool aligned) {
+// By one warp: take(k, word, count) for each word of `count` symbols, the first of them the k-th.
+template <class S, class Take>
+__device__ inline void each_word(const S* symbols, uint32_t n, Take take) {
   constexpr uint32_t kEach = Tile<S>::kEach;
-  if (aligned && k + kEach <= n) return *reinterpret_cast<const uint32_t*>(symbols + k);
-  uint32_t word = 0;
-  for (uint32_t j = 0; j < kEach && k + j < n; ++j) {
-    word |= static_cast<uint32_t>(symbols[k + j]) << 8 * sizeof(S) * j;
+  const uint32_t lane = threadIdx.x & 31;
+  const bool aligned = (reinterpret_cast<intptr_t>(symbols) & 3) == 0;
+  const uint32_t whole = aligned ? n / kEach : 0;
+#pragma unroll 4
+  for (uint32_t i = lane; i < whole; i += 32) {
+    take(i * kEach, reinterpret_cast<const uint32_t*>(symbols)[i], kEach);
   }
-  return word;
+  for (uint32_t k = (whole + lane) * kEach; k < n; k += 32 * kEach) {
+    const uint32_t count = least(kEach + 0, n - k);
+    uint32_t word = 0;
+#pragma unroll 1
+    for (uint32_t j = 0; j < count; ++j) {
+      word |= static_cast<uint32_t>(symbols[k + j]) << 8 * sizeof(S) * j;
+    }
+    take(k, word, count);
+  }
 }
 template <class S>
 __device__ inline uint32_t symbol_at(uint32_t word, uint32_t j) {
@@ -261,16 +271,14 @@ __device__ inline void codec_count_tile(const S* symbols, uint32_t n, const uint
                                         int nodes, uint32_t* counts, uint16_t* passed) {
   constexpr uint32_t kEach = Tile<S>::kEach;
   const int lane = threadIdx.x & 31;
-  const bool aligned = (reinterpret_cast<intptr_t>(symbols) & 3) == 0;
   for (int v = lane; v < nodes; v += 32) counts[v] = 0;
   __syncwarp();
-  for (uint32_t k = lane * kEach; k < n; k += 32 * kEach) {
-    const uint32_t word = load_symbols(symbols, k, n, aligned);
+  each_word(symbols, n, [&](uint32_t, uint32_t word, uint32_t count) {
 #pragma unroll
     for (uint32_t j = 0; j < kEach; ++j) {
-      if (k + j < n) atomicAdd(&counts[codes[symbol_at<S>(word, j)] >> 16], 1u);
+      if (j < count) atomicAdd(&counts[codes[symbol_at<S>(word, j)] >> 16], 1u);
     }
-  }
+  });
   __syncwarp();
   // Each lane takes what it will set to zero for the next tile.
   for (int v = lane; v < nodes; v += 32) passed[v] = static_cast<uint16_t>(counts[v]);
@@ -283,16 +291,14 @@ __device__ inline void codec_part_tile(const S* symbols, uint32_t n, int tile,
                                        uint32_t* memory, uint32_t* words) {
   constexpr uint32_t kEach = Tile<S>::kEach;
   const uint32_t lane = threadIdx.x & 31, below = (1u << lane) - 1;
-  const bool aligned = (reinterpret_cast<intptr_t>(symbols) & 3) == 0;
-  for (uint32_t k = lane * kEach; k < n; k += 32 * kEach) {
-    const uint32_t word = load_symbols(symbols, k, n, aligned);
+  each_word(symbols, n, [&](uint32_t k, uint32_t word, uint32_t count) {
     uint32_t ranks = 0;
 #pragma unroll
     for (uint32_t j = 0; j < kEach; ++j) {
-      if (k + j < n) ranks |= (codes[symbol_at<S>(word, j)] & 0xffffu) << 8 * sizeof(S) * j;
+      if (j < count) ranks |= (codes[symbol_at<S>(word, j)] & 0xffffu) << 8 * sizeof(S) * j;
     }
     memory[k / kEach] = ranks;
-  }
+  });
   uint32_t tops = on_stack(0, Tile<S>::words(n));
   for (int first = 0; first < passage.count; first += 32) {
     const int v = first + static_cast<int>(lane);
@@ -905,14 +911,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   const uint8_t* from = payload + offsets[blockIdx.x];
   const uint32_t misaligned = static_cast<uint32_t>(reinterpret_cast<intptr_t>(from) & 3);
   const uint32_t* aligned = reinterpret_cast<const uint32_t*>(from - misaligned);
-  for (uint32_t i = threadIdx.x; i < words + 2; i += kThreads) {
+  const uint32_t whole = bytes >= 4 ? (bytes - 4) / 4 : 0;
+#pragma unroll 8
+  for (uint32_t i = threadIdx.x; i < whole; i += kThreads) {
+    data[i] = __funnelshift_r(aligned[i], aligned[i + 1], 8 * misaligned);
+  }
+  for (uint32_t i = whole + threadIdx.x; i < words + 2; i += kThreads) {
     uint32_t word = 0;
-    if (4 * i + 8 <= bytes) {
-      word = __funnelshift_r(aligned[i], aligned[i + 1], 8 * misaligned);
-    } else {
-      for (uint32_t b = 4 * i; b < bytes && b < 4 * i + 4; ++b) {
-        word |= static_cast<uint32_t>(from[b]) << 8 * (b & 3);
-      }
+    for (uint32_t b = 4 * i; b < bytes && b < 4 * i + 4; ++b) {
+      word |= static_cast<uint32_t>(from[b]) << 8 * (b & 3);
     }
     data[i] = word;
   }
