@@ -18,7 +18,7 @@ from pathlib import Path
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc, codec
+from cfl_ops import _codec_cuda, _codec_host, _cuda, _library, _nvrtc, codec
 
 ROOT = Path(__file__).parent.parent
 CODEC = ("weight_range", "quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
@@ -148,6 +148,20 @@ class Spy:
             getattr(self.kernels, name)(*args)
 
         return call
+
+
+@pytest.mark.parametrize("name", ["one", "skewed", "normal10"])
+def test_without_the_extension(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's kernels need no compiler: the host's part is then Python's."""
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 7)
+    python = {f"host_{part}": getattr(_codec_host, part) for part in ("code", "head", "parse")}
+    monkeypatch.setattr(_codec_cuda, "_ops", types.SimpleNamespace(**python))
+    assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [n], 12, 7), want)
+    out = torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(kernels, want[7:], out, 0)) == 0
+    assert torch.equal(out, symbols)
 
 
 @pytest.mark.parametrize("lists", [1, 3])
