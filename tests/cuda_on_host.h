@@ -82,28 +82,33 @@ inline void run_block(int threads) {
     }
     return *any;
   };
-  for (;;) {
-    for (int i = 0; i < threads; ++i) {
-      const int t = reverse ? threads - 1 - i : i;
-      if (fibers[t].wait != Wait::kNone) continue;
-      running = t;
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
+  auto release = [&](int first, int last, Wait why) {
+    bool any = false;
+    if (!all(first, last, why, &any)) return false;
+    for (int t = first; t < last; ++t) {
+      if (fibers[t].wait == why) fibers[t].wait = Wait::kNone;
     }
-    bool moved = false, any = false;
-    auto release = [&](int first, int last, Wait why) {
-      any = false;
-      if (!all(first, last, why, &any)) return;
-      for (int t = first; t < last; ++t) {
-        if (fibers[t].wait == why) fibers[t].wait = Wait::kNone;
-      }
-      moved = true;
-    };
-    for (int w = 0; w < threads; w += 32)
-      release(w, w + 32 < threads ? w + 32 : threads, Wait::kWarp);
-    if (!moved) release(0, threads, Wait::kBlock);
-    if (moved) continue;
-    any = false;
+    return true;
+  };
+  const int warps = (threads + 31) / 32;
+  for (;;) {
+    // Each warp runs as far as it can before the next one does: that shows a missing barrier of the
+    // block, as the order within a warp shows one of the warp.
+    for (int i = 0; i < warps; ++i) {
+      const int first = 32 * (reverse ? warps - 1 - i : i);
+      const int last = first + 32 < threads ? first + 32 : threads;
+      do {
+        for (int k = 0; k < last - first; ++k) {
+          const int t = reverse ? last - 1 - k : first + k;
+          if (fibers[t].wait != Wait::kNone) continue;
+          running = t;
+          threadIdx.x = t;
+          swapcontext(&scheduler, &fibers[t].context);
+        }
+      } while (release(first, last, Wait::kWarp));
+    }
+    if (release(0, threads, Wait::kBlock)) continue;
+    bool any = false;
     if (all(0, threads, Wait::kDone, &any)) return;
     std::fprintf(stderr, "cuda_on_host: a barrier that not all threads reach (block %u)\n",
                  blockIdx.x);
@@ -119,7 +124,8 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, Call call) {
   blockDim.x = threads;
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx.x = static_cast<unsigned>(b);
-    shared.assign((shared_bytes + 3) / 4, 0xcdcdcdcdu);  // never zero by chance
+    // Never zero by chance; and of this very size, so that AddressSanitizer sees what goes beyond.
+    shared = std::vector<uint32_t>((shared_bytes + 3) / 4, 0xcdcdcdcdu);
     run_block(threads);
   }
 }
@@ -174,26 +180,18 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return on_host::collective(value, [&](auto at, int lane) { return at(lane ^ mask); });
 }
-template <class T>
-unsigned __match_any_sync(unsigned, T value) {
-  return on_host::collective(value, [&](auto at, int) {
-    unsigned peers = 0;
-    for (int i = 0; i < 32; ++i) peers |= static_cast<unsigned>(at(i) == value) << i;
-    return peers;
-  });
-}
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
-  return on_host::collective(value, [&](auto at, int) {
-    unsigned all = 0;
-    for (int i = 0; i < 32; ++i) all |= mask >> i & 1 ? at(i) : 0;
-    return all;
-  });
-}
 inline int __any_sync(unsigned, int value) {
   return on_host::collective(value, [&](auto at, int) {
     int any = 0;
     for (int i = 0; i < 32; ++i) any |= at(i) != 0;
     return any;
+  });
+}
+inline unsigned __ballot_sync(unsigned, int value) {
+  return on_host::collective(value, [&](auto at, int) {
+    unsigned all = 0;
+    for (int i = 0; i < 32; ++i) all |= static_cast<unsigned>(at(i) != 0) << i;
+    return all;
   });
 }
 template <class T>
@@ -211,16 +209,29 @@ T atomicOr(T* to, T value) {
 template <class T>
 T atomicMax(T* to, T value) {
   const T old = *to;
-  if (value > old) *to = value;
+  if (old < value) *to = value;
   return old;
 }
 template <class T>
-T atomicMin(T* to, T value) {
+T atomicCAS(T* to, T known, T value) {
   const T old = *to;
-  if (value < old) *to = value;
+  if (old == known) *to = value;
   return old;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned picks) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<unsigned>(bytes >> 8 * (picks >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return out;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

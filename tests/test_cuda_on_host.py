@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,10 +21,10 @@ import cfl_ops
 import contract
 import pytest
 import torch
-from cfl_ops import _cholesky_cuda, _codec_cuda, _cuda, _library, _nvrtc, _solve_cuda, codec
+from cfl_ops import _cholesky_cuda, _codec_cuda, _codec_host, _cuda, _library, _nvrtc, _solve_cuda, codec
 
 ROOT = Path(__file__).parent.parent
-CODEC = ("quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
+CODEC = ("weight_range", "quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,8 @@ SYMBOLS = {
     "two": lambda: torch.arange(2500).remainder(2).to(torch.uint16),
     "normal8": lambda: normal_symbols(9001, 256, torch.uint8),
     "normal10": lambda: normal_symbols(8193, 1024, torch.uint16),
+    "chunks8": lambda: normal_symbols(36000, 256, torch.uint8),  # several tiles to a warp
+    "chunks10": lambda: normal_symbols(33000, 1024, torch.uint16),
     "skewed": lambda: (torch.rand(5000) ** 9 * 250).to(torch.uint8),
     "uniform16": lambda: torch.randint(65536, (3000,), dtype=torch.int32).to(torch.uint16),
     "sampled": lambda: torch.randint(3, (40000,), dtype=torch.int32).to(torch.uint16),
@@ -99,6 +103,173 @@ def test_payload_is_that_of_the_cpu(kernels, name: str, order: str, monkeypatch:
             out = torch.empty(end - begin, dtype=symbols.dtype)
             assert int(_codec_cuda.huffman_decode_(kernels, got[5:], out, begin)) == 0
             assert torch.equal(out, symbols[begin:end])
+
+
+@pytest.mark.parametrize("name", ["normal8", "normal10", "skewed"])
+def test_any_address(kernels, name: str) -> None:
+    """Symbols and outputs that do not start at a word, and slices that start and end anywhere in a tile."""
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    for offset in (1, 2, 3):
+        shifted = torch.empty(n + offset, dtype=symbols.dtype)[offset:].copy_(symbols)
+        payload = codec.HUFFMAN_ENCODE(symbols, [n], 12, 0)
+        assert torch.equal(_codec_cuda.huffman_encode(kernels, shifted, [n], 12, 0), payload)
+        for begin, end in ((0, n), (4096, n), (2047, 2049), (5 * offset, n - 1)):
+            room = torch.full((n + 8,), 77, dtype=symbols.dtype)
+            out = room[offset : offset + end - begin]
+            assert int(_codec_cuda.huffman_decode_(kernels, payload, out, begin)) == 0
+            assert torch.equal(out, symbols[begin:end])
+            assert bool(
+                (room[:offset].int() == 77).all() and (room[offset + end - begin :].int() == 77).all()
+            )
+
+
+def test_many_nodes(kernels) -> None:
+    """More nodes than lanes, in a deep tree: Fibonacci counts give one code length to each symbol."""
+    counts = [1, 1]
+    while len(counts) < 18:
+        counts.append(counts[-1] + counts[-2])
+    symbols = torch.repeat_interleave(torch.arange(18), torch.tensor(counts))
+    symbols = symbols[torch.randperm(symbols.numel())].to(torch.uint16)
+    spread = (torch.rand(9000) ** 3 * 1200).to(torch.uint16)  # hundreds of nodes
+    for s in (symbols, spread):
+        n = s.numel()
+        want = codec.HUFFMAN_ENCODE(s, [n], 13, 0)
+        assert torch.equal(_codec_cuda.huffman_encode(kernels, s, [n], 13, 0), want)
+        out = torch.empty_like(s)
+        assert int(_codec_cuda.huffman_decode_(kernels, want, out, 0)) == 0
+        assert torch.equal(out, s)
+
+
+class Spy:
+    """Kernels that note how they are called."""
+
+    def __init__(self, kernels) -> None:
+        self.kernels, self.calls = kernels, []
+
+    def __getattr__(self, name: str):
+        def call(*args) -> None:
+            self.calls.append((name, args))
+            getattr(self.kernels, name)(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("name", ["one", "skewed", "normal10"])
+def test_without_the_extension(kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's kernels need no compiler: the host's part is then Python's."""
+    symbols = SYMBOLS[name]()
+    n = symbols.numel()
+    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 7)
+    python = {f"host_{part}": getattr(_codec_host, part) for part in ("code", "head", "parse")}
+    monkeypatch.setattr(_codec_cuda, "_ops", types.SimpleNamespace(**python))
+    assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [n], 12, 7), want)
+    out = torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(kernels, want[7:], out, 0)) == 0
+    assert torch.equal(out, symbols)
+
+
+@pytest.mark.parametrize("lists", [1, 3])
+def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the lists of all warps do not fit, fewer decode."""
+    symbols = normal_symbols(20000, 256, torch.uint8)
+    payload = codec.HUFFMAN_ENCODE(symbols, [20000], 15, 0)
+    facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 20000)[0].tolist()
+    room = (
+        _codec_cuda.decode_shared(facts[5], 15, facts[6], 1, facts[8])
+        + (lists + 1) * _codec_cuda._STACK_BYTES
+    )
+    monkeypatch.setattr(_codec_cuda, "_shared_memory", lambda device: room - 1)
+    spy, out = Spy(kernels), torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(spy, payload, out, 0)) == 0
+    assert [(name, args[-4]) for name, args in spy.calls] == [("decode", lists)]
+    assert torch.equal(out, symbols)
+
+
+def test_the_first_bad_chunk_is_reported(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFL_ON_HOST_ORDER", "reverse")
+    symbols = normal_symbols(5000, 64, torch.uint8)
+    payload = codec.HUFFMAN_ENCODE(symbols, [5000], 10, 0)
+    facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 2048, 1)[0].tolist()
+    payload[facts[4] + facts[7]] ^= 1  # the first byte of chunk 2
+    payload[-1] ^= 1
+    out = torch.empty_like(symbols)
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out, 0)) == 1002
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 3500)) == 1004
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out[:1024], 1024)) == 0
+
+
+def test_forged_chunks(kernels) -> None:
+    """Bits that were changed behind right checksums: the verdict, and what is decoded, are the CPU's."""
+    verdicts = set()
+    for dtype, alphabet in ((torch.uint8, 256), (torch.uint16, 1024)):
+        symbols = normal_symbols(3000, alphabet, dtype)
+        payload = codec.HUFFMAN_ENCODE(symbols, [3000], 11, 0)
+        data = int(torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 0)[0][4])
+        for seed in range(25):
+            generator = torch.Generator().manual_seed(seed)
+            forged = payload.clone()
+            for _ in range(1 + seed % 3):
+                at = int(torch.randint(data, forged.numel(), (1,), generator=generator))
+                forged[at] ^= 1 << seed % 8
+            raw = bytearray(forged.tolist())
+            entries = struct.unpack_from("<4I", raw, data - 16)
+            cut = data + entries[0]
+            sums = zlib.crc32(raw[data:cut]), zlib.crc32(raw[cut:])
+            struct.pack_into("<4I", raw, data - 16, entries[0], sums[0], entries[2], sums[1])
+            struct.pack_into("<I", raw, 36, zlib.crc32(raw[40:data], zlib.crc32(raw[:36])))
+            forged = torch.frombuffer(raw, dtype=torch.uint8)
+            want, got = torch.zeros_like(symbols), torch.zeros_like(symbols)
+            verdict = int(codec.HUFFMAN_DECODE(forged, want, 0))
+            assert int(_codec_cuda.huffman_decode_(kernels, forged, got, 0)) == verdict
+            assert verdict or torch.equal(got, want)
+            verdicts.add(verdict)
+    assert {0, 1000} <= verdicts  # some bits only change symbols, others the sizes of lists
+
+
+def test_waits(emulated, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wait for a GPU goes through to_host: two to encode, one to read a header and decode."""
+    waits: list[int] = []
+    to_host = _codec_cuda.to_host
+    monkeypatch.setattr(_codec_cuda, "to_host", lambda data: (waits.append(data.numel()), to_host(data))[1])
+    for symbols in (normal_symbols(70000, 256, torch.uint8), normal_symbols(70000, 1024, torch.uint16)):
+        waits.clear()
+        payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
+        assert len(waits) == 2
+        waits.clear()
+        assert _codec_cuda.read_header(payload) == (0, symbols.element_size(), 70000, (70000,))
+        out = torch.empty_like(symbols)
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+        assert len(waits) == 1
+        assert torch.equal(out, symbols)
+        # Not for another tensor, nor for one that was written to, nor twice.
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+        assert len(waits) == 2
+        _codec_cuda.read_header(payload)
+        payload[0] ^= 1
+        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 2
+        assert len(waits) == 4
+        with torch.inference_mode():
+            payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
+            assert _codec_cuda.read_header(payload)[0] == 0
+            assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+            assert torch.equal(out, symbols)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weight_range_is_that_of_the_cpu(kernels, nvrtc, dtype: torch.dtype) -> None:
+    bad = torch.tensor([[torch.nan, 1.0, 2.0], [0.0, -0.0, 1.0]], dtype=dtype)
+    for w in (
+        torch.randn(70001).to(dtype),
+        torch.randn(3, 500).to(dtype),
+        bad,
+        torch.empty(2, 0, dtype=dtype),
+    ):
+        for bits, every in ((4, 33), (10, 1), (0, 1)):
+            want = codec.WEIGHT_RANGE(w, bits, every)
+            for launcher in (kernels, nvrtc):
+                got = _codec_cuda.weight_range(launcher, w, bits, every)
+                assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_chunk_that_outgrows_its_slot_is_encoded_again(kernels) -> None:
@@ -139,6 +310,8 @@ def test_quantize_is_that_of_the_cpu(kernels, dtype: torch.dtype, bits: int) -> 
     cases = [
         torch.randn(3, 700).to(dtype),
         torch.randn(1, 70000).to(dtype),
+        torch.randn(60, 7).to(dtype),  # groups of fewer weights than lanes
+        torch.randn(33, 45).to(dtype),
         torch.full((2, 40), 3.0, dtype=dtype),
         torch.tensor([[0.0, -0.0, 1.0], [torch.nan, 1.0, 2.0], [torch.inf, 0.0, -torch.inf]], dtype=dtype),
         torch.tensor([[-huge, huge, 1.0], [torch.nan, torch.nan, torch.inf]], dtype=dtype),
@@ -165,6 +338,7 @@ def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
         {"nonfinite": "keep"},
         {"bits": 10, "per": "row", "nonfinite": "keep"},
         {"bits": 5, "per": "block", "block_size": 64, "nonfinite": "keep"},
+        {"bits": 9, "per": "block", "block_size": 28, "nonfinite": "keep"},
     )
     for option in options:
         blob = cfl_ops.compress(w, **option)

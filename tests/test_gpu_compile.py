@@ -123,7 +123,6 @@ def test_constants_are_those_of_the_sources() -> None:
     text = "".join(map(_nvrtc.source, _nvrtc.HEADERS))
     for name, value in (
         ("kThreads", _nvrtc.THREADS),
-        ("kLine", _nvrtc.LINE),
         ("kMaxShared", _nvrtc.MAX_SHARED),
         ("kSide", _nvrtc.SIDE),
         ("kPanel", _nvrtc.PANEL),
@@ -131,9 +130,12 @@ def test_constants_are_those_of_the_sources() -> None:
         ("kGramDepth", _cuda.GRAM_DEPTH),
         ("kColumnsPerWarp", 64),
         ("kSecondLookBlocks", _nvrtc.SECOND_LOOK_BLOCKS),
+        ("kMaxSharedSymbols", _nvrtc.MAX_SHARED_SYMBOLS),
     ):
         assert re.search(rf"constexpr int {name} = {value};", text), name
     assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
+    assert f"constexpr int kSpan = 1 << {_nvrtc.SPAN.bit_length() - 1};" in text
+    assert f"constexpr int kTileBytes = 1 << {_nvrtc.TILE_BYTES.bit_length() - 1};" in text
 
 
 def test_cupy_would_get_sources_from_an_installed_package() -> None:

@@ -91,6 +91,8 @@ void run_tasks(Threads threads, int64_t count, const std::function<void(int64_t)
 // ---- code table
 // ------------------------------------------------------------------------------------
 
+}  // namespace
+
 // Nibbles, the low one of a byte first: 0..12 changes the length by that minus 6; 13 and two
 // nibbles (low first) set it; 14 and two nibbles repeat it 3 to 258 times.
 std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths) {
@@ -127,6 +129,8 @@ std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths) {
   }
   return bytes;
 }
+
+namespace {
 
 bool unpack_lengths(const uint8_t* bytes, int64_t size, int64_t alphabet,
                     std::vector<uint8_t>* lengths) {
@@ -383,7 +387,8 @@ std::vector<uint64_t> sample_counts(const Symbols& symbols, const Kernel* kernel
 // ---- header
 // ----------------------------------------------------------------------------------------
 
-int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel* kernel) {
+int64_t parse(const uint8_t* payload, int64_t size, int64_t available, Header* header,
+              const Kernel* kernel) {
   if (size < kHeaderBytes) return kTooShort;
   if (std::memcmp(payload, kMagic, 4) != 0) return kBadMagic;
   if (payload[4] != kVersion || payload[5] != kPivotLayout) return kBadVersion;
@@ -401,6 +406,7 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
       (static_cast<int64_t>(numel) + (int64_t{1} << chunk_log2) - 1) >> chunk_log2;
   const int64_t head = kHeaderBytes + 8 * static_cast<int64_t>(ndim) + table_bytes + 8 * chunks;
   if (head > size) return kBadHeader;
+  if (head > available) return -head;
   uint32_t crc = kernel->crc32(0, payload, kHeaderBytes - 4);
   crc = kernel->crc32(crc, payload + kHeaderBytes, head - kHeaderBytes);
   if (crc != load<uint32_t>(payload + kHeaderBytes - 4)) return kBadHeaderChecksum;
@@ -436,6 +442,22 @@ int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel
   if (!unpack_lengths(table, table_bytes, alphabet, &lengths)) return kBadCodeTable;
   if (numel > 0 && !header->code.build(lengths)) return kBadCodeTable;
   return kGood;
+}
+
+void write_fixed(uint8_t* payload, const Fixed& fixed, int64_t head, const Kernel* kernel) {
+  std::memcpy(payload, kMagic, 4);
+  payload[4] = kVersion;
+  payload[5] = kPivotLayout;
+  payload[6] = static_cast<uint8_t>(fixed.symbol_size);
+  payload[7] = static_cast<uint8_t>(fixed.chunk_log2);
+  store<uint64_t>(payload + 8, fixed.numel);
+  store<uint64_t>(payload + 16, fixed.size);
+  store<uint32_t>(payload + 24, static_cast<uint32_t>(fixed.alphabet));
+  store<uint32_t>(payload + 28, static_cast<uint32_t>(fixed.ndim));
+  store<uint32_t>(payload + 32, static_cast<uint32_t>(fixed.table_bytes));
+  uint32_t crc = kernel->crc32(0, payload, kHeaderBytes - 4);
+  crc = kernel->crc32(crc, payload + kHeaderBytes, head - kHeaderBytes);
+  store<uint32_t>(payload + kHeaderBytes - 4, crc);
 }
 
 // ---- encoding
@@ -545,21 +567,12 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
     if (!full) break;
   }
 
-  std::memcpy(out, kMagic, 4);
-  out[4] = kVersion;
-  out[5] = kPivotLayout;
-  out[6] = static_cast<uint8_t>(symbols.size);
-  out[7] = static_cast<uint8_t>(chunk_log2);
-  store<uint64_t>(out + 8, n);
-  store<uint64_t>(out + 16, size);
-  store<uint32_t>(out + 24, static_cast<uint32_t>(counts.size()));
-  store<uint32_t>(out + 28, static_cast<uint32_t>(ndim));
-  store<uint32_t>(out + 32, static_cast<uint32_t>(table.size()));
   for (int64_t d = 0; d < ndim; ++d) store<uint64_t>(out + kHeaderBytes + 8 * d, shape[d]);
   if (!table.empty()) std::memcpy(out + kHeaderBytes + 8 * ndim, table.data(), table.size());
-  uint32_t crc = kernel->crc32(0, out, kHeaderBytes - 4);
-  crc = kernel->crc32(crc, out + kHeaderBytes, head - kHeaderBytes);
-  store<uint32_t>(out + kHeaderBytes - 4, crc);
+  write_fixed(out,
+              {symbols.size, chunk_log2, n, size, static_cast<int64_t>(counts.size()), ndim,
+               static_cast<int64_t>(table.size())},
+              head, kernel);
   return size;
 }
 

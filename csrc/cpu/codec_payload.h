@@ -68,12 +68,27 @@ struct Header {
   CodeTree code;
 };
 
-// Checks everything but the chunks themselves. Allocates no more than the code table.
-int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel* kernel);
+// Checks everything but the chunks themselves. Allocates no more than the code table. Only the
+// first `available` bytes may be there: if the header is longer, minus its length comes back.
+int64_t parse(const uint8_t* payload, int64_t size, int64_t available, Header* header,
+              const Kernel* kernel);
+inline int64_t parse(const uint8_t* payload, int64_t size, Header* header, const Kernel* kernel) {
+  return parse(payload, size, size, header, kernel);
+}
 
 // Optimal code lengths for these counts (0: no code). Ties are broken by the order of the symbols,
 // so that every implementation writes the same bytes.
 std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts);
+
+// The code table of docs/format.md.
+std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths);
+
+// Bytes 0..39 of a payload; its checksum covers bytes 40..head, which must be there already.
+struct Fixed {
+  int symbol_size, chunk_log2;
+  int64_t numel, size, alphabet, ndim, table_bytes;
+};
+void write_fixed(uint8_t* payload, const Fixed& fixed, int64_t head, const Kernel* kernel);
 
 // What is to be encoded: symbols in memory, or made on demand.
 struct Symbols {

@@ -32,23 +32,30 @@ const Affine* affine_of(const std::optional<Tensor>& affine) {
   return affine ? pointer<const Affine>(*affine) : nullptr;
 }
 
-void histogram_op(const Tensor& symbols, int64_t block, int64_t step, Tensor counts) {
+void largest_op(const Tensor& symbols, Tensor largest) {
+  const OnDevice device(symbols);
+  check(codec_largest(symbols.data_ptr(), symbol_size(symbols), symbols.numel(),
+                      pointer<unsigned long long>(largest), device.stream()),
+        "huffman_encode");
+}
+
+void histogram_op(const Tensor& symbols, Tensor counts) {
   const OnDevice device(symbols);
   check(codec_histogram(symbols.data_ptr(), symbol_size(symbols), symbols.numel(),
-                        static_cast<int>(counts.numel()), block, step,
                         pointer<unsigned long long>(counts), device.stream()),
         "huffman_encode");
 }
 
 void encode_op(const Tensor& symbols, int64_t chunk_log2, const Tensor& tree, int64_t nodes,
-               int64_t leaves, const Tensor& crc_tables, int64_t staged_words, Tensor slots,
-               Tensor entries) {
+               int64_t leaves, int64_t alphabet, const Tensor& crc_tables, int64_t staged_words,
+               int64_t shared, Tensor slots, Tensor entries) {
   const OnDevice device(symbols);
   check(codec_encode(symbols.data_ptr(), symbol_size(symbols), symbols.numel(),
                      static_cast<int>(chunk_log2), pointer<int32_t>(tree), static_cast<int>(nodes),
-                     static_cast<int>(leaves), pointer<uint32_t>(crc_tables),
-                     pointer<uint32_t>(slots), slots.size(1), static_cast<int>(staged_words),
-                     pointer<uint32_t>(entries), device.stream()),
+                     static_cast<int>(leaves), static_cast<int>(alphabet),
+                     pointer<uint32_t>(crc_tables), pointer<uint32_t>(slots), slots.size(1),
+                     static_cast<int>(staged_words), shared, pointer<uint32_t>(entries),
+                     device.stream()),
         "huffman_encode");
 }
 
@@ -62,8 +69,9 @@ void gather_op(const Tensor& slots, const Tensor& entries, const Tensor& offsets
 
 void decode_op(const Tensor& payload, const Tensor& entries, const Tensor& offsets, int64_t n,
                int64_t chunk_log2, int64_t first_chunk, const Tensor& tree, int64_t nodes,
-               const Tensor& crc_tables, const std::optional<Tensor>& affine, int64_t group_size,
-               int64_t start, int64_t largest, Tensor out, Tensor bad) {
+               int64_t leaves, const Tensor& crc_tables, const std::optional<Tensor>& affine,
+               int64_t group_size, int64_t symbol_bytes, int64_t start, int64_t largest,
+               int64_t lists, int64_t shared, Tensor out, Tensor info) {
   const OnDevice device(payload);
   CodecDecodeArgs args = {};
   args.payload = pointer<uint8_t>(payload);
@@ -75,19 +83,23 @@ void decode_op(const Tensor& payload, const Tensor& entries, const Tensor& offse
   args.first_chunk = first_chunk;
   args.tree = pointer<int32_t>(tree);
   args.nodes = static_cast<int>(nodes);
+  args.leaves = static_cast<int>(leaves);
   args.crc_tables = pointer<uint32_t>(crc_tables);
   args.affine = affine_of(affine);
   args.group_size = group_size;
   args.start = start;
   args.count = out.numel();
   args.out = out.data_ptr();
+  args.symbol_size = static_cast<int>(symbol_bytes);
   if (affine) {
     args.dtype = float_kind(out);
   } else {
-    args.symbol_size = symbol_size(out);
+    STD_TORCH_CHECK(symbol_size(out) == symbol_bytes, "cfl_ops: out has another symbol size");
   }
-  args.largest = largest;
-  args.bad = pointer<unsigned long long>(bad);
+  args.largest = static_cast<int>(largest);
+  args.lists = static_cast<int>(lists);
+  args.shared = shared;
+  args.info = pointer<unsigned long long>(info);
   check(codec_decode(args, device.stream()), "huffman_decode");
 }
 
@@ -135,6 +147,7 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
 #endif
+  m.impl("cuda_largest", TORCH_BOX(&cfl::cuda::largest_op));
   m.impl("cuda_histogram", TORCH_BOX(&cfl::cuda::histogram_op));
   m.impl("cuda_encode", TORCH_BOX(&cfl::cuda::encode_op));
   m.impl("cuda_gather", TORCH_BOX(&cfl::cuda::gather_op));

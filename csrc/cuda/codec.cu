@@ -8,6 +8,10 @@ namespace {
 
 constexpr int64_t kMostBlocks = 1 << 20;  // of grids whose blocks take several items in turn
 
+int64_t counting_blocks(int64_t symbols) {
+  return least<int64_t>(1024, divide_up(symbols, 16 * kThreads));
+}
+
 template <class Call>
 cudaError_t by_symbol(int size, Call call) {
   return size == 1 ? call(uint8_t{}) : call(uint16_t{});
@@ -32,31 +36,37 @@ const T* in(const void* data) {
 
 }  // namespace
 
-cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int alphabet,
-                            int64_t block, int64_t step, unsigned long long* counts,
-                            cudaStream_t stream) {
+cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
+                          unsigned long long* largest, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  const int64_t blocks = least<int64_t>(2048, divide_up(divide_up(n, step) * block, 16 * kThreads));
-  const size_t shared = alphabet <= kMaxShared ? alphabet * sizeof(uint32_t) : 0;
   return by_symbol(symbol_size, [&](auto s) {
     using S = decltype(s);
-    return launch(&codec_histogram_kernel<S>, blocks, shared, stream, in<S>(symbols), n, alphabet,
-                  block, step, counts);
+    return launch(&codec_largest_kernel<S>, counting_blocks(n), 0, stream, in<S>(symbols), n,
+                  largest);
+  });
+}
+
+cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n,
+                            unsigned long long* counts, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const size_t shared = (symbol_size == 1 ? 256 : kMaxShared) * sizeof(uint32_t);
+  return by_symbol(symbol_size, [&](auto s) {
+    using S = decltype(s);
+    return launch(&codec_histogram_kernel<S>, counting_blocks(n), shared, stream, in<S>(symbols), n,
+                  counts);
   });
 }
 
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
-                         const int32_t* tree, int nodes, int leaves, const uint32_t* crc_tables,
-                         uint32_t* slots, int64_t slot_words, int staged_words, uint32_t* entries,
-                         cudaStream_t stream) {
+                         const int32_t* tree, int nodes, int leaves, int alphabet,
+                         const uint32_t* crc_tables, uint32_t* slots, int64_t slot_words,
+                         int staged_words, int64_t shared, uint32_t* entries, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  if (nodes > kMaxCodecNodes) return cudaErrorInvalidValue;
-  const size_t shared = (static_cast<size_t>(kWarps + 1) * nodes + staged_words) * sizeof(uint32_t);
   return by_symbol(symbol_size, [&](auto s) {
     using S = decltype(s);
     return launch(&codec_encode_kernel<S>, divide_up(n, int64_t{1} << chunk_log2), shared, stream,
-                  in<S>(symbols), n, chunk_log2, tree, nodes, leaves, crc_tables, slots, slot_words,
-                  staged_words, entries);
+                  in<S>(symbols), n, chunk_log2, tree, nodes, leaves, alphabet, crc_tables, slots,
+                  slot_words, staged_words, entries);
   });
 }
 
@@ -117,7 +127,7 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
                              const Affine* affine, void* weights, Float dtype,
                              cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  const int64_t blocks = least(kMostBlocks, divide_up(n, 4 * kThreads));
+  const int64_t blocks = least(kMostBlocks, divide_up(n, int64_t{kSpan} * kWarps));
   return by_float(dtype, [&](auto t) {
     return by_symbol(symbol_size, [&](auto s) {
       using T = decltype(t);
@@ -130,16 +140,18 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
 
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream) {
   if (args.chunks == 0) return cudaSuccess;
-  if (args.nodes > kMaxCodecNodes) return cudaErrorInvalidValue;
-  const size_t shared = (divide_up(8 * args.largest, kLine) + 1) * sizeof(uint32_t);
-  auto decode = [&](auto t) {
-    using T = decltype(t);
-    return launch(&codec_decode_kernel<T>, args.chunks, shared, stream, args.payload, args.entries,
-                  args.offsets, args.n, args.chunk_log2, args.first_chunk, args.tree, args.nodes,
-                  args.crc_tables, args.affine, args.group_size, args.start, args.count,
-                  static_cast<T*>(args.out), args.bad);
-  };
-  return args.affine ? by_float(args.dtype, decode) : by_symbol(args.symbol_size, decode);
+  return by_symbol(args.symbol_size, [&](auto s) {
+    using S = decltype(s);
+    auto decode = [&](auto t) {
+      using T = decltype(t);
+      return launch(&codec_decode_kernel<S, T>, args.chunks, args.shared, stream, args.payload,
+                    args.entries, args.offsets, args.n, args.chunk_log2, args.first_chunk,
+                    args.tree, args.nodes, args.leaves, args.crc_tables, args.affine,
+                    args.group_size, args.start, args.count, args.largest, args.lists,
+                    static_cast<T*>(args.out), args.info);
+    };
+    return args.affine ? by_float(args.dtype, decode) : decode(s);
+  });
 }
 
 }  // namespace cfl::cuda

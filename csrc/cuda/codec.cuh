@@ -18,16 +18,18 @@ namespace cfl::cuda {
 struct Affine;
 enum class Float : int { kF16, kBF16, kF32, kF64 };
 
-// counts[0..alphabet) += the counts of the first `block` symbols of every `step`.
-cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n, int alphabet,
-                            int64_t block, int64_t step, unsigned long long* counts,
-                            cudaStream_t stream);
+// *largest = max(*largest, symbols).
+cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
+                          unsigned long long* largest, cudaStream_t stream);
+// See codec_histogram_kernel.
+cudaError_t codec_histogram(const void* symbols, int symbol_size, int64_t n,
+                            unsigned long long* counts, cudaStream_t stream);
 
 // See codec_encode_kernel.
 cudaError_t codec_encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,
-                         const int32_t* tree, int nodes, int leaves, const uint32_t* crc_tables,
-                         uint32_t* slots, int64_t slot_words, int staged_words, uint32_t* entries,
-                         cudaStream_t stream);
+                         const int32_t* tree, int nodes, int leaves, int alphabet,
+                         const uint32_t* crc_tables, uint32_t* slots, int64_t slot_words,
+                         int staged_words, int64_t shared, uint32_t* entries, cudaStream_t stream);
 cudaError_t codec_gather(const uint32_t* slots, int64_t slot_words, int64_t chunks,
                          const uint32_t* entries, const int64_t* offsets, uint8_t* out,
                          cudaStream_t stream);
@@ -45,23 +47,25 @@ cudaError_t codec_dequantize(const void* symbols, int symbol_size, int64_t n, in
                              const Affine* affine, void* weights, Float dtype, cudaStream_t stream);
 
 struct CodecDecodeArgs {
-  const uint8_t* payload;  // each chunk is read as aligned words: up to 3 bytes before and after it
+  const uint8_t* payload;   // each chunk is read as aligned words: up to 3 bytes before it
   const uint32_t* entries;  // bytes and checksum of each chunk
   const int64_t* offsets;
   int64_t chunks, n;
   int chunk_log2;
   int64_t first_chunk;
   const int32_t* tree;
-  int nodes;
+  int nodes, leaves;
   const uint32_t* crc_tables;
-  const Affine* affine;  // or null: out takes symbols of symbol_size bytes
+  const Affine* affine;  // or null: out takes the symbols
   int64_t group_size;
   int64_t start, count;
   void* out;
-  int symbol_size;
-  Float dtype;
-  int64_t largest;  // chunk, in bytes
-  unsigned long long* bad;
+  int symbol_size;  // of the payload
+  Float dtype;      // of the weights
+  int largest;      // chunk, in bytes
+  int lists;
+  int64_t shared;  // bytes of shared memory
+  unsigned long long* info;
 };
 // cudaErrorInvalidValue where a chunk needs more shared memory than a block can have.
 cudaError_t codec_decode(const CodecDecodeArgs& args, cudaStream_t stream);

@@ -1,27 +1,30 @@
 """The codec's ops on a GPU: memory, headers and code on the host, and the kernels of csrc/cuda/codec_kernel.cuh.
 
-The bytes are those of the CPU. What the kernels do not hold (a code tree of more than 1,024 nodes, chunks whose
-table of ones exceeds a block's shared memory) is left to the fallback in torch ops.
+The bytes are those of the CPU. What the kernels do not hold (a code tree of more than 1,024 nodes, chunks of more
+than 2^15 symbols or more bytes than a block's shared memory) is left to the fallback in torch ops.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _codec_host  # noqa: F401  (defines the ops host_*)
 from . import _codec_python as _py
-from ._nvrtc import PART, THREADS, WARPS
+from ._nvrtc import MAX_SHARED_SYMBOLS, PART, THREADS, TILE_BYTES, WARPS
 
-MAX_NODES = 1024
-LINE_BYTES = 8
-STATIC_SHARED = 18 << 10
+_ops = torch.ops.cfl_ops
+
+MAX_NODES, MAX_CHUNK_LOG2 = 1024, 15
+STATIC_SHARED = 5 << 10
 """Bytes that the kernels declare themselves, with some to spare."""
-NO_CHUNK = 2**63 - 1
 
 
 # --- checksums ----------------------------------------------------------------------------------------------
@@ -53,22 +56,102 @@ def crc_tables(device: torch.device) -> Tensor:
     row = _crc_power(4 * THREADS)
     entries = [_crc_multiply(value << 8 * byte, row) for byte in range(4) for value in range(256)]
     entries += [_crc_power(4 * (THREADS - thread)) for thread in range(THREADS)]
-    return _to_device(struct.pack(f"<{len(entries)}I", *entries), device).view(torch.int32)
+    host = _py.from_bytes(struct.pack(f"<{len(entries)}I", *entries))
+    return host.to(device).view(torch.int32)  # waits, once: other streams will read it too
 
 
-def _to_device(data: bytes, device: torch.device) -> Tensor:
+# --- between host and GPU -----------------------------------------------------------------------------------
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy that does not wait for the GPU."""
-    host = _py.from_bytes(data)
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
+def to_host(data: Tensor) -> Tensor:
+    """A copy on the CPU: one wait for a GPU, and the only place where this module waits."""
+    if data.device.type != "cuda":
+        return data.cpu()
+    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data)
+
+
+class _Held(threading.local):
+    """The header that was read last, for the op that decodes its payload next: see read_header."""
+
+    payload: Any = None
+    """A weak reference: nothing is kept alive."""
+    version = -1
+    raw: Tensor | None = None
+
+
+_held = _Held()
+
+
+def _take_header(payload: Tensor) -> Tensor | None:
+    """What read_header has just read, if it was of this very tensor, unchanged; once."""
+    known, version, raw = _held.payload, _held.version, _held.raw
+    _held.payload = _held.raw = None
+    return raw if known is not None and known() is payload and version == payload._version else None
+
+
+def _parse(payload: Tensor, raw: Tensor | None, start: int, count: int) -> tuple[list[int], Tensor, Tensor]:
+    """The facts of host_parse, the tree, and the first bytes. One wait, or none where these are given."""
+    size = payload.numel()
+    if raw is None:
+        raw = to_host(payload[: _py.prefix(size)])
+    facts, tree = _ops.host_parse(raw, size, start, count)
+    if int(facts[0]) < 0:  # a header longer than most
+        raw = to_host(payload[: -int(facts[0])])
+        facts, tree = _ops.host_parse(raw, size, start, count)
+    return facts.tolist(), tree, raw
+
+
+def read_header(payload: Tensor, raw: Tensor | None = None) -> tuple[int, int, int, tuple[int, ...]]:
+    """What is wrong with a payload (0: nothing), the bytes of a symbol, how many there are, and their shape.
+
+    Waits once for a GPU, and not where its first bytes are given. The op that decodes this payload next does not
+    wait for its header again.
+    """
+    facts, _, raw = _parse(payload, raw, 0, 0)
+    if not payload.is_inference():  # those do not count their changes
+        _held.payload, _held.version, _held.raw = weakref.ref(payload), payload._version, raw
+    return facts[0], facts[1], facts[3], tuple(facts[9:])
+
+
+def _info(code: int, device: torch.device) -> Tensor:
+    return torch.full((), code, dtype=torch.int64, device=device)
+
+
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block can have (99 KB on consumer cards, 227 KB on an H100), less the static ones."""
+    """Bytes that a block can ask for: 99 KB on consumer cards, 227 KB on an H100, less the static ones."""
     if device.type != "cuda":
         return (99 << 10) - STATIC_SHARED
     properties = torch.cuda.get_device_properties(device)
     optin: int = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return optin - STATIC_SHARED
+
+
+_STACK_BYTES = 2 * (TILE_BYTES + 4 * 64)
+"""The two stacks of lists of a warp (Tile in codec_kernel.cuh)."""
+
+
+def _node_bytes(nodes: int, chunk_log2: int, symbol_bytes: int) -> int:
+    """The nodes, where their bits start, and what has passed them at the end of each tile."""
+    tiles = -(-(symbol_bytes << chunk_log2) // TILE_BYTES)
+    return 20 * nodes + 4 * -(-tiles * nodes // 2)
+
+
+def encode_shared(nodes: int, chunk_log2: int, alphabet: int, symbol_bytes: int) -> int:
+    """Bytes of shared memory that codec_encode_kernel needs besides the bits of a chunk."""
+    codes = 4 * alphabet if alphabet <= MAX_SHARED_SYMBOLS else 0
+    return _node_bytes(nodes, chunk_log2, symbol_bytes) + WARPS * max(_STACK_BYTES, 4 * nodes) + codes
+
+
+def decode_shared(nodes: int, chunk_log2: int, leaves: int, symbol_bytes: int, largest: int) -> int:
+    """Bytes of shared memory that codec_decode_kernel needs besides the stacks of its warps."""
+    symbols = 4 * -(-leaves // 2) if leaves <= MAX_SHARED_SYMBOLS else 0
+    words = -(-largest // 4) + 2
+    return _node_bytes(nodes, chunk_log2, symbol_bytes) + symbols + 4 * (words + words // 2)
 
 
 # --- quantize -----------------------------------------------------------------------------------------------
@@ -78,25 +161,29 @@ def _symbol_dtype(bits: int) -> torch.dtype:
     return torch.uint8 if bits <= 8 else torch.uint16
 
 
-def quantize(kernels: Any, w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
-    """The op ``cfl_ops::quantize``: two passes over the weights, no synchronisation."""
-    batch, size, levels = w.shape[:-1], w.shape[-1], 1 << bits
-    groups = batch.numel()
-    flat = w.reshape(groups, size).contiguous()
+def _ranges(kernels: Any, flat: Tensor, levels: int) -> tuple[Tensor, ...]:
+    """The smallest and the largest finite weight of each row, the number of others, and the row's arithmetic."""
+    groups, size = flat.shape
     parts = -(-size // PART)
 
     def fresh(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=w.device)
+        return torch.empty(shape, dtype=dtype, device=flat.device)
 
-    ends, bad = (
-        fresh(groups, parts, 2, dtype=torch.float64),
-        fresh(groups, parts, dtype=torch.int64),
-    )
-    minimum, maximum = fresh(groups, dtype=w.dtype), fresh(groups, dtype=w.dtype)
+    ends, bad = fresh(groups, parts, 2, dtype=torch.float64), fresh(groups, parts, dtype=torch.int64)
+    minimum, maximum = fresh(groups, dtype=flat.dtype), fresh(groups, dtype=flat.dtype)
     info, affine = fresh(groups, dtype=torch.int64), fresh(groups, 6, dtype=torch.float64)
     kernels.range(flat, levels, ends, bad, minimum, maximum, info, affine)
-    symbols = fresh(groups, size, dtype=_symbol_dtype(bits))
-    counts = fresh(groups, levels if histogram else 0, dtype=torch.int64).zero_()
+    return minimum, maximum, info, affine
+
+
+def quantize(kernels: Any, w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
+    """The op ``cfl_ops::quantize``: two passes over the weights. Waits for nothing."""
+    batch, size, levels = w.shape[:-1], w.shape[-1], 1 << bits
+    groups = batch.numel()
+    flat = w.reshape(groups, size).contiguous()
+    minimum, maximum, info, affine = _ranges(kernels, flat, levels)
+    symbols = torch.empty(groups, size, dtype=_symbol_dtype(bits), device=w.device)
+    counts = torch.zeros(groups, levels if histogram else 0, dtype=torch.int64, device=w.device)
     kernels.quantize(flat, affine, info, levels, symbols, counts if histogram else None)
     return (
         symbols.view(w.shape),
@@ -105,6 +192,20 @@ def quantize(kernels: Any, w: Tensor, bits: int, histogram: bool) -> tuple[Tenso
         counts.view(*batch, counts.shape[1]),
         info.view(batch),
     )
+
+
+def weight_range(kernels: Any, w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]:
+    """The op ``cfl_ops::weight_range``: one pass, and with ``bits`` one over the sample. Waits for nothing."""
+    batch, size, levels = w.shape[:-1], w.shape[-1], 1 << bits
+    groups = batch.numel()
+    flat = w.reshape(groups, size).contiguous()
+    minimum, maximum, info, affine = _ranges(kernels, flat, levels)
+    counts = torch.zeros(groups, levels if bits else 0, dtype=torch.int64, device=w.device)
+    if bits:
+        sample = flat[:, ::every].contiguous()
+        symbols = torch.empty(sample.shape, dtype=_symbol_dtype(bits), device=w.device)
+        kernels.quantize(sample, affine, info, levels, symbols, counts)
+    return minimum.view(batch), maximum.view(batch), counts.view(*batch, counts.shape[1]), info.view(batch)
 
 
 def _affine(kernels: Any, minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
@@ -133,86 +234,69 @@ def dequantize(kernels: Any, symbols: Tensor, minimum: Tensor, maximum: Tensor, 
 # --- Huffman ------------------------------------------------------------------------------------------------
 
 
-def _counts(kernels: Any, symbols: Tensor) -> list[int]:
-    """As sample_counts of _codec_python."""
-    n, alphabet = symbols.numel(), 256
-    if symbols.dtype != torch.uint8:
-        low, high = (int(end) for end in torch.stack(symbols.view(torch.int16).aminmax()).tolist())
-        # Symbols from 2^15 on are the negative ones.
-        top = symbols.view(torch.int16)[symbols.view(torch.int16) < 0].amax().item() if low < 0 else 0
-        alphabet = int(top) + (1 << 16) + 1 if low < 0 else high + 1
-    stride = max(1, n // (1024 * alphabet))
-    found = torch.zeros(alphabet, dtype=torch.int64, device=symbols.device)
-    block, step = (n, n) if stride == 1 else (4096, 4096 * stride)
-    kernels.histogram(symbols, block, step, found)
-    counts: list[int] = found.tolist()
-    if stride > 1:
-        counts = [count * stride if count else 1 for count in counts]
-    while counts[-1] == 0:
-        counts.pop()
-    return counts
+ALPHABETS = {1: 256, 2: 1 << 16}
 
 
-def _pack_tree(tree: _py.Tree, alphabet: int, device: torch.device) -> Tensor:
-    """The nodes, the symbol of each rank, the rank of each symbol, as int32."""
-    rank = [0] * alphabet
-    for r, symbol in enumerate(tree.symbols):
-        rank[symbol] = r
-    entries = [field for node in tree.nodes for field in (node.right, node.first, node.bits)]
-    entries += tree.symbols + rank
-    return _to_device(struct.pack(f"<{len(entries)}i", *entries), device).view(torch.int32)
+def _counts(kernels: Any, symbols: Tensor) -> tuple[Tensor, int]:
+    """Counts on the host, of all symbols or of one block in so many, as sample_counts of _codec_python.
+
+    Which of them are counted depends on the largest symbol; the kernel reads it from the end of the counts.
+    """
+    n, most = symbols.numel(), ALPHABETS[symbols.element_size()]
+    found = torch.zeros(most + 1, dtype=torch.int64, device=symbols.device)
+    if most > 256:
+        kernels.largest(symbols, found[most:])
+    kernels.histogram(symbols, found)
+    counts = to_host(found)
+    alphabet = int(counts[most]) + 1 if most > 256 else most
+    return counts[:alphabet], max(1, n // (1024 * alphabet))
 
 
 def huffman_encode(
     kernels: Any, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int
 ) -> Tensor:
-    """The op ``cfl_ops::huffman_encode``. Waits for the counts, and for the sizes of the chunks."""
-    flat, device = symbols.reshape(-1).contiguous(), symbols.device
+    """The op ``cfl_ops::huffman_encode``. Waits twice: for the counts, and for the sizes of the chunks.
+
+    (And once more for each time that a chunk outgrew its slot, which needs a sample that misleads.)
+    """
+    flat, device, symbol_bytes = symbols.reshape(-1).contiguous(), symbols.device, symbols.element_size()
     n, chunk = flat.numel(), 1 << chunk_log2
-    if n == 0:
+    if n == 0 or chunk_log2 > MAX_CHUNK_LOG2:
         return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
-    counts = _counts(kernels, flat)
-    lengths = _py.code_lengths(counts)
-    tree = _py.build_tree(lengths)
-    if len(tree.nodes) > MAX_NODES:
+    tree, lengths, facts = _ops.host_code(*_counts(kernels, flat))
+    alphabet, nodes, leaves, longest, bits, counted = facts.tolist()
+    shared = encode_shared(nodes, chunk_log2, alphabet, symbol_bytes)
+    room = _shared_memory(device) - shared
+    if nodes > MAX_NODES or room < 0:
         return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
-    packed, leaves = _pack_tree(tree, len(lengths), device), len(tree.symbols)
+    tree, tables = to_device(tree, device), crc_tables(device)
     # What the counts promise with some room; if a chunk needs more, its size comes back and nothing else.
-    bits = sum(count * length for count, length in zip(counts, lengths, strict=True)) if leaves > 1 else 0
-    needed = min(chunk * max(lengths), int(1.02 * chunk * bits / sum(counts)) + 2048)
+    needed = min(chunk * longest, int(1.02 * chunk * bits / counted) + 2048) if leaves > 1 else 0
     chunks = -(-n // chunk)
-    room = _shared_memory(device) // 4 - (WARPS + 1) * len(tree.nodes)
     entries = torch.empty(chunks, 2, dtype=torch.int32, device=device)
     while True:
         slots = torch.empty(chunks, needed // 32 + 1, dtype=torch.int32, device=device)
-        staged = max(0, min(slots.shape[1], room))
+        staged = slots.shape[1] if 4 * slots.shape[1] <= room else 0
         kernels.encode(
-            flat, chunk_log2, packed, len(tree.nodes), leaves, crc_tables(device), staged, slots, entries
+            *(flat, chunk_log2, tree, nodes, leaves, alphabet, tables, staged),
+            *(shared + 4 * staged, slots, entries),
         )
-        table = entries.cpu()
+        table = to_host(entries)
         largest = int(table[:, 0].max())
         if -(-largest // 4) <= slots.shape[1]:
             break
         needed = 8 * largest
-    head = _py.head_bytes(
-        flat.element_size(),
-        chunk_log2,
-        n,
-        tuple(shape),
-        lengths,
-        _py.as_bytes(table.view(torch.uint8).flatten()),
-    )
-    sizes = entries[:, 0].to(torch.int64)
-    offsets = sizes.cumsum(0) - sizes
-    front = reserve + len(head)
+    front = reserve + _py.HEADER_BYTES + 8 * len(shape) + lengths.numel() + 8 * chunks
     out = torch.empty(front + int(table[:, 0].sum()), dtype=torch.uint8, device=device)
-    out[:front] = _to_device(bytes(reserve) + head, device)
-    kernels.gather(slots, entries, offsets, out[front:])
+    sizes = entries[:, 0].to(torch.int64)
+    kernels.gather(slots, entries, sizes.cumsum(0) - sizes, out[front:])
+    head = _ops.host_head(table, lengths, list(shape), symbol_bytes, chunk_log2, n, alphabet, reserve)
+    out[:front] = to_device(head, device)
     return out
 
 
 def huffman_decode_(kernels: Any, payload: Tensor, out: Tensor, start: int) -> Tensor:
-    """The op ``cfl_ops::huffman_decode_``. Waits for the header; its info comes without waiting."""
+    """The op ``cfl_ops::huffman_decode_``. Waits once, for the header; its info comes without waiting."""
     info = _decode(kernels, payload, out, start, None, 1)
     if info is None:
         from .codec import HUFFMAN_DECODE
@@ -225,10 +309,10 @@ def decompress_(
     kernels: Any, payload: Tensor, minimum: Tensor, maximum: Tensor, bits: int, group_size: int, out: Tensor,
     start: int,
 ) -> Tensor:  # fmt: skip
-    """The op ``cfl_ops::decompress_``: decoding and weights in one kernel."""
+    """The op ``cfl_ops::decompress_``: decoding and weights in one kernel. Waits once, for the header."""
     count = out.numel()
     if start < 0 or (count and (start + count - 1) // group_size >= minimum.numel()):
-        return torch.tensor(_py.OUT_OF_RANGE, device=payload.device)
+        return _info(_py.OUT_OF_RANGE, payload.device)
     info = _decode(kernels, payload, out, start, _affine(kernels, minimum, maximum, bits), group_size)
     if info is None:
         from .codec import DECOMPRESS
@@ -241,32 +325,30 @@ def _decode(
     kernels: Any, payload: Tensor, out: Tensor, start: int, affine: Tensor | None, group_size: int
 ) -> Tensor | None:
     """The info, or None where the kernel cannot hold the code or a chunk."""
+    raw = _take_header(payload)
     payload, device, count = payload.contiguous(), payload.device, out.numel()
-    try:
-        header = _py.parse(payload)
-    except _py.Corrupt as error:
-        return torch.tensor(error.code, device=device)
-    if (
-        start < 0
-        or start + count > header.numel
-        or (affine is None and out.element_size() != header.symbol_bytes)
-    ):
-        return torch.tensor(_py.OUT_OF_RANGE, device=device)
+    facts, tree, _ = _parse(payload, raw, start, count)
+    code, symbol_bytes, chunk_log2, numel, data, nodes, leaves, before, largest = facts[:9]
+    if code != _py.GOOD:
+        return _info(code, device)
+    if start < 0 or start + count > numel or (affine is None and out.element_size() != symbol_bytes):
+        return _info(_py.OUT_OF_RANGE, device)
+    info = _info(_py.GOOD, device)
     if count == 0:
-        return torch.tensor(_py.GOOD, device=device)
-    first, last = start >> header.chunk_log2, (start + count - 1) >> header.chunk_log2
-    largest = max(header.sizes[first : last + 1])
-    tree = _py.build_tree(header.lengths)
-    if len(tree.nodes) > MAX_NODES or 4 * (-(-largest // LINE_BYTES) + 1) > _shared_memory(device):
+        return info
+    shared = decode_shared(nodes, chunk_log2, leaves, symbol_bytes, largest)
+    lists = min(WARPS, (_shared_memory(device) - shared) // _STACK_BYTES)
+    if nodes > MAX_NODES or chunk_log2 > MAX_CHUNK_LOG2 or lists < 1:
         return None
-    table = header.data - 8 * len(header.sizes)
+    shared += lists * _STACK_BYTES
+    first, last = start >> chunk_log2, (start + count - 1) >> chunk_log2
+    table = data - 8 * -(-numel >> chunk_log2)
     entries = payload[table + 8 * first : table + 8 * (last + 1)].clone().view(torch.int32).view(-1, 2)
     sizes = entries[:, 0].to(torch.int64)
-    offsets = sizes.cumsum(0) - sizes + (header.data + sum(header.sizes[:first]))
-    bad = torch.full((), NO_CHUNK, dtype=torch.int64, device=device)
+    offsets = sizes.cumsum(0) - sizes + (data + before)
     kernels.decode(
-        *(payload, entries, offsets, header.numel, header.chunk_log2, first),
-        *(_pack_tree(tree, len(header.lengths), device), len(tree.nodes), crc_tables(device)),
-        *(affine, group_size, start, largest, out, bad),
+        *(payload, entries, offsets, numel, chunk_log2, first),
+        *(to_device(tree, device), nodes, leaves, crc_tables(device)),
+        *(affine, group_size, symbol_bytes, start, largest, lists, shared, out, info),
     )
-    return torch.where(bad == NO_CHUNK, _py.GOOD, _py.BAD_CHUNK + bad)
+    return info

@@ -252,16 +252,32 @@ class Header:
     lengths: list[int]
 
 
-_PREFIX = 1 << 16
-"""Bytes fetched at once (one wait for a GPU) in the hope that they hold the whole header."""
+def prefix(size: int) -> int:
+    """Bytes to fetch at once (one wait for a GPU) in the hope that they hold the whole header.
+
+    A table of 65,536 code lengths takes less than 49 KB; 8 bytes for each chunk are 1 / 2,048 of the payload
+    where chunks have at least 16 KB, as those of 2^15 symbols of 4 bits have.
+    """
+    return min(size, (1 << 16) + size // 2048)
 
 
 def parse(payload: Tensor) -> Header:
     """Read and check the header of a payload; raises Corrupt."""
     size = payload.numel()
+    try:
+        return parse_bytes(as_bytes(payload[: prefix(size)]), size)
+    except Corrupt as error:
+        if error.code >= 0:
+            raise
+        return parse_bytes(as_bytes(payload[: -error.code]), size)
+
+
+def parse_bytes(raw: bytes, size: int) -> Header:
+    """As parse, from the first bytes of a payload of ``size``; Corrupt(-n): its header has n bytes."""
     if size < HEADER_BYTES:
         raise Corrupt(TOO_SHORT)
-    raw = as_bytes(payload[:_PREFIX])
+    if len(raw) < HEADER_BYTES:
+        raise Corrupt(-HEADER_BYTES)
     fixed = raw[:HEADER_BYTES]
     magic, version, layout, symbol_bytes, chunk_log2 = struct.unpack_from("<4s4B", fixed)
     numel, total, alphabet, ndim, table_bytes, checksum = struct.unpack_from("<QQIIII", fixed, 8)
@@ -284,7 +300,9 @@ def parse(payload: Tensor) -> Header:
     head = HEADER_BYTES + 8 * ndim + table_bytes + 8 * chunks
     if head > size:
         raise Corrupt(BAD_HEADER)
-    rest = (raw if head <= len(raw) else as_bytes(payload[:head]))[HEADER_BYTES:head]
+    if head > len(raw):
+        raise Corrupt(-head)
+    rest = raw[HEADER_BYTES:head]
     if zlib.crc32(rest, zlib.crc32(fixed[: HEADER_BYTES - 4])) != checksum:
         raise Corrupt(BAD_HEADER_CHECKSUM)
     shape = struct.unpack_from(f"<{ndim}Q", rest)
@@ -356,21 +374,27 @@ def encode(symbols: Tensor, shape: tuple[int, ...], chunk_log2: int, reserve: in
             chunks += _encode_chunks(tree, ranks, chunk, places)
     data = [as_bytes(part) for part in chunks]
     entries = b"".join(struct.pack("<II", len(part), zlib.crc32(part)) for part in data)
-    head = head_bytes(symbols.element_size(), chunk_log2, n, shape, lengths, entries)
+    table = pack_lengths(lengths)
+    head = head_bytes(symbols.element_size(), chunk_log2, n, shape, len(lengths), table, entries)
     return from_bytes(bytes(reserve) + head + b"".join(data), device)
 
 
 def head_bytes(
-    symbol_bytes: int, chunk_log2: int, n: int, shape: tuple[int, ...], lengths: list[int], entries: bytes
+    symbol_bytes: int,
+    chunk_log2: int,
+    n: int,
+    shape: tuple[int, ...],
+    alphabet: int,
+    table: bytes,
+    entries: bytes,
 ) -> bytes:
-    """All that comes before the chunks; ``entries`` is the chunk table."""
-    table = pack_lengths(lengths)
+    """All that comes before the chunks: ``table`` is the code table, ``entries`` the chunk table."""
     rest = struct.pack(f"<{len(shape)}Q", *shape) + table + entries
     data = sum(struct.unpack(f"<{len(entries) // 4}I", entries)[::2])
     head = struct.pack(
         "<4s4BQQIII",
         *(MAGIC, VERSION, PIVOT_LAYOUT, symbol_bytes, chunk_log2),
-        *(n, HEADER_BYTES + len(rest) + data, len(lengths), len(shape), len(table)),
+        *(n, HEADER_BYTES + len(rest) + data, alphabet, len(shape), len(table)),
     )
     return head + struct.pack("<I", zlib.crc32(rest, zlib.crc32(head))) + rest
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from . import _library, _tuning
 
 _SCHEMAS = (
-    "cuda_histogram(Tensor symbols, int block, int step, Tensor(a!) counts) -> ()",
-    "cuda_encode(Tensor symbols, int chunk_log2, Tensor tree, int nodes, int leaves, Tensor crc_tables,"
-    " int staged_words, Tensor(a!) slots, Tensor(b!) entries) -> ()",
+    "cuda_largest(Tensor symbols, Tensor(a!) largest) -> ()",
+    "cuda_histogram(Tensor symbols, Tensor(a!) counts) -> ()",
+    "cuda_encode(Tensor symbols, int chunk_log2, Tensor tree, int nodes, int leaves, int alphabet,"
+    " Tensor crc_tables, int staged_words, int shared, Tensor(a!) slots, Tensor(b!) entries) -> ()",
     "cuda_gather(Tensor slots, Tensor entries, Tensor offsets, Tensor(a!) out) -> ()",
     "cuda_decode(Tensor payload, Tensor entries, Tensor offsets, int n, int chunk_log2, int first_chunk,"
-    " Tensor tree, int nodes, Tensor crc_tables, Tensor? affine, int group_size, int start, int largest,"
-    " Tensor(a!) out, Tensor(b!) bad) -> ()",
+    " Tensor tree, int nodes, int leaves, Tensor crc_tables, Tensor? affine, int group_size,"
+    " int symbol_bytes, int start, int largest, int lists, int shared, Tensor(a!) out, Tensor(b!) info)"
+    " -> ()",
     "cuda_range(Tensor weights, int levels, Tensor(a!) ends, Tensor(b!) bad, Tensor(c!) minimum,"
     " Tensor(d!) maximum, Tensor(e!) info, Tensor(f!) affine) -> ()",
     "cuda_affine(Tensor minimum, Tensor maximum, int levels, Tensor(a!) affine) -> ()",

@@ -16,9 +16,9 @@ from torch import Tensor
 from ._cholesky_cuda import PANEL, RANKS
 from ._solve_cuda import SIDE
 
-THREADS, WARPS, PART, LINE, MAX_SHARED = 256, 8, 1 << 15, 64, 8192
+THREADS, WARPS, PART, MAX_SHARED, TILE_BYTES, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 11, 4096
 """As in device.cuh and codec_kernel.cuh."""
-MOST_BLOCKS = 1 << 20
+MOST_BLOCKS, SPAN = 1 << 20, 1 << 12
 SECOND_LOOK_BLOCKS = 2048
 """Of solve_kernel.cuh."""
 OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of device.cuh
@@ -53,8 +53,8 @@ def names(family: str) -> list[str]:
     kernels = {
         "codec": [
             "codec_gather_kernel<uint8_t>",
-            *(f"codec_{what}_kernel<{s}>" for what in ("histogram", "encode") for s in symbols),
-            *(f"codec_decode_kernel<{t}>" for t in symbols + floats),
+            *(f"codec_{what}_kernel<{s}>" for what in ("largest", "histogram", "encode") for s in symbols),
+            *(f"codec_decode_kernel<{s}, {t}>" for s in symbols for t in (s, *floats)),
             *(f"codec_{what}_kernel<{t}>" for what in ("range", "ends", "affine") for t in floats),
             *(f"codec_quantize_kernel<{t}, {s}>" for t in floats for s in symbols),
             *(f"codec_dequantize_kernel<{s}, {t}>" for t in floats for s in symbols),
@@ -91,6 +91,10 @@ def _small_solve(order: int, element: int) -> tuple[int, int, int]:
     numbers = order * (order + 16 // element) + (order if systems > 1 else 0)
     held = systems * numbers * element
     return systems, 1 if held > 32 << 10 else 2 if held > 16 << 10 else 4 if held > 8 << 10 else 8, held
+
+
+def _counting_blocks(symbols: int) -> int:
+    return min(1024, -(-symbols // (16 * THREADS)))
 
 
 class Nvrtc:
@@ -139,30 +143,32 @@ class Nvrtc:
             with stream:
                 function((blocks,), (threads,), tuple(plain), shared_mem=shared)
 
-    def histogram(self, symbols: Tensor, block: int, step: int, counts: Tensor) -> None:
+    def largest(self, symbols: Tensor, largest: Tensor) -> None:
         """See codec.cuh, here and below."""
-        n, np = symbols.numel(), self.numpy
-        if n == 0:
-            return
-        alphabet = counts.numel()
-        blocks = min(2048, -(-(-(-n // step) * block) // (16 * THREADS)))
-        self.launch(
-            *(f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, blocks),
-            4 * alphabet if alphabet <= MAX_SHARED else 0,
-            *(symbols, np.int64(n), np.int32(alphabet), np.int64(block), np.int64(step), counts),
-        )
+        n, blocks = symbols.numel(), _counting_blocks(symbols.numel())
+        if n:
+            name = f"codec_largest_kernel<{_SYMBOLS[symbols.dtype]}>"
+            self.launch(name, symbols.device, blocks, 0, symbols, self.numpy.int64(n), largest)
+
+    def histogram(self, symbols: Tensor, counts: Tensor) -> None:
+        """Counts of all symbols, or of a sample."""
+        n, blocks = symbols.numel(), _counting_blocks(symbols.numel())
+        if n:
+            name = f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>"
+            shared = 4 * min(counts.numel() - 1, MAX_SHARED)
+            self.launch(name, symbols.device, blocks, shared, symbols, self.numpy.int64(n), counts)
 
     def encode(
-        self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, crc_tables: Tensor,
-        staged_words: int, slots: Tensor, entries: Tensor,
+        self, symbols: Tensor, chunk_log2: int, tree: Tensor, nodes: int, leaves: int, alphabet: int,
+        crc_tables: Tensor, staged_words: int, shared: int, slots: Tensor, entries: Tensor,
     ) -> None:  # fmt: skip
         """Chunks into their slots."""
         np = self.numpy
         self.launch(
-            *(f"codec_encode_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, entries.shape[0]),
-            4 * ((WARPS + 1) * nodes + staged_words),
+            *(f"codec_encode_kernel<{_SYMBOLS[symbols.dtype]}>", symbols.device, entries.shape[0], shared),
             *(symbols, np.int64(symbols.numel()), np.int32(chunk_log2), tree, np.int32(nodes)),
-            *(np.int32(leaves), crc_tables, slots, np.int64(slots.shape[1]), np.int32(staged_words), entries),
+            *(np.int32(leaves), np.int32(alphabet), crc_tables, slots, np.int64(slots.shape[1])),
+            *(np.int32(staged_words), entries),
         )
 
     def gather(self, slots: Tensor, entries: Tensor, offsets: Tensor, out: Tensor) -> None:
@@ -174,16 +180,17 @@ class Nvrtc:
 
     def decode(
         self, payload: Tensor, entries: Tensor, offsets: Tensor, n: int, chunk_log2: int, first_chunk: int,
-        tree: Tensor, nodes: int, crc_tables: Tensor, affine: Tensor | None, group_size: int, start: int,
-        largest: int, out: Tensor, bad: Tensor,
+        tree: Tensor, nodes: int, leaves: int, crc_tables: Tensor, affine: Tensor | None, group_size: int,
+        symbol_bytes: int, start: int, largest: int, lists: int, shared: int, out: Tensor, info: Tensor,
     ) -> None:  # fmt: skip
         """Chunks to symbols, or with ``affine`` to weights."""
-        np, kind = self.numpy, (_SYMBOLS if affine is None else _FLOATS)[out.dtype]
+        np, kind = self.numpy, f"uint{8 * symbol_bytes}_t"
+        to = kind if affine is None else _FLOATS[out.dtype]
         self.launch(
-            *(f"codec_decode_kernel<{kind}>", out.device, offsets.numel(), 4 * (-(-8 * largest // LINE) + 1)),
+            *(f"codec_decode_kernel<{kind}, {to}>", out.device, offsets.numel(), shared),
             *(payload, entries, offsets, np.int64(n), np.int32(chunk_log2), np.int64(first_chunk), tree),
-            *(np.int32(nodes), crc_tables, affine, np.int64(group_size), np.int64(start)),
-            *(np.int64(out.numel()), out, bad),
+            *(np.int32(nodes), np.int32(leaves), crc_tables, affine, np.int64(group_size), np.int64(start)),
+            *(np.int64(out.numel()), np.int32(largest), np.int32(lists), out, info),
         )
 
     def range(
@@ -249,7 +256,7 @@ class Nvrtc:
         if n:
             self.launch(
                 f"codec_dequantize_kernel<{_SYMBOLS[symbols.dtype]}, {_FLOATS[weights.dtype]}>",
-                *(symbols.device, min(MOST_BLOCKS, -(-n // (4 * THREADS))), 0),
+                *(symbols.device, min(MOST_BLOCKS, -(-n // (SPAN * WARPS))), 0),
                 *(symbols, np.int64(n), np.int64(symbols.shape[1]), affine, weights),
             )
 

@@ -193,6 +193,7 @@ WEIGHT_RANGE = define_op(
     python=_weight_range_python,
     fake=_weight_range_fake,
     core_dims=(1, None, None),
+    cuda="_codec_cuda:weight_range",
 )
 
 
@@ -606,6 +607,8 @@ def huffman_encode(symbols: Tensor) -> Tensor:
     each member of the alphabet, for the counts of an evenly spread sample, which costs less than about 0.001
     bits a symbol. Alphabets to 4,096 are what it is made for; all 65,536 work.
 
+    A GPU is waited for twice: for the counts, and for the sizes of the chunks.
+
     Returns:
         A 1-d uint8 tensor on the device of ``symbols``.
 
@@ -659,6 +662,8 @@ def huffman_decode(
     payload: Tensor, out: Tensor | None = None, *, start: int | None = None, stop: int | None = None
 ) -> Tensor:
     """Decode what :func:`huffman_encode` wrote, bit for bit, or raise.
+
+    A GPU is waited for twice: for the header, and for the outcome of the checks.
 
     Args:
         payload: 1-d uint8.
@@ -716,12 +721,21 @@ class _Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _header(op: str, payload: Tensor) -> _Header:
-    """The checked header, before anything is allocated for what it promises."""
-    code, symbol_bytes, _, numel, ndim, *extents = _as_tensor(PAYLOAD_HEADER(payload)).tolist()
+def _header(op: str, payload: Tensor, raw: Tensor | None = None) -> _Header:
+    """The checked header, before anything is allocated for what it promises.
+
+    ``raw``: the first bytes of a payload on a GPU, where they are known.
+    """
+    if payload.device.type == "cpu" or torch.compiler.is_compiling():
+        code, symbol_bytes, _, numel, ndim, *extents = _as_tensor(PAYLOAD_HEADER(payload)).tolist()
+        shape = tuple(extents[:ndim])
+    else:  # read on the host, and not once more by the op that decodes
+        from . import _codec_cuda
+
+        code, symbol_bytes, numel, shape = _codec_cuda.read_header(payload, raw)
     if code:
         raise _corrupt(op, f"the payload {_py.WORDS[code]}")
-    return _Header(symbol_bytes, numel, tuple(extents[:ndim]))
+    return _Header(symbol_bytes, numel, shape)
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -883,7 +897,12 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     size = blob.numel()
     if size < _BLOB_BYTES:
         raise _corrupt(op, "the blob is too short to hold a header")
-    fixed = as_bytes(blob[:_BLOB_BYTES])
+    near = blob  # what can be read without a wait: of a blob on a GPU, its first bytes
+    if blob.device.type != "cpu":
+        from . import _codec_cuda
+
+        near = _codec_cuda.to_host(blob[: _py.prefix(size)])
+    fixed = as_bytes(near[:_BLOB_BYTES])
     magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(
         fixed
     )
@@ -903,7 +922,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     head = _BLOB_BYTES + table_bytes
     if head > size or (kind == _RAW and head + groups != size):
         raise _corrupt(op, "the blob has a header that contradicts itself")
-    table = as_bytes(blob[_BLOB_BYTES:head])
+    table = as_bytes((near if head <= near.numel() else blob)[_BLOB_BYTES:head])
     if zlib.crc32(table, zlib.crc32(fixed[: _BLOB.size])) != checksum:
         raise _corrupt(op, "the blob has a damaged header (checksum)")
     data = blob[head:]
@@ -916,7 +935,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
             raise _corrupt(op, "the data of the blob are damaged (checksum)")
         return _Blob(shape, numel, dtype, data, True)
 
-    header = _header(op, data)
+    header = _header(op, data, None if near is blob or head >= near.numel() else near[head:])
     needed = -(-header.numel // group_size) if group_size else 0
     if not 1 <= bits <= 16 or code > 3 or needed != groups or header.symbol_bytes != (1 if bits <= 8 else 2):
         raise _corrupt(op, "the blob has a header that contradicts itself")
@@ -937,7 +956,8 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if not good:
         raise _corrupt(op, "the blob has a range that is not finite or not ordered")
     if blob.device.type != "cpu":
-        minimum, maximum = minimum.to(blob.device), maximum.to(blob.device)
+        minimum = _codec_cuda.to_device(minimum, blob.device)
+        maximum = _codec_cuda.to_device(maximum, blob.device)
         if index is not None and values is not None:
             index, values = index.to(blob.device), values.to(blob.device)
     return _Blob(
@@ -950,7 +970,8 @@ def decompress(
 ) -> Tensor:
     """The weights that :func:`compress` put into a blob, or an error; never wrong weights.
 
-    Decoding and dequantisation are one pass over each chunk.
+    Decoding and dequantisation are one pass over each chunk. A GPU is waited for twice: for the first bytes, and
+    for the outcome of the checks.
 
     Args:
         blob: 1-d uint8.
