@@ -40,13 +40,13 @@ def test_every_file_of_the_package_is_one() -> None:
 
 
 def test_the_users_file_comes_before_the_architectures_and_the_default() -> None:
-    problem = {"kind": "half", "order": 2048, "rows": 65536}
+    problem = {"kind": "half", "order": 2048, "rows": 65536, "planes": True}
     with _tuning.pretend(SMALL):
         default = _tuning.choose("gram", CPU, **problem)
     with _tuning.pretend(CARD):
         deeper = _tuning.choose("gram", CPU, **problem)
         assert deeper != default
-        mine = {"TILE": 16, "DEPTH": 16, "num_warps": 1, "num_stages": 1, "waves": 1}
+        mine = {"how": "pointers", "TILE": 16, "num_warps": 1, "num_stages": 1}
         rules = {"gram": [{"if": {"kind": "half", "min_order": 2000}, "use": mine}]}
         _tuning.write(_tuning.user_file(CARD), CARD, rules, "test")
         _tuning.forget()
@@ -163,7 +163,10 @@ def test_results_do_not_depend_on_the_rule() -> None:
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x, labels = torch.randn(300, 70), torch.randint(3, (300,))
     want = x.double().mT @ x.double()
-    for use in _autotune._grid(TILE=(16, 32), DEPTH=(16,), num_warps=(4,), num_stages=(2,), waves=(1, 4)):
+    for use in _autotune._grid(
+        how=("pointers", "planes", "library"), TILE=(16, 32), TILE_N=(32,), DEPTH=(16,), num_warps=(4,),
+        num_stages=(2,), resident=(1,),
+    ):  # fmt: skip
         with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
             got = cfl_ops.gram(x, labels, bias_column=True, num_classes=3)
         torch.testing.assert_close(got.gram[:70, :70].double(), want, rtol=1e-5, atol=1e-4)
