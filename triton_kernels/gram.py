@@ -30,6 +30,7 @@ __all__ = ["gram", "gram_"]
 
 HALVES = (torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
+PLANES_AT_ONCE = 1 << 28  # elements: planes take no more than 1.6 GB
 MIRRORED = 32  # a side of what one program of _sum_kernel writes
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -192,10 +193,12 @@ def _sum_kernel(
     tile_rows, tile_cols, SCALED: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """A square of a tile: the sum of its parts, without the columns' scales, stored in both halves."""
-    tile, across = tl.program_id(0), tl.cdiv(tile_cols, SIDE)
+    across = tl.cdiv(tile_cols, SIDE)
+    squares = tl.cdiv(tile_rows, SIDE) * across
+    tile, square = tl.program_id(0) // squares, tl.program_id(0) % squares
     matrix, first_row, first_col = _corner(tile, triangle, tile_rows, tile_cols)
-    inner_row = (tl.program_id(1) // across) * SIDE + tl.arange(0, SIDE)
-    inner_col = (tl.program_id(1) % across) * SIDE + tl.arange(0, SIDE)
+    inner_row = (square // across) * SIDE + tl.arange(0, SIDE)
+    inner_col = (square % across) * SIDE + tl.arange(0, SIDE)
     row, col = (first_row + inner_row).to(tl.int64)[:, None], (first_col + inner_col).to(tl.int64)[None, :]
     lower = (row < width) & (col <= row) & (inner_row < tile_rows)[:, None] & (inner_col < tile_cols)[None, :]
     parts_ptr += tile.to(tl.int64) * part_stride
@@ -387,6 +390,15 @@ def _by_pointers(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: 
 
 def _by_planes(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: dict[str, int]) -> None:
     rows, width = x.shape[1:]
+    most = max(1, PLANES_AT_ONCE // (width * use["DEPTH"])) * use["DEPTH"]
+    if kind != "half" and rows > most:
+        for begin in range(0, rows, most):
+            stretch = out if begin == 0 else torch.empty_like(out)
+            some = None if weight is None else weight[:, begin : begin + most]
+            _by_planes(x[:, begin : begin + most], some, stretch, kind, dict(use))
+            if begin:
+                out += stretch
+        return
     count = 3 if kind == "tf32x3" else 1
     scale, planes, plane_rows = None, x[0], rows
     if kind != "half":
@@ -434,7 +446,7 @@ def _sum(
     """The tiles' parts, added up, into both halves of ``out``."""
     tile_rows, tile_cols = parts.shape[1:]
     squares = triton.cdiv(tile_rows, MIRRORED) * triton.cdiv(tile_cols, MIRRORED)
-    _sum_kernel[(whole + rest, squares)](
+    _sum_kernel[((whole + rest) * squares,)](
         parts, parts if scale is None else scale, out, parts.stride(0), rest * parts.stride(0), out.stride(0),
         whole, splits, triangle, width, out.shape[-1], tile_rows, tile_cols, SCALED=scale is not None, SIDE=MIRRORED,
         ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,

@@ -137,7 +137,13 @@ TUNABLE = {
         lambda: _grid(held=(8192, 16384, 32768), vectors=(16,), num_warps=(4, 8, 16)), _update_problems
     ),
     "proximal_step": Tunable(
-        lambda: _grid(TILE_K=(16, 32), TILE_D=(16, 32, 64), num_warps=(4, 8), factor_warps=(2, 4, 8)),
+        lambda: _grid(
+            TILE_K=(16, 32),
+            TILE_D=(16, 32, 64),
+            num_warps=(4, 8),
+            factor_warps=(2, 4, 8),
+            single=(False, True),
+        ),
         _proximal_problems,
     ),
     "ridge_solve": Tunable(lambda: _grid(columns=(32,), num_warps=(1, 2, 4, 8)), _solve_problems),
