@@ -38,7 +38,12 @@ def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["architecture"] for line in lines} == set(architectures)
     bad = [
-        line for line in lines if "error" in line or line["stack"] > 32 or line["shared"] > line["allowed"]
+        line
+        for line in lines
+        if "error" in line
+        or line["stack"] > 32
+        or line["shared"] > line["allowed"]
+        or line["registers"] < 8  # Triton 3.6 makes a mere trap of what it cannot lower for sm_100
     ]
     assert not bad, "\n".join(map(str, bad))
     slow = [(why, line) for line in lines if (why := slow_loop(line))]

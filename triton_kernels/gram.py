@@ -9,6 +9,7 @@ A rule of cfl_ops._tuning says how a problem is done:
   they lie in memory only if elements have 16 bits, so float32 is first written as three bfloat16 planes (float32's
   accuracy) or one float16 plane with a power of two for each column (TF32's digits). A copy engine fetches the tiles.
 - ``library``: torch.mm and one pass that mirrors, where little is to be won.
+- ``exact``: the CUDA C++ kernel of float64 sums, where it can be had. It has no tensor cores and does not split rows.
 """
 
 from __future__ import annotations
@@ -238,13 +239,14 @@ def _cross_kernel(
     total = tl.zeros((TILE, TILE_K), dtype=ACC)
     for begin in range(first, last, DEPTH):
         rows = begin + tl.arange(0, DEPTH)
-        left = _load_tile(x_ptr, row_stride, col_stride, rows, columns, last, width, ACC, UPCAST)
+        # The transpose is loaded as such, as in _gram_kernel.
+        left = _load_tile(x_ptr, col_stride, row_stride, columns, rows, width, last, ACC, UPCAST)
         if WEIGHTED:
             s = tl.load(
                 weight_ptr + matrix * weight_batch_stride + rows.to(tl.int64) * weight_stride,
                 mask=rows < last, other=0.0,
             )  # fmt: skip
-            left = left * s.to(ACC)[:, None]
+            left = left * s.to(ACC)[None, :]
         if CLASSES:  # a tile of the one-hot matrix, which lives in registers only
             label = tl.load(y_ptr + rows.to(tl.int64) * y_row_stride, mask=rows < last, other=-1)
             right = ((label[:, None] == ks[None, :]) & (ks < targets)[None, :]).to(left.dtype)
@@ -254,7 +256,7 @@ def _cross_kernel(
             right = tl.zeros((DEPTH, TILE_K), dtype=left.dtype)
         if ONES:
             right = tl.where((ks == targets)[None, :], 1.0, right).to(left.dtype)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=ACC)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=ACC)
     out_ptr += split.to(tl.int64) * out_split_stride + matrix * out_batch_stride
     row, col = columns.to(tl.int64)[:, None], ks.to(tl.int64)[None, :]
     tl.store(out_ptr + row * columns_k + col, total, mask=(row < width) & (col < columns_k))
@@ -275,7 +277,8 @@ def gram(
     x3 = x.reshape(matrices, rows, width)
     # Triton's float64 products cannot start from half precision.
     narrow = acc_dtype == torch.float64 and x.dtype in HALVES
-    if narrow and (bias_column or y is not None or not _exact_kernel(x)):
+    exact_kernel = acc_dtype == torch.float64 and _exact_kernel(x3)
+    if narrow and (bias_column or y is not None or not exact_kernel):
         x3 = x3.float()
     weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
     ones = (
@@ -308,7 +311,7 @@ def gram(
     gram_out = make(matrices, order, order, dtype=acc_dtype, device=x.device)
     cross = make(matrices, order, targets, dtype=acc_dtype, device=x.device)
     if matrices and rows and width:
-        if acc_dtype == torch.float64 and _exact_kernel(x):
+        if exact_kernel:
             exact = EXACT_GRAM.overload(x3, None if weight is None else weight.double())
             gram_out[:, :width, :width] = exact
         else:
@@ -540,8 +543,12 @@ def gram_(
 
 
 def _exact_kernel(x: Tensor) -> bool:
-    """Whether a CUDA C++ kernel of float64 sums serves; Triton's float64 dots are not measured."""
-    return x.is_cuda and backend_of(EXACT_GRAM.name, "cuda") in ("native", "nvrtc")
+    """Whether float64 sums are the CUDA C++ kernel's: it can be had, and the rule says so."""
+    if not x.is_cuda or backend_of(EXACT_GRAM.name, "cuda") not in ("native", "nvrtc"):
+        return False
+    order, rows = x.shape[-1], x.shape[-2]
+    use = _tuning.choose("gram", x.device, kind="float64", order=order, rows=rows, planes=False)
+    return bool(use["how"] == "exact")
 
 
 def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[int, int]:

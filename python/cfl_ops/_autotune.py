@@ -47,6 +47,7 @@ def _gram_candidates() -> Iterator[dict[str, Any]]:
             )  # fmt: skip
 
     yield from itertools.islice(shapes("library", (64, 64, 4)), 1)  # no shape changes it
+    yield from itertools.islice(shapes("exact", (32, 32, 4)), 1)
     yield from shapes("pointers", (32, 32, 4), (64, 64, 4), (128, 128, 4), (128, 128, 8))
     yield from shapes("planes", (64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8))
 
