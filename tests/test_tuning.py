@@ -265,3 +265,27 @@ def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch:
     refined = error()
     monkeypatch.setattr(kernels, "REFINEMENTS", type(kernels.REFINEMENTS)(0))
     assert refined < 1e-6 < error() / 3
+
+
+@pytest.mark.parametrize("rows", [1, 63, 1000, 65536])
+@pytest.mark.parametrize("width", [1, 100, 1024, 4096])
+@pytest.mark.parametrize("matrices", [1, 7])
+def test_tiles_are_shared_out_whole_while_they_fill_the_card(rows: int, width: int, matrices: int) -> None:
+    if not _library.triton_available():
+        pytest.skip("triton is not installed")
+    kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
+    x = torch.empty(1, rows, width, device="meta")
+    use = {"TILE": 128, "TILE_N": 256, "DEPTH": 64, "resident": 1}
+    with _tuning.pretend(CARD):
+        triangle, whole, rest, splits, per_split = kernels._share(x, matrices, 2, use)
+    blocks = -(-width // 256)
+    assert triangle == blocks * (blocks + 1)
+    assert whole + rest == triangle * matrices
+    assert per_split % 64 == 0
+    if rest:
+        assert rest < CARD.multiprocessors
+        assert whole % CARD.multiprocessors == 0
+        assert (splits - 1) * per_split < rows <= splits * per_split  # no split is empty
+        assert splits > 1
+    else:
+        assert splits == 1
