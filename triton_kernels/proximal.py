@@ -187,14 +187,18 @@ def _factor(
         for c in range(0, PANEL):
             at = j * PANEL + c
             column = tl.sum(tl.where((cols == c)[None, :], panel, 0.0), axis=1)
-            pivot = tl.sum(tl.where(rows == at, column, 0.0), axis=0)
+            # Its values at the panel's rows, the pivot among them: one sum over all warps serves both.
+            across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
+            pivot = tl.sum(tl.where(cols == c, across, 0.0), axis=0)
             scale = tl.sum(tl.where(cols == c, original, 0.0), axis=0)
             good = (pivot > tolerance * scale) & (pivot - pivot == 0.0)  # Inf fails the second half
             info = tl.where((info == 0) & (good == 0), at + 1, info)
-            column = tl.where(rows >= at, column / tl.sqrt(tl.where(good, pivot, 1.0)), 0.0)
+            over_root = 1.0 / tl.sqrt(tl.where(good, pivot, 1.0))
+            column = tl.where(rows >= at, column * over_root, 0.0)
+            across = tl.where(here >= at, across * over_root, 0.0)
             # A failed pivot leaves a finite factor behind.
             column = tl.where(good, column, (rows == at).to(ACC))
-            across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
+            across = tl.where(good, across, (here == at).to(ACC))
             panel = tl.where(
                 (cols == c)[None, :], column[:, None],
                 tl.where((cols > c)[None, :], panel - column[:, None] * across[None, :], panel),
@@ -213,7 +217,7 @@ def _factor(
         for c in range(0, PANEL):
             column = tl.sum(tl.where((cols == c)[None, :], corner, 0.0), axis=1)
             pivot = tl.sum(tl.where(cols == c, column, 0.0), axis=0)
-            row = tl.sum(tl.where((cols == c)[:, None], block, 0.0), axis=0) / pivot
+            row = tl.sum(tl.where((cols == c)[:, None], block, 0.0), axis=0) * (1.0 / pivot)
             block = tl.where(
                 (cols == c)[:, None], row[None, :],
                 tl.where((cols > c)[:, None], block - column[:, None] * row[None, :], block),
