@@ -2,7 +2,7 @@
 
 ``python tests/compile_kernels.py sm_80 sm_90 ...`` runs the launchers on CPU tensors with launching replaced by
 ``triton.compile`` for each architecture, and prints one JSON line for each kernel: options, registers, spills and
-shared memory as ptxas reports them. tests/test_gpu_compile.py reads them.
+shared memory as ptxas reports them, and what gram's main loops are made of. tests/test_gpu_compile.py reads them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cfl_ops import _library, _tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CARDS = {
     "sm_80": _tuning.Device("NVIDIA A100", "sm_80", 108, 163 << 10),
@@ -38,6 +40,7 @@ TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+DISASSEMBLED = ("_gram_kernel", "_plane_kernel")  # the tools take a second for each kernel
 seen: set[str] = set()
 card = CARDS["sm_80"]
 label = ""
@@ -56,6 +59,9 @@ def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -77,6 +83,7 @@ def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **
             "shared": binary.metadata.shared,
             "allowed": card.shared_memory,
             **resources(binary.asm["cubin"]),
+            "loop": main_loop(binary.asm["cubin"]) if kernel.fn.__name__ in DISASSEMBLED else {},
         }
     except Exception as error:
         line["error"] = f"{type(error).__name__}: {str(error)[-500:]}"
@@ -98,6 +105,37 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
+def is_matrix(instruction: str) -> bool:
+    """Whether it is one of the tensor cores': mma.sync, wgmma, tcgen05."""
+    return re.match(r"(HMMA|DMMA|HGMMA|UTC\w*MMA)", instruction) is not None
+
+
+def main_loop(cubin: bytes) -> dict[str, int]:
+    """How often each instruction stands in the innermost loop with the most matrix instructions; none without any.
+
+    ``WAIT`` counts waits that let no warpgroup product run on.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    most: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(code)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", line):
+            code.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", code[-1])
+            if back and back[1] in labels:
+                most = max(most, code[labels[back[1]] :], key=lambda body: sum(map(is_matrix, body)))
+    counts = Counter(i.split()[0] for i in most if any(map(is_matrix, most)))
+    counts["WAIT"] = sum(bool(re.search("WARPGROUP.DEPBAR.LE gsb0, 0x0$", i.strip())) for i in most)
+    return dict(counts)
+
+
 def cases() -> list[tuple[str, Callable[[], Any]]]:
     """Calls of every op that has a Triton launcher, at sizes that reach each of its tuning rules."""
     gram, gram_ = _library.OPS["gram"].load_triton(), _library.OPS["gram_"].load_triton()
@@ -113,6 +151,8 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         for width in (48, 256, 1024):
             x = torch.zeros(4096, width, dtype=dtype)
             add(f"gram {name} {width}", lambda x=x, acc=acc: gram(x, None, None, False, 0, acc))
+        pair = torch.zeros(2, 4096, 512, dtype=dtype)  # not for planes
+        add(f"gram {name} 2 x 512", lambda x=pair, acc=acc: gram(x, None, None, False, 0, acc))
         x, labels = torch.zeros(4096, 512, dtype=dtype), torch.zeros(4096, dtype=torch.int64)
         y, s = torch.zeros(4096, 100, dtype=dtype), torch.ones(4096, dtype=acc)
         add(f"gram {name} classes, bias", lambda x=x, y=labels, acc=acc: gram(x, y, None, True, 10, acc))
@@ -127,8 +167,9 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
 
     def one_product() -> None:
         torch.set_float32_matmul_precision("high")
-        for width in (256, 1024):
+        for width in (256, 2048):
             gram(torch.zeros(4096, width), None, None, False, 0, torch.float32)
+            gram(torch.zeros(4096, width), None, torch.ones(4096), False, 0, torch.float32)
         torch.set_float32_matmul_precision("highest")
 
     add("gram float32, one TF32 product", one_product)

@@ -121,6 +121,35 @@ def test_cholesky_update_at_every_size(order: int, rank: int, batch: int, dtype,
     assert (error <= 10 * torch.finfo(dtype).eps * order**0.5).all()
 
 
+@pytest.mark.parametrize("width", [130, 700, 2100])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "bound"),
+    [
+        (torch.bfloat16, "highest", 1e-4),  # one accumulator: docs/gram.md
+        (torch.float32, "high", 2.0**-10),
+        (torch.float32, "highest", 5e-6),
+        (torch.float64, "highest", 1e-12),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gram_by_the_rules_of_this_card(
+    width: int, dtype, precision: str, bound: float, weighted: bool
+) -> None:
+    """As large as the registry's rules ask for, with signs alike, where truncated sums would show."""
+    x = torch.rand(20001, width, device="cuda").to(dtype)
+    s = torch.rand(20001, device="cuda") if weighted else None
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with cfl_ops.config.use_backend("triton"):
+            got = cfl_ops.gram(x, sample_weight=None if s is None else s.to(dtype)).gram
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    wide = x.double()
+    want = wide.mT @ (wide if s is None else wide * s.to(dtype).double().unsqueeze(-1))
+    assert torch.equal(got, got.mT)
+    assert float(((got.double() - want).abs() / want).max()) <= bound
+
+
 def symbols_of(kind: str) -> torch.Tensor:
     if kind == "one symbol":
         return torch.full((70000,), 3, dtype=torch.uint8)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 import cfl_ops
+import contract
 import pytest
 import torch
 from cfl_ops import _autotune, _cuda, _library, _tuning
@@ -40,13 +42,13 @@ def test_every_file_of_the_package_is_one() -> None:
 
 
 def test_the_users_file_comes_before_the_architectures_and_the_default() -> None:
-    problem = {"kind": "half", "order": 2048, "rows": 65536}
+    problem = {"kind": "half", "order": 2048, "rows": 65536, "planes": True}
     with _tuning.pretend(SMALL):
         default = _tuning.choose("gram", CPU, **problem)
     with _tuning.pretend(CARD):
         deeper = _tuning.choose("gram", CPU, **problem)
         assert deeper != default
-        mine = {"TILE": 16, "DEPTH": 16, "num_warps": 1, "num_stages": 1, "waves": 1}
+        mine = {"how": "pointers", "TILE": 16, "num_warps": 1, "num_stages": 1}
         rules = {"gram": [{"if": {"kind": "half", "min_order": 2000}, "use": mine}]}
         _tuning.write(_tuning.user_file(CARD), CARD, rules, "test")
         _tuning.forget()
@@ -54,7 +56,10 @@ def test_the_users_file_comes_before_the_architectures_and_the_default() -> None
         assert _tuning.choose("gram", CPU, **(problem | {"order": 1024})) == deeper
 
 
-def test_rules_match_by_equality_bounds_and_shared_memory() -> None:
+def test_rules_match_by_equality_bounds_and_the_card() -> None:
+    for slow, card in ((True, SMALL), (False, CARD)):
+        assert _tuning.matches({"if": {"slow_float64": slow}}, {}, card)
+        assert not _tuning.matches({"if": {"slow_float64": not slow}}, {}, card)
     rule = {"if": {"kind": "a", "max_order": 10, "min_rows": 5, "min_shared": 128 << 10}}
     good = {"kind": "a", "order": 10, "rows": 5}
     assert _tuning.matches(rule, good, CARD)
@@ -159,13 +164,129 @@ def test_without_a_gpu_the_command_says_so() -> None:
     assert "there is no CUDA device" in done.stderr
 
 
-def test_results_do_not_depend_on_the_rule() -> None:
+@pytest.mark.parametrize("multiprocessors", [2, 132])
+def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles that are split and others that are not, and planes a stretch of rows at a time."""
     if not (_library.triton_available() and _library.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
+    monkeypatch.setattr(kernels, "PLANES_AT_ONCE", 200 * 70)
+    card = _tuning.Device("test", "none", multiprocessors, 99 << 10)
     x, labels = torch.randn(300, 70), torch.randint(3, (300,))
     want = x.double().mT @ x.double()
-    for use in _autotune._grid(TILE=(16, 32), DEPTH=(16,), num_warps=(4,), num_stages=(2,), waves=(1, 4)):
-        with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+    s = torch.rand(300)
+    want_weighted = (x.double() * s.double().unsqueeze(-1)).mT @ x.double()
+    for use in _autotune._grid(
+        how=("pointers", "planes", "library"), TILE=(16, 32), TILE_N=(32,), DEPTH=(16,), num_warps=(4,),
+        num_stages=(2,), resident=(1,),
+    ):  # fmt: skip
+        with cfl_ops.config.use_backend("triton"), _tuning.pretend(card), _tuning.force("gram", use):
             got = cfl_ops.gram(x, labels, bias_column=True, num_classes=3)
+            weighted = cfl_ops.gram(x, sample_weight=s)
         torch.testing.assert_close(got.gram[:70, :70].double(), want, rtol=1e-5, atol=1e-4)
         assert torch.equal(got.gram, got.gram.mT)
+        torch.testing.assert_close(weighted.gram.double(), want_weighted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e13])
+def test_the_float16_plane_of_tf32_products_has_their_digits_at_any_scale(scale: float) -> None:
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    x = torch.randn(200, 40) * torch.logspace(-4, 4, 40) * scale
+    x[:, 7] = 0
+    use = {
+        "how": "planes",
+        "TILE": 32,
+        "TILE_N": 32,
+        "DEPTH": 16,
+        "num_warps": 4,
+        "num_stages": 2,
+        "resident": 1,
+    }
+    torch.set_float32_matmul_precision("high")
+    try:
+        with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+            got = cfl_ops.gram(x).gram
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    want, size = x.double().mT @ x.double(), x.double().abs().mT @ x.double().abs()
+    least = torch.finfo(torch.float32).smallest_normal
+    assert ((got.double() - want).abs() <= 2.0**-10 * size + least).all()
+    assert ((got.double() - want).abs() > 2.0**-20 * size)[:6, :6].any()  # it is not float32's accuracy
+
+
+def test_planes_propagate_infinities_and_nans_to_their_own_columns() -> None:
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    x = torch.rand(100, 20) + 0.5
+    x[3, 4], x[5, 6] = torch.inf, torch.nan
+    use = {
+        "how": "planes",
+        "TILE": 32,
+        "TILE_N": 32,
+        "DEPTH": 16,
+        "num_warps": 4,
+        "num_stages": 2,
+        "resident": 1,
+    }
+    with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+        got = cfl_ops.gram(x).gram
+    want = x.mT @ x
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_the_head_is_as_accurate_with_a_float32_factor(single: bool) -> None:
+    """Every sample of the contract, with the rule of cards with fast float64 and that of the others."""
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": single}
+    spec = next(spec for spec in contract.load() if spec.op.name == "proximal_step")
+    with cfl_ops.config.use_backend("triton"), _tuning.force("proximal_step", use):
+        for case in spec.cases:
+            args = case.make(torch.float32)
+            contract.assert_within(contract.results(spec, args), spec.oracle(*args), spec.bound(*args))
+
+
+def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    kernels = __import__("cfl_ops.triton_kernels.proximal", fromlist=["x"])
+    use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": True}
+    features, labels = 1 + 0.3 * torch.randn(40, 100), torch.randint(3, (40,))
+    weight = torch.zeros(3, 100)
+    want = cfl_ops.proximal_step(features.double(), labels, weight.double(), lam=1e-4)
+
+    def error() -> float:
+        with cfl_ops.config.use_backend("triton"), _tuning.force("proximal_step", use):
+            got = cfl_ops.proximal_step(features, labels, weight, lam=1e-4)
+        return float((got.grad_features - want.grad_features).norm() / want.grad_features.norm())
+
+    refined = error()
+    monkeypatch.setattr(kernels, "REFINEMENTS", type(kernels.REFINEMENTS)(0))
+    assert refined < 1e-6 < error() / 3
+
+
+@pytest.mark.parametrize("rows", [1, 63, 1000, 65536])
+@pytest.mark.parametrize("width", [1, 100, 1024, 4096])
+@pytest.mark.parametrize("matrices", [1, 7])
+def test_tiles_are_shared_out_whole_while_they_fill_the_card(rows: int, width: int, matrices: int) -> None:
+    if not _library.triton_available():
+        pytest.skip("triton is not installed")
+    kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
+    x = torch.empty(1, rows, width, device="meta")
+    use = {"TILE": 128, "TILE_N": 256, "DEPTH": 64, "resident": 1}
+    with _tuning.pretend(CARD):
+        triangle, whole, rest, splits, per_split = kernels._share(x, matrices, 2, use)
+    blocks = -(-width // 256)
+    assert triangle == blocks * (blocks + 1)
+    assert whole + rest == triangle * matrices
+    assert per_split % 64 == 0
+    if rest:
+        assert rest < CARD.multiprocessors
+        assert whole % CARD.multiprocessors == 0
+        assert (splits - 1) * per_split < rows <= splits * per_split  # no split is empty
+        assert splits > 1
+    else:
+        assert splits == 1

@@ -1,9 +1,16 @@
-"""gram on a GPU: triangle tiles, split over the rows, mirrored where the parts are summed.
+"""gram on a GPU: tiles of one triangle, the last of them split over the rows, mirrored where parts are summed.
 
-Below D = 4096 one triangle has fewer tiles than a large GPU has multiprocessors, so the rows are split, too. Tile
-sizes come from cfl_ops._tuning. float32 runs on the tensor cores as three TF32 products with float32's accuracy;
-``torch.set_float32_matmul_precision("high")`` makes it one, as in torch's own products. Half inputs go there as they
-are, with float32 sums.
+A rule of cfl_ops._tuning says how a problem is done:
+
+- ``pointers``: any strides, batches, weights and cards. float32 is three TF32 products with float32's accuracy;
+  ``torch.set_float32_matmul_precision("high")`` makes it one, as in torch's own products. Half inputs are
+  multiplied as they are, with float32 sums.
+- ``planes``: one matrix on cards with warpgroup products (sm_90 and later). Those read both operands of X^T X as
+  they lie in memory only if elements have 16 bits, so float32 is first written as three bfloat16 planes (float32's
+  accuracy) or one float16 plane with a power of two for each column (TF32's digits). A copy engine fetches the tiles.
+- ``library``: torch.mm and one pass that mirrors, where little is to be won.
+- ``exact``: the CUDA C++ kernel of float64 sums, where it can be had. Its tensor core products are the 8 x 8 x 4 of
+  sm_80; Triton's are 16 x 8 x 16 on sm_90, twice as fast there.
 """
 
 from __future__ import annotations
@@ -16,9 +23,17 @@ from cfl_ops.config import backend_of
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
 from torch import Tensor
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton: no planes
+    TensorDescriptor = None
+
 __all__ = ["gram", "gram_"]
 
+HALVES = (torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
+PLANES_AT_ONCE = 1 << 28  # elements: planes take no more than 1.6 GB
+MIRRORED = 32  # a side of what one program of _sum_kernel writes
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -45,57 +60,158 @@ def _triangle(tile):
 
 
 @triton.jit
+def _corner(tile, triangle, tile_rows, tile_cols):
+    """The matrix of a tile, and its first row and column: square blocks of a triangle, cut into ``tile_rows``."""
+    matrix, inside = tile // triangle, tile % triangle
+    pieces = tile_cols // tile_rows
+    row, col = _triangle(inside // pieces)
+    return matrix.to(tl.int64), row * tile_cols + inside % pieces * tile_rows, col * tile_cols
+
+
+@triton.jit
+def _part(program, whole, rest, rows, rows_per_split):
+    """A program's tile and its rows, first and number: the first ``whole`` tiles are not split, ``rest`` are."""
+    split = tl.where(program < whole, 0, (program - whole) // rest)
+    tile = tl.where(program < whole, program, whole + (program - whole) % rest)
+    first = split.to(tl.int64) * rows_per_split
+    return tile, first, tl.where(program < whole, rows, tl.minimum(rows_per_split, rows - first))
+
+
+@triton.jit
 def _gram_kernel(
     x_ptr, weight_ptr, out_ptr,
-    batch_stride, row_stride, col_stride, weight_batch_stride, weight_stride, out_batch_stride, out_split_stride,
-    num_rows, width, order, rows_per_split,
+    batch_stride, row_stride, col_stride, weight_batch_stride, weight_stride, out_batch_stride,
+    rows, width, order, triangle, whole, rest, rows_per_split,
     WEIGHTED: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    MIRROR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    MIRROR: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one split's X^T S X (width x width), at rows of ``order`` elements."""
-    tile_row, tile_col = _triangle(tl.program_id(0))
-    split, matrix = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    x_ptr += matrix * batch_stride
-    left_columns = tile_row * TILE + tl.arange(0, TILE)
-    right_columns = tile_col * TILE + tl.arange(0, TILE)
-    first = split.to(tl.int64) * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
-    total = tl.zeros((TILE, TILE), dtype=ACC)
-    for begin in range(first, last, DEPTH):
-        rows = begin + tl.arange(0, DEPTH)
-        left = _load_tile(x_ptr, row_stride, col_stride, rows, left_columns, last, width, ACC, UPCAST)
-        right = _load_tile(x_ptr, row_stride, col_stride, rows, right_columns, last, width, ACC, UPCAST)
+    """One part of one tile of X^T S X (width x width): into its own slot, or mirrored at rows of ``order``."""
+    program = tl.program_id(0)
+    tile, first, count = _part(program, whole, rest, rows, rows_per_split)
+    matrix, row, col = _corner(tile, triangle, TILE, TILE_N)
+    row, col = row + tl.arange(0, TILE), col + tl.arange(0, TILE_N)
+    ks = tl.arange(0, DEPTH)
+    x_ptr += matrix * batch_stride + first * row_stride
+    weight_ptr += matrix * weight_batch_stride + first * weight_stride
+    # The left tile is loaded as the transpose that it is: tl.trans would take it through registers.
+    along = ks.to(tl.int64) * row_stride
+    left_offsets = row.to(tl.int64)[:, None] * col_stride + along[None, :]
+    right_offsets = along[:, None] + col.to(tl.int64)[None, :] * col_stride
+    total = tl.zeros((TILE, TILE_N), dtype=ACC)
+    for begin in range(0, count, DEPTH):
+        here = ks < tl.minimum(count - begin, DEPTH).to(tl.int32)
+        left = tl.load(x_ptr + left_offsets, mask=(row < width)[:, None] & here[None, :], other=0.0)
+        right = tl.load(x_ptr + right_offsets, mask=here[:, None] & (col < width)[None, :], other=0.0)
+        if UPCAST:
+            left, right = left.to(ACC), right.to(ACC)
         if WEIGHTED:
-            s = tl.load(
-                weight_ptr + matrix * weight_batch_stride + rows.to(tl.int64) * weight_stride,
-                mask=rows < last, other=0.0,
-            )  # fmt: skip
-            left = left * s.to(ACC)[:, None]
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=ACC)
-    out_ptr += split.to(tl.int64) * out_split_stride + matrix * out_batch_stride
-    row, col = left_columns.to(tl.int64)[:, None], right_columns.to(tl.int64)[None, :]
-    lower = (row < width) & (col <= row)
-    tl.store(out_ptr + row * order + col, total, mask=lower)
+            s = tl.load(weight_ptr + ks.to(tl.int64) * weight_stride, mask=here, other=0.0)
+            left = left * s.to(ACC)[None, :]
+            weight_ptr += DEPTH * weight_stride
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=ACC)
+        x_ptr += DEPTH * row_stride
     if MIRROR:
+        out_ptr += matrix * out_batch_stride
+        row, col = row.to(tl.int64)[:, None], col.to(tl.int64)[None, :]
+        lower = (row < width) & (col <= row)
+        tl.store(out_ptr + row * order + col, total, mask=lower)
         tl.store(out_ptr + col * order + row, total, mask=lower)
+    else:
+        _store_part(out_ptr, program, total, TILE, TILE_N)
+
+
+@triton.jit
+def _store_part(parts_ptr, program, total, TILE: tl.constexpr, TILE_N: tl.constexpr):
+    parts_ptr += program.to(tl.int64) * TILE * TILE_N
+    tl.store(parts_ptr + tl.arange(0, TILE)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :], total)
+
+
+@triton.jit
+def _planes_kernel(
+    x_ptr, weight_ptr, scale_ptr, out_ptr, row_stride, col_stride, weight_stride, plane_stride, out_stride,
+    rows, width, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """X, its rows times sqrt(s), as three bfloat16 planes that sum to it, or as one float16 plane of X scale.
+
+    A plane ends with rows of zeros, so that no tile of one reaches the next.
+    """
+    row = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
+    col = (tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)[None, :]
+    x = tl.load(x_ptr + row * row_stride + col * col_stride, mask=(row < rows) & (col < width), other=0.0)
+    x = x.to(tl.float32)
+    if WEIGHTED:
+        x *= tl.sqrt_rn(tl.load(weight_ptr + row * weight_stride, mask=row < rows, other=0.0).to(tl.float32))
+    out_ptr += row * out_stride + col
+    stored = (row * out_stride < plane_stride) & (col < out_stride)
+    if SCALED:
+        x *= tl.load(scale_ptr + col, mask=col < width, other=0.0)
+        tl.store(out_ptr, x.to(tl.float16), mask=stored)
+    else:
+        high = x.to(tl.bfloat16).to(tl.float32)
+        x = tl.where(tl.abs(high) < float("inf"), x - high, 0.0)  # Inf and NaN are in the first plane only
+        middle = x.to(tl.bfloat16).to(tl.float32)
+        kind = out_ptr.dtype.element_ty
+        tl.store(out_ptr, high.to(kind), mask=stored)
+        tl.store(out_ptr + plane_stride, middle.to(kind), mask=stored)
+        tl.store(out_ptr + 2 * plane_stride, (x - middle).to(kind), mask=stored)
+
+
+@triton.jit
+def _plane_kernel(
+    left_desc, right_desc, parts_ptr, rows, plane_rows, triangle, whole, rest, rows_per_split,
+    PLANES: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One part of one tile of X^T X, from one plane or from the three that sum to X."""
+    program = tl.program_id(0)
+    tile, first, count = _part(program, whole, rest, rows, rows_per_split)
+    _, row, col = _corner(tile, triangle, TILE, TILE_N)
+    first = first.to(tl.int32)
+    total = tl.zeros((TILE, TILE_N), dtype=tl.float32)
+    for begin in range(first, first + count.to(tl.int32), DEPTH):
+        left = left_desc.load([begin, row]).T
+        right = right_desc.load([begin, col])
+        if PLANES == 1:
+            total = tl.dot(left, right, total)
+        else:
+            left1 = left_desc.load([begin + plane_rows, row]).T
+            left2 = left_desc.load([begin + 2 * plane_rows, row]).T
+            right1 = right_desc.load([begin + plane_rows, col])
+            right2 = right_desc.load([begin + 2 * plane_rows, col])
+            # The least products first; the tensor core truncates its sums, so they start anew for each stretch of
+            # rows and are added up here, where addition rounds to nearest.
+            part = tl.dot(left, right2)
+            part = tl.dot(left2, right, part)
+            part = tl.dot(left1, right1, part)
+            part = tl.dot(left, right1, part)
+            part = tl.dot(left1, right, part)
+            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # the first plane alone says Inf or NaN
+            total += tl.dot(left, right, part)
+    _store_part(parts_ptr, program, total, TILE, TILE_N)
 
 
 @triton.jit
 def _sum_kernel(
-    parts_ptr, out_ptr, parts_batch_stride, split_stride, out_batch_stride, splits, width, order,
-    ACC: tl.constexpr, TILE: tl.constexpr,
+    parts_ptr, scale_ptr, out_ptr, part_stride, split_stride, out_batch_stride, whole, splits, triangle, width, order,
+    tile_rows, tile_cols, SCALED: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the splits' triangles, stored in both halves."""
-    tile_row, tile_col = _triangle(tl.program_id(0))
-    matrix = tl.program_id(1).to(tl.int64)
-    row = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-    col = (tile_col * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
-    lower = (row < width) & (col <= row)
-    total = tl.zeros((TILE, TILE), dtype=ACC)
-    parts_ptr += matrix * parts_batch_stride
-    for _ in range(0, splits):
-        total += tl.load(parts_ptr + row * width + col, mask=lower, other=0.0)
+    """A square of a tile: the sum of its parts, without the columns' scales, stored in both halves."""
+    across = tl.cdiv(tile_cols, SIDE)
+    squares = tl.cdiv(tile_rows, SIDE) * across
+    tile, square = tl.program_id(0) // squares, tl.program_id(0) % squares
+    matrix, first_row, first_col = _corner(tile, triangle, tile_rows, tile_cols)
+    inner_row = (square // across) * SIDE + tl.arange(0, SIDE)
+    inner_col = (square % across) * SIDE + tl.arange(0, SIDE)
+    row, col = (first_row + inner_row).to(tl.int64)[:, None], (first_col + inner_col).to(tl.int64)[None, :]
+    lower = (row < width) & (col <= row) & (inner_row < tile_rows)[:, None] & (inner_col < tile_cols)[None, :]
+    parts_ptr += tile.to(tl.int64) * part_stride
+    inner = inner_row.to(tl.int64)[:, None] * tile_cols + inner_col[None, :]
+    total = tl.zeros((SIDE, SIDE), dtype=ACC)
+    for _ in range(0, tl.where(tile < whole, 1, splits)):
+        total += tl.load(parts_ptr + inner, mask=lower, other=0.0)
         parts_ptr += split_stride
+    if SCALED:  # one after the other: their product could overflow
+        total /= tl.load(scale_ptr + row, mask=row < width, other=1.0)
+        total /= tl.load(scale_ptr + col, mask=col < width, other=1.0)
     out_ptr += matrix * out_batch_stride
     tl.store(out_ptr + row * order + col, total, mask=lower)
     tl.store(out_ptr + col * order + row, total, mask=lower)
@@ -124,13 +240,14 @@ def _cross_kernel(
     total = tl.zeros((TILE, TILE_K), dtype=ACC)
     for begin in range(first, last, DEPTH):
         rows = begin + tl.arange(0, DEPTH)
-        left = _load_tile(x_ptr, row_stride, col_stride, rows, columns, last, width, ACC, UPCAST)
+        # The transpose is loaded as such, as in _gram_kernel.
+        left = _load_tile(x_ptr, col_stride, row_stride, columns, rows, width, last, ACC, UPCAST)
         if WEIGHTED:
             s = tl.load(
                 weight_ptr + matrix * weight_batch_stride + rows.to(tl.int64) * weight_stride,
                 mask=rows < last, other=0.0,
             )  # fmt: skip
-            left = left * s.to(ACC)[:, None]
+            left = left * s.to(ACC)[None, :]
         if CLASSES:  # a tile of the one-hot matrix, which lives in registers only
             label = tl.load(y_ptr + rows.to(tl.int64) * y_row_stride, mask=rows < last, other=-1)
             right = ((label[:, None] == ks[None, :]) & (ks < targets)[None, :]).to(left.dtype)
@@ -140,7 +257,7 @@ def _cross_kernel(
             right = tl.zeros((DEPTH, TILE_K), dtype=left.dtype)
         if ONES:
             right = tl.where((ks == targets)[None, :], 1.0, right).to(left.dtype)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=ACC)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=ACC)
     out_ptr += split.to(tl.int64) * out_split_stride + matrix * out_batch_stride
     row, col = columns.to(tl.int64)[:, None], ks.to(tl.int64)[None, :]
     tl.store(out_ptr + row * columns_k + col, total, mask=(row < width) & (col < columns_k))
@@ -160,8 +277,9 @@ def gram(
     matrices = batch.numel()
     x3 = x.reshape(matrices, rows, width)
     # Triton's float64 products cannot start from half precision.
-    narrow = acc_dtype == torch.float64 and x.dtype in (torch.float16, torch.bfloat16)
-    if narrow and (bias_column or y is not None or not _exact_kernel(x)):
+    narrow = acc_dtype == torch.float64 and x.dtype in HALVES
+    exact_kernel = acc_dtype == torch.float64 and _exact_kernel(x3)
+    if narrow and (bias_column or y is not None or not exact_kernel):
         x3 = x3.float()
     weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
     ones = (
@@ -189,16 +307,18 @@ def gram(
         target_sum = (wide * ones.unsqueeze(-1)).sum(-2)
         target_sq = (wide * wide * ones.unsqueeze(-1)).sum(-2)
 
-    gram_out = torch.zeros(matrices, order, order, dtype=acc_dtype, device=x.device)
-    cross = torch.zeros(matrices, order, targets, dtype=acc_dtype, device=x.device)
+    # What the kernels write is not cleared first.
+    make = torch.empty if matrices and rows and width else torch.zeros
+    gram_out = make(matrices, order, order, dtype=acc_dtype, device=x.device)
+    cross = make(matrices, order, targets, dtype=acc_dtype, device=x.device)
     if matrices and rows and width:
-        if acc_dtype == torch.float64 and _exact_kernel(x):
+        if exact_kernel:
             exact = EXACT_GRAM.overload(x3, None if weight is None else weight.double())
             gram_out[:, :width, :width] = exact
         else:
             _launch_gram(x3, weight, gram_out, acc_dtype)
         if bias_column or targets:
-            if y3 is not None and acc_dtype == torch.float64 and y3.dtype in (torch.float16, torch.bfloat16):
+            if y3 is not None and acc_dtype == torch.float64 and y3.dtype in HALVES:
                 y3 = y3.float()
             products = _launch_cross(x3, y3, weight, targets, bias_column, num_classes > 0, acc_dtype)
             cross[:, :width] = products[..., :targets]
@@ -227,7 +347,7 @@ def _kind(x: Tensor, weight: Tensor | None, acc_dtype: torch.dtype) -> str:
     if acc_dtype == torch.float64:
         return "float64"
     # A weight must multiply half inputs exactly, and the interpreter cannot multiply bfloat16.
-    if x.dtype in (torch.float16, torch.bfloat16) and weight is None and not INTERPRETED:
+    if x.dtype in HALVES and weight is None and not INTERPRETED:
         return "half"
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "tf32x3" if exact else "tf32"
@@ -243,25 +363,131 @@ def _arithmetic(kind: str) -> dict[str, object]:
 
 def _launch_gram(x: Tensor, weight: Tensor | None, out: Tensor, acc_dtype: torch.dtype) -> None:
     """X^T S X into the first rows and columns of ``out``."""
-    matrices, rows, width = x.shape
     kind = _kind(x, weight, acc_dtype)
-    use = dict(_tuning.choose("gram", x.device, kind=kind, order=width, rows=rows))
-    tiles = triton.cdiv(width, use["TILE"])
-    triangle = tiles * (tiles + 1) // 2
-    splits, per_split = _split(x, rows, triangle * matrices, use)
-    parts = out.new_empty(splits, matrices, width, width) if splits > 1 else None
-    target = out if parts is None else parts
-    _gram_kernel[(triangle, splits, matrices)](
-        x, weight, target, *x.stride(), *(weight.stride() if weight is not None else (0, 0)),
-        target.stride(-3), 0 if parts is None else parts.stride(0), rows, width, target.shape[-1], per_split,
+    rows, width = x.shape[1:]
+    planes = _planes_serve(x, kind)
+    use = dict(_tuning.choose("gram", x.device, kind=kind, order=width, rows=rows, planes=planes))
+    how = use.pop("how")
+    if how == "planes" and planes:
+        _by_planes(x, weight, out, kind, use)
+    elif how == "library" and kind.startswith("tf32"):
+        _by_library(x, weight, out)
+    else:
+        _by_pointers(x, weight, out, kind, use)
+
+
+def _by_pointers(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: dict[str, int]) -> None:
+    matrices, rows, width = x.shape
+    size = 2 if kind == "half" else 8 if kind == "float64" else 4
+    triangle, whole, rest, splits, per_split = _share(x, matrices, size, use)
+    # Where no tile is split, each is written to its place at once.
+    parts = out.new_empty(whole + rest * splits, use["TILE"], use["TILE_N"]) if rest else None
+    _gram_kernel[(whole + rest * splits,)](
+        x, x if weight is None else weight, out if parts is None else parts, *x.stride(),
+        *(weight.stride() if weight is not None else (0, 0)), out.stride(0), rows, width, out.shape[-1],
+        triangle, whole, max(1, rest), per_split,
         WEIGHTED=weight is not None, MIRROR=parts is None, **_arithmetic(kind), **use,
     )  # fmt: skip
     if parts is not None:
-        tiles = triton.cdiv(width, 32)
-        _sum_kernel[(tiles * (tiles + 1) // 2, matrices)](
-            parts, out, parts.stride(1), parts.stride(0), out.stride(0), splits, width, out.shape[-1],
-            ACC=tl.float64 if kind == "float64" else tl.float32, TILE=32,
+        _sum(parts, None, out, width, triangle, whole, rest, splits)
+
+
+def _by_planes(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: dict[str, int]) -> None:
+    rows, width = x.shape[1:]
+    most = max(1, PLANES_AT_ONCE // (width * use["DEPTH"])) * use["DEPTH"]
+    if kind != "half" and rows > most:
+        for begin in range(0, rows, most):
+            stretch = out if begin == 0 else torch.empty_like(out)
+            some = None if weight is None else weight[:, begin : begin + most]
+            _by_planes(x[:, begin : begin + most], some, stretch, kind, dict(use))
+            if begin:
+                out += stretch
+        return
+    count = 3 if kind == "tf32x3" else 1
+    scale, planes, plane_rows = None, x[0], rows
+    if kind != "half":
+        plane_rows = triton.cdiv(rows, use["DEPTH"]) * use["DEPTH"]
+        dtype = torch.float16 if count == 1 else torch.float32 if INTERPRETED else torch.bfloat16
+        # Rows of 16 bytes' multiples, which the copy engine asks for.
+        planes = torch.empty(count * plane_rows, triton.cdiv(width, 8) * 8, dtype=dtype, device=x.device)
+        scale = _column_scales(x[0], weight) if count == 1 else None
+        _planes_kernel[(triton.cdiv(plane_rows, 16), triton.cdiv(planes.shape[1], 128))](
+            x, x if weight is None else weight, x if scale is None else scale, planes, *x.stride()[1:],
+            0 if weight is None else weight.stride(1), plane_rows * planes.stride(0), planes.stride(0), rows, width,
+            WEIGHTED=weight is not None, SCALED=scale is not None, TILE=16, TILE_N=128, num_warps=4,
         )  # fmt: skip
+    triangle, whole, rest, splits, per_split = _share(x, 1, 2 * count, use)
+    parts = out.new_empty(whole + rest * splits, use["TILE"], use["TILE_N"])
+    left, right = (
+        TensorDescriptor(planes, [*planes.shape], [*planes.stride()], [use["DEPTH"], tile])
+        for tile in (use["TILE"], use["TILE_N"])
+    )
+    _plane_kernel[(whole + rest * splits,)](
+        left, right, parts, rows, plane_rows, triangle, whole, max(1, rest), per_split, PLANES=count, **use
+    )
+    _sum(parts, scale, out, width, triangle, whole, rest, splits)
+
+
+def _column_scales(x: Tensor, weight: Tensor | None) -> Tensor:
+    """A power of two for each column that takes its largest value to [2^14, 2^15), and 1 where that is no number."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=0)
+    if weight is not None:
+        largest = largest * weight.amax().sqrt()
+    _, exponent = torch.frexp(largest.float())
+    usual = largest.isfinite() & (largest > 0)
+    return torch.where(usual, torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(-126, 126)), 1.0)
+
+
+def _by_library(x: Tensor, weight: Tensor | None, out: Tensor) -> None:
+    wide, width = x.float(), x.shape[-1]
+    left = wide if weight is None else wide * weight.float().unsqueeze(-1)
+    _sum(left.mT @ wide, None, out, width, 1, len(x), 0, 1)
+
+
+def _sum(
+    parts: Tensor, scale: Tensor | None, out: Tensor, width: int, triangle: int, whole: int, rest: int, splits: int
+) -> None:  # fmt: skip
+    """The tiles' parts, added up, into both halves of ``out``."""
+    tile_rows, tile_cols = parts.shape[1:]
+    squares = triton.cdiv(tile_rows, MIRRORED) * triton.cdiv(tile_cols, MIRRORED)
+    _sum_kernel[((whole + rest) * squares,)](
+        parts, parts if scale is None else scale, out, parts.stride(0), rest * parts.stride(0), out.stride(0),
+        whole, splits, triangle, width, out.shape[-1], tile_rows, tile_cols, SCALED=scale is not None, SIDE=MIRRORED,
+        ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+
+
+def _planes_serve(x: Tensor, kind: str) -> bool:
+    """Whether x, or planes of it, can be read by the copy engine: one matrix, in steps of 16 bytes if as it is."""
+    if TensorDescriptor is None or len(x) != 1 or x.shape[1] >= 1 << 29:
+        return False
+    aligned = x.data_ptr() % 16 == 0 and x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(1) > 0
+    return kind.startswith("tf32") or (kind == "half" and aligned)
+
+
+def _share(x: Tensor, matrices: int, size: int, use: dict[str, int]) -> tuple[int, int, int, int, int]:
+    """How the tiles are shared out: those of a matrix, those not split, the others, their splits and a split's rows.
+
+    As many rounds as the multiprocessors can fill with whole tiles, then the rest, split so that all take part. The
+    programs of a round walk the same rows at the same time, so that memory is read once. A part costs what it takes
+    to write and read it, in units of a step through DEPTH rows of elements of ``size`` bytes.
+    """
+    slots = use.pop("resident") * _tuning.device_of(x.device).multiprocessors
+    tile, tile_n, depth = use["TILE"], use["TILE_N"], use["DEPTH"]
+    side = triton.cdiv(x.shape[-1], tile_n)
+    triangle = side * (side + 1) // 2 * (tile_n // tile)
+    rest = triangle * matrices % slots
+    steps = triton.cdiv(x.shape[-2], depth)
+    part = triton.cdiv(8 * tile * tile_n, (tile + tile_n) * depth * size)
+
+    def cost(splits: int) -> int:
+        return int(triton.cdiv(rest * splits, slots) * (triton.cdiv(steps, splits) + part))
+
+    splits = min(range(1, min(MAX_SPLITS, max(1, steps // 4)) + 1), key=cost)
+    if splits == 1:
+        return triangle, triangle * matrices, 0, 1, steps * depth
+    per_split = triton.cdiv(steps, splits)
+    return triangle, triangle * matrices - rest, rest, triton.cdiv(steps, per_split), per_split * depth
 
 
 def _launch_cross(
@@ -318,8 +544,12 @@ def gram_(
 
 
 def _exact_kernel(x: Tensor) -> bool:
-    """Whether a CUDA C++ kernel of float64 sums serves; Triton's float64 dots are not measured."""
-    return x.is_cuda and backend_of(EXACT_GRAM.name, "cuda") in ("native", "nvrtc")
+    """Whether float64 sums are the CUDA C++ kernel's: it can be had, and the rule says so."""
+    if not x.is_cuda or backend_of(EXACT_GRAM.name, "cuda") not in ("native", "nvrtc"):
+        return False
+    order, rows = x.shape[-1], x.shape[-2]
+    use = _tuning.choose("gram", x.device, kind="float64", order=order, rows=rows, planes=False)
+    return bool(use["how"] == "exact")
 
 
 def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 The dual form (formulas.md 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1 R0, then one
 pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its inverse are one
-program's work, panel by panel, so that the K right sides are a matrix product. Everything else (larger batches, the
+program's work, panel by panel, so that the K right sides are a matrix product. On cards with slow float64 that
+program would take most of the time: there S^-1 is formed in float32 where its pivots allow it, and A is refined
+with residuals in float64. Everything else (larger batches, the
 primal side, row weights, penalties by feature, a free bias, float64) is left to the fallback in torch ops.
 
 Run in Triton's interpreter and compiled for sm_80 to sm_120 by the tests; never run on a GPU.
@@ -33,6 +35,8 @@ __all__ = ["proximal_step", "proximal_step_"]
 
 MOST_ROWS = 128
 PANEL = 16
+REFINEMENTS = tl.constexpr(2)
+TRUSTED_PIVOT = tl.constexpr(0.01)  # of its diagonal element: float32 keeps digits enough to refine from
 
 
 @triton.jit
@@ -136,17 +140,36 @@ def _residual_kernel(
 
 @triton.jit
 def _factor_kernel(
-    system_ptr, t_ptr, factor_ptr, inverse_ptr, info_ptr, order, tolerance,
-    ONES: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
+    system_ptr, t_ptr, factor_ptr, inverse_ptr, info_ptr, refined_ptr, order, tolerance,
+    ONES: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """L of S + ONES + t I, panel by panel from the left, and L^-1; an identity beyond the order."""
+    """L of S + ONES + t I and L^-1, which is to be refined where float32 is tried first and holds the system."""
     matrix = tl.program_id(0).to(tl.int64)
     system_ptr += matrix * order * order
     factor_ptr += matrix * ROWS * ROWS
     inverse_ptr += matrix * ROWS * ROWS
     t = tl.load(t_ptr + matrix)
+    info = 1
+    if SINGLE:
+        info = _factor(
+            system_ptr, t, factor_ptr, inverse_ptr, order, TRUSTED_PIVOT, tl.float32, ONES, ROWS, PANEL
+        )
+        tl.store(refined_ptr + matrix, (info == 0).to(tl.int32))
+    if info != 0:
+        info = _factor(
+            system_ptr, t, factor_ptr, inverse_ptr, order, tolerance, tl.float64, ONES, ROWS, PANEL
+        )
+    tl.store(info_ptr + matrix, info)
+
+
+@triton.jit
+def _factor(
+    system_ptr, t, factor_ptr, inverse_ptr, order, tolerance,
+    ACC: tl.constexpr, ONES: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    """Panel by panel from the left; an identity beyond the order. The first pivot that fails, or 0."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, PANEL)
-    info = 0
+    info = tl.full((), 0, tl.int32)
     panels = tl.cdiv(order, PANEL)
     for j in range(0, panels):
         here = j * PANEL + cols
@@ -154,23 +177,28 @@ def _factor_kernel(
         diagonal = rows[:, None] == here[None, :]
         panel = tl.load(system_ptr + rows[:, None] * order + here[None, :], mask=both, other=0.0) + ONES
         panel = tl.where(both, panel, 0.0) + tl.where(diagonal, tl.where(both, t, 1.0), 0.0)
+        panel = panel.to(ACC)
         original = tl.sum(tl.where(diagonal, panel, 0.0), axis=0)
         for k in range(0, j):
             there = k * PANEL + cols
-            left = tl.load(factor_ptr + rows[:, None] * ROWS + there[None, :])
-            right = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :])
-            panel -= tl.dot(left, tl.trans(right), input_precision="ieee", out_dtype=tl.float64)
+            left = tl.load(factor_ptr + rows[:, None] * ROWS + there[None, :]).to(ACC)
+            right = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :]).to(ACC)
+            panel -= tl.dot(left, tl.trans(right), input_precision="ieee", out_dtype=ACC)
         for c in range(0, PANEL):
             at = j * PANEL + c
             column = tl.sum(tl.where((cols == c)[None, :], panel, 0.0), axis=1)
-            pivot = tl.sum(tl.where(rows == at, column, 0.0), axis=0)
+            # Its values at the panel's rows, the pivot among them: one sum over all warps serves both.
+            across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
+            pivot = tl.sum(tl.where(cols == c, across, 0.0), axis=0)
             scale = tl.sum(tl.where(cols == c, original, 0.0), axis=0)
             good = (pivot > tolerance * scale) & (pivot - pivot == 0.0)  # Inf fails the second half
             info = tl.where((info == 0) & (good == 0), at + 1, info)
-            column = tl.where(rows >= at, column / tl.sqrt(tl.where(good, pivot, 1.0)), 0.0)
+            over_root = 1.0 / tl.sqrt(tl.where(good, pivot, 1.0))
+            column = tl.where(rows >= at, column * over_root, 0.0)
+            across = tl.where(here >= at, across * over_root, 0.0)
             # A failed pivot leaves a finite factor behind.
-            column = tl.where(good, column, (rows == at).to(tl.float64))
-            across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
+            column = tl.where(good, column, (rows == at).to(ACC))
+            across = tl.where(good, across, (here == at).to(ACC))
             panel = tl.where(
                 (cols == c)[None, :], column[:, None],
                 tl.where((cols > c)[None, :], panel - column[:, None] * across[None, :], panel),
@@ -179,40 +207,55 @@ def _factor_kernel(
         tl.debug_barrier()
     for j in range(0, panels):
         here = j * PANEL + cols
-        block = (here[:, None] == rows[None, :]).to(tl.float64)
+        block = (here[:, None] == rows[None, :]).to(ACC)
         for k in range(0, j):
             there = k * PANEL + cols
-            left = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :])
-            right = tl.load(inverse_ptr + there[:, None] * ROWS + rows[None, :])
-            block -= tl.dot(left, right, input_precision="ieee", out_dtype=tl.float64)
-        corner = tl.load(factor_ptr + here[:, None] * ROWS + here[None, :])
+            left = tl.load(factor_ptr + here[:, None] * ROWS + there[None, :]).to(ACC)
+            right = tl.load(inverse_ptr + there[:, None] * ROWS + rows[None, :]).to(ACC)
+            block -= tl.dot(left, right, input_precision="ieee", out_dtype=ACC)
+        corner = tl.load(factor_ptr + here[:, None] * ROWS + here[None, :]).to(ACC)
         for c in range(0, PANEL):
             column = tl.sum(tl.where((cols == c)[None, :], corner, 0.0), axis=1)
             pivot = tl.sum(tl.where(cols == c, column, 0.0), axis=0)
-            row = tl.sum(tl.where((cols == c)[:, None], block, 0.0), axis=0) / pivot
+            row = tl.sum(tl.where((cols == c)[:, None], block, 0.0), axis=0) * (1.0 / pivot)
             block = tl.where(
                 (cols == c)[:, None], row[None, :],
                 tl.where((cols > c)[:, None], block - column[:, None] * row[None, :], block),
             )  # fmt: skip
         tl.store(inverse_ptr + here[:, None] * ROWS + rows[None, :], block)
         tl.debug_barrier()
-    tl.store(info_ptr + matrix, info)
+    return info
 
 
 @triton.jit
-def _normal_kernel(inverse_ptr, out_ptr, order, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr):
+def _normal_kernel(
+    inverse_ptr, out_ptr, refined_ptr, order,
+    SINGLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
     """S^-1 = L^-T L^-1, tile by tile of the lower triangle, mirrored."""
     tile_row, tile_col = _triangle(tl.program_id(0))
     matrix = tl.program_id(1).to(tl.int64)
     inverse_ptr += matrix * ROWS * ROWS
     out_ptr += matrix * ROWS * ROWS
     row, col = tile_row * TILE + tl.arange(0, TILE), tile_col * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE, TILE), dtype=tl.float64)
+    if SINGLE and tl.load(refined_ptr + matrix) != 0:
+        _normal_tile(inverse_ptr, out_ptr, row, col, order, tl.float32, ROWS, TILE, PANEL)
+    else:
+        _normal_tile(inverse_ptr, out_ptr, row, col, order, tl.float64, ROWS, TILE, PANEL)
+
+
+@triton.jit
+def _normal_tile(
+    inverse_ptr, out_ptr, row, col, order,
+    ACC: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros((TILE, TILE), dtype=ACC)
     for begin in range(0, order, PANEL):
         ks = begin + tl.arange(0, PANEL)
-        left = tl.load(inverse_ptr + ks[:, None] * ROWS + row[None, :])
-        right = tl.load(inverse_ptr + ks[:, None] * ROWS + col[None, :])
-        total = tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=tl.float64)
+        # Transposed as it is loaded: tl.trans would take it through registers.
+        left = tl.load(inverse_ptr + row[:, None] + ks[None, :] * ROWS).to(ACC)
+        right = tl.load(inverse_ptr + ks[:, None] * ROWS + col[None, :]).to(ACC)
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=ACC)
     lower = col[None, :] <= row[:, None]
     tl.store(out_ptr + row[:, None] * ROWS + col[None, :], total, mask=lower)
     tl.store(out_ptr + col[None, :] * ROWS + row[:, None], total, mask=lower)
@@ -220,30 +263,66 @@ def _normal_kernel(inverse_ptr, out_ptr, order, ROWS: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _alpha_kernel(
-    normal_ptr, residual_ptr, alpha_ptr, squares_ptr, sums_ptr, rows, targets,
-    ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
+    normal_ptr, residual_ptr, system_ptr, t_ptr, refined_ptr, work_ptr, alpha_ptr, squares_ptr, sums_ptr, rows, targets,
+    ONES: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """A = S^-1 R0 for some targets, its squares' sum and its columns' sums."""
     matrix = tl.program_id(1).to(tl.int64)
     bs, ks = tl.arange(0, ROWS), tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
     normal_ptr += matrix * ROWS * ROWS
     residual_ptr += matrix * rows * targets
-    total = tl.zeros((ROWS, TILE_K), dtype=tl.float64)
-    for begin in range(0, rows, PANEL):
-        ns = begin + tl.arange(0, PANEL)
-        left = tl.load(normal_ptr + bs[:, None] * ROWS + ns[None, :], mask=(ns < rows)[None, :], other=0.0)
-        right = tl.load(
-            residual_ptr + ns.to(tl.int64)[:, None] * targets + ks[None, :],
-            mask=(ns < rows)[:, None] & (ks < targets)[None, :], other=0.0,
-        ).to(tl.float64)  # fmt: skip
-        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=tl.float64)
     inside = (bs < rows)[:, None] & (ks < targets)[None, :]
+    here = bs.to(tl.int64)[:, None] * targets + ks[None, :]
+    if SINGLE and tl.load(refined_ptr + matrix) != 0:
+        # S^-1 has float32's digits only: twice more for what is missing, which float64 tells.
+        system_ptr += matrix * rows * rows
+        work_ptr += matrix * rows * targets
+        t = tl.load(t_ptr + matrix)
+        start = tl.load(residual_ptr + here, mask=inside, other=0.0).to(tl.float64)
+        total = _times(normal_ptr, ROWS, residual_ptr, rows, targets, bs, ks, tl.float32, ROWS, TILE_K, PANEL)
+        total = total.to(tl.float64)
+        for _ in range(0, REFINEMENTS):
+            tl.store(work_ptr + here, total, mask=inside)
+            tl.debug_barrier()
+            missing = start - t * total - ONES * tl.sum(total, axis=0)[None, :]
+            missing -= _times(
+                system_ptr, rows, work_ptr, rows, targets, bs, ks, tl.float64, ROWS, TILE_K, PANEL
+            )
+            tl.debug_barrier()
+            tl.store(work_ptr + here, missing, mask=inside)
+            tl.debug_barrier()
+            total += _times(
+                normal_ptr, ROWS, work_ptr, rows, targets, bs, ks, tl.float32, ROWS, TILE_K, PANEL
+            ).to(tl.float64)
+            tl.debug_barrier()
+    else:
+        total = _times(normal_ptr, ROWS, residual_ptr, rows, targets, bs, ks, tl.float64, ROWS, TILE_K, PANEL)
     total = tl.where(inside, total, 0.0)
-    at = matrix * rows * targets + bs.to(tl.int64)[:, None] * targets + ks[None, :]
-    tl.store(alpha_ptr + at, total.to(tl.float32), mask=inside)
+    tl.store(alpha_ptr + matrix * rows * targets + here, total.to(tl.float32), mask=inside)
     tl.store(sums_ptr + matrix * targets + ks, tl.sum(total, axis=0), mask=ks < targets)
     squares = tl.sum(tl.sum(total * total, axis=0), axis=0)
     tl.store(squares_ptr + matrix * tl.num_programs(0) + tl.program_id(0), squares)
+
+
+@triton.jit
+def _times(
+    left_ptr, left_stride, right_ptr, rows, targets, bs, ks,
+    ACC: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    """A square matrix of ``rows`` times the columns ``ks`` of another."""
+    total = tl.zeros((ROWS, TILE_K), dtype=ACC)
+    for begin in range(0, rows, PANEL):
+        ns = begin + tl.arange(0, PANEL)
+        left = tl.load(
+            left_ptr + bs[:, None] * left_stride + ns[None, :],
+            mask=(bs < rows)[:, None] & (ns < rows)[None, :], other=0.0,
+        ).to(ACC)  # fmt: skip
+        right = tl.load(
+            right_ptr + ns.to(tl.int64)[:, None] * targets + ks[None, :],
+            mask=(ns < rows)[:, None] & (ks < targets)[None, :], other=0.0,
+        ).to(ACC)  # fmt: skip
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=ACC)
+    return total
 
 
 @triton.jit
@@ -373,19 +452,21 @@ def _step(
     # A = S^-1 R0
     factor, inverse = torch.empty(2, matrices, block, block, **wide)
     normal = torch.empty(matrices, block, block, **wide)
-    info = torch.empty(matrices, dtype=torch.int32, device=device)
+    info, refined = torch.empty(2, matrices, dtype=torch.int32, device=device)
+    ones, single = int(bias is not None), use["single"]
     _factor_kernel[(matrices,)](
-        system, t, factor, inverse, info, rows, rows * torch.finfo(torch.float64).eps,
-        ONES=int(bias is not None), ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
+        system, t, factor, inverse, info, refined, rows, rows * torch.finfo(torch.float64).eps,
+        ONES=ones, SINGLE=single, ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
     )  # fmt: skip
     _normal_kernel[(triangle, matrices)](
-        inverse, normal, rows, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
+        inverse, normal, refined, rows, SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
     )
     alpha = torch.empty_like(residual)
     squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
+    work = torch.empty(residual.shape if single else (0,), **wide)
     _alpha_kernel[(tiles_k, matrices)](
-        normal, residual, alpha, squares, sums, rows, targets,
-        ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
+        normal, residual, system, t, refined, work, alpha, squares, sums, rows, targets,
+        ONES=ones, SINGLE=single, ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
     )  # fmt: skip
 
     # What failed, before the weight is written.

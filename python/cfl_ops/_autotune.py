@@ -39,10 +39,17 @@ def _grid(**choices: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _gram_candidates() -> Iterator[dict[str, Any]]:
-    for tile, warps in ((32, 4), (64, 4), (128, 8)):
-        yield from _grid(
-            TILE=(tile,), DEPTH=(32, 64), num_warps=(warps,), num_stages=(2, 3, 4), waves=(1, 2, 4)
-        )
+    def shapes(how: str, *choices: tuple[int, int, int]) -> Iterator[dict[str, Any]]:
+        for tile, wide, warps in choices:
+            yield from _grid(
+                how=(how,), TILE=(tile,), TILE_N=(wide,), DEPTH=(32, 64), num_warps=(warps,),
+                num_stages=(2, 3, 4), resident=(1, 2),
+            )  # fmt: skip
+
+    yield from itertools.islice(shapes("library", (64, 64, 4)), 1)  # no shape changes it
+    yield from itertools.islice(shapes("exact", (32, 32, 4)), 1)
+    yield from shapes("pointers", (32, 32, 4), (64, 64, 4), (128, 128, 4), (128, 128, 8))
+    yield from shapes("planes", (64, 64, 4), (64, 128, 4), (128, 128, 8), (128, 256, 8))
 
 
 def _gram_problems(device: torch.device) -> Iterator[Problem]:
@@ -54,7 +61,7 @@ def _gram_problems(device: torch.device) -> Iterator[Problem]:
         ("float64", torch.float64, torch.float64, "highest"),
     )
     for kind, dtype, acc, precision in kinds:
-        for order, bound in ((64, 64), (256, 384), (512, 768), (1024, 1536), (2048, None)):
+        for order, bound in ((64, 64), (256, 384), (512, 768), (1024, 1536), (2048, 3072), (4096, None)):
             x = torch.randn(65536 if dtype != torch.float64 else 8192, order, device=device).to(dtype)
 
             def call(x: torch.Tensor = x, acc: torch.dtype = acc, precision: str = precision) -> Any:
@@ -65,7 +72,9 @@ def _gram_problems(device: torch.device) -> Iterator[Problem]:
                 finally:
                     torch.set_float32_matmul_precision(before)
 
-            yield Problem({"kind": kind, **({"max_order": bound} if bound else {})}, call)
+            # Rules for one matrix; others keep those of the package.
+            planes = {"planes": True} if kind != "float64" else {}
+            yield Problem({"kind": kind, **planes, **({"max_order": bound} if bound else {})}, call)
 
 
 def _cross_problems(device: torch.device) -> Iterator[Problem]:
@@ -153,7 +162,13 @@ TUNABLE = {
         lambda: _grid(held=(8192, 16384, 32768), vectors=(16,), num_warps=(4, 8, 16)), _update_problems
     ),
     "proximal_step": Tunable(
-        lambda: _grid(TILE_K=(16, 32), TILE_D=(16, 32, 64), num_warps=(4, 8), factor_warps=(2, 4, 8)),
+        lambda: _grid(
+            TILE_K=(16, 32),
+            TILE_D=(16, 32, 64),
+            num_warps=(4, 8),
+            factor_warps=(2, 4, 8),
+            single=(False, True),
+        ),
         _proximal_problems,
     ),
     "ridge_solve_tiled": Tunable(lambda: _grid(tiled=(True, False)), _tiled_problems),

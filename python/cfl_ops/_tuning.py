@@ -2,7 +2,8 @@
 
 A file maps an op to a list of rules, each with ``if`` (what it is for) and ``use`` (what the launcher takes).
 A rule matches a problem when each key of ``if`` equals the problem's value, or with ``max_`` or ``min_`` before
-it bounds it, and when ``min_shared`` bytes of shared memory can be had. The first rule that matches is taken,
+it bounds it, when ``min_shared`` bytes of shared memory can be had, and when ``slow_float64`` is what the card is.
+The first rule that matches is taken,
 from the first of these files that has one:
 
 1. the user's own, which ``python -m cfl_ops autotune`` writes (``$CFL_OPS_CACHE``, or ``~/.cache/cfl_ops``);
@@ -154,6 +155,9 @@ def matches(rule: dict[str, Any], problem: dict[str, Any], device: Device) -> bo
     for key, value in rule["if"].items():
         if key == "min_shared":
             if device.shared_memory < value:
+                return False
+        elif key == "slow_float64":
+            if device.slow_float64 != value:
                 return False
         elif key.startswith(("max_", "min_")):
             have = problem[key[4:]]
