@@ -5,14 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "cpu/blas.h"
 #include "cpu/cholesky_kernel.h"
 #include "cpu/gram_kernel.h"
+#include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
 
 namespace cfl::cpu {
@@ -35,37 +34,10 @@ const CholeskyKernel<T>& kernel() {
   }
 }
 
-// Aligned memory that a thread keeps for its next call, up to kKept bytes.
-class Workspace {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    if (bytes > size_) {
-      data_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-      size_ = data_ ? bytes : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return reinterpret_cast<T*>(data_.get());
-  }
-  void trim() {
-    if (size_ > kKept) {
-      data_.reset();
-      size_ = 0;
-    }
-  }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  static constexpr size_t kKept = 16 << 20;
-  std::unique_ptr<char, Free> data_;
-  size_t size_ = 0;
-};
-
+// What a thread keeps of w and backup for its next call.
+constexpr size_t kKept = 16 << 20;  // bytes
 struct Workspaces {
-  Workspace w, coefficients, backup;
+  KeptMemory w, coefficients, backup;
 };
 Workspaces& workspaces() {
   static thread_local Workspaces instance;
@@ -115,7 +87,7 @@ constexpr double kRefactorLoss = 64;
 
 // The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
 template <class T>
-bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, Workspace& work) {
+bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
   const int64_t D = a.order;
   T* system = work.get<T>(2 * D * D);
   T* lower = system + D * D;
@@ -197,8 +169,8 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
       backup += length;
     });
   }
-  work.w.trim();
-  work.backup.trim();
+  work.w.trim(kKept);
+  work.backup.trim(kKept);
   return static_cast<int32_t>(info);
 }
 

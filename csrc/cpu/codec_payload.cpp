@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <thread>
+
+#include "cpu/kept_memory.h"
 
 namespace cfl::codec {
 namespace {
@@ -26,38 +25,20 @@ void store(uint8_t* p, T v) {
 constexpr char kMagic[4] = {'C', 'F', 'L', 'H'};
 constexpr uint8_t kVersion = 1, kPivotLayout = 1;
 
-// Scratch memory that a thread keeps, up to a limit, for its next call.
+// Memory for a call, of which a thread keeps up to kKept bytes for its next one.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) {
-    Block& kept = block();
-    if (kept.size < bytes) {
-      kept.memory.reset();
-      kept.size = 0;
-      kept.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      if (!kept.memory) throw std::bad_alloc();
-      kept.size = bytes;
-    }
-  }
+  explicit Scratch(int64_t bytes) { kept().get<uint8_t>(static_cast<size_t>(bytes)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (block().size > kKept) block() = Block();
-  }
-  uint8_t* data() const { return block().memory.get(); }
+  ~Scratch() { kept().trim(kKept); }
+  uint8_t* data() const { return static_cast<uint8_t*>(kept().data()); }
 
  private:
-  struct Free {
-    void operator()(uint8_t* memory) const { std::free(memory); }
-  };
-  struct Block {
-    std::unique_ptr<uint8_t, Free> memory;
-    int64_t size = 0;
-  };
-  static constexpr int64_t kKept = 32 << 20;
-  static Block& block() {
-    static thread_local Block kept;
-    return kept;
+  static constexpr size_t kKept = 32 << 20;
+  static cpu::KeptMemory& kept() {
+    static thread_local cpu::KeptMemory memory;
+    return memory;
   }
 };
 

@@ -6,10 +6,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "gram_kernel_isa.h"
+#include "kept_memory.h"
 
 #if defined(CFL_HAVE_X86_ISAS) && defined(__linux__)
 #include <sys/syscall.h>
@@ -22,34 +22,14 @@ namespace {
 using detail::Kernel;
 using detail::Plan;
 
-// Memory that a thread keeps between calls, so that small calls do not pay for page faults.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 void* pack_scratch(size_t bytes) {
-  thread_local Scratch scratch;
-  return scratch.get(bytes);
+  thread_local KeptMemory memory;
+  return memory.get<char>(bytes);
 }
 
 void* partial_scratch(size_t bytes) {
-  thread_local Scratch scratch;
-  return scratch.get(bytes);
+  thread_local KeptMemory memory;
+  return memory.get<char>(bytes);
 }
 
 #if defined(CFL_HAVE_X86_ISAS)

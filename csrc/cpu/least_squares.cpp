@@ -6,14 +6,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
+#include "cpu/kept_memory.h"
 #include "cpu/tall_gram.h"
 #include "cpu/tensor.h"
 
@@ -40,17 +39,8 @@ const TallGramKernel& kernel() {
 }
 
 void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-    size = memory ? bytes : 0;
-    if (!memory) throw std::bad_alloc();
-  }
-  return memory.get();
+  thread_local KeptMemory memory;
+  return memory.get<char>(bytes);
 }
 
 // A run of rows to each thread.

@@ -10,8 +10,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,6 +17,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
+#include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
 
 namespace cfl::cpu {
@@ -100,8 +99,7 @@ struct Problem {
   double loss;  // out
 };
 
-// Scratch memory that a thread keeps for its next step, since the same sizes come back every time;
-// blocks past kKept bytes in all are given back.
+// Memory for a step, of which a thread keeps up to kKept bytes for its next one.
 class Scratch {
  public:
   Scratch() = default;
@@ -109,38 +107,23 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
     size_t kept = 0;
-    auto& blocks = pool();
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      kept += blocks[i].bytes;
-      if (kept > kKept) blocks[i] = Block();
+    for (KeptMemory& block : pool()) {
+      kept += block.size();
+      if (kept > kKept) block.release();
     }
   }
 
   template <class T>
   T* take(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
     auto& blocks = pool();
     if (used_ == blocks.size()) blocks.emplace_back();
-    Block& block = blocks[used_++];
-    if (block.bytes < bytes) {
-      block.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-      if (!block.memory) throw std::bad_alloc();
-      block.bytes = bytes;
-    }
-    return reinterpret_cast<T*>(block.memory.get());
+    return blocks[used_++].get<T>(static_cast<size_t>(count));
   }
 
  private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  struct Block {
-    std::unique_ptr<char, Free> memory;
-    size_t bytes = 0;
-  };
   static constexpr size_t kKept = 64 << 20;
-  static std::vector<Block>& pool() {
-    static thread_local std::vector<Block> blocks;
+  static std::vector<KeptMemory>& pool() {
+    static thread_local std::vector<KeptMemory> blocks;
     return blocks;
   }
   size_t used_ = 0;

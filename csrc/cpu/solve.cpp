@@ -5,10 +5,7 @@
 // are solved again in float64, so that the answer is float64's wherever the two differ much.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -16,6 +13,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
+#include "cpu/kept_memory.h"
 #include "cpu/solve_kernel.h"
 #include "cpu/tensor.h"
 
@@ -49,28 +47,6 @@ const SolveKernel& kernel() {
   const auto kernels = cfl::cpu::kernels();
   return std::is_same_v<T, float> ? *kernels.f32 : *kernels.f64;
 }
-
-// 64-byte aligned memory that a thread keeps for its next call.
-class Memory {
- public:
-  ~Memory() { std::free(data_); }
-  template <class T>
-  T* get(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Element i of a batch, without a division where the batch has a single stride.
 class Walk {
@@ -136,7 +112,7 @@ void fill_nan(T* x, int64_t count) {
 template <class T, class Acc>
 int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
   const int64_t n = s.n, k = s.k;
-  thread_local Memory memory;
+  thread_local KeptMemory memory;
   constexpr bool kCopyRight = !std::is_same_v<T, Acc>;
   Acc* system = memory.get<Acc>(static_cast<size_t>(n * n + n + (kCopyRight ? n * k : 0)));
   Acc* original = system + n * n;
@@ -204,7 +180,7 @@ void solve_large(const Systems<T>& s, int64_t index) {
 void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info) {
   const SolveKernel& wide = kernel<double>();
   const int64_t n = s.n, k = s.k, size = n * n, right = n * k;
-  thread_local Memory numbers, scratch;
+  thread_local KeptMemory numbers, scratch;
   // Per lane: the system, its right sides, its solution and its penalties; then the shifts.
   const int64_t per_lane = size + 2 * right + n;
   double* at = numbers.get<double>(static_cast<size_t>(wide.lanes * (per_lane + 1)));
@@ -264,7 +240,7 @@ template <class T>
 void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   const SolveKernel& k = kernel<T>();
   const int64_t lanes = k.lanes;
-  thread_local Memory memory;
+  thread_local KeptMemory memory;
   alignas(64) T shift[64 / sizeof(T)];
   const void *a[2][16], *b[2][16], *diag[16];
   void* x[16];
@@ -430,7 +406,7 @@ std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
   const Walk ins(in, 2), outs(p, 2);
   auto* infos = static_cast<int32_t*>(info.data_ptr());
   torch::stable::parallel_for(0, (batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    thread_local Memory memory;
+    thread_local KeptMemory memory;
     const void* t[16];
     void* out[16];
     int32_t codes[16];

@@ -14,6 +14,13 @@
 
 #include <cstdint>
 
+// Registers the kernels of a file; those that are emulated are a CPU's.
+#if defined(CFL_CUDA_ON_HOST)
+#define CFL_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m)
+#else
+#define CFL_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m)
+#endif
+
 namespace cfl::cuda {
 
 using torch::headeronly::ScalarType;

@@ -76,11 +76,7 @@ void choose_op(const Tensor& from, const Tensor& found, bool failed, Tensor to, 
 }  // namespace
 }  // namespace cfl::cuda
 
-#if defined(CFL_CUDA_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
-#endif
+CFL_CUDA_KERNELS(m) {
   m.impl("cuda_cholesky_update", TORCH_BOX(&cfl::cuda::update_op));
   m.impl("cuda_cholesky_choose", TORCH_BOX(&cfl::cuda::choose_op));
 }

@@ -142,11 +142,7 @@ void dequantize_op(const Tensor& symbols, const Tensor& affine, Tensor weights) 
 }  // namespace
 }  // namespace cfl::cuda
 
-#if defined(CFL_CUDA_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
-#endif
+CFL_CUDA_KERNELS(m) {
   m.impl("cuda_largest", TORCH_BOX(&cfl::cuda::largest_op));
   m.impl("cuda_histogram", TORCH_BOX(&cfl::cuda::histogram_op));
   m.impl("cuda_encode", TORCH_BOX(&cfl::cuda::encode_op));

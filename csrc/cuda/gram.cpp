@@ -54,10 +54,4 @@ void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor 
 }  // namespace
 }  // namespace cfl::cuda
 
-#if defined(CFL_CUDA_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
-#endif
-  m.impl("cuda_exact_gram", TORCH_BOX(&cfl::cuda::exact_gram_op));
-}
+CFL_CUDA_KERNELS(m) { m.impl("cuda_exact_gram", TORCH_BOX(&cfl::cuda::exact_gram_op)); }

@@ -85,11 +85,7 @@ void small_pinv_op(const Tensor& a, double limit, double tolerance, Tensor resul
 }  // namespace
 }  // namespace cfl::cuda
 
-#if defined(CFL_CUDA_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CUDA, m) {
-#endif
+CFL_CUDA_KERNELS(m) {
   m.impl("cuda_solve_small", TORCH_BOX(&cfl::cuda::solve_small_op));
   m.impl("cuda_solve_tiled", TORCH_BOX(&cfl::cuda::solve_tiled_op));
   m.impl("cuda_small_pinv", TORCH_BOX(&cfl::cuda::small_pinv_op));
