@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -54,6 +55,9 @@ def size(op: str, name: str, value: Tensor, dim: int, expected: int, of: str) ->
 
 def broadcastable(op: str, **batches: torch.Size) -> torch.Size:
     """The common batch shape, or an error that lists the shapes."""
+    first = next(iter(batches.values()))
+    if all(shape == first for shape in batches.values()):
+        return first
     try:
         return torch.Size(torch.broadcast_shapes(*batches.values()))
     except RuntimeError:
@@ -82,7 +86,16 @@ def coefficient(op: str, name: str, value: float | Tensor, device: torch.device)
         raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {type(value).__name__}")
     if not torch.compiler.is_compiling() and (math.isnan(value) or value < 0 or math.isinf(value)):
         raise ValueError(f"cfl_ops.{op}: {name} must be finite and not negative, but got {value}")
-    return torch.tensor(value, dtype=torch.float64)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    return _number(float(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def _number(value: float) -> Tensor:
+    """The same tensor for the same number, which nobody writes to."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def sample_weight(op: str, value: Any, rows: int, of: str) -> None:

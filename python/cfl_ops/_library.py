@@ -68,8 +68,14 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves the first and refuses the second.
-        if self.function is not None and not torch.compiler.is_compiling() and _transforming():
-            return self.function.apply(*args)
+        if self.function is not None and not torch.compiler.is_compiling():
+            if _transforming():
+                return self.function.apply(*args)
+            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+                with (
+                    torch._C._AutoDispatchBelowAutograd()
+                ):  # its Python wrapper would cost as much as a small call
+                    return self.overload(*args)
         return self.overload(*args)
 
     def load_triton(self) -> Callable[..., Any]:

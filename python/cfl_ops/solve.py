@@ -159,7 +159,8 @@ def _ridge_solve_arguments(
     _checks.same_device(op, "gram", gram, cross=cross, lam_diag=lam_diag)
     shift = _checks.coefficient(op, "lam", lam, gram.device)
     args = [gram, cross, shift, lam_diag]
-    if gram.ndim == 2 and cross.ndim == 2 and shift.ndim == 0 and (lam_diag is None or lam_diag.ndim == 1):
+    batch = gram.shape[:-2]
+    if cross.shape[:-2] == batch and shift.ndim == 0 and (lam_diag is None or lam_diag.shape[:-1] == batch):
         return args
     batches = {"gram": gram.shape[:-2], "cross": cross.shape[:-2], "lam": shift.shape}
     if lam_diag is not None:
