@@ -242,6 +242,37 @@ def test_delete_is_differentiable_and_checks_its_index() -> None:
 # --- safe_cholesky ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_jitter", [0.0, 1e-3, 0.5])
+def test_kernel_and_fallback_agree_on_jitter_and_info(dtype: torch.dtype, max_jitter: float) -> None:
+    """Definite, barely so, singular, dead, stray entries in a dead row, indefinite, and not finite."""
+    x = torch.randn(9, 20, 30, dtype=torch.float64)
+    x[1, :, 1:] = x[1, :, :1]
+    x[2] = x[2] @ torch.diag(torch.logspace(0, -9, 30, dtype=torch.float64))
+    a = x @ x.mT
+    a[3, 4], a[3, :, 4] = 0.0, 0.0
+    a[4, 4, 4], a[5] = -1e-9, a[5] - 20 * torch.eye(20)
+    a[6, 7, 2], a[7, 3, 3] = torch.inf, torch.nan
+    a[8, 2], a[8, :, 2] = 1e-9, 1e-9
+    a[8, 2, 2] = 0.0
+    a = a.to(dtype)
+    want = cfl_ops.cholesky._safe_python(a, max_jitter)
+    got = cfl_ops.cholesky.SAFE(a, max_jitter)
+    settled = torch.ones(9, dtype=torch.bool)
+    settled[1:3] = max_jitter > 0  # without a jitter, the sign of a rounding error decides
+    assert torch.equal(got[2][settled], want[2][settled])
+    usable = settled & (got[2] == 0)
+    # A jitter depends on the rounding of pivots that are rounding themselves: a step up or down.
+    ratio = (got[1] / want[1])[usable & (want[1] > 0)]
+    assert ((ratio > 0.12) & (ratio < 8.1)).all()
+    assert torch.equal((got[1] > 0)[settled], (want[1] > 0)[settled])
+    same = usable & (got[1] == want[1])
+    assert bool(same[0])
+    assert bool(same[3])
+    back = got[0] @ got[0].mT
+    torch.testing.assert_close(back[same], (want[0] @ want[0].mT)[same], rtol=1e-3, atol=1e-3)
+
+
 def rank_deficient(kind: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(50, 120, generator=generator, dtype=torch.float64)

@@ -345,10 +345,150 @@ std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, dou
   return {out, info};
 }
 
+// --- safe_cholesky: semantics in python/cfl_ops/cholesky.py (_safe_python)
+// -------------------------
+
+constexpr int32_t kNotFinite = -1, kIndefinite = 1;
+
+// One matrix: S a S + jitter I, S = diag(a)^-1/2, factored with a jitter that grows eightfold.
+template <class T>
+class SafeFactor {
+ public:
+  SafeFactor(int64_t order, const T* a, int64_t stride, T* out)
+      : n_(order), a_(a), stride_(stride), out_(out), root_(order), inverse_(order) {}
+
+  int32_t run(double max_jitter, T* jitter) {
+    *jitter = 0;
+    T largest = 0;
+    bool some_dead = false;
+    for (int64_t i = 0; i < n_; ++i) {
+      const T diagonal = a_[i * stride_ + i];
+      const bool alive = diagonal > 0;
+      some_dead |= !alive;
+      largest = std::max(largest, alive ? diagonal : T(0));
+      root_[i] = alive ? std::sqrt(diagonal) : T(1);
+      inverse_[i] = alive ? 1 / root_[i] : T(0);
+    }
+    if (!fill(0)) {
+      set_identity();
+      return kNotFinite;
+    }
+    // In a semi-definite matrix the rest of a dead row is zero; what is there has no business
+    // there.
+    const bool stray = some_dead && largest_of_dead() > static_cast<T>(max_jitter) * largest;
+
+    const double eps = std::numeric_limits<T>::epsilon();
+    const double first = 4 * eps * std::sqrt(static_cast<double>(n_));
+    bool indefinite = potrf_lower(n_, out_, n_) != 0;
+    bool failed = indefinite || lost(static_cast<T>(first * 0.5));
+    for (double step = 2 * first; failed && step <= max_jitter; step *= 8) {
+      fill(static_cast<T>(step));
+      *jitter = static_cast<T>(step);
+      failed = indefinite = potrf_lower(n_, out_, n_) != 0;
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      T* row = out_ + i * n_;
+      for (int64_t j = 0; j <= i; ++j) row[j] *= root_[i];
+      std::fill(row + i + 1, row + n_, T(0));
+    }
+    return indefinite || stray ? kIndefinite : 0;
+  }
+
+ private:
+  // The scaled matrix with `shift` on its diagonal; false if the lower triangle has NaN or Inf.
+  bool fill(T shift) {
+    T bad = 0;  // 0 times what is not finite is NaN
+    for (int64_t i = 0; i < n_; ++i) {
+      const T* from = a_ + i * stride_;
+      T* to = out_ + i * n_;
+      const T mine = inverse_[i];
+      T of_row = from[i] * 0;
+      for (int64_t j = 0; j < i; ++j) {
+        of_row += from[j] * 0;
+        to[j] = from[j] * mine * inverse_[j];
+      }
+      bad += of_row;
+      to[i] = 1 + (mine > 0 ? shift : T(0));
+    }
+    return bad == 0;
+  }
+
+  T largest_of_dead() const {
+    T largest = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        if (inverse_[i] == 0 || inverse_[j] == 0) {
+          largest = std::max(largest, std::abs(a_[i * stride_ + j]));
+        }
+      }
+    }
+    return largest;
+  }
+
+  bool lost(T limit) const {
+    for (int64_t i = 0; i < n_; ++i) {
+      const T pivot = out_[i * n_ + i];
+      if (!(pivot * pivot > limit)) return true;
+    }
+    return false;
+  }
+
+  void set_identity() {
+    std::fill(out_, out_ + n_ * n_, T(0));
+    for (int64_t i = 0; i < n_; ++i) out_[i * n_ + i] = 1;
+  }
+
+  int64_t n_;
+  const T* a_;
+  int64_t stride_;
+  T* out_;
+  std::vector<T> root_, inverse_;
+};
+
+template <class T>
+void safe_batch(const Tensor& a, double max_jitter, const Tensor& out, const Tensor& jitter,
+                const Tensor& info) {
+  const int64_t order = a.size(a.dim() - 1), count = product(batch_shape(a, 2));
+  const Batched from(a, 2);
+  T* to = static_cast<T*>(out.data_ptr());
+  T* jitters = static_cast<T*>(jitter.data_ptr());
+  int32_t* codes = static_cast<int32_t*>(info.data_ptr());
+  const int64_t stride = a.stride(a.dim() - 2);
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      codes[i] = SafeFactor<T>(order, from.at<T>(i), stride, to + i * order * order)
+                     .run(max_jitter, jitters + i);
+    }
+  };
+  if (count == 1 || order == 0) {
+    run(0, count);  // LAPACK has the threads to itself
+  } else {
+    torch::stable::parallel_for(0, count,
+                                std::max<int64_t>(1, 200000 / (order * order * order + 1)), run);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> safe_cholesky(const Tensor& a, double max_jitter) {
+  const int64_t dims = a.dim();
+  const Tensor rows =
+      a.stride(dims - 1) == 1 || a.size(dims - 1) <= 1 ? a : torch::stable::contiguous(a);
+  Tensor out = empty_cpu(batch_shape(a, 0), a.scalar_type());
+  Tensor jitter = empty_cpu(batch_shape(a, 2), a.scalar_type());
+  Tensor info = empty_cpu(batch_shape(a, 2), ScalarType::Int);
+  if (a.scalar_type() == ScalarType::Double) {
+    safe_batch<double>(rows, max_jitter, out, jitter, info);
+  } else {
+    safe_batch<float>(rows, max_jitter, out, jitter, info);
+  }
+  return {out, jitter, info};
+}
+
 }  // namespace
 }  // namespace cfl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("cholesky_update", TORCH_BOX(&cfl::cpu::cholesky_update));
   m.impl("cholesky_update_", TORCH_BOX(&cfl::cpu::cholesky_update_));
+  if (!cfl::cpu::blas_available()) return;  // the Python fallback serves instead
+  m.impl("safe_cholesky", TORCH_BOX(&cfl::cpu::safe_cholesky));
 }
