@@ -235,7 +235,7 @@ def _factors(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None
             b = None
         shift = max(SHIFT, 8 * order * torch.finfo(WIDE).eps)
         # The kernel is made for many rows; many small matrices go side by side through ridge_solve.
-        narrow = order <= NARROW and t.shape[-2] >= 4 * order
+        narrow = order <= NARROW and (t.ndim == 2 or t.shape[-2] >= 4 * order)
         tall_factor: Callable[..., Any] = TALL_FACTOR if narrow else _tall_factor_python
         left, right, cross, rank, info = tall_factor(t, b, WELL_CONDITIONED, shift, KEPT)
         return _Factors(t, left, right, None, rank, info, None if b is None else cross)
@@ -292,6 +292,8 @@ def _cut(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> Callable[[Tenso
 
 
 def _nan_where(bad: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if bad.is_cpu and bad.ndim == 0 and not bad.item():  # the usual case, and cheaper to ask
+        return value.to(dtype)
     return torch.where(bad[..., None, None], torch.nan, value).to(dtype)
 
 
@@ -510,6 +512,8 @@ def _lstsq_arguments(
     if b.dtype == WIDE:
         a = a.to(WIDE)
     batches = {"a": a.shape[:-2], "b": b.shape[:-2]}
+    if relative is None and batches["a"] == batches["b"]:
+        return a, b, None
     if relative is not None:
         batches["rtol"] = relative.shape
     args = expand_batch((a, b, relative), (2, 2, 0), _checks.broadcastable(op, **batches))
@@ -582,6 +586,8 @@ def _pinv_arguments(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     _checks.floating(op, "a", a, 2)
     relative, absolute = _tolerance(op, "rtol", rtol, a), _tolerance(op, "atol", atol, a)
+    if relative is None and absolute is None:
+        return a, None, None
     batches = {"a": a.shape[:-2]}
     for name, value in (("rtol", relative), ("atol", absolute)):
         if value is not None:
