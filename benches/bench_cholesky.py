@@ -101,6 +101,22 @@ def percdamp_loop(hessian: torch.Tensor) -> torch.Tensor:
         damp *= 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", [8, 32, 128, 512, 2048])
+@pytest.mark.benchmark(group="safe_cholesky of a definite matrix against torch.linalg.cholesky")
+def bench_safe(benchmark, order: int, dtype: torch.dtype) -> None:
+    a = problem(order, 1, dtype)[2]
+    compare(
+        benchmark,
+        f"D={order} {str(dtype)[6:]}",
+        lambda: cfl_ops.safe_cholesky(a),
+        {"cholesky": lambda: torch.linalg.cholesky(a)},
+        flops=order**3 / 3,
+        bytes_moved=2 * a.nbytes,
+        asked=1.0,
+    )
+
+
 @pytest.mark.parametrize("kind", ["definite", "rank deficient", "dead columns"])
 @pytest.mark.benchmark(group="spd_inverse of a GPTQ Hessian against the percdamp loop (D = 768)")
 def bench_gptq(benchmark, kind: str) -> None:

@@ -52,6 +52,46 @@ def bench_ridge_solve(benchmark, order: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("order", [8, 32, 64, 128])
+@pytest.mark.benchmark(group="ridge_solve_ex of one system, and of four: the call itself counts")
+def bench_ridge_solve_few(benchmark, order: int, batch: int, dtype: torch.dtype) -> None:
+    x = torch.randn(batch, order, order + 4, dtype=dtype)
+    gram, cross = x @ x.mT / order + torch.eye(order, dtype=dtype), torch.randn(batch, order, 1, dtype=dtype)
+    if batch == 1:
+        gram, cross = gram[0], cross[0]
+    compare(
+        benchmark,
+        f"{batch} x n={order} {str(dtype)[6:]}",
+        lambda: cfl_ops.ridge_solve_ex(gram, cross),
+        {"torch": lambda: torch_cholesky(gram, cross)},
+        flops=batch * (order**3 / 3 + 2 * order**2) * 2,
+        bytes_moved=gram.nbytes / 2 + 2 * cross.nbytes,
+        asked=1.0,
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (64, 8), (256, 16), (1000, 32)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("op", ["lstsq", "pinv"])
+@pytest.mark.benchmark(
+    group="lstsq and pinv of one small float32 matrix against torch's, which see a lost rank too"
+)
+def bench_small_matrix(benchmark, op: str, shape: tuple[int, int]) -> None:
+    a, b = torch.randn(shape), torch.randn(shape[0], 1)
+    ours, peers = {
+        "lstsq": (
+            lambda: cfl_ops.lstsq(a, b),
+            {f"torch {driver}": lambda driver=driver: torch.linalg.lstsq(a, b, driver=driver)
+             for driver in ("gelsy", "gelsd")},
+        ),
+        "pinv": (lambda: cfl_ops.pinv(a), {"torch": lambda: torch.linalg.pinv(a)}),
+    }[op]  # fmt: skip
+    compare(
+        benchmark, f"{op} {shape[0]} x {shape[1]}", ours, peers, flops=4 * shape[0] * shape[1] ** 2, asked=1.0
+    )
+
+
 @pytest.mark.parametrize("order", [4, 8, 16, 32])
 @pytest.mark.benchmark(
     group="ridge_solve, 4096 systems, float32, 8 calls in a row (above each call follows the peer's, whose "
