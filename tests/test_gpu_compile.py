@@ -167,7 +167,7 @@ def test_constants_are_those_of_the_sources() -> None:
         ("kPanel", _nvrtc.PANEL),
         ("kGramTile", _cuda.GRAM_TILE),
         ("kGramDepth", _cuda.GRAM_DEPTH),
-        ("kColumnsPerWarp", 64),
+        ("kColumnsPerWarp", _nvrtc.COLUMNS_PER_WARP),
         ("kSecondLookBlocks", _nvrtc.SECOND_LOOK_BLOCKS),
         ("kMaxSharedSymbols", _nvrtc.MAX_SHARED_SYMBOLS),
     ):

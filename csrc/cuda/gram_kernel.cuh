@@ -18,6 +18,7 @@ constexpr int kGramTile = 64;      // of the result, a side
 constexpr int kGramDepth = 16;     // rows of x staged at a time
 constexpr int kGramStride = 68;    // of a staged row: 4 x 8 pieces of it lie in different banks
 constexpr int kGramQuadrant = 32;  // of a warp, a side
+constexpr int kGramSums = kGramQuadrant * kGramQuadrant / 32;  // of each lane
 constexpr int kGramLoads = kGramDepth * kGramTile / kThreads;  // of each thread and side
 static_assert(kThreads % kGramTile == 0 && kWarps == 8);
 
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
       staged[buffer][1][depth][column] = right[e];
     }
   };
-  double sum[4][4][2] = {};
+  // Of a lane's 32 sums number 8 i + 2 j + e is entry e of the 8 x 8 products (i, j).
+  double sum[kGramSums / 2][2] = {};
   load(begin);
   stage(0);
   __syncthreads();
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_8x8x4(a[i], b[j], sum[i][j]);
+        for (int j = 0; j < 4; ++j) multiply_8x8x4(a[i], b[j], sum[4 * i + j]);
       }
     }
     buffer ^= 1;
@@ -119,44 +121,32 @@ __global__ void __launch_bounds__(kThreads)
   // The second warp of a quadrant hands its sums to the first, through the memory of the stages.
   auto* handed = &staged[0][0][0][0];
   static_assert(sizeof(staged) >= kGramTile * kGramTile * sizeof(double));
-  const int mine = (quadrant * 32 + lane) * 32;
-  auto number = [&](int i, int j, int e) { return mine + ((i * 4 + j) * 2 + e ^ lane); };
+  const int holder = quadrant * 32 + lane;
+  auto number = [&](int u) { return holder * kGramSums + (u ^ lane); };
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (half == 1) handed[number(i, j, e)] = sum[i][j][e];
-      }
-    }
+  for (int u = 0; u < kGramSums; ++u) {
+    if (half == 1) handed[number(u)] = sum[u / 2][u % 2];
   }
   __syncthreads();
   double* part = parts + (tile * splits + split) * (kGramTile * kGramTile);
-  auto store = [&](int i, int j, int e, double value) {
-    const int64_t row = tile_row * kGramTile + first_row + 8 * i + lane / 4;
-    const int64_t col = tile_col * kGramTile + first_col + 8 * j + lane % 4 * 2 + e;
+  auto store = [&](int u, double value) {
+    const int64_t row = tile_row * kGramTile + first_row + u / 8 * 8 + lane / 4;
+    const int64_t col = tile_col * kGramTile + first_col + u / 2 % 4 * 8 + lane % 4 * 2 + u % 2;
     if (row < cols && col <= row) {
       gram[row * cols + col] = value;
       gram[col * cols + row] = value;
     }
   };
-  // A part lies in the order of the threads that hold it: 32 numbers of lane and quadrant.
-  auto at = [&](int i, int j, int e) { return ((i * 4 + j) * 2 + e) * 128 + quadrant * 32 + lane; };
+  // A part lies in the order of the threads that hold it.
+  auto at = [&](int u) { return u * (kGramTile * kGramTile / kGramSums) + holder; };
   if (half == 0) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const double value = sum[i][j][e] + handed[number(i, j, e)];
-          if (splits == 1) {
-            store(i, j, e, value);
-          } else {
-            part[at(i, j, e)] = value;
-          }
-        }
+    for (int u = 0; u < kGramSums; ++u) {
+      const double value = sum[u / 2][u % 2] + handed[number(u)];
+      if (splits == 1) {
+        store(u, value);
+      } else {
+        part[at(u)] = value;
       }
     }
   }
@@ -173,25 +163,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int s = 0; s < splits; ++s) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const double value = part[s * (kGramTile * kGramTile) + at(i, j, e)];
-          sum[i][j][e] = s == 0 ? value : sum[i][j][e] + value;
-        }
-      }
+    for (int u = 0; u < kGramSums; ++u) {
+      const double value = part[s * (kGramTile * kGramTile) + at(u)];
+      sum[u / 2][u % 2] = s == 0 ? value : sum[u / 2][u % 2] + value;
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) store(i, j, e, sum[i][j][e]);
-    }
-  }
+  for (int u = 0; u < kGramSums; ++u) store(u, sum[u / 2][u % 2]);
 }
 
 }  // namespace cfl::cuda

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ._cholesky_cuda import PANEL, RANKS
+from ._cuda import GRAM_TILE
 from ._solve_cuda import SIDE
 
 THREADS, WARPS, PART, MAX_SHARED, TILE_BYTES, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 11, 4096
 """As in device.cuh and codec_kernel.cuh."""
 MOST_BLOCKS, SPAN = 1 << 20, 1 << 12
-SECOND_LOOK_BLOCKS = 2048
+SECOND_LOOK_BLOCKS, COLUMNS_PER_WARP = 2048, 64
 """Of solve_kernel.cuh."""
 OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of device.cuh
 HEADERS = {
@@ -266,7 +267,7 @@ class Nvrtc:
         """X (matrices, rows, columns) of any strides, weight (matrices, rows) float64 or None."""
         np = self.numpy
         batch, rows, cols = x.shape
-        tiles, splits = -(-cols // 64), parts.shape[1]
+        tiles, splits = -(-cols // GRAM_TILE), parts.shape[1]
         if batch and cols:
             weight_strides = (0, 0) if weight is None else weight.stride()
             self.launch(
@@ -288,7 +289,7 @@ class Nvrtc:
         element = 8 if wide else matrices.element_size()
         kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
         systems, warps, held = _small_solve(order, element)
-        blocks = -(-batch * max(1, -(-columns // 64)) // (warps * systems))
+        blocks = -(-batch * max(1, -(-columns // COLUMNS_PER_WARP)) // (warps * systems))
         if element != matrices.element_size():
             blocks = min(blocks, SECOND_LOOK_BLOCKS)
         self.launch(
