@@ -34,6 +34,24 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "error" : "no error"; }
 
+// The runtime keeps the error of a call that failed until it is asked for. CFL_ON_HOST_REFUSE has a
+// card refuse shared memory.
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 0;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = 227 << 10, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int) {
+  return std::getenv("CFL_ON_HOST_REFUSE") ? last_error = cudaErrorInvalidValue : cudaSuccess;
+}
+
 namespace on_host {
 
 enum class Wait { kNone, kWarp, kBlock, kDone };

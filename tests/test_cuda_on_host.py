@@ -186,6 +186,20 @@ def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.Mo
     assert torch.equal(out, symbols)
 
 
+def test_a_refused_launch_leaves_nothing_for_the_next(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime keeps an error until it is asked for: the next launch, a good one, must not find it."""
+    symbols = normal_symbols(20000, 256, torch.uint8)
+    payload = codec.HUFFMAN_ENCODE(symbols, [20000], 15, 0)
+    out, weights = torch.empty_like(symbols), torch.randn(2, 50)
+    monkeypatch.setenv("CFL_ON_HOST_REFUSE", "1")
+    with pytest.raises(RuntimeError, match=r"cfl_ops\.huffman_decode"):
+        _codec_cuda.huffman_decode_(kernels, payload, out, 0)
+    monkeypatch.delenv("CFL_ON_HOST_REFUSE")
+    assert not _codec_cuda.quantize(kernels, weights, 8, False)[-1].any()
+    assert int(_codec_cuda.huffman_decode_(kernels, payload, out, 0)) == 0
+    assert torch.equal(out, symbols)
+
+
 def test_the_first_bad_chunk_is_reported(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CFL_ON_HOST_ORDER", "reverse")
     symbols = normal_symbols(5000, 64, torch.uint8)

@@ -10,7 +10,6 @@ template <class T, int kRank>
 cudaError_t launch_rank(const CholeskyUpdateArgs& a, cudaStream_t stream) {
   const int64_t blocks = a.batch * divide_up(a.n, kPanel);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_threads(&cholesky_update_kernel<T, kRank>, blocks, kPanel, 0, stream, a.n, a.rank,
                         static_cast<const T*>(a.from), a.from_batch_stride, a.from_row_stride,
                         a.from_col_stride, static_cast<const T*>(a.vectors), a.vector_batch_stride,
@@ -36,7 +35,6 @@ cudaError_t launch_choose(const CholeskyChooseArgs& a, cudaStream_t stream) {
   const int64_t each =
       a.n <= 128 ? least<int64_t>(1, a.n) : least<int64_t>(1024, divide_up(a.n, kWarps));
   if (a.batch * each == 0) return cudaSuccess;
-  if (a.batch * each > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(&cholesky_choose_kernel<T>, a.batch * each, 0, stream, each, a.n,
                 static_cast<const T*>(a.from), a.from_batch_stride, a.from_row_stride,
                 a.from_col_stride, static_cast<T*>(a.to), a.to_batch_stride, a.to_row_stride,

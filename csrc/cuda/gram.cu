@@ -11,7 +11,6 @@ cudaError_t launch_gram(const ExactGramArgs& a, cudaStream_t stream) {
   const int64_t tiles = divide_up(a.cols, kGramTile);
   const int64_t blocks = a.batch * tiles * (tiles + 1) / 2 * a.splits;
   if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(&exact_gram_kernel<T>, blocks, 0, stream, static_cast<const T*>(a.x), a.rows,
                 a.cols, a.x_batch_stride, a.x_row_stride, a.x_col_stride, a.weight,
                 a.weight_batch_stride, a.weight_stride, a.splits, divide_up(a.rows, a.splits),

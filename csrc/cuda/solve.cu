@@ -12,7 +12,6 @@ cudaError_t launch_small(const SolveArgs& a, const int* only, int* again, cudaSt
   const int64_t pieces = most<int64_t>(1, divide_up(a.columns, kColumnsPerWarp));
   int64_t blocks = divide_up(a.batch * pieces, Small::kWarps * Small::Layout::kSystems);
   if (sizeof(T) != sizeof(A)) blocks = least<int64_t>(blocks, kSecondLookBlocks);
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_threads(&solve_small_kernel<T, A, kOrder>, blocks, Small::kWarps * kLaneCount,
                         Small::kShared, stream, static_cast<const T*>(a.matrices),
                         static_cast<const T*>(a.rights), a.lam, a.shift, a.batch,
@@ -35,7 +34,6 @@ cudaError_t launch_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t 
   const int64_t tiles = divide_up(a.n, kSide), right_tiles = divide_up(a.columns, kSide);
   const int64_t blocks = a.batch * (tiles * (tiles + 1) / 2 + 2 * tiles * right_tiles);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(&solve_tiled_kernel<T>, blocks, 0, stream, static_cast<const T*>(a.matrices),
                 static_cast<const T*>(a.rights), a.lam, a.shift, a.batch, a.n, a.columns,
                 a.tolerance, m.work, m.inverse, m.flags, m.ticket, static_cast<T*>(a.solutions),
@@ -47,7 +45,7 @@ cudaError_t launch_pinv(const SmallPinvArgs& a, cudaStream_t stream) {
   using Small = SmallSolve<double, kOrder>;
   const int64_t blocks = divide_up(a.batch, Small::kWarps * Small::Layout::kSystems);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff || a.rows * a.n > 0x7fffffff) return cudaErrorInvalidValue;
+  if (a.rows * a.n > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_threads(&solve_pinv_kernel<T, kOrder>, blocks, Small::kWarps * kLaneCount,
                         Small::kPinvShared, stream, static_cast<const T*>(a.matrices), a.batch,
                         static_cast<int>(a.rows), static_cast<int>(a.n), static_cast<int>(a.wide),
