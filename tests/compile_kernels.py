@@ -1,7 +1,7 @@
 """Compile every Triton kernel, as its launcher calls it, for cards that are not here.
 
 ``python tests/compile_kernels.py sm_80 sm_90 ...`` runs the launchers on CPU tensors with launching replaced by
-``triton.compile`` for each architecture, and prints one JSON line for each kernel: options, registers, spills and
+``triton.compile`` for each architecture (with ``--samples`` on those of the contract table), and prints one JSON line for each kernel: options, registers, spills and
 shared memory as ptxas reports them, and what gram's main loops are made of. tests/test_gpu_compile.py reads them.
 """
 
@@ -40,6 +40,7 @@ TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 DISASSEMBLED = ("_gram_kernel", "_plane_kernel")  # the tools take a second for each kernel
 seen: set[str] = set()
 card = CARDS["sm_80"]
@@ -47,7 +48,11 @@ label = ""
 
 
 def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """What a launch of ``kernel`` would compile."""
+    """What a launch of ``kernel`` would compile; an error where the grid is beyond what cards take."""
+    grid = grid(kwargs) if callable(grid) else grid
+    if grid[0] > LARGEST_GRID[0] or any(n > most for n, most in zip(grid[1:], LARGEST_GRID[1:], strict=False)):
+        what = {"kernel": kernel.fn.__name__, "case": label, "architecture": card.architecture}
+        print(json.dumps(what | {"error": f"the grid {grid} is beyond {LARGEST_GRID}"}), flush=True)
     options = {k: kwargs.pop(k) for k in list(kwargs) if k not in kernel.arg_names}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, attributes = {}, {}, {}
@@ -164,6 +169,11 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             # float64 sums of narrower features
             x, y = torch.zeros(512, 96, dtype=dtype), torch.zeros(512, 3, dtype=dtype)
             add(f"gram {name}, float64 sums", lambda x=x, y=y: gram(x, y, None, True, 0, torch.float64))
+        for kind in (torch.float16, torch.bfloat16):  # weights that are narrower than the sums
+            for sums in {acc, torch.float64}:
+                x, s = torch.zeros(512, 96, dtype=dtype), torch.ones(512, dtype=kind)
+                text = f"gram {name}, weights {str(kind)[6:]}, {str(sums)[6:]} sums"
+                add(text, lambda x=x, s=s, sums=sums: gram(x, None, s, True, 0, sums))
 
     def one_product() -> None:
         torch.set_float32_matmul_precision("high")
@@ -192,19 +202,44 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             dense = torch.zeros(rows, targets, dtype=torch.bfloat16)
             narrow = (phi, dense, w.bfloat16(), None, *rest)
             add(f"proximal_step {rows} x {width}, bfloat16 weight and targets", lambda a=narrow: proximal(*a))
+    # More matrices, and more right sides, than the second axis of a grid has places.
+    many = 70_000
+    x, labels = torch.zeros(many, 8, 4), torch.zeros(many, 8, dtype=torch.int64)
+    add("gram, many", lambda: gram(x, labels, None, True, 3, torch.float32))
+    phi, y, w, b = x[:, :3], labels[:, :3], torch.zeros(many, 5, 4), torch.zeros(many, 5)
+    rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
+    add("proximal_step, many", lambda: proximal(phi, y, w, b, *rest))
+    eyes = torch.eye(4).repeat(many, 1, 1)
+    add("cholesky_update, many", lambda: update(eyes, w.mT, 1.0, 1.0))
+    add("ridge_solve, many", lambda: solve(eyes, w.mT, torch.zeros(()), None))
+    add("ridge_solve, many sides", lambda: solve(eyes[0], torch.zeros(4, 32 * many), torch.zeros(()), None))
     return out
 
 
-def main(architectures: list[str]) -> None:
+def samples() -> list[tuple[str, Callable[[], Any]]]:
+    """Every sample of the contract table: what tests/test_gpu.py will launch."""
+    import contract
+
+    return [
+        (f"{spec.op.name}, {case.name}, {dtype}", lambda op=spec.op, make=case.make, d=dtype: op.load_triton()(*make(d)))
+        for spec in contract.load()
+        if spec.op.triton is not None
+        for case in spec.cases
+        for dtype in case.dtypes
+    ]  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
     global card, label
     JITFunction.run = compile_instead  # type: ignore[method-assign]
+    chosen = samples() if "--samples" in arguments else cases()
     with cfl_ops.config.use_backend("python"):
-        for architecture in architectures:
+        for architecture in [a for a in arguments if a in CARDS] or CARDS:
             card = CARDS[architecture]
             with _tuning.pretend(card):
-                for label, call in cases():  # noqa: B007
+                for label, call in chosen:  # noqa: B007
                     call()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(CARDS))
+    main(sys.argv[1:])

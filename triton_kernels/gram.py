@@ -15,6 +15,8 @@ A rule of cfl_ops._tuning says how a problem is done:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -93,6 +95,7 @@ def _gram_kernel(
     ks = tl.arange(0, DEPTH)
     x_ptr += matrix * batch_stride + first * row_stride
     weight_ptr += matrix * weight_batch_stride + first * weight_stride
+    step = tl.cast(DEPTH, tl.int64)  # times a stride of 2^25 it is no 32-bit number
     # The left tile is loaded as the transpose that it is: tl.trans would take it through registers.
     along = ks.to(tl.int64) * row_stride
     left_offsets = row.to(tl.int64)[:, None] * col_stride + along[None, :]
@@ -107,9 +110,9 @@ def _gram_kernel(
         if WEIGHTED:
             s = tl.load(weight_ptr + ks.to(tl.int64) * weight_stride, mask=here, other=0.0)
             left = left * s.to(ACC)[None, :]
-            weight_ptr += DEPTH * weight_stride
+            weight_ptr += step * weight_stride
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=ACC)
-        x_ptr += DEPTH * row_stride
+        x_ptr += step * row_stride
     if MIRROR:
         out_ptr += matrix * out_batch_stride
         row, col = row.to(tl.int64)[:, None], col.to(tl.int64)[None, :]
@@ -229,10 +232,11 @@ def _cross_kernel(
     """One tile of one split's X^T S [Y 1]; the column of ones, whose product is a column sum, is optional."""
     columns_k = targets + ONES
     tiles_k = tl.cdiv(columns_k, TILE_K)
-    tile = tl.program_id(0)
+    tiles = tl.cdiv(width, TILE) * tiles_k
+    # Matrices are on the grid's first axis: the others end at 65,535.
+    split, tile, matrix = tl.program_id(1), tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     columns = (tile // tiles_k) * TILE + tl.arange(0, TILE)
     ks = (tile % tiles_k) * TILE_K + tl.arange(0, TILE_K)
-    split, matrix = tl.program_id(1), tl.program_id(2).to(tl.int64)
     x_ptr += matrix * batch_stride
     y_ptr += matrix * y_batch_stride
     first = split.to(tl.int64) * rows_per_split
@@ -282,11 +286,8 @@ def gram(
     if narrow and (bias_column or y is not None or not exact_kernel):
         x3 = x3.float()
     weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
-    ones = (
-        torch.ones(matrices, rows, dtype=acc_dtype, device=x.device)
-        if weight is None
-        else weight.to(acc_dtype)
-    )
+    if weight is not None and acc_dtype == torch.float64 and weight.dtype in HALVES:
+        weight = weight.float()  # nor can Triton take a half to float64
     count = (
         torch.full((matrices,), rows, dtype=torch.float64, device=x.device)
         if weight is None
@@ -297,15 +298,18 @@ def gram(
     y3 = None if y is None else y.reshape(matrices, rows, *(() if num_classes else (targets,)))
     target_sum = torch.zeros(matrices, targets, dtype=acc_dtype, device=x.device)
     target_sq = torch.zeros_like(target_sum)
-    if y3 is not None and num_classes:
-        outside = (y3 < 0) | (y3 >= num_classes)
-        info = torch.where(outside.any(-1), BAD_CLASS, info)
-        target_sum = target_sum.scatter_add(-1, torch.where(outside, 0, y3), ones)
-        target_sq = target_sum.clone()
-    elif y3 is not None:
-        wide = y3.to(acc_dtype)
-        target_sum = (wide * ones.unsqueeze(-1)).sum(-2)
-        target_sq = (wide * wide * ones.unsqueeze(-1)).sum(-2)
+    if y3 is not None:
+        ones = torch.ones((), dtype=acc_dtype, device=x.device) if weight is None else weight.to(acc_dtype)
+        ones = ones.expand(matrices, rows)
+        if num_classes:
+            outside = (y3 < 0) | (y3 >= num_classes)
+            info = torch.where(outside.any(-1), BAD_CLASS, info)
+            target_sum = target_sum.scatter_add(-1, torch.where(outside, 0, y3), ones)
+            target_sq = target_sum.clone()
+        else:
+            wide = y3.to(acc_dtype)
+            weighted = wide if weight is None else wide * ones.unsqueeze(-1)
+            target_sum, target_sq = weighted.sum(-2), (wide * weighted).sum(-2)
 
     # What the kernels write is not cleared first.
     make = torch.empty if matrices and rows and width else torch.zeros
@@ -473,21 +477,29 @@ def _share(x: Tensor, matrices: int, size: int, use: dict[str, int]) -> tuple[in
     to write and read it, in units of a step through DEPTH rows of elements of ``size`` bytes.
     """
     slots = use.pop("resident") * _tuning.device_of(x.device).multiprocessors
-    tile, tile_n, depth = use["TILE"], use["TILE_N"], use["DEPTH"]
-    side = triton.cdiv(x.shape[-1], tile_n)
+    rows, width = x.shape[-2:]
+    return _shares(rows, width, matrices, size, slots, use["TILE"], use["TILE_N"], use["DEPTH"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(
+    rows: int, width: int, matrices: int, size: int, slots: int, tile: int, tile_n: int, depth: int
+) -> tuple[int, int, int, int, int]:
+    """The search of :func:`_share`, which takes longer than a small Gram matrix on a GPU: remembered."""
+    side = -(-width // tile_n)
     triangle = side * (side + 1) // 2 * (tile_n // tile)
     rest = triangle * matrices % slots
-    steps = triton.cdiv(x.shape[-2], depth)
-    part = triton.cdiv(8 * tile * tile_n, (tile + tile_n) * depth * size)
+    steps = -(-rows // depth)
+    part = -(-8 * tile * tile_n // ((tile + tile_n) * depth * size))
 
     def cost(splits: int) -> int:
-        return int(triton.cdiv(rest * splits, slots) * (triton.cdiv(steps, splits) + part))
+        return -(-rest * splits // slots) * (-(-steps // splits) + part)
 
     splits = min(range(1, min(MAX_SPLITS, max(1, steps // 4)) + 1), key=cost)
     if splits == 1:
         return triangle, triangle * matrices, 0, 1, steps * depth
-    per_split = triton.cdiv(steps, splits)
-    return triangle, triangle * matrices - rest, rest, triton.cdiv(steps, per_split), per_split * depth
+    per_split = -(-steps // splits)
+    return triangle, triangle * matrices - rest, rest, -(-steps // per_split), per_split * depth
 
 
 def _launch_cross(
@@ -513,7 +525,7 @@ def _launch_cross(
     # Without targets y is never read.
     y_strides: tuple[int, ...] = (0, 0, 0) if y is None else (*y.stride(), 0) if classes else y.stride()
     weight_strides = weight.stride() if weight is not None else (0, 0)
-    _cross_kernel[(programs, splits, matrices)](
+    _cross_kernel[(programs * matrices, splits)](
         x, x if y is None else y, weight, parts, *x.stride(), *y_strides, *weight_strides,
         parts.stride(1), parts.stride(0), rows, width, targets, per_split, ONES=int(ones),
         WEIGHTED=weight is not None, CLASSES=classes, TARGETS=targets > 0, **_arithmetic(kind), **use,

@@ -40,13 +40,19 @@ TRUSTED_PIVOT = tl.constexpr(0.01)  # of its diagonal element: float32 keeps dig
 
 
 @triton.jit
+def _piece(pieces):
+    """A program's matrix and its piece of it. Both are on the grid's first axis: the others end at 65,535."""
+    return (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
+
+
+@triton.jit
 def _rows_kernel(
-    phi_ptr, parts_ptr, batch_stride, row_stride, col_stride, part_stride, rows, width, per_split,
+    phi_ptr, parts_ptr, batch_stride, row_stride, col_stride, part_stride, rows, width, triangle, per_split,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of Phi Phi^T over some of the columns, in float64."""
-    tile_row, tile_col = _triangle(tl.program_id(0))
-    matrix = tl.program_id(2).to(tl.int64)
+    matrix, tile = _piece(triangle)
+    tile_row, tile_col = _triangle(tile)
     phi_ptr += matrix * batch_stride
     left_rows = tile_row * TILE + tl.arange(0, TILE)
     right_rows = tile_col * TILE + tl.arange(0, TILE)
@@ -82,11 +88,11 @@ def _predict_kernel(
     ROWS: tl.constexpr, TILE_K: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of Phi W^T over some of the columns."""
-    matrix = tl.program_id(2).to(tl.int64)
+    matrix, tile = _piece(tl.cdiv(targets, TILE_K))
     phi_ptr += matrix * batch_stride
     weight_ptr += matrix * weight_batch_stride
     bs = tl.arange(0, ROWS)
-    ks = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    ks = tile * TILE_K + tl.arange(0, TILE_K)
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, width)
     total = tl.zeros((ROWS, TILE_K), dtype=tl.float32)
@@ -114,8 +120,8 @@ def _residual_kernel(
     CLASSES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """R0 = Y - shrink (Phi W^T + b); classes stand for one-hot rows."""
-    matrix = tl.program_id(1).to(tl.int64)
-    bs, ks = tl.arange(0, ROWS), tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    matrix, tile = _piece(tl.cdiv(targets, TILE_K))
+    bs, ks = tl.arange(0, ROWS), tile * TILE_K + tl.arange(0, TILE_K)
     inside = (bs < rows)[:, None] & (ks < targets)[None, :]
     at = matrix * rows * targets + bs.to(tl.int64)[:, None] * targets + ks[None, :]
     total = tl.zeros((ROWS, TILE_K), dtype=tl.float32)
@@ -229,12 +235,12 @@ def _factor(
 
 @triton.jit
 def _normal_kernel(
-    inverse_ptr, out_ptr, refined_ptr, order,
+    inverse_ptr, out_ptr, refined_ptr, order, triangle,
     SINGLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """S^-1 = L^-T L^-1, tile by tile of the lower triangle, mirrored."""
-    tile_row, tile_col = _triangle(tl.program_id(0))
-    matrix = tl.program_id(1).to(tl.int64)
+    matrix, tile = _piece(triangle)
+    tile_row, tile_col = _triangle(tile)
     inverse_ptr += matrix * ROWS * ROWS
     out_ptr += matrix * ROWS * ROWS
     row, col = tile_row * TILE + tl.arange(0, TILE), tile_col * TILE + tl.arange(0, TILE)
@@ -267,8 +273,8 @@ def _alpha_kernel(
     ONES: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """A = S^-1 R0 for some targets, its squares' sum and its columns' sums."""
-    matrix = tl.program_id(1).to(tl.int64)
-    bs, ks = tl.arange(0, ROWS), tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    matrix, tile = _piece(tl.cdiv(targets, TILE_K))
+    bs, ks = tl.arange(0, ROWS), tile * TILE_K + tl.arange(0, TILE_K)
     normal_ptr += matrix * ROWS * ROWS
     residual_ptr += matrix * rows * targets
     inside = (bs < rows)[:, None] & (ks < targets)[None, :]
@@ -301,7 +307,7 @@ def _alpha_kernel(
     tl.store(alpha_ptr + matrix * rows * targets + here, total.to(tl.float32), mask=inside)
     tl.store(sums_ptr + matrix * targets + ks, tl.sum(total, axis=0), mask=ks < targets)
     squares = tl.sum(tl.sum(total * total, axis=0), axis=0)
-    tl.store(squares_ptr + matrix * tl.num_programs(0) + tl.program_id(0), squares)
+    tl.store(squares_ptr + matrix * tl.cdiv(targets, TILE_K) + tile, squares)
 
 
 @triton.jit
@@ -333,9 +339,9 @@ def _update_kernel(
     ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """W_new = shrink W + A^T Phi for a stretch of columns and some targets, and their part of A W_new."""
-    matrix = tl.program_id(2).to(tl.int64)
+    matrix, stretch = _piece(tl.cdiv(width, TILE_D))
     bs = tl.arange(0, ROWS)
-    ds = (tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)).to(tl.int64)
+    ds = (stretch * TILE_D + tl.arange(0, TILE_D)).to(tl.int64)
     columns = (ds < width)[None, :]
     here = (bs < rows)[:, None] & columns
     phi = tl.load(
@@ -430,21 +436,21 @@ def _step(
     triangle = tiles * (tiles + 1) // 2
     splits, each = split(width, 64, triangle * matrices)
     parts = torch.empty(splits, matrices, rows, rows, **wide)
-    _rows_kernel[(triangle, splits, matrices)](
-        phi, parts, *phi.stride(), parts.stride(0), rows, width, each, TILE=tile, DEPTH=16, num_warps=4
+    _rows_kernel[(triangle * matrices, splits)](
+        phi, parts, *phi.stride(), parts.stride(0), rows, width, triangle, each, TILE=tile, DEPTH=16, num_warps=4
     )
     system = parts.sum(0) if splits > 1 else parts[0]
     tile_k = use["TILE_K"]
     tiles_k = triton.cdiv(targets, tile_k)
     splits, each = split(width, 64, tiles_k * matrices)
     predictions = torch.empty(splits, matrices, rows, targets, dtype=torch.float32, device=device)
-    _predict_kernel[(tiles_k, splits, matrices)](
+    _predict_kernel[(tiles_k * matrices, splits)](
         phi, old, predictions, *phi.stride(), *old.stride(), predictions.stride(0), rows, width, targets, each,
         ROWS=block, TILE_K=tile_k, DEPTH=32, num_warps=use["num_warps"],
     )  # fmt: skip
     residual = torch.empty(matrices, rows, targets, dtype=torch.float32, device=device)
     flat_bias = None if bias is None else bias.reshape(matrices, targets).contiguous()
-    _residual_kernel[(tiles_k, matrices)](
+    _residual_kernel[(tiles_k * matrices,)](
         predictions, y, flat_bias, shrink, residual, predictions.stride(0), *y_strides, splits, rows, targets,
         CLASSES=classes, BIAS=bias is not None, ROWS=block, TILE_K=tile_k, num_warps=4,
     )  # fmt: skip
@@ -458,13 +464,13 @@ def _step(
         system, t, factor, inverse, info, refined, rows, rows * torch.finfo(torch.float64).eps,
         ONES=ones, SINGLE=single, ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
     )  # fmt: skip
-    _normal_kernel[(triangle, matrices)](
-        inverse, normal, refined, rows, SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
+    _normal_kernel[(triangle * matrices,)](
+        inverse, normal, refined, rows, triangle, SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
     )
     alpha = torch.empty_like(residual)
     squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
     work = torch.empty(residual.shape if single else (0,), **wide)
-    _alpha_kernel[(tiles_k, matrices)](
+    _alpha_kernel[(tiles_k * matrices,)](
         normal, residual, system, t, refined, work, alpha, squares, sums, rows, targets,
         ONES=ones, SINGLE=single, ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
     )  # fmt: skip
@@ -486,7 +492,7 @@ def _step(
     tiles_d = triton.cdiv(width, use["TILE_D"])
     splits, each = split(targets, tile_k, tiles_d * matrices)
     gradients = torch.empty(splits, matrices, rows, width, dtype=torch.float32, device=device)
-    _update_kernel[(tiles_d, splits, matrices)](
+    _update_kernel[(tiles_d * matrices, splits)](
         phi, alpha, old, new, shrink, info, gradients, *phi.stride(), *old.stride(), *new.stride(),
         gradients.stride(0), rows, width, targets, each,
         ROWS=block, TILE_D=use["TILE_D"], TILE_K=tile_k, num_warps=use["num_warps"],

@@ -19,9 +19,10 @@ def _solve_kernel(
     gram_ptr, cross_ptr, shift_ptr, solution_ptr, info_ptr, order, columns, tolerance,
     ORDER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0).to(tl.int64)
+    pieces = tl.cdiv(columns, COLUMNS)
+    matrix, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
     rows = tl.arange(0, ORDER)
-    sides = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sides = piece * COLUMNS + tl.arange(0, COLUMNS)
     inside = rows < order
     # The lower triangle, mirrored; an identity beyond the order.
     low = tl.maximum(rows[:, None], rows[None, :])
@@ -61,7 +62,7 @@ def _solve_kernel(
         right = tl.where(rows[:, None] == j, answer[None, :], right - change)
     right = tl.where(info == 0, right, float("nan"))
     tl.store(solution_ptr + at, right.to(solution_ptr.dtype.element_ty), mask=held)
-    tl.store(info_ptr + matrix, info, mask=tl.program_id(1) == 0)
+    tl.store(info_ptr + matrix, info, mask=piece == 0)
 
 
 def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     info = torch.empty(batch, dtype=torch.int32, device=gram.device)
     use = _tuning.choose("ridge_solve", gram.device, order=order, columns=columns)
     width = min(use["columns"], triton.next_power_of_2(columns))
-    _solve_kernel[(info.numel(), triton.cdiv(columns, width))](
+    _solve_kernel[(info.numel() * triton.cdiv(columns, width),)](
         gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, info, order, columns,
         order * torch.finfo(torch.float64).eps,
         ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],

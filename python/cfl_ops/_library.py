@@ -263,7 +263,8 @@ class _Overrides:
                 backend, kernel = _choose(op, device_type, forced)
                 self.serving[op.name, device_type] = backend
                 if kernel is not None:
-                    library.impl(op.name, kernel, key, allow_override=True)
+                    guarded = _on_its_device(kernel) if device_type == "cuda" else kernel
+                    library.impl(op.name, guarded, key, allow_override=True)
 
 
 _overrides = _Overrides()
@@ -314,6 +315,19 @@ def _lazy(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         if launcher is None:
             launcher = load()
         return launcher(*args)
+
+    return launch
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with the device of its tensors as the current one: Triton launches there and nowhere else."""
+
+    def launch(*args: Any) -> Any:
+        index = next((a.get_device() for a in args if isinstance(a, Tensor) and a.is_cuda), None)
+        if index is None or index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(index):
+            return kernel(*args)
 
     return launch
 
