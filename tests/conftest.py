@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,11 +17,39 @@ from cfl_ops import _library
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rehearsal = os.environ.get("CFL_GPU_TESTS") == "rehearse"  # test_gpu.py without a device
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if "gpu" in item.keywords and not torch.cuda.is_available() and not rehearsal:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
         if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow (make test-slow)"))
+
+
+def log_failure(text: str) -> None:
+    """To the file of $CFL_FAILURES, as it happens: a run that is cut off has all failures until then."""
+    if path := os.environ.get("CFL_FAILURES"):
+        with Path(path).open("a") as file:
+            file.write(text + "\n")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        log_failure(f"=== {report.nodeid} ({report.when})\n{str(report.longrepr)[-3000:]}")
+
+
+@pytest.fixture(autouse=True)
+def _context_lives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An illegal access ends a process's CUDA context: give up the worker, so that xdist starts a fresh one."""
+    yield
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        log_failure(f"=== {request.node.nodeid} (the CUDA context is lost)\n{error}")
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(70)
+        pytest.exit(f"the CUDA context is lost after {request.node.nodeid}", returncode=70)
 
 
 @pytest.fixture(autouse=True)
