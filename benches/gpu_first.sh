@@ -59,21 +59,38 @@ share() { # NAME: the seconds of a step, of what is left for it and all that fol
     [ "$name" = "$1" ] && on=1
     ((on)) && sum=$((sum + SHARE[$name]))
   done
-  echo $(($(left) * SHARE[$1] / sum))
+  sum=$(($(left) * SHARE[$1] / sum))
+  ((sum < 10)) && sum=10
+  echo $((sum < $(left) ? sum : $(left)))
 }
 say() { echo "$1: $2, $3 s, at $((SECONDS - START)) s of $LIMIT" | tee -a "$W/summary"; }
-step() { # NAME COMMAND...: ends by SIGINT, so that Python says what it has; by SIGKILL five seconds later
+limited() { # SECONDS COMMAND...: SIGINT to all of it, so that Python says what it has; five seconds later SIGKILL
+  local limit=$1 pid watch rc=0
+  shift
+  # (timeout would send SIGINT twice to its child, and the second ends what the first began.)
+  setsid env --default-signal=INT "$@" & # background jobs ignore SIGINT otherwise
+  pid=$!
+  rm -f "$W/cut"
+  (trap 'kill $!; exit' TERM
+   sleep "$limit" & wait $!
+   : >"$W/cut"
+   kill -INT -- -$pid
+   sleep 5 & wait $!
+   kill -KILL -- -$pid) >/dev/null 2>&1 &
+  watch=$!
+  wait $pid || rc=$?
+  { kill $watch; wait $watch; kill -KILL -- -$pid; } 2>/dev/null # also what it left running
+  return $rc
+}
+step() { # NAME COMMAND...
   local name=$1 limit began=$SECONDS rc=0 verdict=ok
   limit=$(share "$1"); shift
   if ((limit < 6)); then say "$name" "NOT RUN (out of time)" 0; STATUS=1; return 1; fi
   ((limit > 25)) && limit=$((limit - 5))
-  timeout -s INT -k 5 "$limit" env --default-signal=INT "$@" >"$W/$name.log" 2>&1 || rc=$?
-  case $rc in
-    0) ;;
-    5) verdict="nothing to run" ;;
-    124 | 137) verdict="CUT after $limit s"; STATUS=1 ;;
-    *) verdict="FAILED ($rc)"; STATUS=1 ;;
-  esac
+  limited "$limit" "$@" >"$W/$name.log" 2>&1 || rc=$?
+  if [ -e "$W/cut" ]; then verdict="CUT after $limit s ($rc)"; STATUS=1
+  elif ((rc == 5)); then verdict="nothing to run"
+  elif ((rc)); then verdict="FAILED ($rc)"; STATUS=1; fi
   say "$name" "$verdict" $((SECONDS - began))
   tail -n 4 "$W/$name.log" | cut -c1-300
   pack
