@@ -204,14 +204,14 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             add(f"proximal_step {rows} x {width}, bfloat16 weight and targets", lambda a=narrow: proximal(*a))
     # More matrices, and more right sides, than the second axis of a grid has places.
     many = 70_000
-    x, labels = torch.zeros(many, 8, 4), torch.zeros(many, 8, dtype=torch.int64)
+    x, labels = torch.zeros(many, 16, 16), torch.zeros(many, 16, dtype=torch.int64)
     add("gram, many", lambda: gram(x, labels, None, True, 3, torch.float32))
-    phi, y, w, b = x[:, :3], labels[:, :3], torch.zeros(many, 5, 4), torch.zeros(many, 5)
+    phi, y, w, b = x[:, :3], labels[:, :3], torch.zeros(many, 5, 16), torch.zeros(many, 5)
     rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
     add("proximal_step, many", lambda: proximal(phi, y, w, b, *rest))
-    eyes = torch.eye(4).repeat(many, 1, 1)
-    add("cholesky_update, many", lambda: update(eyes, w.mT, 1.0, 1.0))
-    add("ridge_solve, many", lambda: solve(eyes, w.mT, torch.zeros(()), None))
+    eyes, v = torch.eye(4).repeat(many, 1, 1), torch.zeros(many, 4, 5)
+    add("cholesky_update, many", lambda: update(eyes, v, 1.0, 1.0))
+    add("ridge_solve, many", lambda: solve(eyes, v, torch.zeros(()), None))
     add("ridge_solve, many sides", lambda: solve(eyes[0], torch.zeros(4, 32 * many), torch.zeros(()), None))
     return out
 

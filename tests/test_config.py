@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops import _library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +56,37 @@ def test_a_backend_that_cannot_serve_raises_when_called() -> None:
     error = run(code, CFL_OPS_BACKEND="triton").stderr
     assert "cfl_ops.gram: the backend 'triton' was asked for, but it cannot serve cpu tensors" in error
     assert "TRITON_INTERPRET=1" in error
+
+
+def test_every_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one, on which Triton would launch it."""
+    current, seen, put = [0], [], {}
+
+    @contextlib.contextmanager
+    def device(index: int):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Spy:
+        def impl(self, name, kernel, key, **_) -> None:
+            put[name, key] = kernel
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(
+        _library, "_choose", lambda op, *_: ("triton", lambda *args: seen.append((op.name, current[0])))
+    )
+    overrides = _library._Overrides()
+    overrides._put_kernels(Spy(), None)
+    with FakeTensorMode():
+        on_cpu, first, second = torch.empty(2), torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+    for name in _library.OPS:
+        seen.clear()
+        for args in ((None, first, 3), (on_cpu, second), (second, 1.0)):
+            put[name, "CUDA"](*args)
+            assert current == [0]
+        assert seen == [(name, 0), (name, 1), (name, 1)]
 
 
 def test_an_unknown_backend_raises_at_import() -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cfl_ops import _cuda, _library, _nvrtc
+from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc
 
 ROOT = Path(__file__).parent.parent
 # One of each kind every time; all of them with -m slow.
@@ -20,18 +20,23 @@ QUICK, ALL = ("sm_90", "sm_120"), ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
 
 
 @pytest.mark.parametrize(
-    "architectures", [pytest.param(QUICK, id="quick"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
+    ("architectures", "options"),
+    [
+        pytest.param(QUICK, (), id="quick"),
+        pytest.param(ALL, (), id="all", marks=pytest.mark.slow),
+        pytest.param(ALL, ("--samples",), id="samples", marks=pytest.mark.slow),
+    ],
 )
-def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
+def test_triton_kernels_compile(architectures: tuple[str, ...], options: tuple[str, ...]) -> None:
     """Within the shared memory that the card has (99 KB on consumer cards), and a few spilled registers at most.
 
-    The loops of gram keep the tensor cores fed.
+    The loops of gram keep the tensor cores fed. The samples are those that test_gpu.py will launch.
     """
     if not _library.triton_available():
         pytest.skip("triton is not installed")
     pytest.importorskip("triton.backends.nvidia")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *architectures],
+        [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *architectures, *options],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -46,7 +51,7 @@ def test_triton_kernels_compile(architectures: tuple[str, ...]) -> None:
         or line["registers"] < 8  # Triton 3.6 makes a mere trap of what it cannot lower for sm_100
     ]
     assert not bad, "\n".join(map(str, bad))
-    slow = [(why, line) for line in lines if (why := slow_loop(line))]
+    slow = [(why, line) for line in lines if (why := slow_loop(line))] if not options else []
     assert not slow, "\n".join(map(str, slow))
 
 
@@ -94,7 +99,7 @@ def nvcc() -> str:
 )
 @pytest.mark.parametrize("name", ["codec.cu", "gram.cu", "solve.cu", "cholesky.cu"])
 def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_path: Path) -> None:
-    """Without warnings; spills stay within a few registers."""
+    """Without warnings; spills stay within a few registers, and shared memory within what a block may have."""
     for architecture in architectures:
         done = subprocess.run(
             [nvcc(), "-std=c++20", f"-arch={architecture}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c",
@@ -107,6 +112,32 @@ def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_pat
         assert spills
         for kernel, spilled in spills:
             assert int(spilled) <= next((n for name, n in ALLOWED.items() if name in kernel), 32), kernel
+        static = re.findall(r"Compiling entry function '(\w+)'.*\n(?:.*\n)*?.*Used \d+ registers(.*)", done.stderr)
+        assert static
+        allowed = SHARED[architecture]
+        for kernel, used in static:
+            fixed = int(found[1]) if (found := re.search(r"(\d+) bytes smem", used)) else 0
+            assert fixed + dynamic_shared(kernel, allowed) <= allowed, kernel
+
+
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+          "sm_120": 99 << 10}  # fmt: skip
+"""Bytes of shared memory that a block may have: 99 KB on consumer cards."""
+
+
+def dynamic_shared(kernel: str, allowed: int) -> int:
+    """The most that the launchers ask for beside a kernel's static shared memory."""
+    if small := re.search(r"solve_(small|pinv)_kernelI(\w)(\w)?Li(\d+)E", kernel):
+        kind, first, second, order = small.groups()
+        computed = "d" if kind == "pinv" else second or first
+        element = 8 if computed == "d" else 4
+        systems, warps, held = _nvrtc._small_solve(int(order), element)
+        return warps * (held + (systems * 2 * int(order) * 8 if kind == "pinv" else 0))
+    if "codec_encode" in kernel or "codec_decode" in kernel:
+        return allowed - _codec_cuda.STATIC_SHARED
+    if "codec_histogram" in kernel or "codec_quantize" in kernel:
+        return 4 * _nvrtc.MAX_SHARED
+    return 0
 
 
 def nvrtc_library() -> ctypes.CDLL:

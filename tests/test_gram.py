@@ -7,7 +7,7 @@ import io
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _library
+from cfl_ops import _library, _tuning
 
 OPS = ("gram",)
 
@@ -73,6 +73,33 @@ def test_huge_row_stride_is_indexed_in_64_bits() -> None:
     x.copy_(torch.arange(12.0).reshape(3, 4))
     want = x.float().mT @ x.float()
     assert torch.equal(cfl_ops.gram(x).gram, want)
+
+
+def test_multiples_of_a_row_stride_are_64_bits_in_triton() -> None:
+    """A step through 64 rows that are 2^25 elements apart is 2^31 elements."""
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    x, s = torch.empty(70, 1 << 25, dtype=torch.float16)[:, :3], torch.empty(70, 1 << 25)[:, 0]
+    x.copy_(torch.randn(70, 3))
+    s.copy_(torch.rand(70))
+    use = {"how": "pointers", "TILE": 16, "TILE_N": 16, "DEPTH": 64, "num_warps": 4, "num_stages": 2, "resident": 1}
+    with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+        got = cfl_ops.gram(x, x.clone(), sample_weight=s)
+    wide = x.double()
+    want = wide.mT @ (wide * s.double()[:, None])
+    torch.testing.assert_close(got.gram.double(), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.cross.double(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64])
+def test_weights_of_any_dtype(kind: torch.dtype, acc_dtype: torch.dtype, backend: str) -> None:
+    """Narrower than the features, or than the sums."""
+    x, y, s = torch.randn(40, 5), torch.randn(40, 2), torch.rand(40).to(kind)
+    got = cfl_ops.gram(x, y, sample_weight=s, bias_column=True, acc_dtype=acc_dtype)
+    wide = cfl_ops.gram(x.double(), y.double(), sample_weight=s.double(), bias_column=True)
+    for g, w in zip(got, wide, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-5, atol=1e-5)
 
 
 def test_mixed_dtypes_promote() -> None:

@@ -268,6 +268,61 @@ def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch:
     assert refined < 1e-6 < error() / 3
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_small_systems_are_solved_as_accurately_in_float32_first(single: bool) -> None:
+    """Every sample of the contract by Triton's kernel, and systems whose last pivot float32 cannot resolve."""
+    if not (_library.triton_available() and _library.triton_interpreted()):
+        pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
+    use = {"columns": 32, "num_warps": 4, "single": single}
+    spec = next(spec for spec in contract.load() if spec.op.name == "ridge_solve")
+    with cfl_ops.config.use_backend("triton"), _tuning.force("ridge_solve", use):
+        for case in spec.cases:
+            args = case.make(torch.float32)
+            contract.assert_within(contract.results(spec, args), spec.oracle(*args), spec.bound(*args))
+        order = 6
+        factor = torch.eye(order, dtype=torch.float64).repeat(4, 1, 1)
+        factor[:, -1] = torch.randn(4, order) / order**0.5
+        factor[::2, -1, -1] = 6e-4  # a last pivot of 4e-7; float32's rounding errors are of 1e-7
+        factor[1, -1, -1], factor[3, 2, 2] = 1.0, 0.0
+        gram, cross = (factor @ factor.mT).float(), torch.randn(4, order, 33)
+        got, info = cfl_ops.ridge_solve_ex(gram, cross)
+    assert info.tolist() == [0, 0, 0, 3]
+    assert got[3].isnan().all()
+    want = torch.linalg.solve(gram[:3].double(), cross[:3].double())
+    error = (got[:3].double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+    assert (error <= 3 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_89", "sm_120"])
+def test_no_rule_takes_float64_where_that_is_slow(architecture: str) -> None:
+    """What float32 can do is done in float32 on consumer cards, and fits their 99 KB of shared memory.
+
+    What is left in float64 there is written in benches/results/STATUS.md.
+    """
+    card = _tuning.Device("NVIDIA GeForce", architecture, 82, 99 << 10)
+    assert card.slow_float64
+    with _tuning.pretend(card):
+        for kind in ("half", "tf32", "tf32x3"):
+            for order in (8, 64, 65, 256, 513, 1024, 4096):
+                for rows in (16, 1024, 65536):
+                    for planes in (False, True):
+                        use = _tuning.choose("gram", CPU, kind=kind, order=order, rows=rows, planes=planes)
+                        assert use["how"] in ("pointers", "library")  # not exact, nor the copy engine's
+        for rows in (1, 16, 32, 33, 128):
+            for width in (128, 4096):
+                use = _tuning.choose("proximal_step", CPU, rows=rows, width=width, targets=100)
+                assert use["single"]
+        for order in (1, 16, 17, 33, 64):
+            assert _tuning.choose("ridge_solve", CPU, order=order, columns=1)["single"]
+        # Sums of float64 that the caller asks for: the kernel whose products are not made one at a time.
+        for order in (513, 2048):
+            use = _tuning.choose("gram", CPU, kind="float64", order=order, rows=4096, planes=False)
+            assert use["how"] == "exact"
+    with _tuning.pretend(CARD):
+        assert not _tuning.choose("proximal_step", CPU, rows=64, width=512, targets=100)["single"]
+        assert not _tuning.choose("ridge_solve", CPU, order=16, columns=1)["single"]
+
+
 @pytest.mark.parametrize("rows", [1, 63, 1000, 65536])
 @pytest.mark.parametrize("width", [1, 100, 1024, 4096])
 @pytest.mark.parametrize("matrices", [1, 7])

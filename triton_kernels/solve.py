@@ -1,4 +1,8 @@
-"""ridge_solve on a GPU: one program per small system, which stays in registers from load to answer."""
+"""ridge_solve on a GPU: one program per small system, which stays in registers from load to answer.
+
+In float64, whatever the dtype; on cards with slow float64 in float32 first, and those systems again in float64 whose
+pivots come near float32's rounding errors.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from cfl_ops import _tuning
-from cfl_ops.solve import BAD_PENALTY, _ridge_solve_python, penalties
+from cfl_ops.solve import BAD_PENALTY, DOUBT, _ridge_solve_python, penalties
 from torch import Tensor
 
 __all__ = ["ridge_solve"]
@@ -16,11 +20,30 @@ LARGEST = 64  # above, torch's batched factorisation takes over
 
 @triton.jit
 def _solve_kernel(
-    gram_ptr, cross_ptr, shift_ptr, solution_ptr, info_ptr, order, columns, tolerance,
-    ORDER: tl.constexpr, COLUMNS: tl.constexpr,
+    gram_ptr, cross_ptr, shift_ptr, solution_ptr, doubt_ptr, info_ptr, order, columns, tolerance,
+    AGAIN: tl.constexpr, ACC: tl.constexpr, ORDER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """A system's solution for some right sides; with AGAIN only where there is doubt."""
     pieces = tl.cdiv(columns, COLUMNS)
     matrix, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
+    wanted = True
+    if AGAIN:
+        wanted = tl.load(doubt_ptr + matrix) != 0
+    if wanted:
+        info = _solve(
+            gram_ptr, cross_ptr, shift_ptr, solution_ptr, order, columns, tolerance, matrix, piece, ACC, ORDER, COLUMNS
+        )
+        tl.store(info_ptr + matrix, info, mask=piece == 0)
+        if not AGAIN:
+            tl.store(doubt_ptr + matrix, info, mask=piece == 0)
+
+
+@triton.jit
+def _solve(
+    gram_ptr, cross_ptr, shift_ptr, solution_ptr, order, columns, tolerance, matrix, piece,
+    ACC: tl.constexpr, ORDER: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """By elimination; the first pivot that fails, or 0."""
     rows = tl.arange(0, ORDER)
     sides = piece * COLUMNS + tl.arange(0, COLUMNS)
     inside = rows < order
@@ -31,13 +54,13 @@ def _solve_kernel(
     diagonal = rows[:, None] == rows[None, :]
     gram = tl.load(gram_ptr + matrix * order * order + low * order + high, mask=both, other=0.0)
     shift = tl.load(shift_ptr + matrix * order + rows, mask=inside, other=1.0)
-    system = gram.to(tl.float64) + tl.where(diagonal, shift[:, None], 0.0)
+    system = gram.to(ACC) + tl.where(diagonal, shift[:, None], 0.0).to(ACC)
     original = tl.sum(tl.where(diagonal, system, 0.0), axis=1)
     held = inside[:, None] & (sides < columns)[None, :]
     at = (matrix * order + rows[:, None]) * columns + sides[None, :]
-    right = tl.load(cross_ptr + at, mask=held, other=0.0).to(tl.float64)
+    right = tl.load(cross_ptr + at, mask=held, other=0.0).to(ACC)
 
-    info = 0
+    info = tl.full((), 0, tl.int32)
     for j in range(0, order):
         # Column j of the symmetric remainder is its row j.
         column = tl.sum(tl.where(rows[None, :] == j, system, 0.0), axis=1)
@@ -62,11 +85,11 @@ def _solve_kernel(
         right = tl.where(rows[:, None] == j, answer[None, :], right - change)
     right = tl.where(info == 0, right, float("nan"))
     tl.store(solution_ptr + at, right.to(solution_ptr.dtype.element_ty), mask=held)
-    tl.store(info_ptr + matrix, info, mask=piece == 0)
+    return info
 
 
 def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The launcher: in float64 registers, whatever the dtype (cards with slow float64 are slow here)."""
+    """The launcher: one pass, or two."""
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:
@@ -77,12 +100,20 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     working = torch.promote_types(dtype, torch.float32)  # the interpreter cannot store bfloat16
     solution = torch.empty(cross.shape, dtype=working, device=gram.device)
-    info = torch.empty(batch, dtype=torch.int32, device=gram.device)
+    info, doubt = torch.empty(2, *batch, dtype=torch.int32, device=gram.device)
     use = _tuning.choose("ridge_solve", gram.device, order=order, columns=columns)
     width = min(use["columns"], triton.next_power_of_2(columns))
-    _solve_kernel[(info.numel() * triton.cdiv(columns, width),)](
-        gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, info, order, columns,
-        order * torch.finfo(torch.float64).eps,
-        ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],
-    )  # fmt: skip
+    arguments = gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, doubt, info
+
+    def solve(kind: torch.dtype, pivots: float, again: bool) -> None:
+        _solve_kernel[(info.numel() * triton.cdiv(columns, width),)](
+            *arguments, order, columns, pivots * order * torch.finfo(kind).eps, AGAIN=again,
+            ACC=tl.float64 if kind == torch.float64 else tl.float32,
+            ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],
+        )  # fmt: skip
+
+    single = use["single"] and working == torch.float32
+    if single:
+        solve(torch.float32, DOUBT, False)
+    solve(torch.float64, 1.0, single)
     return solution.to(dtype), torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)

@@ -24,8 +24,6 @@ BLOCK = 1024
 """Beyond, products of matrices are worth their own kernels."""
 SIDE = 32
 """kSide of solve_kernel.cuh."""
-DOUBT = 4.0
-"""A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
 
 
 def ridge_solve(
@@ -130,6 +128,8 @@ def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
 def _small(
     kernels: Any, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solution: Tensor
 ) -> Tensor:
+    from .solve import DOUBT
+
     batch, order = matrices.shape[:2]
     info = torch.empty(2, batch, dtype=torch.int32, device=matrices.device)
     exact = order * torch.finfo(torch.float64).eps

@@ -17,6 +17,8 @@ __all__ = ["ridge_solve", "ridge_solve_ex"]
 # --- ridge_solve: the op ------------------------------------------------------------------------------------
 
 BAD_PENALTY = -1  # a negative info; a positive one is the order of the first leading minor that is lost
+DOUBT = 4.0
+"""A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
 
 
 def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
