@@ -58,8 +58,8 @@ bench-gpu: ## ceilings, each op over its floor and its peers, T1; with the Pytho
 	$(PYTHON) benches/gpu_table.py $(BENCH_ARGS)
 	$(PYTHON) benches/paper/t1_gpu.py $(T1_ARGS)
 
-gpu-check: ## on a CUDA machine, no network: build against its torch, GPU tests, sanitizer, GPU benches
-	PYTHON=$(PYTHON) bash benches/gpu_check.sh
+gpu-check: ## on a CUDA machine, no network: build, GPU tests, tables, sanitizer; LIMIT=320 RUN=first (or second)
+	PYTHON=$(PYTHON) bash benches/gpu_first.sh $(or $(LIMIT),320) $(or $(RUN),first)
 
 lint: $(VENV)/.lint ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

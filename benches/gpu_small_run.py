@@ -29,14 +29,14 @@ def expect(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
 
 
 def gram_pieces() -> Iterator[Piece]:
-    """Narrow and wide, weighted, of classes and targets; large enough for the copy engine's kernel where there is one."""
+    """Narrow and wide, weighted and not; some large enough for the copy engine's kernel, where there is one."""
 
     def moments(rows: int, width: int, dtype: torch.dtype, acc: torch.dtype, weighted: bool) -> None:
-        x, y, s = torch.randn(rows, width).to(dtype), torch.randn(rows, 5).to(dtype), torch.rand(rows).to(dtype)
-        weight = s if weighted else None
-        moved = None if weight is None else weight.to(DEVICE)
+        x, y = torch.randn(rows, width).to(dtype), torch.randn(rows, 5).to(dtype)
+        s = torch.rand(rows).to(dtype) if weighted else torch.ones(rows, dtype=dtype)
+        moved = s.to(DEVICE) if weighted else None
         got = cfl_ops.gram(*on(x, y), sample_weight=moved, bias_column=True, acc_dtype=acc)
-        want = cfl_ops.gram(x.double(), y.double(), sample_weight=None if weight is None else s.double(), bias_column=True)
+        want = cfl_ops.gram(x.double(), y.double(), sample_weight=s.double(), bias_column=True)
         expect(got.gram, want.gram)
         expect(got.cross, want.cross, 1e-3)
 
@@ -70,8 +70,8 @@ def gram_pieces() -> Iterator[Piece]:
 
 def proximal_pieces() -> Iterator[Piece]:
     def step(rows: int, width: int, dtype: torch.dtype) -> None:
-        x, labels, weight, bias = torch.randn(rows, width), torch.randint(5, (rows,)), torch.randn(5, width), torch.randn(5)
-        x = x.to(dtype)
+        x, labels = torch.randn(rows, width).to(dtype), torch.randint(5, (rows,))
+        weight, bias = torch.randn(5, width), torch.randn(5)
         got = cfl_ops.proximal_step(*on(x, labels, weight, bias), lam=0.1)
         want = cfl_ops.proximal_step(x.double(), labels, weight.double(), bias.double(), lam=0.1)
         expect(got.weight, want.weight)
@@ -105,7 +105,10 @@ def linalg_pieces() -> Iterator[Piece]:
         for order in (7, 20, 50, 130):
             yield f"ridge_solve 3 x {order} {dtype}", lambda a=(order, dtype): systems(*a)
         for order, rank in ((20, 2), (70, 5), (130, 40)):
-            yield f"cholesky_update 3 x {order}, rank {rank} {dtype}", lambda a=(order, rank, dtype): update(*a)
+            yield (
+                f"cholesky_update 3 x {order}, rank {rank} {dtype}",
+                lambda a=(order, rank, dtype): update(*a),
+            )
     for rows, cols in ((16, 8), (5, 30)):
         yield f"pinv 7 x {rows} x {cols}", lambda a=(rows, cols): pseudoinverse(*a)
 
@@ -122,7 +125,9 @@ def codec_pieces() -> Iterator[Piece]:
         w = torch.randn(33, 1021).to(dtype)
         got, want = cfl_ops.compress(w.to(DEVICE), bits=8), cfl_ops.compress(w, bits=8)
         assert torch.equal(got.cpu(), want), "compress: other bytes than the CPU's"
-        assert torch.equal(cfl_ops.decompress(got).cpu(), cfl_ops.decompress(want)), "decompress: other weights"
+        assert torch.equal(cfl_ops.decompress(got).cpu(), cfl_ops.decompress(want)), (
+            "decompress: other weights"
+        )
 
     yield "huffman uint8", lambda: payload((torch.randn(70001) * 20 + 128).clamp(0, 255).to(torch.uint8))
     yield "huffman uint16", lambda: payload((torch.randn(40003) * 80 + 512).clamp(0, 1023).to(torch.uint16))

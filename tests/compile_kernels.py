@@ -1,8 +1,9 @@
 """Compile every Triton kernel, as its launcher calls it, for cards that are not here.
 
 ``python tests/compile_kernels.py sm_80 sm_90 ...`` runs the launchers on CPU tensors with launching replaced by
-``triton.compile`` for each architecture (with ``--samples`` on those of the contract table), and prints one JSON line for each kernel: options, registers, spills and
-shared memory as ptxas reports them, and what gram's main loops are made of. tests/test_gpu_compile.py reads them.
+``triton.compile`` for each architecture (with ``--samples`` on those of the contract table), and prints one JSON line
+for each kernel: options, registers, spills and shared memory as ptxas reports them, and what gram's main loops are made
+of. tests/test_gpu_compile.py reads them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ label = ""
 def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """What a launch of ``kernel`` would compile; an error where the grid is beyond what cards take."""
     grid = grid(kwargs) if callable(grid) else grid
-    if grid[0] > LARGEST_GRID[0] or any(n > most for n, most in zip(grid[1:], LARGEST_GRID[1:], strict=False)):
+    if grid[0] > LARGEST_GRID[0] or any(
+        n > most for n, most in zip(grid[1:], LARGEST_GRID[1:], strict=False)
+    ):
         what = {"kernel": kernel.fn.__name__, "case": label, "architecture": card.architecture}
         print(json.dumps(what | {"error": f"the grid {grid} is beyond {LARGEST_GRID}"}), flush=True)
     options = {k: kwargs.pop(k) for k in list(kwargs) if k not in kernel.arg_names}
@@ -221,7 +224,7 @@ def samples() -> list[tuple[str, Callable[[], Any]]]:
     import contract
 
     return [
-        (f"{spec.op.name}, {case.name}, {dtype}", lambda op=spec.op, make=case.make, d=dtype: op.load_triton()(*make(d)))
+        (f"{spec.op.name}, {case.name}, {dtype}", lambda s=spec, c=case, d=dtype: s.op.load_triton()(*c.make(d)))
         for spec in contract.load()
         if spec.op.triton is not None
         for case in spec.cases

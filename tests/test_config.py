@@ -80,7 +80,11 @@ def test_every_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.Monk
     overrides = _library._Overrides()
     overrides._put_kernels(Spy(), None)
     with FakeTensorMode():
-        on_cpu, first, second = torch.empty(2), torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+        on_cpu, first, second = (
+            torch.empty(2),
+            torch.empty(2, device="cuda:0"),
+            torch.empty(2, device="cuda:1"),
+        )
     for name in _library.OPS:
         seen.clear()
         for args in ((None, first, 3), (on_cpu, second), (second, 1.0)):

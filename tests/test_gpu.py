@@ -336,7 +336,9 @@ def test_cpu_and_gpu_read_each_others_blobs(dtype, options, gpu_backend) -> None
         blob = cfl_ops.compress(w, **options)
         want = cfl_ops.decompress(blob)
     with naming(f"compress {options}", w):
-        assert torch.equal(cfl_ops.compress(w.to(DEVICE), **options).cpu(), blob), "other bytes than the CPU's"
+        assert torch.equal(cfl_ops.compress(w.to(DEVICE), **options).cpu(), blob), (
+            "other bytes than the CPU's"
+        )
         assert torch.equal(cfl_ops.decompress(blob.to(DEVICE)).cpu(), want), "other weights than the CPU's"
 
 
@@ -431,7 +433,7 @@ def test_compiled_with_dynamic_shapes(op: str) -> None:
 
 @pytest.mark.parametrize("check", ["now", "next"])
 def test_a_head_is_trained(check: str) -> None:
-    """A few steps of a closed-form head; a bad batch raises, with "next" in the step that follows, and changes nothing."""
+    """A bad batch raises, with "next" in the step that follows, and changes nothing."""
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.GELU()).to(DEVICE)
     head = cfl_ops.learn.ClosedFormLinear(64, 3, lam=1.0, check=check).to(DEVICE)
@@ -447,7 +449,9 @@ def test_a_head_is_trained(check: str) -> None:
     before = head.weight.detach().clone()
     bad = torch.full((32, 64), torch.nan, device=DEVICE, requires_grad=True)
     labels = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    if check == "next":
+        head.step(bad, labels)
+        bad = torch.randn(32, 64, device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError):
         head.step(bad, labels)
-        head.step(torch.randn(32, 64, device=DEVICE, requires_grad=True), labels)
     assert torch.equal(head.weight, before)

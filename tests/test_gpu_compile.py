@@ -112,7 +112,9 @@ def test_cuda_kernels_compile(name: str, architectures: tuple[str, ...], tmp_pat
         assert spills
         for kernel, spilled in spills:
             assert int(spilled) <= next((n for name, n in ALLOWED.items() if name in kernel), 32), kernel
-        static = re.findall(r"Compiling entry function '(\w+)'.*\n(?:.*\n)*?.*Used \d+ registers(.*)", done.stderr)
+        static = re.findall(
+            r"Compiling entry function '(\w+)'.*\n(?:.*\n)*?.*Used \d+ registers(.*)", done.stderr
+        )
         assert static
         allowed = SHARED[architecture]
         for kernel, used in static:

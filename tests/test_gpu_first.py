@@ -1,4 +1,4 @@
-"""What a card's first minutes are spent on, rehearsed without one: the script, the GPU tests, what they leave behind."""
+"""What a card's first minutes are spent on, rehearsed without one: the script, the GPU tests, what they leave."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: no rehearsal")
 
 
-def run(*command: str, timeout: float = 300, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, timeout: float = 300, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
-        command, env={**inherited, **env}, capture_output=True, text=True, check=False, timeout=timeout, cwd=cwd
+        command,
+        env={**inherited, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        cwd=cwd,
     )
 
 
@@ -47,8 +55,8 @@ def test_something(i, monkeypatch):
     if i == 3:  # what an illegal access leaves
         def synchronize():
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        for name, value in (("is_available", lambda: True), ("is_initialized", lambda: True), ("synchronize", synchronize)):
-            setattr(torch.cuda, name, value)
+        torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+        torch.cuda.synchronize = synchronize
 """
 
 
@@ -65,7 +73,9 @@ def test_a_lost_context_ends_its_worker_only_and_failures_are_logged_as_they_com
     assert "an ordinary failure" in text
     assert "test_something[3] (the CUDA context is lost)" in text
     assert "illegal memory access" in text
-    assert "5 passed" in done.stdout or "4 passed" in done.stdout, done.stdout  # its worker's replacement did the rest
+    assert "5 passed" in done.stdout or "4 passed" in done.stdout, (
+        done.stdout
+    )  # its worker's replacement did the rest
     assert "test_something[4]" not in text
     assert "test_something[5]" not in text
 
@@ -107,11 +117,21 @@ def test_the_script_ends_in_time_with_few_whole_files(which: str, tmp_path: Path
     assert {"summary.txt", "logs.txt", "tables.md", "tables.json"} <= files
     assert len(files) <= 8
     summary = (out / "summary.txt").read_text()
-    for step in ("machine: ok", "config: ok", "tests:", "table-gram:", "table-proximal:", "t1:", "tests-python:"):
+    for step in (
+        "machine: ok",
+        "config: ok",
+        "tests:",
+        "table-gram:",
+        "table-proximal:",
+        "t1:",
+        "tests-python:",
+    ):
         assert step in summary, summary
     tables = json.loads((out / "tables.json").read_text())["tables"]
     assert len(tables) == (5 if which == "first" else 2), done.stdout
     logs = (out / "logs.txt").read_text()
     for name in ("config", "tests", "9failures"):
         assert f"##### {name}.log" in logs
-    assert subprocess.run(["pgrep", "-f", str(out)], check=False, capture_output=True).stdout == b""  # nothing is left
+    assert (
+        subprocess.run(["pgrep", "-f", str(out)], check=False, capture_output=True).stdout == b""
+    )  # nothing is left

@@ -82,7 +82,15 @@ def test_multiples_of_a_row_stride_are_64_bits_in_triton() -> None:
     x, s = torch.empty(70, 1 << 25, dtype=torch.float16)[:, :3], torch.empty(70, 1 << 25)[:, 0]
     x.copy_(torch.randn(70, 3))
     s.copy_(torch.rand(70))
-    use = {"how": "pointers", "TILE": 16, "TILE_N": 16, "DEPTH": 64, "num_warps": 4, "num_stages": 2, "resident": 1}
+    use = {
+        "how": "pointers",
+        "TILE": 16,
+        "TILE_N": 16,
+        "DEPTH": 64,
+        "num_warps": 4,
+        "num_stages": 2,
+        "resident": 1,
+    }
     with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
         got = cfl_ops.gram(x, x.clone(), sample_weight=s)
     wide = x.double()

@@ -1,7 +1,6 @@
 """The rank-k update of a Cholesky factor on a GPU: one program for each matrix, its part of V in registers.
 
-A column depends on all before it, so a matrix has no more parallelism than its rows; a batch has. Compiled for
-sm_80 to sm_100 and run in Triton's interpreter by the tests; never run on a GPU.
+A column depends on all before it, so a matrix has no more parallelism than its rows; a batch has.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from cfl_ops.config import backend_of
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
 from torch import Tensor
 
+from . import divide_up
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # an older Triton: no planes
@@ -410,12 +412,12 @@ def _by_planes(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: di
     count = 3 if kind == "tf32x3" else 1
     scale, planes, plane_rows = None, x[0], rows
     if kind != "half":
-        plane_rows = triton.cdiv(rows, use["DEPTH"]) * use["DEPTH"]
+        plane_rows = divide_up(rows, use["DEPTH"]) * use["DEPTH"]
         dtype = torch.float16 if count == 1 else torch.float32 if INTERPRETED else torch.bfloat16
         # Rows of 16 bytes' multiples, which the copy engine asks for.
-        planes = torch.empty(count * plane_rows, triton.cdiv(width, 8) * 8, dtype=dtype, device=x.device)
+        planes = torch.empty(count * plane_rows, divide_up(width, 8) * 8, dtype=dtype, device=x.device)
         scale = _column_scales(x[0], weight) if count == 1 else None
-        _planes_kernel[(triton.cdiv(plane_rows, 16), triton.cdiv(planes.shape[1], 128))](
+        _planes_kernel[(divide_up(plane_rows, 16), divide_up(planes.shape[1], 128))](
             x, x if weight is None else weight, x if scale is None else scale, planes, *x.stride()[1:],
             0 if weight is None else weight.stride(1), plane_rows * planes.stride(0), planes.stride(0), rows, width,
             WEIGHTED=weight is not None, SCALED=scale is not None, TILE=16, TILE_N=128, num_warps=4,
@@ -453,7 +455,7 @@ def _sum(
 ) -> None:  # fmt: skip
     """The tiles' parts, added up, into both halves of ``out``."""
     tile_rows, tile_cols = parts.shape[1:]
-    squares = triton.cdiv(tile_rows, MIRRORED) * triton.cdiv(tile_cols, MIRRORED)
+    squares = divide_up(tile_rows, MIRRORED) * divide_up(tile_cols, MIRRORED)
     _sum_kernel[((whole + rest) * squares,)](
         parts, parts if scale is None else scale, out, parts.stride(0), rest * parts.stride(0), out.stride(0),
         whole, splits, triangle, width, out.shape[-1], tile_rows, tile_cols, SCALED=scale is not None, SIDE=MIRRORED,
@@ -486,20 +488,20 @@ def _shares(
     rows: int, width: int, matrices: int, size: int, slots: int, tile: int, tile_n: int, depth: int
 ) -> tuple[int, int, int, int, int]:
     """The search of :func:`_share`, which takes longer than a small Gram matrix on a GPU: remembered."""
-    side = -(-width // tile_n)
+    side = divide_up(width, tile_n)
     triangle = side * (side + 1) // 2 * (tile_n // tile)
     rest = triangle * matrices % slots
-    steps = -(-rows // depth)
-    part = -(-8 * tile * tile_n // ((tile + tile_n) * depth * size))
+    steps = divide_up(rows, depth)
+    part = divide_up(8 * tile * tile_n, (tile + tile_n) * depth * size)
 
     def cost(splits: int) -> int:
-        return -(-rest * splits // slots) * (-(-steps // splits) + part)
+        return divide_up(rest * splits, slots) * (divide_up(steps, splits) + part)
 
     splits = min(range(1, min(MAX_SPLITS, max(1, steps // 4)) + 1), key=cost)
     if splits == 1:
         return triangle, triangle * matrices, 0, 1, steps * depth
-    per_split = -(-steps // splits)
-    return triangle, triangle * matrices - rest, rest, -(-steps // per_split), per_split * depth
+    per_split = divide_up(steps, splits)
+    return triangle, triangle * matrices - rest, rest, divide_up(steps, per_split), per_split * depth
 
 
 def _launch_cross(
@@ -519,7 +521,7 @@ def _launch_cross(
         kind = "tf32x3"
     columns = targets + ones
     use = dict(_tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
-    programs = triton.cdiv(width, use["TILE"]) * triton.cdiv(columns, use["TILE_K"])
+    programs = divide_up(width, use["TILE"]) * divide_up(columns, use["TILE_K"])
     splits, per_split = _split(x, rows, programs * matrices, use)
     parts = x.new_empty(splits, matrices, width, columns, dtype=acc_dtype)
     # Without targets y is never read.
@@ -569,5 +571,5 @@ def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[in
     wanted_programs = use.pop("waves") * _tuning.device_of(x.device).multiprocessors
     depth = use["DEPTH"]
     wanted = max(1, min(wanted_programs // max(1, programs), MAX_SPLITS, rows // (4 * depth)))
-    per_split = triton.cdiv(triton.cdiv(rows, wanted), depth) * depth
-    return triton.cdiv(rows, per_split), per_split
+    per_split = divide_up(divide_up(rows, wanted), depth) * depth
+    return divide_up(rows, per_split), per_split

@@ -4,10 +4,8 @@ The dual form (formulas.md 1.3): S = Phi Phi^T + t I in float64, the residual R0
 pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its inverse are one
 program's work, panel by panel, so that the K right sides are a matrix product. On cards with slow float64 that
 program would take most of the time: there S^-1 is formed in float32 where its pivots allow it, and A is refined
-with residuals in float64. Everything else (larger batches, the
-primal side, row weights, penalties by feature, a free bias, float64) is left to the fallback in torch ops.
-
-Run in Triton's interpreter and compiled for sm_80 to sm_120 by the tests; never run on a GPU.
+with residuals in float64. Everything else (larger batches, the primal side, row weights, penalties by feature, a free
+bias, float64) is left to the fallback in torch ops.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from cfl_ops.proximal import (
 from cfl_ops.solve import on_device
 from torch import Tensor
 
+from . import divide_up
 from .gram import _triangle
 
 __all__ = ["proximal_step", "proximal_step_"]
@@ -426,22 +425,32 @@ def _step(
 
     def split(size: int, tile: int, others: int) -> tuple[int, int]:
         """Parts of a dimension that make about one program for each multiprocessor, and their size."""
-        parts = max(1, min(programs // max(1, others), triton.cdiv(size, tile)))
-        each = triton.cdiv(triton.cdiv(size, parts), tile) * tile
-        return triton.cdiv(size, each), each
+        parts = max(1, min(programs // max(1, others), divide_up(size, tile)))
+        each = divide_up(divide_up(size, parts), tile) * tile
+        return divide_up(size, each), each
 
     # S and R0
     tile = min(32, block)
-    tiles = triton.cdiv(rows, tile)
+    tiles = divide_up(rows, tile)
     triangle = tiles * (tiles + 1) // 2
     splits, each = split(width, 64, triangle * matrices)
     parts = torch.empty(splits, matrices, rows, rows, **wide)
     _rows_kernel[(triangle * matrices, splits)](
-        phi, parts, *phi.stride(), parts.stride(0), rows, width, triangle, each, TILE=tile, DEPTH=16, num_warps=4
+        phi,
+        parts,
+        *phi.stride(),
+        parts.stride(0),
+        rows,
+        width,
+        triangle,
+        each,
+        TILE=tile,
+        DEPTH=16,
+        num_warps=4,
     )
     system = parts.sum(0) if splits > 1 else parts[0]
     tile_k = use["TILE_K"]
-    tiles_k = triton.cdiv(targets, tile_k)
+    tiles_k = divide_up(targets, tile_k)
     splits, each = split(width, 64, tiles_k * matrices)
     predictions = torch.empty(splits, matrices, rows, targets, dtype=torch.float32, device=device)
     _predict_kernel[(tiles_k * matrices, splits)](
@@ -465,7 +474,16 @@ def _step(
         ONES=ones, SINGLE=single, ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
     )  # fmt: skip
     _normal_kernel[(triangle * matrices,)](
-        inverse, normal, refined, rows, triangle, SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4
+        inverse,
+        normal,
+        refined,
+        rows,
+        triangle,
+        SINGLE=single,
+        ROWS=block,
+        TILE=tile,
+        PANEL=PANEL,
+        num_warps=4,
     )
     alpha = torch.empty_like(residual)
     squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
@@ -489,7 +507,7 @@ def _step(
     failed = info != 0
 
     # W_new and A W_new
-    tiles_d = triton.cdiv(width, use["TILE_D"])
+    tiles_d = divide_up(width, use["TILE_D"])
     splits, each = split(targets, tile_k, tiles_d * matrices)
     gradients = torch.empty(splits, matrices, rows, width, dtype=torch.float32, device=device)
     _update_kernel[(tiles_d * matrices, splits)](

@@ -13,6 +13,8 @@ from cfl_ops import _tuning
 from cfl_ops.solve import BAD_PENALTY, DOUBT, _ridge_solve_python, penalties
 from torch import Tensor
 
+from . import divide_up
+
 __all__ = ["ridge_solve"]
 
 LARGEST = 64  # above, torch's batched factorisation takes over
@@ -31,7 +33,18 @@ def _solve_kernel(
         wanted = tl.load(doubt_ptr + matrix) != 0
     if wanted:
         info = _solve(
-            gram_ptr, cross_ptr, shift_ptr, solution_ptr, order, columns, tolerance, matrix, piece, ACC, ORDER, COLUMNS
+            gram_ptr,
+            cross_ptr,
+            shift_ptr,
+            solution_ptr,
+            order,
+            columns,
+            tolerance,
+            matrix,
+            piece,
+            ACC,
+            ORDER,
+            COLUMNS,
         )
         tl.store(info_ptr + matrix, info, mask=piece == 0)
         if not AGAIN:
@@ -106,7 +119,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     arguments = gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, doubt, info
 
     def solve(kind: torch.dtype, pivots: float, again: bool) -> None:
-        _solve_kernel[(info.numel() * triton.cdiv(columns, width),)](
+        _solve_kernel[(info.numel() * divide_up(columns, width),)](
             *arguments, order, columns, pivots * order * torch.finfo(kind).eps, AGAIN=again,
             ACC=tl.float64 if kind == torch.float64 else tl.float32,
             ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],

@@ -1,8 +1,7 @@
 // Launchers of the codec's CUDA kernels (codec_kernel.cuh): raw pointers only, so that nvcc sees no
 // torch header. python/cfl_ops/_cuda.py calls them in the right order.
 //
-// Their bytes are checked on the CPU, by kernels that run as fibers (tests/test_cuda_on_host.py),
-// and they compile on every build; never run on a GPU so far.
+// Their bytes are checked on the CPU, by kernels that run as fibers (tests/test_cuda_on_host.py).
 #pragma once
 
 #if defined(CFL_CUDA_ON_HOST)

@@ -5,7 +5,8 @@
 
 namespace cfl::cuda {
 
-// A call that failed leaves its error behind, and the next good launch would report it: take it away.
+// A call that failed leaves its error behind, and the next good launch would report it: take it
+// away.
 inline cudaError_t taken(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
@@ -16,8 +17,7 @@ inline cudaError_t allow_shared(const void* kernel, size_t shared) {
   int device = 0, largest = 0;
   cudaError_t error = taken(cudaGetDevice(&device));
   if (error != cudaSuccess) return error;
-  error =
-      taken(cudaDeviceGetAttribute(&largest, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  error = taken(cudaDeviceGetAttribute(&largest, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if (error != cudaSuccess) return error;
   if (shared > static_cast<size_t>(largest)) return cudaErrorInvalidValue;
   return taken(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

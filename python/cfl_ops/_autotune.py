@@ -172,7 +172,9 @@ TUNABLE = {
         _proximal_problems,
     ),
     "ridge_solve_tiled": Tunable(lambda: _grid(tiled=(True, False)), _tiled_problems),
-    "ridge_solve": Tunable(lambda: _grid(columns=(32,), num_warps=(1, 2, 4, 8), single=(False, True)), _solve_problems),
+    "ridge_solve": Tunable(
+        lambda: _grid(columns=(32,), num_warps=(1, 2, 4, 8), single=(False, True)), _solve_problems
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda compiled at run time by CuPy's NVRTC, for installations without a CUDA compiler.
 
 The sources come with the package. CuPy keeps what it compiled in its own cache (``~/.cupy/kernel_cache``), by
-the text of the source: hence one text without includes. Never run on a GPU; the tests compile it.
+the text of the source: hence one text without includes.
 """
 
 from __future__ import annotations
