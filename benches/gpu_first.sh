@@ -152,7 +152,7 @@ APART="captured or compiled"
 export OMP_NUM_THREADS=1
 step tests "${T[@]}" -k "(${TESTS:-gpu}) and not nvrtc and not python and not ($APART)"
 # By themselves: a capture that fails leaves its process odd.
-[ "$RUN" = first ] && step capture "${T[@]}" -n $((WORKERS > 6 ? 6 : WORKERS)) -k "$APART"
+[ "$RUN" = first ] && step capture "${T[@]}" --timeout 100 -n $((WORKERS > 6 ? 6 : WORKERS)) -k "$APART"
 if [ "$RUN" = second ]; then
   ((${#NVRTC[@]})) && wait "${NVRTC[@]}"
   step tests-nvrtc "${T[@]}" -k "nvrtc and not ($APART)"
