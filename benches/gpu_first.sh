@@ -45,11 +45,11 @@ declare -A SHARE
 if [ "$RUN" = first ]; then
   ORDER=(machine build config tests capture table-solve table-solve_small table-codec table-gram table-proximal t1
     memcheck tests-python)
-  SHARE=([machine]=6 [build]=140 [config]=10 [tests]=75 [capture]=30 [table-solve]=20 [table-solve_small]=16
-    [table-codec]=16 [table-gram]=18 [table-proximal]=16 [t1]=14 [memcheck]=30 [tests-python]=20)
+  SHARE=([machine]=6 [build]=140 [config]=10 [tests]=70 [capture]=26 [table-solve]=20 [table-solve_small]=20
+    [table-codec]=16 [table-gram]=28 [table-proximal]=18 [t1]=14 [memcheck]=30 [tests-python]=10)
 else
   ORDER=(machine build config tests tests-nvrtc table-gram table-proximal racecheck t1 tests-python initcheck)
-  SHARE=([machine]=6 [build]=140 [config]=10 [tests]=50 [tests-nvrtc]=50 [table-gram]=22 [table-proximal]=20
+  SHARE=([machine]=6 [build]=140 [config]=10 [tests]=50 [tests-nvrtc]=45 [table-gram]=30 [table-proximal]=22
     [racecheck]=35 [t1]=40 [tests-python]=15 [initcheck]=30)
 fi
 left() { echo $((LIMIT - (SECONDS - START))); }
@@ -147,6 +147,7 @@ if [ "$RUN" = second ] && [ $DEVICE = cuda ]; then # CuPy keeps what it compiles
   done
 fi
 T=("$PYTHON" -m pytest tests/test_gpu.py tests/test_arrays.py -m gpu -q -rfE --tb=short -p no:cacheprovider)
+T+=(-W default::DeprecationWarning) # of a Python that is newer than the one these tests were written on
 T+=(--timeout 45 --timeout-method=thread --max-worker-restart 60 -n "$WORKERS")
 APART="captured or compiled"
 export OMP_NUM_THREADS=1
