@@ -279,7 +279,7 @@ def gram(
 ) -> tuple[Tensor, ...]:
     """The launcher: the arguments and results of the op ``cfl_ops::gram``."""
     batch, rows, width = x.shape[:-2], x.shape[-2], x.shape[-1]
-    order = width + bias_column
+    order = width + int(bias_column)
     matrices = batch.numel()
     x3 = x.reshape(matrices, rows, width)
     # Triton's float64 products cannot start from half precision.
@@ -519,7 +519,7 @@ def _launch_cross(
     mixed = y is not None and not classes and y.dtype != x.dtype
     if kind == "tf32" or (kind == "half" and mixed):
         kind = "tf32x3"
-    columns = targets + ones
+    columns = targets + int(ones)
     use = dict(_tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
     programs = divide_up(width, use["TILE"]) * divide_up(columns, use["TILE_K"])
     splits, per_split = _split(x, rows, programs * matrices, use)

@@ -142,7 +142,7 @@ def _gram_fake(
     acc_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     batch = x.shape[:-2]
-    features = x.shape[-1] + bias_column
+    features = x.shape[-1] + int(bias_column)  # a symbolic size takes no bool (torch 2.11)
     targets = 0 if y is None else num_classes or y.shape[-1]
     return (
         x.new_empty(*batch, features, features, dtype=acc_dtype),
@@ -567,7 +567,7 @@ def _linear_gram_python(
     """A block of rows at a time: features, activation, and their moments added in place."""
     batch = x.shape[:-2]
     targets = 0 if y is None else num_classes or y.shape[-1]
-    order = weight.shape[-2] + bias_column
+    order = weight.shape[-2] + int(bias_column)
     moments = (
         x.new_zeros(*batch, order, order, dtype=acc_dtype),
         x.new_zeros(*batch, order, targets, dtype=acc_dtype),
