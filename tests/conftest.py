@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -30,6 +32,30 @@ def log_failure(text: str) -> None:
     if path := os.environ.get("CFL_FAILURES"):
         with Path(path).open("a") as file:
             file.write(text + "\n")
+
+
+_running: TextIO | None = None
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A worker's test beside the failures, and after a while where it is: of a test that hangs no report comes."""
+    global _running
+    path, worker = os.environ.get("CFL_FAILURES"), os.environ.get("PYTEST_XDIST_WORKER")
+    if path and worker:
+        _running = Path(path).with_name(f"9running-{worker}.log").open("w")
+        print(nodeid, file=_running, flush=True)
+        faulthandler.dump_traceback_later(
+            8, file=_running
+        )  # a thread of its own, which needs no lock of Python
+
+
+def pytest_runtest_logfinish() -> None:
+    global _running
+    if _running is not None:
+        faulthandler.cancel_dump_traceback_later()
+        _running.truncate(0)
+        _running.close()
+        _running = None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,7 +1,8 @@
 """On a CUDA device: every sample of the contract table, CUDA-graph capture, and CPU against GPU.
 
 With ``CFL_GPU_TESTS=rehearse`` the same tests run without a device, on CPU tensors, the C++ kernels and Triton's
-interpreter: they show what is wrong with the tests, before a card's minutes are spent on it.
+interpreter: they show what is wrong with the tests, before a card's minutes are spent on it. With
+``CFL_GPU_TESTS=required`` it is an error that there is no device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("CFL_GPU_TESTS") == "rehearse"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 if not REHEARSAL and not torch.cuda.is_available():
+    if os.environ.get("CFL_GPU_TESTS") == "required":
+        raise RuntimeError("there is no CUDA device, which CFL_GPU_TESTS=required asks for")
     pytest.skip("needs a CUDA device, and there is none", allow_module_level=True)
 CASES = [
     pytest.param(spec, case, id=f"{spec.op.name}-{case.name.replace(' ', '_')}")
