@@ -24,13 +24,9 @@ from cfl_ops import _tuning
 from cfl_ops.config import backend_of
 from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import divide_up
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # an older Triton: no planes
-    TensorDescriptor = None
 
 __all__ = ["gram", "gram_"]
 
@@ -465,7 +461,7 @@ def _sum(
 
 def _planes_serve(x: Tensor, kind: str) -> bool:
     """Whether x, or planes of it, can be read by the copy engine: one matrix, in steps of 16 bytes if as it is."""
-    if TensorDescriptor is None or len(x) != 1 or x.shape[1] >= 1 << 29:
+    if len(x) != 1 or x.shape[1] >= 1 << 29:
         return False
     aligned = x.data_ptr() % 16 == 0 and x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(1) > 0
     return kind.startswith("tf32") or (kind == "half" and aligned)
