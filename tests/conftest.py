@@ -44,9 +44,8 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     if path and worker:
         _running = Path(path).with_name(f"9running-{worker}.log").open("w")
         print(nodeid, file=_running, flush=True)
-        faulthandler.dump_traceback_later(
-            8, file=_running
-        )  # a thread of its own, which needs no lock of Python
+        # A thread of its own, which needs no lock of Python.
+        faulthandler.dump_traceback_later(8, file=_running)
 
 
 def pytest_runtest_logfinish() -> None:

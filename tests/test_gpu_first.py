@@ -19,18 +19,16 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: no rehearsal")
 
 
+def outside(**env: str) -> dict[str, str]:
+    """The environment without what this run of pytest, and its workers, put there."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, **env}
+
+
 def run(
     *command: str, timeout: float = 300, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
-        command,
-        env={**inherited, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        cwd=cwd,
+        command, env=outside(**env), capture_output=True, text=True, check=False, timeout=timeout, cwd=cwd
     )
 
 
@@ -48,10 +46,8 @@ def test_gpu_tests_pass_in_a_rehearsal() -> None:
 FAILING = """
 import pytest, torch
 
-LOST = []
-
 @pytest.mark.parametrize("i", range(6))
-def test_something(i, monkeypatch):
+def test_something(i):
     if i == 1:
         assert i == 0, "an ordinary failure"
     if i == 3:  # what an illegal access leaves
@@ -75,9 +71,8 @@ def test_a_lost_context_ends_its_worker_only_and_failures_are_logged_as_they_com
     assert "an ordinary failure" in text
     assert "test_something[3] (the CUDA context is lost)" in text
     assert "illegal memory access" in text
-    assert "5 passed" in done.stdout or "4 passed" in done.stdout, (
-        done.stdout
-    )  # its worker's replacement did the rest
+    # Its worker's replacement did the rest.
+    assert "5 passed" in done.stdout or "4 passed" in done.stdout, done.stdout
     assert "test_something[4]" not in text
     assert "test_something[5]" not in text
 
@@ -223,9 +218,8 @@ def test_a_test_that_hangs_is_named(tmp_path: Path) -> None:
     (tmp_path / "test_hanging.py").write_text("import time\n\ndef test_that_hangs():\n    time.sleep(60)\n")
     log = tmp_path / "9failures.log"
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-q", "-n", "1", "-p", "no:cacheprovider"]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env={**inherited, "CFL_FAILURES": str(log)}, start_new_session=True,
+        command, cwd=tmp_path, env=outside(CFL_FAILURES=str(log)), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     running, deadline = tmp_path / "9running-gw0.log", time.monotonic() + 60

@@ -60,6 +60,12 @@ def _triangle(tile):
 
 
 @triton.jit
+def _piece(pieces):
+    """A program's matrix and its piece of it. Both are on the grid's first axis: the others end at 65,535."""
+    return (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
+
+
+@triton.jit
 def _corner(tile, triangle, tile_rows, tile_cols):
     """The matrix of a tile, and its first row and column: square blocks of a triangle, cut into ``tile_rows``."""
     matrix, inside = tile // triangle, tile % triangle
@@ -230,9 +236,8 @@ def _cross_kernel(
     """One tile of one split's X^T S [Y 1]; the column of ones, whose product is a column sum, is optional."""
     columns_k = targets + ONES
     tiles_k = tl.cdiv(columns_k, TILE_K)
-    tiles = tl.cdiv(width, TILE) * tiles_k
-    # Matrices are on the grid's first axis: the others end at 65,535.
-    split, tile, matrix = tl.program_id(1), tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    matrix, tile = _piece(tl.cdiv(width, TILE) * tiles_k)
+    split = tl.program_id(1)
     columns = (tile // tiles_k) * TILE + tl.arange(0, TILE)
     ks = (tile % tiles_k) * TILE_K + tl.arange(0, TILE_K)
     x_ptr += matrix * batch_stride

@@ -28,7 +28,7 @@ from cfl_ops.solve import on_device
 from torch import Tensor
 
 from . import divide_up
-from .gram import _triangle
+from .gram import _piece, _triangle
 
 __all__ = ["proximal_step", "proximal_step_"]
 
@@ -36,12 +36,6 @@ MOST_ROWS = 128
 PANEL = 16
 REFINEMENTS = tl.constexpr(2)
 TRUSTED_PIVOT = tl.constexpr(0.01)  # of its diagonal element: float32 keeps digits enough to refine from
-
-
-@triton.jit
-def _piece(pieces):
-    """A program's matrix and its piece of it. Both are on the grid's first axis: the others end at 65,535."""
-    return (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
 
 
 @triton.jit
@@ -437,18 +431,9 @@ def _step(
     splits, each = split(width, 64, triangle * matrices)
     parts = torch.empty(splits, matrices, rows, rows, **wide)
     _rows_kernel[(triangle * matrices, splits)](
-        phi,
-        parts,
-        *phi.stride(),
-        parts.stride(0),
-        rows,
-        width,
-        triangle,
-        each,
-        TILE=tile,
-        DEPTH=16,
-        num_warps=4,
-    )
+        phi, parts, *phi.stride(), parts.stride(0), rows, width, triangle, each,
+        TILE=tile, DEPTH=16, num_warps=4,
+    )  # fmt: skip
     system = parts.sum(0) if splits > 1 else parts[0]
     tile_k = use["TILE_K"]
     tiles_k = divide_up(targets, tile_k)
@@ -475,17 +460,9 @@ def _step(
         ONES=ones, SINGLE=single, ROWS=block, PANEL=PANEL, num_warps=use["factor_warps"],
     )  # fmt: skip
     _normal_kernel[(triangle * matrices,)](
-        inverse,
-        normal,
-        refined,
-        rows,
-        triangle,
-        SINGLE=single,
-        ROWS=block,
-        TILE=tile,
-        PANEL=PANEL,
-        num_warps=4,
-    )
+        inverse, normal, refined, rows, triangle,
+        SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4,
+    )  # fmt: skip
     alpha = torch.empty_like(residual)
     squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
     work = torch.empty(residual.shape if single else (0,), **wide)

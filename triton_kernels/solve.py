@@ -14,6 +14,7 @@ from cfl_ops.solve import BAD_PENALTY, DOUBT, _ridge_solve_python, penalties
 from torch import Tensor
 
 from . import divide_up
+from .gram import _piece
 
 __all__ = ["ridge_solve"]
 
@@ -26,26 +27,15 @@ def _solve_kernel(
     AGAIN: tl.constexpr, ACC: tl.constexpr, ORDER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A system's solution for some right sides; with AGAIN only where there is doubt."""
-    pieces = tl.cdiv(columns, COLUMNS)
-    matrix, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
+    matrix, piece = _piece(tl.cdiv(columns, COLUMNS))
     wanted = True
     if AGAIN:
         wanted = tl.load(doubt_ptr + matrix) != 0
     if wanted:
         info = _solve(
-            gram_ptr,
-            cross_ptr,
-            shift_ptr,
-            solution_ptr,
-            order,
-            columns,
-            tolerance,
-            matrix,
-            piece,
-            ACC,
-            ORDER,
-            COLUMNS,
-        )
+            gram_ptr, cross_ptr, shift_ptr, solution_ptr, order, columns, tolerance, matrix, piece,
+            ACC, ORDER, COLUMNS,
+        )  # fmt: skip
         tl.store(info_ptr + matrix, info, mask=piece == 0)
         if not AGAIN:
             tl.store(doubt_ptr + matrix, info, mask=piece == 0)
