@@ -8,7 +8,7 @@
 #
 # Usage: PYTHON=python3 OUT=folder bash benches/gpu_first.sh [SECONDS] [first|second]
 #   first   tests, a table for each family, one cell of T1, memcheck
-#   second  tests again, NVRTC, tables of gram and proximal, racecheck, T1 compiled, initcheck
+#   second  tests again, profiles, NVRTC, tables of gram and proximal, racecheck, T1 compiled, initcheck
 #   TESTS="expression"  for pytest -k: which tests, of those by name and of those that capture or compile
 #   BUILD=no            use the cfl_ops that can be imported, if its sources are this tree's
 # Without a device everything is rehearsed on the CPU, to its end.
@@ -85,13 +85,13 @@ declare -A SHARE # of the time that is left, of a step and all that follow
 if [ "$RUN" = first ]; then
   ORDER=(machine build config tests capture compile table-solve table-solve_small table-codec table-gram table-proximal
     t1 memcheck tests-python)
-  SHARE=([tests]=70 [capture]=16 [compile]=16 [table-solve]=20 [table-solve_small]=20 [table-codec]=16
+  SHARE=([tests]=60 [capture]=35 [compile]=35 [table-solve]=20 [table-solve_small]=20 [table-codec]=16
     [table-gram]=28 [table-proximal]=18 [t1]=14 [memcheck]=30 [tests-python]=10)
 else
-  ORDER=(machine build config tests capture compile tests-nvrtc table-gram table-proximal racecheck t1 tests-python
-    initcheck)
-  SHARE=([tests]=45 [capture]=14 [compile]=14 [tests-nvrtc]=40 [table-gram]=30 [table-proximal]=22 [racecheck]=30
-    [t1]=35 [tests-python]=12 [initcheck]=25)
+  ORDER=(machine build config tests capture compile profile table-proximal tests-nvrtc table-gram t1 racecheck
+    tests-python initcheck)
+  SHARE=([tests]=50 [capture]=40 [compile]=45 [profile]=25 [table-proximal]=45 [tests-nvrtc]=40 [table-gram]=25
+    [t1]=35 [racecheck]=30 [tests-python]=20 [initcheck]=25)
 fi
 left() { echo $((LIMIT - (SECONDS - START))); }
 share() { # NAME: the seconds of a step
@@ -201,9 +201,10 @@ if [ $DEVICE = cpu ]; then
   echo "no CUDA device: a rehearsal" | tee -a "$W/summary.txt"
   export CFL_GPU_TESTS=rehearse
   TABLE_ARGS=(--device cpu --small) T1_ARGS=(--device cpu --width 8 --cells 16x64) SMALL_ARGS=(--device cpu)
+  PROFILE_ARGS=(--device cpu --small)
 else
   export CFL_GPU_TESTS=required
-  TABLE_ARGS=() T1_ARGS=(--cells 128x512) SMALL_ARGS=()
+  TABLE_ARGS=() T1_ARGS=(--cells 128x512) SMALL_ARGS=() PROFILE_ARGS=()
 fi
 
 # --- build ----------------------------------------------------------------------------------------------------------
@@ -242,17 +243,15 @@ fi
 T=("$PYTHON" -m pytest tests/test_gpu.py tests/test_arrays.py -m gpu -q -rfE --tb=short -p no:cacheprovider)
 T+=(-W default::DeprecationWarning) # of a Python that is newer than the one these tests were written on
 T+=(--timeout-method=thread --max-worker-restart 60)
+# What else is installed there (hypothesis, jaxtyping, torch's own) takes each worker seconds to import.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+T+=(-p xdist.plugin -p pytest_timeout)
 FEW=$((WORKERS > 6 ? 6 : WORKERS))
 export OMP_NUM_THREADS=1
 # Capture and compile by themselves: a capture that fails leaves its process odd.
-step tests "${T[@]}" --timeout 20 -n "$WORKERS" -k "(${TESTS:-not nvrtc and not python}) and not captured and not compiled"
-step capture "${T[@]}" --timeout 10 -n $FEW -k "(${TESTS:-gpu}) and captured"
+step tests "${T[@]}" --timeout 40 -n "$WORKERS" -k "(${TESTS:-not nvrtc and not python}) and not captured and not compiled"
+step capture "${T[@]}" --timeout 30 -n $FEW -k "(${TESTS:-gpu}) and captured"
 step compile "${T[@]}" --timeout 60 -n $FEW -k "(${TESTS:-gpu}) and compiled"
-if [ "$RUN" = second ]; then
-  await
-  step tests-nvrtc "${T[@]}" --timeout 20 -n "$WORKERS" -k "nvrtc and not captured and not compiled"
-fi
-unset OMP_NUM_THREADS
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
@@ -268,9 +267,16 @@ table() { # FAMILY: one process each, so that a lost context costs one family
     "${TABLE_ARGS[@]}" "${known[@]}"
   [ -s "$W/table-$1/gpu_table.json" ] && CEILINGS=$W/table-$1/gpu_table.json
 }
+nvrtc() {
+  await
+  export OMP_NUM_THREADS=1
+  step tests-nvrtc "${T[@]}" --timeout 20 -n "$WORKERS" -k "nvrtc and not captured and not compiled"
+  unset OMP_NUM_THREADS
+}
+unset OMP_NUM_THREADS
 CEILINGS=""
 t1() { # OPTIONS...
-  step t1 "$PYTHON" benches/paper/t1_gpu.py --out "$W/t1" --seconds "$(inside t1)" --repeats 10 --networks resnet18 \
+  step t1 env TORCHINDUCTOR_CACHE_DIR="$W/inductor-t1" "$PYTHON" benches/paper/t1_gpu.py --out "$W/t1" --seconds "$(inside t1)" --repeats 10 --networks resnet18 \
     "${T1_ARGS[@]}" "$@"
 }
 # Our own kernels: compute-sanitizer takes a part of their names.
@@ -299,10 +305,12 @@ if [ "$RUN" = first ]; then
   t1 --eager
   sanitize memcheck --padding 64 "${OURS[@]}" --
 else
-  table gram
+  step profile "$PYTHON" benches/gpu_profile.py "${PROFILE_ARGS[@]}"
   table proximal
-  sanitize racecheck --kernel-name kns=solve --kernel-name kns=cholesky -- --family linalg
+  nvrtc
+  table gram
   t1
+  sanitize racecheck --kernel-name kns=solve --kernel-name kns=cholesky -- --family linalg
 fi
 export OMP_NUM_THREADS=1
 # torch's own ops on this card: what the fallback stands on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -80,7 +81,8 @@ def _context_lives(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fresh_state() -> None:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # to import it takes seconds
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True, scope="session")

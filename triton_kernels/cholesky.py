@@ -55,7 +55,7 @@ def _update_kernel(
             good = square >= 0
         r1 = tl.sqrt(tl.where(good, square, 1.0))
         r = r1 * unit
-        good = good & (r - r == 0)
+        good = good & (tl.abs(r) < float("inf"))  # r - r would be fused with r's product: its rounding error
         failed = tl.where((failed == 0) & (good == 0), j + 1, failed)
         still = r1 == 0  # a zero column of a semi-definite factor stays one
         safe_r1 = tl.where(still, 1.0, r1)

@@ -190,8 +190,8 @@ def _factor(
             across = tl.sum(tl.where(diagonal, column[:, None], 0.0), axis=0)
             pivot = tl.sum(tl.where(cols == c, across, 0.0), axis=0)
             scale = tl.sum(tl.where(cols == c, original, 0.0), axis=0)
-            # Inf fails the second half. Triton 3.8's interpreter takes a constant on the right of a product only.
-            good = (pivot > scale * tolerance) & (pivot - pivot == 0.0)
+            # Triton 3.8's interpreter takes a constant on the right of a product only.
+            good = (pivot > scale * tolerance) & (tl.abs(pivot) < float("inf"))
             info = tl.where((info == 0) & (good == 0), at + 1, info)
             over_root = 1.0 / tl.sqrt(tl.where(good, pivot, 1.0))
             column = tl.where(rows >= at, column * over_root, 0.0)

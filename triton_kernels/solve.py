@@ -69,8 +69,8 @@ def _solve(
         column = tl.sum(tl.where(rows[None, :] == j, system, 0.0), axis=1)
         pivot = tl.sum(tl.where(rows == j, column, 0.0), axis=0)
         scale = tl.sum(tl.where(rows == j, original, 0.0), axis=0)
-        # Inf fails the second half: Inf - Inf is NaN.
-        good = (pivot > tolerance * scale) & (pivot - pivot == 0.0)
+        # Not x - x == 0: of a product x the compiler makes a fused x - x, which is its rounding error.
+        good = (pivot > tolerance * scale) & (tl.abs(pivot) < float("inf"))
         info = tl.where((info == 0) & (good == 0), j + 1, info)
         pivot = tl.where(good, pivot, 1.0)
         below = tl.where(rows > j, column / pivot, 0.0)

@@ -292,7 +292,7 @@ struct Single {
       for (int64_t j = 0; j < cols; ++j) {
         Reflector<T, K>& h = of_chunk[j];
         const T r = reflect<T, K>(diagonal_entry, row, scale, a.down, h);
-        if (!(r >= 0) || r - r != 0) return j0 + j + 1;
+        if (!(r >= 0) || r * T(0) != T(0)) return j0 + j + 1;
         T* column = block + j * kPanel;
         if (j + 1 < cols) {
           // The next pivot's row ahead of the vectors: it is what the next reflector waits for.

@@ -548,7 +548,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t others = 0;
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const auto value = widen(w[i]);
-      if (value - value != 0) {
+      if (value * 0 != 0) {  // NaN or Inf
         ++others;
       } else if (!any) {
         low = high = value;

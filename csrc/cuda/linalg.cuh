@@ -27,7 +27,7 @@ __device__ inline double not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 template <class T>
 __device__ inline bool is_finite(T value) {
-  return value - value == T(0);
+  return value * T(0) == T(0);  // value - value may be fused with a product: its rounding error
 }
 
 // A system of up to kOrder unknowns belongs to kLanes neighbouring lanes of a warp; lane l holds

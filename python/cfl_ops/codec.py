@@ -397,18 +397,18 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
 
     """
     _checks.floating("estimate_entropy", "w", w, 0)
-    return _probe("estimate_entropy", w, bits, fraction)[2]
+    return _entropy(_probe("estimate_entropy", w, bits, fraction)[2])
 
 
 def _probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The range of the weights and the entropy of a sample of them, in one pass."""
+    """The range of the weights and the histogram of a sample of them, in one pass."""
     _check_bits(op, bits)
     if not 0 < fraction <= 1:
         raise ValueError(f"cfl_ops.{op}: fraction must be in (0, 1], but got {fraction}")
     every = max(1, round(1 / fraction))
     minimum, maximum, counts, info = WEIGHT_RANGE(w.detach().reshape(-1), bits, every)
     _refuse_nonfinite(op, info)
-    return minimum, maximum, _entropy(counts)
+    return minimum, maximum, counts
 
 
 def _entropy(counts: Tensor) -> Tensor:
@@ -836,8 +836,8 @@ def compress(
             w = torch.where(bad, good[0] if good.numel() else 0, flat).to(w.dtype).view(w.shape)
     entropy, minimum, maximum = math.nan, None, None
     if bits is None:
-        minimum, maximum, found = _probe("compress", w, probe_bits, fraction)
-        entropy = float(found)
+        minimum, maximum, counts = _probe("compress", w, probe_bits, fraction)
+        entropy = float(_entropy(counts.cpu()))  # it stands in the bytes, which do not depend on the device
         bits = allocate_bits(entropy, floor=floor)
     q = None
     if per == "tensor" and block_size is None and w.device.type == "cpu":

@@ -76,8 +76,9 @@ def _ridge_solve_python(
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     shift, good = penalties(gram, lam, lam_diag)
     shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
-    lower = gram.to(torch.float64).tril()
-    factor, info = factor_of(lower + lower.tril(-1).mT + torch.diag_embed(shift))
+    system = gram.to(torch.float64, copy=True)  # its lower triangle is what a factorisation reads
+    system.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, info = factor_of(system)
     info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
     solution = cholesky_solve(cross.to(torch.float64), factor)
     return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
