@@ -49,6 +49,8 @@ class NoSync(TorchDispatchMode):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             assert not masks, f"{name} with a mask waits for the GPU"
             assert all(i is None or i.is_meta for i in args[1]), f"{name} copies its indices to the GPU"
+        if on_gpu and name == "where":
+            assert args[0].is_meta, "where copies its condition to the GPU"
         out = func(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             source, target = (args[0], out) if name == "_to_copy" else (args[1], args[0])

@@ -12,7 +12,7 @@ from . import _checks
 from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
 from .errors import LinAlgError
 from .gram import GRAM
-from .solve import RIDGE_SOLVE
+from .solve import RIDGE_SOLVE, on_device
 
 __all__ = [
     "ProximalStep",
@@ -80,6 +80,8 @@ def _proximal_python(
     dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
     phi, old = features.to(dtype), weight.to(dtype)
     wide = torch.float64
+    lam = on_device(lam, phi)  # a 0-d condition of torch.where on the host would be copied, which waits
+    ridge = None if ridge is None else on_device(ridge, phi)
     classes = not target.is_floating_point()
 
     # Row weights enter as square roots, which allows zeros.
