@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from _ratio import ROWS, compare, record, time_interleaved
-from cfl_ops import _codec_python as py
-from cfl_ops import codec
+from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec.reference import payload as py
 from torch import Tensor
 
 N = 4_000_000
@@ -216,7 +216,7 @@ def bench_ans(benchmark, bits: int, what: str, asked: float) -> None:
 @pytest.mark.parametrize("level", [1, 0])
 @pytest.mark.benchmark(group="without AVX-512: 1 is AVX2, 0 plain C++")
 def bench_narrow_isa(benchmark, level: int) -> None:
-    if not cfl_ops._library.extension_available():
+    if not cfl_ops._core.dispatch.extension_available():
         pytest.skip("needs the extension")
     from cfl_ops import _C
 
@@ -308,10 +308,10 @@ def bench_fused(benchmark, bits: int, n: int) -> None:
     q = cfl_ops.quantize(w, bits)
     title = f"decompress, {bits} bits, {n} values"
     # The ops behind decompress and huffman_decode, for Python's share counts at the smaller size.
-    start, op = cfl_ops.codec._parse_blob("bench", blob), cfl_ops.codec.DECOMPRESS
+    start, op = codec._parse_blob("bench", blob), codec.DECOMPRESS
     fused = (start.data, start.minimum, start.maximum, bits, n, out, 0)
     compare(benchmark, title, lambda: op(*fused), {
-        "decode alone": lambda: cfl_ops.codec.HUFFMAN_DECODE(payload, plain, 0),
+        "decode alone": lambda: codec.HUFFMAN_DECODE(payload, plain, 0),
     }, bytes_moved=4 * n + blob.numel(), asked=1 / 1.1, note="the ops alone")  # fmt: skip
     peers = {
         "two passes": lambda: (cfl_ops.huffman_decode(payload, plain), cfl_ops.dequantize(q)),

@@ -228,8 +228,8 @@ for here, there in (("python/cfl_ops", pathlib.Path(cfl_ops.__file__).parent), (
     for path in pathlib.Path(here).rglob("*.py"):
         same = filecmp.cmp(path, there / path.relative_to(here), shallow=False)
         assert same, f"{path} is not what was imported"
-assert cfl_ops._library.extension_available(), "no extension"
-assert torch.version.cuda is None or cfl_ops._cuda.native_available(), "the extension has no CUDA kernels"'
+assert cfl_ops._core.dispatch.extension_available(), "no extension"
+assert torch.version.cuda is None or cfl_ops._core.dispatch.native_available(), "the extension has no CUDA kernels"'
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ if [ "$RUN" = second ] && [ $DEVICE = cuda ]; then # CuPy keeps what it compiles
   for family in codec exact solve cholesky; do
     background "nvrtc-$family" "$PYTHON" -c "
 import cfl_ops
-cfl_ops._cuda.kernels('nvrtc').module('$family').compile()"
+cfl_ops._gpu.native.kernels('nvrtc').module('$family').compile()"
   done
 fi
 T=("$PYTHON" -m pytest tests/test_gpu.py tests/test_arrays.py -m gpu -q -rfE --tb=short -p no:cacheprovider)

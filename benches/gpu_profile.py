@@ -51,7 +51,9 @@ def show(case: gpu_cases.Case, gpu: bool) -> None:
     total = sum(map(time_of, events)) / CALLS
     print(f"{case.name}: {count:g} kernels, {total:.1f} us of them, {host * 1e6:.1f} us of the host, a call")
     for event in events[:14]:
-        print(f"  {time_of(event) / CALLS:9.1f} us  {event.count / CALLS:5.1f} x  {event.key[:110]}", flush=True)
+        print(
+            f"  {time_of(event) / CALLS:9.1f} us  {event.count / CALLS:5.1f} x  {event.key[:110]}", flush=True
+        )
 
 
 def main() -> int:
@@ -59,7 +61,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--match", nargs="+", default=MATCH, help="beginnings of cases' names")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="the rehearsal's sizes: the first case of a family")
+    parser.add_argument(
+        "--small", action="store_true", help="the rehearsal's sizes: the first case of a family"
+    )
     options = parser.parse_args()
     for list_cases in gpu_cases.FAMILIES.values():
         cases = list_cases(options.device, options.small)

@@ -11,10 +11,10 @@ import sys
 
 import torch
 import triton
-from cfl_ops import _tuning
+from cfl_ops._gpu import tuning
 from cfl_ops.triton_kernels import gram
 
-H100 = _tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10)
+H100 = tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10)
 RATES = {
     "bf16": 989e12 * 0.85, "float64": 67e12 * 0.7,  # tensor cores; the rest is clocks under load and latency
     "l2": 7.5e12, "memory": 3.0e12,
@@ -29,7 +29,7 @@ def model(kind: str, rows: int, width: int) -> dict[str, float | str]:
     size = {"half": 2, "float64": 8}.get(kind, 4)
     mm = max(2 * rows * width * width / MM[kind], size * rows * width / RATES["memory"]) + RATES["launch"]
     problem = {"kind": kind, "order": width, "rows": rows, "planes": kind != "float64"}
-    use = dict(_tuning.choose("gram", torch.device("cpu"), **problem))
+    use = dict(tuning.choose("gram", torch.device("cpu"), **problem))
     how = str(use.pop("how"))
     out = 8 * width * width / RATES["memory"]
     if how == "library":
@@ -84,7 +84,7 @@ def main() -> None:
         "ratio",
     )
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    with _tuning.pretend(H100):
+    with tuning.pretend(H100):
         for kind in MM:
             for width in (256, 512, 1024, 1536, 2048, 4096):
                 got = model(kind, rows, width)

@@ -23,19 +23,20 @@ os.environ["TRITON_INTERPRET"] = "0"
 import cfl_ops
 import torch
 import triton
-from cfl_ops import _library, _tuning
+from cfl_ops._core.op import OPS
+from cfl_ops._gpu import tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 CARDS = {
-    "sm_80": _tuning.Device("NVIDIA A100", "sm_80", 108, 163 << 10),
-    "sm_86": _tuning.Device("NVIDIA RTX A6000", "sm_86", 84, 99 << 10),
-    "sm_89": _tuning.Device("NVIDIA RTX 4090", "sm_89", 128, 99 << 10),
-    "sm_90": _tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10),
-    "sm_100": _tuning.Device("NVIDIA B200", "sm_100", 148, 227 << 10),
-    "sm_120": _tuning.Device("NVIDIA RTX 5090", "sm_120", 170, 99 << 10),
+    "sm_80": tuning.Device("NVIDIA A100", "sm_80", 108, 163 << 10),
+    "sm_86": tuning.Device("NVIDIA RTX A6000", "sm_86", 84, 99 << 10),
+    "sm_89": tuning.Device("NVIDIA RTX 4090", "sm_89", 128, 99 << 10),
+    "sm_90": tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10),
+    "sm_100": tuning.Device("NVIDIA B200", "sm_100", 148, 227 << 10),
+    "sm_120": tuning.Device("NVIDIA RTX 5090", "sm_120", 170, 99 << 10),
 }
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -146,8 +147,8 @@ def main_loop(cubin: bytes) -> dict[str, int]:
 
 def cases() -> list[tuple[str, Callable[[], Any]]]:
     """Calls of every op that has a Triton launcher, at sizes that reach each of its tuning rules."""
-    gram, gram_ = _library.OPS["gram"].load_triton(), _library.OPS["gram_"].load_triton()
-    update, solve = _library.OPS["cholesky_update"].load_triton(), _library.OPS["ridge_solve"].load_triton()
+    gram, gram_ = OPS["gram"].launcher("triton"), OPS["gram_"].launcher("triton")
+    update, solve = OPS["cholesky_update"].launcher("triton"), OPS["ridge_solve"].launcher("triton")
     out: list[tuple[str, Callable[[], Any]]] = []
 
     def add(text: str, call: Callable[[], Any]) -> None:
@@ -195,7 +196,7 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
             a, b = torch.eye(order, dtype=dtype).repeat(3, 1, 1), torch.zeros(3, order, columns, dtype=dtype)
             add(f"ridge_solve {order}, {columns}", lambda a=a, b=b: solve(a, b, torch.zeros(()), None))
     del gram_  # launches what gram does
-    proximal = _library.OPS["proximal_step"].load_triton()
+    proximal = OPS["proximal_step"].launcher("triton")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, width, targets in ((16, 64, 10), (32, 512, 100), (128, 2048, 1000)):
             phi, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(targets, width)
@@ -224,9 +225,9 @@ def samples() -> list[tuple[str, Callable[[], Any]]]:
     import contract
 
     return [
-        (f"{spec.op.name}, {case.name}, {dtype}", lambda s=spec, c=case, d=dtype: s.op.load_triton()(*c.make(d)))
+        (f"{spec.op.name}, {case.name}, {dtype}", lambda s=spec, c=case, d=dtype: s.op.launcher("triton")(*c.make(d)))
         for spec in contract.load()
-        if spec.op.triton is not None
+        if spec.op.kernel("triton")
         for case in spec.cases
         for dtype in case.dtypes
     ]  # fmt: skip
@@ -239,7 +240,7 @@ def main(arguments: list[str]) -> None:
     with cfl_ops.config.use_backend("python"):
         for architecture in [a for a in arguments if a in CARDS] or CARDS:
             card = CARDS[architecture]
-            with _tuning.pretend(card):
+            with tuning.pretend(card):
                 for label, call in chosen:  # noqa: B007
                     call()
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 import cfl_ops
 import pytest
-from cfl_ops import _library
+from cfl_ops._core import dispatch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,7 +88,7 @@ def _fresh_state() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _poison() -> None:
     """Fresh outputs of the extension are full of NaN, so that an element which no kernel wrote shows."""
-    if _library.extension_available():
+    if dispatch.extension_available():
         from cfl_ops import _C
 
         _C.poison_fresh_memory(True)
@@ -98,9 +98,9 @@ def _poison() -> None:
 def backend(request: pytest.FixtureRequest):
     """Each backend that can run here and serves the ops that the test module lists as OPS, in turn."""
     name = request.param
-    if name == "native" and not _library.extension_available():
+    if name == "native" and not dispatch.extension_available():
         pytest.skip("the extension is not installed")
-    if name == "triton" and not (_library.triton_available() and _library.triton_interpreted()):
+    if name == "triton" and not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     with cfl_ops.config.use_backend(name):
         for op in getattr(request.module, "OPS", ()):

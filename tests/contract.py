@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cfl_ops._library import Op
+from cfl_ops._core.op import Op
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import cfl_ops
 import torch
-from cfl_ops._codec_python import as_bytes
+from cfl_ops.ops.codec.reference.payload import as_bytes
 from test_codec import DATA, FLOATS, GOLDEN, golden_weights
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.cholesky import SAFE, UPDATE, UPDATE_
+from cfl_ops.ops.cholesky.update import SAFE, UPDATE, UPDATE_
 from contract import Case, OpSpec
 from torch import Tensor
 

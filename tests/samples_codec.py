@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops import _codec_python as py
-from cfl_ops.codec import (
+from cfl_ops.ops.codec.codec import (
     DECOMPRESS,
     DEQUANTIZE,
     HUFFMAN_DECODE,
@@ -14,6 +13,7 @@ from cfl_ops.codec import (
     QUANTIZE_ENCODE,
     WEIGHT_RANGE,
 )
+from cfl_ops.ops.codec.reference import payload as py
 from contract import Case, OpSpec
 from torch import Tensor
 

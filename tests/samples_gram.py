@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.gram import ACTIVATIONS, EXACT_GRAM, GRAM, GRAM_, LINEAR_GRAM
+from cfl_ops.ops.gram.gram import ACTIVATIONS, EXACT_GRAM, GRAM, GRAM_, LINEAR_GRAM
 from contract import Case, OpSpec
 from torch import Tensor
 

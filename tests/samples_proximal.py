@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.proximal import PROXIMAL_STEP, PROXIMAL_STEP_
+from cfl_ops.ops.proximal.step import PROXIMAL_STEP, PROXIMAL_STEP_
 from contract import Case, OpSpec
 from torch import Tensor
 

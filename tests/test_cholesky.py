@@ -10,7 +10,7 @@ from pathlib import Path
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _library
+from cfl_ops._core import dispatch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,7 +29,7 @@ def factor_and_vectors(order: int, rank: int, dtype: torch.dtype) -> tuple[Tenso
 
 @pytest.fixture(params=["best", "avx2", "generic"])
 def instruction_set(request: pytest.FixtureRequest):
-    if not _library.extension_available():
+    if not dispatch.extension_available():
         pytest.skip("the extension is not installed")
     from cfl_ops import _C
 
@@ -256,8 +256,8 @@ def test_kernel_and_fallback_agree_on_jitter_and_info(dtype: torch.dtype, max_ji
     a[8, 2], a[8, :, 2] = 1e-9, 1e-9
     a[8, 2, 2] = 0.0
     a = a.to(dtype)
-    want = cfl_ops.cholesky._safe_python(a, max_jitter)
-    got = cfl_ops.cholesky.SAFE(a, max_jitter)
+    want = cfl_ops.ops.cholesky.update._safe_python(a, max_jitter)
+    got = cfl_ops.ops.cholesky.update.SAFE(a, max_jitter)
     settled = torch.ones(9, dtype=torch.bool)
     settled[1:3] = max_jitter > 0  # without a jitter, the sign of a rounding error decides
     assert torch.equal(got[2][settled], want[2][settled])
@@ -366,7 +366,7 @@ TRITON = [
 )
 @pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.op.name)
 def test_triton_interpreted(spec, case) -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     with cfl_ops.config.use_backend("triton"):
         for dtype in case.dtypes if spec is SPECS[0] else case.dtypes[:1]:
@@ -389,7 +389,7 @@ for capability in (80, 90):
 
 
 def test_triton_compiles_without_a_gpu() -> None:
-    if not _library.triton_available():
+    if not dispatch.triton_available():
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)

@@ -19,13 +19,15 @@ import cfl_ops
 import numpy as np
 import pytest
 import torch
-from cfl_ops import CorruptDataError, _library, codec
-from cfl_ops import _codec_python as py
+from cfl_ops import CorruptDataError
+from cfl_ops._core import dispatch
+from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec.reference import payload as py
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NATIVE = _library.extension_available()
+NATIVE = dispatch.extension_available()
 if NATIVE:
     from cfl_ops import _C
 
@@ -36,9 +38,9 @@ LEVELS = [f"isa{i}" for i in range(min(_C.best_isa(), 2) + 1)] if NATIVE else []
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the native kernels at each instruction set, and with the fallback."""
     if request.param == "python":
-        _library._overrides.install("python")
+        dispatch.overrides.install("python")
         yield "python"
-        _library._overrides.install(os.environ.get("CFL_OPS_BACKEND") or None)
+        dispatch.overrides.install(os.environ.get("CFL_OPS_BACKEND") or None)
     else:
         _C.set_isa(int(request.param[3:]))
         yield request.param

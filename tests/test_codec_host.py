@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cfl_ops import _codec_host, _codec_python, _library, codec
+from cfl_ops._core import dispatch
+from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import host as _codec_host
+from cfl_ops.ops.codec.reference import payload as _codec_python
 
-if not _library.extension_available():
+if not dispatch.extension_available():
     pytest.skip("needs the extension: there is nothing to compare with", allow_module_level=True)
 native = torch.ops.cfl_ops
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _library
+from cfl_ops._core import dispatch
+from cfl_ops._core.op import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def test_version_is_that_of_the_project() -> None:
 def test_show_names_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     cfl_ops.config.show()
     text = capsys.readouterr().out
-    for name in _library.OPS:
+    for name in OPS:
         assert name in text
     assert torch.__version__ in text
 
@@ -75,9 +76,9 @@ def test_every_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(
-        _library, "_choose", lambda op, *_: ("triton", lambda *args: seen.append((op.name, current[0])))
+        dispatch, "_choose", lambda op, *_: ("triton", lambda *args: seen.append((op.name, current[0])))
     )
-    overrides = _library._Overrides()
+    overrides = dispatch._Overrides()
     overrides._put_kernels(Spy(), None)
     with FakeTensorMode():
         on_cpu, first, second = (
@@ -85,7 +86,7 @@ def test_every_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.Monk
             torch.empty(2, device="cuda:0"),
             torch.empty(2, device="cuda:1"),
         )
-    for name in _library.OPS:
+    for name in OPS:
         seen.clear()
         for args in ((None, first, 3), (on_cpu, second), (second, 1.0)):
             put[name, "CUDA"](*args)
@@ -110,7 +111,7 @@ def test_import_needs_torch_alone() -> None:
 
 def test_every_instruction_set_gives_the_same_gram() -> None:
     """The SIMD source is compiled for several targets; each must agree within float32 rounding."""
-    if not _library.extension_available():
+    if not dispatch.extension_available():
         pytest.skip("the extension is not installed")
     from cfl_ops import _C
 

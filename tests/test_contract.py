@@ -36,7 +36,7 @@ def skip_unless_served(spec: contract.OpSpec, backend: str, dtype: torch.dtype =
 
 def test_every_op_has_samples() -> None:
     """An op that nobody lists here would go untested."""
-    from cfl_ops._library import OPS
+    from cfl_ops._core.op import OPS
 
     assert {spec.op.name for spec in SPECS} == set(OPS)
 

@@ -21,7 +21,15 @@ import cfl_ops
 import contract
 import pytest
 import torch
-from cfl_ops import _cholesky_cuda, _codec_cuda, _codec_host, _cuda, _library, _nvrtc, _solve_cuda, codec
+from cfl_ops._core import dispatch
+from cfl_ops._gpu import native, sources
+from cfl_ops._gpu import nvrtc as nvrtc_module
+from cfl_ops.ops.cholesky import cuda as _cholesky_cuda
+from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import cuda as _codec_cuda
+from cfl_ops.ops.codec import host as _codec_host
+from cfl_ops.ops.gram import cuda as gram_cuda
+from cfl_ops.ops.solve import cuda as _solve_cuda
 
 ROOT = Path(__file__).parent.parent
 CODEC = ("weight_range", "quantize", "dequantize", "huffman_encode", "huffman_decode_", "decompress_")
@@ -42,7 +50,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory):
         *(*sources, "-o", str(library), f"-L{torch_root / 'lib'}", "-ltorch_cpu"),
     )
     torch.ops.load_library(str(library))
-    return _cuda.kernels("native")
+    return native.kernels("native")
 
 
 def compile_on_host(*arguments: str) -> None:
@@ -67,7 +75,7 @@ def emulated(kernels):
         library.impl(name, launcher, "CPU", allow_override=True)
     yield
     library._destroy()
-    _library._overrides.install(cfl_ops.config.get_backend())
+    dispatch.overrides.install(cfl_ops.config.get_backend())
 
 
 def normal_symbols(n: int, alphabet: int, dtype: torch.dtype) -> torch.Tensor:
@@ -177,7 +185,7 @@ def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.Mo
     facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 20000)[0].tolist()
     room = (
         _codec_cuda.decode_shared(facts[5], 15, facts[6], 1, facts[8])
-        + (lists + 1) * _codec_cuda._STACK_BYTES
+        + (lists + 1) * _codec_cuda._stack_bytes()
     )
     monkeypatch.setattr(_codec_cuda, "_shared_memory", lambda device: room - 1)
     spy, out = Spy(kernels), torch.empty_like(symbols)
@@ -358,7 +366,7 @@ def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
         blob = cfl_ops.compress(w, **option)
         back = cfl_ops.decompress(blob)
         part = cfl_ops.decompress(blob, start=1001, stop=3000)
-        with cfl_ops.config.use_backend("native" if _library.extension_available() else "python"):
+        with cfl_ops.config.use_backend("native" if dispatch.extension_available() else "python"):
             assert torch.equal(cfl_ops.compress(w, **option), blob)
             want = cfl_ops.decompress(blob)
         for got, expected in ((back, want), (part, want.flatten()[1001:3000])):
@@ -372,7 +380,7 @@ def test_blobs_are_exchanged(emulated, dtype: torch.dtype) -> None:
 def test_exact_gram(kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.rand(shape[:2], dtype=torch.float64)
     for s in (None, weight):
-        got = _cuda.exact_gram(kernels, x.mT.contiguous().mT, s)
+        got = gram_cuda.exact_gram(kernels, x.mT.contiguous().mT, s)
         wide = x.double()
         want = (wide if s is None else wide * s[..., None]).mT @ wide
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)
@@ -543,7 +551,7 @@ def test_downdates_of_several_passes_fail_where_the_fallback_does(
     L[5], V[5] = torch.eye(order), 0.0
     V[5, 7] = ((1 - 3 * torch.finfo(dtype).eps) / rank) ** 0.5  # three eps of a pivot are left
     L, V = L.to(dtype), V.to(dtype)
-    want, info = cfl_ops.cholesky._update_python(L, V, -1.0, 1.0)
+    want, info = cfl_ops.ops.cholesky.update._update_python(L, V, -1.0, 1.0)
     assert info[0] == 0
     assert info[4] > 0
     assert info[5] == 8
@@ -585,7 +593,7 @@ int call(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*
 def nvrtc(tmp_path_factory: pytest.TempPathFactory):
     """The launcher for CuPy with a CuPy whose kernels are those of this machine's C++ compiler."""
     np = pytest.importorskip("numpy")
-    names = [name for family in _nvrtc.HEADERS for name in _nvrtc.names(family)]
+    names = [name for family in sources.HEADERS for name in nvrtc_module.names(family)]
     text = GLUE
     for i, name in enumerate(names):
         plain = name.replace("cfl::cuda::uint", "uint")
@@ -625,11 +633,11 @@ def nvrtc(tmp_path_factory: pytest.TempPathFactory):
     cuda = types.SimpleNamespace(
         Device=lambda index: nothing(), Stream=types.SimpleNamespace(from_external=lambda stream: nothing())
     )
-    kernels = _nvrtc.Nvrtc.__new__(_nvrtc.Nvrtc)
+    kernels = nvrtc_module.Nvrtc.__new__(nvrtc_module.Nvrtc)
     kernels.cupy, kernels.numpy = types.SimpleNamespace(cuda=cuda), np
     kernels.module = lambda family: types.SimpleNamespace(get_function=Function)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_nvrtc, "_current_stream", lambda device: None)
+        patch.setattr(nvrtc_module, "_current_stream", lambda device: None)
         yield kernels
 
 
@@ -661,7 +669,7 @@ def test_cupys_launcher_quantises_decodes_and_sums_as_the_cpu(nvrtc, dtype: torc
         assert torch.equal(out, want.flatten())
     x, s = torch.randn(2, 40, 70).to(dtype), torch.rand(2, 40, dtype=torch.float64)
     for weight in (None, s):
-        got = _cuda.exact_gram(nvrtc, x, weight)
+        got = gram_cuda.exact_gram(nvrtc, x, weight)
         wide = x.double()
         want = (wide if weight is None else wide * weight[..., None]).mT @ wide
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)

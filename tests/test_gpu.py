@@ -64,9 +64,9 @@ def naming(op: str, *args: Any) -> Iterator[None]:
 @pytest.fixture(params=["automatic", "native", "triton", "nvrtc", "python"])
 def gpu_backend(request: pytest.FixtureRequest):
     name = None if request.param == "automatic" else request.param
-    if name == "native" and not cfl_ops._library.extension_available():
+    if name == "native" and not cfl_ops._core.dispatch.extension_available():
         pytest.skip("the extension is not installed")
-    if name == "nvrtc" and not cfl_ops._cuda.nvrtc_available():
+    if name == "nvrtc" and not cfl_ops._core.dispatch.nvrtc_available():
         pytest.skip("cupy is not installed")
     with cfl_ops.config.use_backend(name):
         yield name

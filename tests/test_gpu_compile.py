@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from cfl_ops import _codec_cuda, _cuda, _library, _nvrtc
+from cfl_ops._core import dispatch
+from cfl_ops._gpu import nvrtc, sources
+from cfl_ops.ops.codec import cuda as _codec_cuda
 
 ROOT = Path(__file__).parent.parent
 # One of each kind every time; all of them with -m slow.
@@ -33,7 +35,7 @@ def test_triton_kernels_compile(architectures: tuple[str, ...], options: tuple[s
 
     The loops of gram keep the tensor cores fed. The samples are those that test_gpu.py will launch.
     """
-    if not _library.triton_available():
+    if not dispatch.triton_available():
         pytest.skip("triton is not installed")
     pytest.importorskip("triton.backends.nvidia")
     done = subprocess.run(
@@ -136,12 +138,12 @@ def dynamic_shared(kernel: str) -> int:
         kind, first, second, order = small.groups()
         computed = "d" if kind == "pinv" else second or first
         element = 8 if computed == "d" else 4
-        systems, warps, held = _nvrtc._small_solve(int(order), element)
+        systems, warps, held = nvrtc._small_solve(int(order), element)
         return warps * (held + (systems * 2 * int(order) * 8 if kind == "pinv" else 0))
     if "codec_encode" in kernel or "codec_decode" in kernel:
         return SHARED - _codec_cuda.STATIC_SHARED  # as much as the card has
     if "codec_histogram" in kernel or "codec_quantize" in kernel:
-        return 4 * _nvrtc.MAX_SHARED
+        return 4 * sources.constant("codec", "kMaxShared")
     return 0
 
 
@@ -159,7 +161,7 @@ def nvrtc_library() -> ctypes.CDLL:
 
 # The largest takes half a minute, and is the same C++ as the others'.
 FAMILIES = [
-    pytest.param(family, marks=pytest.mark.slow if family == "solve" else ()) for family in _nvrtc.HEADERS
+    pytest.param(family, marks=pytest.mark.slow if family == "solve" else ()) for family in sources.HEADERS
 ]
 
 
@@ -169,11 +171,11 @@ def test_the_very_sources_compile_with_nvrtc(architecture: str, family: str) -> 
     """With no folder of headers, as CuPy gives them to it; and every kernel is found by its name."""
     nvrtc = nvrtc_library()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    source, names = _nvrtc.source(family).encode(), [name.encode() for name in _nvrtc.names(family)]
+    source, names = sources.source(family).encode(), [name.encode() for name in nvrtc.names(family)]
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"cfl_ops.cu", 0, None, None) == 0
     for name in names:
         assert nvrtc.nvrtcAddNameExpression(program, name) == 0
-    options = [option.encode() for option in (*_nvrtc.OPTIONS, f"-arch={architecture}")]
+    options = [option.encode() for option in (*nvrtc.OPTIONS, f"-arch={architecture}")]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
@@ -188,35 +190,31 @@ def test_the_very_sources_compile_with_nvrtc(architecture: str, family: str) -> 
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-@pytest.mark.parametrize("family", _nvrtc.HEADERS)
+@pytest.mark.parametrize("family", sources.HEADERS)
 def test_every_kernel_of_the_sources_is_among_the_names(family: str) -> None:
-    written = set(re.findall(r"(\w+_kernel)\(", _nvrtc.source(family)))
-    assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in _nvrtc.names(family)}
+    written = set(re.findall(r"(\w+_kernel)\(", sources.source(family)))
+    assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in nvrtc.names(family)}
 
 
-def test_constants_are_those_of_the_sources() -> None:
-    text = "".join(map(_nvrtc.source, _nvrtc.HEADERS))
-    for name, value in (
-        ("kThreads", _nvrtc.THREADS),
-        ("kMaxShared", _nvrtc.MAX_SHARED),
-        ("kSide", _nvrtc.SIDE),
-        ("kPanel", _nvrtc.PANEL),
-        ("kGramTile", _cuda.GRAM_TILE),
-        ("kGramDepth", _cuda.GRAM_DEPTH),
-        ("kColumnsPerWarp", _nvrtc.COLUMNS_PER_WARP),
-        ("kSecondLookBlocks", _nvrtc.SECOND_LOOK_BLOCKS),
-        ("kMaxSharedSymbols", _nvrtc.MAX_SHARED_SYMBOLS),
-    ):
-        assert re.search(rf"constexpr int {name} = {value};", text), name
-    assert f"constexpr int kPart = 1 << {_nvrtc.PART.bit_length() - 1};" in text
-    assert f"constexpr int kSpan = 1 << {_nvrtc.SPAN.bit_length() - 1};" in text
-    assert f"constexpr int kTileBytes = 1 << {_nvrtc.TILE_BYTES.bit_length() - 1};" in text
+def test_constants_are_read_from_the_sources() -> None:
+    """Each that the launchers ask for is there, and so are expressions."""
+    asked: set[tuple[str, str]] = set()
+    for path in (ROOT / "python/cfl_ops").rglob("*.py"):
+        text = path.read_text()
+        families = dict(re.findall(r'^([A-Z]+) = Constants\("(\w+)"\)', text, flags=re.MULTILINE))
+        asked |= {(families[n], k) for n, k in re.findall(r"\b([A-Z]+)\.(k[A-Z]\w+)", text) if n in families}
+    assert len(asked) > 12
+    for family, name in asked:
+        assert sources.constant(family, name) > 0
+    assert sources.constant("codec", "kWarps") == 8  # kThreads / 32
+    assert sources.constant("codec", "kPart") == 1 << 15
+    assert sources.constant("cholesky", "kBadL") == 2**31 - 2  # kBadV - 1
 
 
 def test_cupy_would_get_sources_from_an_installed_package() -> None:
     """The wheel carries them (pyproject.toml); here they are found in the working tree."""
     assert '"cfl_ops/csrc/cuda" = "csrc/cuda"' in (ROOT / "pyproject.toml").read_text()
-    text = "".join(map(_nvrtc.source, _nvrtc.HEADERS))
+    text = "".join(map(sources.source, sources.HEADERS))
     assert "#include" not in text.replace('#include "cuda_on_host.h"', "").replace(
         "#include <cuda_runtime.h>", ""
     ).replace("#include <cstdint>", "")

@@ -7,7 +7,8 @@ import io
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _library, _tuning
+from cfl_ops._core import dispatch
+from cfl_ops._gpu import tuning
 
 OPS = ("gram",)
 
@@ -77,7 +78,7 @@ def test_huge_row_stride_is_indexed_in_64_bits() -> None:
 
 def test_multiples_of_a_row_stride_are_64_bits_in_triton() -> None:
     """A step through 64 rows that are 2^25 elements apart is 2^31 elements."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x, s = torch.empty(70, 1 << 25, dtype=torch.float16)[:, :3], torch.empty(70, 1 << 25)[:, 0]
     x.copy_(torch.randn(70, 3))
@@ -91,7 +92,7 @@ def test_multiples_of_a_row_stride_are_64_bits_in_triton() -> None:
         "num_stages": 2,
         "resident": 1,
     }
-    with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+    with cfl_ops.config.use_backend("triton"), tuning.force("gram", use):
         got = cfl_ops.gram(x, x.clone(), sample_weight=s)
     wide = x.double()
     want = wide.mT @ (wide * s.double()[:, None])
@@ -197,7 +198,7 @@ def test_triton_takes_half_precision_as_it_is(
     bias: bool, classes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tensor cores' path for float16, which the interpreter can run (bfloat16 it cannot)."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     from cfl_ops.triton_kernels import gram as launchers
 

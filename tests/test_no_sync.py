@@ -16,7 +16,7 @@ import cfl_ops
 import contract
 import pytest
 import torch
-from cfl_ops import _library
+from cfl_ops._core import dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,13 +97,13 @@ class NoLaunch:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op.triton])
+@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op.kernel("triton")])
 def test_triton_launcher(spec, case, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
     args = case.make(dtype)
-    launcher = spec.op.load_triton()
+    launcher = spec.op.launcher("triton")
     module = __import__(launcher.__module__, fromlist=["x"])
     for name in [
         n for n in vars(module) if n.endswith("_kernel") and n.startswith("_") and n != "_exact_kernel"
@@ -121,12 +121,11 @@ class Recorded:
         return lambda *args: None
 
 
-@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op.cuda])
+@pytest.mark.parametrize(("spec", "case"), [p for p in CASES if p.values[0].op.kernel("native")])
 def test_cuda_launcher(spec, case) -> None:
     dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
     args = on_meta(case.make(dtype), False)
-    module, function = spec.op.cuda.split(":")
-    launcher = getattr(__import__(f"cfl_ops.{module}", fromlist=["x"]), function)
+    launcher = spec.op.launcher("native").func
     with NoSync():
         launcher(Recorded(), *args)
 

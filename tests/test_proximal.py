@@ -8,7 +8,7 @@ import re
 import cfl_ops
 import pytest
 import torch
-from cfl_ops import _library
+from cfl_ops._core import dispatch
 from torch.nn import functional as F
 
 OPS = ("proximal_step", "proximal_step_")
@@ -319,7 +319,7 @@ def test_plan_tells_the_method() -> None:
 @pytest.mark.parametrize(("rows", "width", "targets"), [(33, 100, 70), (128, 160, 5), (17, 400, 33)])
 def test_triton_kernels_of_the_whole_head(rows: int, width: int, targets: int, dtype: torch.dtype) -> None:
     """Several panels, tiles and splits; the native op in float64 is the oracle."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     features, labels = torch.randn(2, rows, width).relu().to(dtype), torch.randint(targets, (2, rows))
     weight, bias = torch.randn(2, targets, width), torch.randn(2, targets)
@@ -340,7 +340,7 @@ def test_triton_kernels_of_the_whole_head(rows: int, width: int, targets: int, d
 
 
 def test_triton_leaves_the_head_as_it_was_where_a_step_fails() -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     features = torch.randn(3, 5, 9)
     features[1, 1] = features[1, 0]  # singular without a penalty

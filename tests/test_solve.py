@@ -29,7 +29,7 @@ def spd(batch: int, order: int, dtype: torch.dtype = F64) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_ridge_solve_on_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
     """Orders around the tile (4) and batches around the lanes (2 to 16)."""
-    if not cfl_ops._library.extension_available():
+    if not cfl_ops._core.dispatch.extension_available():
         pytest.skip("no extension")
     from cfl_ops import _C
 

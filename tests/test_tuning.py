@@ -12,60 +12,61 @@ import cfl_ops
 import contract
 import pytest
 import torch
-from cfl_ops import _autotune, _cuda, _library, _tuning
+from cfl_ops._core import dispatch
+from cfl_ops._gpu import autotune, tuning
 
-CARD = _tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
-SMALL = _tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
+CARD = tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
+SMALL = tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CFL_OPS_CACHE", str(tmp_path))
-    _tuning.forget()
+    tuning.forget()
     yield
     monkeypatch.undo()
-    _tuning.forget()
+    tuning.forget()
 
 
 def test_every_file_of_the_package_is_one() -> None:
-    folder = Path(_tuning.__file__).parent / "tuning"
+    folder = Path(tuning.__file__).parent / "tuning"
     files = sorted(folder.glob("*.json"))
     assert {file.stem for file in files} >= {"default", "sm_90"}
     for file in files:
-        assert _tuning.read(file)
+        assert tuning.read(file)
         assert "note" in json.loads(file.read_text())
-    default = _tuning.read(folder / "default.json")
-    assert set(default) == set(_autotune.TUNABLE)
+    default = tuning.read(folder / "default.json")
+    assert set(default) == set(autotune.TUNABLE)
     for rules in default.values():  # there is a rule for every problem
         assert rules[-1]["if"] == {}
 
 
 def test_the_users_file_comes_before_the_architectures_and_the_default() -> None:
     problem = {"kind": "half", "order": 2048, "rows": 65536, "planes": True}
-    with _tuning.pretend(SMALL):
-        default = _tuning.choose("gram", CPU, **problem)
-    with _tuning.pretend(CARD):
-        deeper = _tuning.choose("gram", CPU, **problem)
+    with tuning.pretend(SMALL):
+        default = tuning.choose("gram", CPU, **problem)
+    with tuning.pretend(CARD):
+        deeper = tuning.choose("gram", CPU, **problem)
         assert deeper != default
         mine = {"how": "pointers", "TILE": 16, "num_warps": 1, "num_stages": 1}
         rules = {"gram": [{"if": {"kind": "half", "min_order": 2000}, "use": mine}]}
-        _tuning.write(_tuning.user_file(CARD), CARD, rules, "test")
-        _tuning.forget()
-        assert _tuning.choose("gram", CPU, **problem) == mine
-        assert _tuning.choose("gram", CPU, **(problem | {"order": 1024})) == deeper
+        tuning.write(tuning.user_file(CARD), CARD, rules, "test")
+        tuning.forget()
+        assert tuning.choose("gram", CPU, **problem) == mine
+        assert tuning.choose("gram", CPU, **(problem | {"order": 1024})) == deeper
 
 
 def test_rules_match_by_equality_bounds_and_the_card() -> None:
     for slow, card in ((True, SMALL), (False, CARD)):
-        assert _tuning.matches({"if": {"slow_float64": slow}}, {}, card)
-        assert not _tuning.matches({"if": {"slow_float64": not slow}}, {}, card)
+        assert tuning.matches({"if": {"slow_float64": slow}}, {}, card)
+        assert not tuning.matches({"if": {"slow_float64": not slow}}, {}, card)
     rule = {"if": {"kind": "a", "max_order": 10, "min_rows": 5, "min_shared": 128 << 10}}
     good = {"kind": "a", "order": 10, "rows": 5}
-    assert _tuning.matches(rule, good, CARD)
-    assert not _tuning.matches(rule, good, SMALL)
+    assert tuning.matches(rule, good, CARD)
+    assert not tuning.matches(rule, good, SMALL)
     for other in ({"kind": "b"}, {"order": 11}, {"rows": 4}):
-        assert not _tuning.matches(rule, good | other, CARD)
+        assert not tuning.matches(rule, good | other, CARD)
 
 
 def test_cards_with_slow_float64_are_known() -> None:
@@ -81,32 +82,30 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"x\.json is not a tuning file"):
-        _tuning.read(file)
+        tuning.read(file)
 
 
 def test_the_autotuner_keeps_the_fastest_that_runs() -> None:
     seen = []
 
     def call() -> None:
-        use = _tuning.choose("toy", CPU)
+        use = tuning.choose("toy", CPU)
         if use["tile"] == 64:
             raise RuntimeError("out of shared memory")
         seen.append(use)
 
-    tunable = _autotune.Tunable(
-        lambda: _autotune._grid(tile=(16, 32, 64)),
-        lambda device: iter([_autotune.Problem({"max_n": 5}, call)]),
+    tunable = autotune.Tunable(
+        lambda: autotune._grid(tile=(16, 32, 64)),
+        lambda device: iter([autotune.Problem({"max_n": 5}, call)]),
     )
     lines: list[str] = []
-    rules = _autotune.tune(
-        "toy", tunable, CPU, lambda call: 1.0 / _tuning._forced["toy"]["tile"], lines.append
-    )
+    rules = autotune.tune("toy", tunable, CPU, lambda call: 1.0 / tuning._forced["toy"]["tile"], lines.append)
     assert rules == [{"if": {"max_n": 5}, "use": {"tile": 32}, "ms": 0.03125}]
     assert any("RuntimeError" in line for line in lines)
-    assert "toy" not in _tuning._forced
+    assert "toy" not in tuning._forced
 
 
-@pytest.mark.parametrize("op", _autotune.TUNABLE)
+@pytest.mark.parametrize("op", autotune.TUNABLE)
 def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,9 +119,9 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
         if name == op:
             asked.append(problem)
             raise Asked
-        return _tuning.choose_cached(name, SMALL, tuple(problem.items()))
+        return tuning.choose_cached(name, SMALL, tuple(problem.items()))
 
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     module = {
         "gram": "gram",
@@ -131,8 +130,8 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
         "ridge_solve": "solve",
     }.get(op, "proximal")
     launchers = __import__(f"cfl_ops.triton_kernels.{module}", fromlist=["x"])
-    monkeypatch.setattr(_cuda, "native_available", lambda: True)
-    monkeypatch.setattr(_tuning, "choose", choose)
+    monkeypatch.setattr(dispatch, "native_available", lambda: True)
+    monkeypatch.setattr(tuning, "choose", choose)
     if op == "gram_cross":
         monkeypatch.setattr(launchers, "_launch_gram", lambda *_: None)
     monkeypatch.setattr(launchers, "INTERPRETED", False, raising=False)
@@ -140,12 +139,12 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
         real = getattr(torch, make)
         monkeypatch.setattr(torch, make, lambda *a, real=real, **k: real(*a, **(k | {"device": "meta"})))
     keys = None
-    for problem in _autotune.TUNABLE[op].problems(torch.device("meta")):
+    for problem in autotune.TUNABLE[op].problems(torch.device("meta")):
         with pytest.raises(Asked):
             problem.call()
-        assert _tuning.matches({"if": problem.rule}, asked[-1], SMALL), (problem.rule, asked[-1])
-        keys = set(next(_autotune.TUNABLE[op].candidates()))
-    package = _tuning.read(Path(_tuning.__file__).parent / "tuning" / "default.json")
+        assert tuning.matches({"if": problem.rule}, asked[-1], SMALL), (problem.rule, asked[-1])
+        keys = set(next(autotune.TUNABLE[op].candidates()))
+    package = tuning.read(Path(tuning.__file__).parent / "tuning" / "default.json")
     assert keys is not None
     for rule in package[op]:
         assert set(rule["use"]) == keys
@@ -167,20 +166,20 @@ def test_without_a_gpu_the_command_says_so() -> None:
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles that are split and others that are not, and planes a stretch of rows at a time."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
     monkeypatch.setattr(kernels, "PLANES_AT_ONCE", 200 * 70)
-    card = _tuning.Device("test", "none", multiprocessors, 99 << 10)
+    card = tuning.Device("test", "none", multiprocessors, 99 << 10)
     x, labels = torch.randn(300, 70), torch.randint(3, (300,))
     want = x.double().mT @ x.double()
     s = torch.rand(300)
     want_weighted = (x.double() * s.double().unsqueeze(-1)).mT @ x.double()
-    for use in _autotune._grid(
+    for use in autotune._grid(
         how=("pointers", "planes", "library"), TILE=(16, 32), TILE_N=(32,), DEPTH=(16,), num_warps=(4,),
         num_stages=(2,), resident=(1,),
     ):  # fmt: skip
-        with cfl_ops.config.use_backend("triton"), _tuning.pretend(card), _tuning.force("gram", use):
+        with cfl_ops.config.use_backend("triton"), tuning.pretend(card), tuning.force("gram", use):
             got = cfl_ops.gram(x, labels, bias_column=True, num_classes=3)
             weighted = cfl_ops.gram(x, sample_weight=s)
         torch.testing.assert_close(got.gram[:70, :70].double(), want, rtol=1e-5, atol=1e-4)
@@ -190,7 +189,7 @@ def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: py
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e13])
 def test_the_float16_plane_of_tf32_products_has_their_digits_at_any_scale(scale: float) -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x = torch.randn(200, 40) * torch.logspace(-4, 4, 40) * scale
     x[:, 7] = 0
@@ -205,7 +204,7 @@ def test_the_float16_plane_of_tf32_products_has_their_digits_at_any_scale(scale:
     }
     torch.set_float32_matmul_precision("high")
     try:
-        with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+        with cfl_ops.config.use_backend("triton"), tuning.force("gram", use):
             got = cfl_ops.gram(x).gram
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -216,7 +215,7 @@ def test_the_float16_plane_of_tf32_products_has_their_digits_at_any_scale(scale:
 
 
 def test_planes_propagate_infinities_and_nans_to_their_own_columns() -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x = torch.rand(100, 20) + 0.5
     x[3, 4], x[5, 6] = torch.inf, torch.nan
@@ -229,7 +228,7 @@ def test_planes_propagate_infinities_and_nans_to_their_own_columns() -> None:
         "num_stages": 2,
         "resident": 1,
     }
-    with cfl_ops.config.use_backend("triton"), _tuning.force("gram", use):
+    with cfl_ops.config.use_backend("triton"), tuning.force("gram", use):
         got = cfl_ops.gram(x).gram
     want = x.mT @ x
     assert torch.equal(got.isnan(), want.isnan())
@@ -239,18 +238,18 @@ def test_planes_propagate_infinities_and_nans_to_their_own_columns() -> None:
 @pytest.mark.parametrize("single", [False, True])
 def test_the_head_is_as_accurate_with_a_float32_factor(single: bool) -> None:
     """Every sample of the contract, with the rule of cards with fast float64 and that of the others."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": single}
     spec = next(spec for spec in contract.load() if spec.op.name == "proximal_step")
-    with cfl_ops.config.use_backend("triton"), _tuning.force("proximal_step", use):
+    with cfl_ops.config.use_backend("triton"), tuning.force("proximal_step", use):
         for case in spec.cases:
             args = case.make(torch.float32)
             contract.assert_within(contract.results(spec, args), spec.oracle(*args), spec.bound(*args))
 
 
 def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     kernels = __import__("cfl_ops.triton_kernels.proximal", fromlist=["x"])
     use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": True}
@@ -259,7 +258,7 @@ def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch:
     want = cfl_ops.proximal_step(features.double(), labels, weight.double(), lam=1e-4)
 
     def error() -> float:
-        with cfl_ops.config.use_backend("triton"), _tuning.force("proximal_step", use):
+        with cfl_ops.config.use_backend("triton"), tuning.force("proximal_step", use):
             got = cfl_ops.proximal_step(features, labels, weight, lam=1e-4)
         return float((got.grad_features - want.grad_features).norm() / want.grad_features.norm())
 
@@ -271,11 +270,11 @@ def test_refinement_gives_a_float32_factor_the_digits_that_it_lacks(monkeypatch:
 @pytest.mark.parametrize("single", [False, True])
 def test_small_systems_are_solved_as_accurately_in_float32_first(single: bool) -> None:
     """Every sample of the contract by Triton's kernel, and systems whose last pivot float32 cannot resolve."""
-    if not (_library.triton_available() and _library.triton_interpreted()):
+    if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     use = {"columns": 32, "num_warps": 4, "single": single}
     spec = next(spec for spec in contract.load() if spec.op.name == "ridge_solve")
-    with cfl_ops.config.use_backend("triton"), _tuning.force("ridge_solve", use):
+    with cfl_ops.config.use_backend("triton"), tuning.force("ridge_solve", use):
         for case in spec.cases:
             args = case.make(torch.float32)
             contract.assert_within(contract.results(spec, args), spec.oracle(*args), spec.bound(*args))
@@ -299,40 +298,40 @@ def test_no_rule_takes_float64_where_that_is_slow(architecture: str) -> None:
 
     What is left in float64 there is written in benches/results/STATUS.md.
     """
-    card = _tuning.Device("NVIDIA GeForce", architecture, 82, 99 << 10)
+    card = tuning.Device("NVIDIA GeForce", architecture, 82, 99 << 10)
     assert card.slow_float64
-    with _tuning.pretend(card):
+    with tuning.pretend(card):
         for kind in ("half", "tf32", "tf32x3"):
             for order in (8, 64, 65, 256, 513, 1024, 4096):
                 for rows in (16, 1024, 65536):
                     for planes in (False, True):
-                        use = _tuning.choose("gram", CPU, kind=kind, order=order, rows=rows, planes=planes)
+                        use = tuning.choose("gram", CPU, kind=kind, order=order, rows=rows, planes=planes)
                         assert use["how"] in ("pointers", "library")  # not exact, nor the copy engine's
         for rows in (1, 16, 32, 33, 128):
             for width in (128, 4096):
-                use = _tuning.choose("proximal_step", CPU, rows=rows, width=width, targets=100)
+                use = tuning.choose("proximal_step", CPU, rows=rows, width=width, targets=100)
                 assert use["single"]
         for order in (1, 16, 17, 33, 64):
-            assert _tuning.choose("ridge_solve", CPU, order=order, columns=1)["single"]
+            assert tuning.choose("ridge_solve", CPU, order=order, columns=1)["single"]
         # Sums of float64 that the caller asks for: the kernel whose products are not made one at a time.
         for order in (513, 2048):
-            use = _tuning.choose("gram", CPU, kind="float64", order=order, rows=4096, planes=False)
+            use = tuning.choose("gram", CPU, kind="float64", order=order, rows=4096, planes=False)
             assert use["how"] == "exact"
-    with _tuning.pretend(CARD):
-        assert not _tuning.choose("proximal_step", CPU, rows=64, width=512, targets=100)["single"]
-        assert not _tuning.choose("ridge_solve", CPU, order=16, columns=1)["single"]
+    with tuning.pretend(CARD):
+        assert not tuning.choose("proximal_step", CPU, rows=64, width=512, targets=100)["single"]
+        assert not tuning.choose("ridge_solve", CPU, order=16, columns=1)["single"]
 
 
 @pytest.mark.parametrize("rows", [1, 63, 1000, 65536])
 @pytest.mark.parametrize("width", [1, 100, 1024, 4096])
 @pytest.mark.parametrize("matrices", [1, 7])
 def test_tiles_are_shared_out_whole_while_they_fill_the_card(rows: int, width: int, matrices: int) -> None:
-    if not _library.triton_available():
+    if not dispatch.triton_available():
         pytest.skip("triton is not installed")
     kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
     x = torch.empty(1, rows, width, device="meta")
     use = {"TILE": 128, "TILE_N": 256, "DEPTH": 64, "resident": 1}
-    with _tuning.pretend(CARD):
+    with tuning.pretend(CARD):
         triangle, whole, rest, splits, per_split = kernels._share(x, matrices, 2, use)
     blocks = -(-width // 256)
     assert triangle == blocks * (blocks + 1)

@@ -10,8 +10,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from cfl_ops import _tuning
-from cfl_ops.cholesky import BAD_L, BAD_V, LOST_PIVOT, _update_python
+from cfl_ops._core.op import UNSERVED, Unserved
+from cfl_ops._gpu import tuning
+from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, LOST_PIVOT
 from torch import Tensor
 
 __all__ = ["cholesky_update", "cholesky_update_"]
@@ -71,18 +72,18 @@ def _update_kernel(
     tl.store(info_ptr + matrix, failed)
 
 
-def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
+def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor] | Unserved:
     """The launcher: the arguments and results of the op ``cfl_ops::cholesky_update``."""
     batch, order, rank = L.shape[:-2], L.shape[-1], V.shape[-1]
     block = triton.next_power_of_2(max(order, 16))
     if block > MOST_ROWS:
-        return _update_python(L, V, alpha, decay)
+        return UNSERVED
     matrices = batch.numel()
     old = L.tril()
     columns = (old * math.sqrt(decay)).mT.contiguous()  # a column is what a program reads at a time
     vectors = (V * math.sqrt(abs(alpha))).reshape(matrices, order, rank)
     info = torch.zeros(matrices, dtype=torch.int32, device=L.device)
-    use = _tuning.choose("cholesky_update", L.device, order=order, element=L.element_size())
+    use = tuning.choose("cholesky_update", L.device, order=order, element=L.element_size())
     # Entries of V that fit the registers; more vectors than that take turns.
     held = max(1, min(use["vectors"], use["held"] // block))
     for begin in range(0, rank, held):
@@ -105,9 +106,12 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[T
     return torch.where(failed, old, out).contiguous(), info.to(torch.int32)
 
 
-def cholesky_update_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
+def cholesky_update_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor | Unserved:
     """The launcher of the op in place: what lies above the diagonal stays."""
-    out, info = cholesky_update(L, V, alpha, decay)
+    done = cholesky_update(L, V, alpha, decay)
+    if isinstance(done, Unserved):
+        return done
+    out, info = done
     lower = torch.ones(L.shape[-2:], dtype=torch.bool, device=L.device).tril()
     changed = lower & (info == 0)[..., None, None]
     L.copy_(torch.where(changed, out, L))

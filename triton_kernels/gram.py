@@ -1,6 +1,6 @@
 """gram on a GPU: tiles of one triangle, the last of them split over the rows, mirrored where parts are summed.
 
-A rule of cfl_ops._tuning says how a problem is done:
+A rule of cfl_ops.tuning says how a problem is done:
 
 - ``pointers``: any strides, batches, weights and cards. float32 is three TF32 products with float32's accuracy;
   ``torch.set_float32_matmul_precision("high")`` makes it one, as in torch's own products. Half inputs are
@@ -20,9 +20,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from cfl_ops import _tuning
-from cfl_ops.config import backend_of
-from cfl_ops.gram import BAD_CLASS, BAD_WEIGHT, EXACT_GRAM, NOT_FINITE
+from cfl_ops._core import dispatch
+from cfl_ops._gpu import tuning
+from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -320,7 +320,7 @@ def gram(
     cross = make(matrices, order, targets, dtype=acc_dtype, device=x.device)
     if matrices and rows and width:
         if exact_kernel:
-            exact = EXACT_GRAM.overload(x3, None if weight is None else weight.double())
+            exact = torch.ops.cfl_ops.exact_gram.default(x3, None if weight is None else weight.double())
             gram_out[:, :width, :width] = exact
         else:
             _launch_gram(x3, weight, gram_out, acc_dtype)
@@ -373,7 +373,7 @@ def _launch_gram(x: Tensor, weight: Tensor | None, out: Tensor, acc_dtype: torch
     kind = _kind(x, weight, acc_dtype)
     rows, width = x.shape[1:]
     planes = _planes_serve(x, kind)
-    use = dict(_tuning.choose("gram", x.device, kind=kind, order=width, rows=rows, planes=planes))
+    use = dict(tuning.choose("gram", x.device, kind=kind, order=width, rows=rows, planes=planes))
     how = use.pop("how")
     if how == "planes" and planes:
         _by_planes(x, weight, out, kind, use)
@@ -479,7 +479,7 @@ def _share(x: Tensor, matrices: int, size: int, use: dict[str, int]) -> tuple[in
     programs of a round walk the same rows at the same time, so that memory is read once. A part costs what it takes
     to write and read it, in units of a step through DEPTH rows of elements of ``size`` bytes.
     """
-    slots = use.pop("resident") * _tuning.device_of(x.device).multiprocessors
+    slots = use.pop("resident") * tuning.device_of(x.device).multiprocessors
     rows, width = x.shape[-2:]
     return _shares(rows, width, matrices, size, slots, use["TILE"], use["TILE_N"], use["DEPTH"])
 
@@ -521,7 +521,7 @@ def _launch_cross(
     if kind == "tf32" or (kind == "half" and mixed):
         kind = "tf32x3"
     columns = targets + int(ones)
-    use = dict(_tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
+    use = dict(tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
     programs = divide_up(width, use["TILE"]) * divide_up(columns, use["TILE_K"])
     splits, per_split = _split(x, rows, programs * matrices, use)
     parts = x.new_empty(splits, matrices, width, columns, dtype=acc_dtype)
@@ -560,16 +560,16 @@ def gram_(
 
 def _exact_kernel(x: Tensor) -> bool:
     """Whether float64 sums are the CUDA C++ kernel's: it can be had, and the rule says so."""
-    if not x.is_cuda or backend_of(EXACT_GRAM.name, "cuda") not in ("native", "nvrtc"):
+    if not x.is_cuda or dispatch.overrides.serving["exact_gram", "cuda"] not in ("native", "nvrtc"):
         return False
     order, rows = x.shape[-1], x.shape[-2]
-    use = _tuning.choose("gram", x.device, kind="float64", order=order, rows=rows, planes=False)
+    use = tuning.choose("gram", x.device, kind="float64", order=order, rows=rows, planes=False)
     return bool(use["how"] == "exact")
 
 
 def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[int, int]:
     """How many parts the rows are cut into, so that each multiprocessor has ``waves`` programs, and their rows."""
-    wanted_programs = use.pop("waves") * _tuning.device_of(x.device).multiprocessors
+    wanted_programs = use.pop("waves") * tuning.device_of(x.device).multiprocessors
     depth = use["DEPTH"]
     wanted = max(1, min(wanted_programs // max(1, programs), MAX_SPLITS, rows // (4 * depth)))
     per_split = divide_up(divide_up(rows, wanted), depth) * depth

@@ -15,16 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from cfl_ops import _tuning
-from cfl_ops.proximal import (
-    BAD_FEATURES,
-    BAD_PENALTY,
-    BAD_TARGET,
-    BAD_WEIGHT,
-    _proximal_python,
-    _proximal_python_,
-)
-from cfl_ops.solve import on_device
+from cfl_ops._core.op import UNSERVED, Unserved
+from cfl_ops._gpu import tuning
+from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_TARGET, BAD_WEIGHT
+from cfl_ops.ops.solve.system import on_device
 from torch import Tensor
 
 from . import divide_up
@@ -414,9 +408,9 @@ def _step(
         t, bad_penalty = mu + scale * more, bad_penalty | ~((more >= 0) & more.isfinite())
     shrink = torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
 
-    use = _tuning.choose("proximal_step", device, rows=rows, width=width, targets=targets)
+    use = tuning.choose("proximal_step", device, rows=rows, width=width, targets=targets)
     block = max(PANEL, triton.next_power_of_2(rows))
-    programs = _tuning.device_of(device).multiprocessors
+    programs = tuning.device_of(device).multiprocessors
 
     def split(size: int, tile: int, others: int) -> tuple[int, int]:
         """Parts of a dimension that make about one program for each multiprocessor, and their size."""
@@ -507,13 +501,10 @@ def _step(
 def proximal_step(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
     lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...] | Unserved:  # fmt: skip
     """The launcher: the arguments and results of the op ``cfl_ops::proximal_step``."""
     if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
-        out = _proximal_python(
-            features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias, method
-        )
-        return tuple(value.contiguous() for value in out)
+        return UNSERVED
     new = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     return new, *_step(features, target, weight, bias, lam, ridge, reduction, new)
 
@@ -521,13 +512,10 @@ def proximal_step(
 def proximal_step_(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
     lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...] | Unserved:  # fmt: skip
     """The launcher of the op in place."""
     if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
-        out = _proximal_python_(
-            features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias, method
-        )
-        return tuple(value.contiguous() for value in out)
+        return UNSERVED
     dense = (
         weight if weight.is_contiguous() else torch.empty_like(weight, memory_format=torch.contiguous_format)
     )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from cfl_ops import _tuning
-from cfl_ops.solve import BAD_PENALTY, DOUBT, _ridge_solve_python, penalties
+from cfl_ops._core.op import UNSERVED, Unserved
+from cfl_ops._gpu import tuning
+from cfl_ops.ops.solve.codes import BAD_PENALTY, DOUBT
+from cfl_ops.ops.solve.system import penalties
 from torch import Tensor
 
 from . import divide_up
@@ -91,12 +93,14 @@ def _solve(
     return info
 
 
-def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
+def ridge_solve(
+    gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
+) -> tuple[Tensor, Tensor] | Unserved:
     """The launcher: one pass, or two."""
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:
-        return _ridge_solve_python(gram, cross, lam, lam_diag)
+        return UNSERVED
     shift, good = penalties(gram, lam, lam_diag)
     # A penalty that is refused becomes NaN, which no pivot survives.
     shift = torch.where(good, shift, torch.nan).expand(*batch, order).contiguous()
@@ -104,7 +108,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | Non
     working = torch.promote_types(dtype, torch.float32)  # the interpreter cannot store bfloat16
     solution = torch.empty(cross.shape, dtype=working, device=gram.device)
     info, doubt = torch.empty(2, *batch, dtype=torch.int32, device=gram.device)
-    use = _tuning.choose("ridge_solve", gram.device, order=order, columns=columns)
+    use = tuning.choose("ridge_solve", gram.device, order=order, columns=columns)
     width = min(use["columns"], triton.next_power_of_2(columns))
     arguments = gram.to(working).contiguous(), cross.to(working).contiguous(), shift, solution, doubt, info
 

@@ -16,7 +16,8 @@ namespace cfl::cuda {
 constexpr int kPanel = 32;
 // What a pass finds wrong with a matrix: the largest number counts, and 0 is nothing. Before kBadL
 // come the pivots that fail, the first of them last.
-constexpr int kBadV = 0x7fffffff, kBadL = kBadV - 1;
+constexpr int kBadV = 0x7fffffff;
+constexpr int kBadL = kBadV - 1;
 
 // A reflector: its vector, scaled, and c, +-1 / r, 1 / (l + r) of the scaled numbers; c has the
 // sign of the old pivot, for the column changes sign with it.

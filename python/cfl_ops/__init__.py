@@ -2,10 +2,9 @@
 
 import torch as _torch  # noqa: F401  (the extension needs libtorch in the process)
 
-from . import _library
-from ._version import __version__
-from .accumulate import GramAccumulator
-from .cholesky import (
+from cfl_ops._core import dispatch
+from cfl_ops.ops.cholesky.recursive_ridge import RecursiveRidge
+from cfl_ops.ops.cholesky.update import (
     SafeCholesky,
     cholesky_append,
     cholesky_append_ex,
@@ -23,7 +22,7 @@ from .cholesky import (
     spd_inverse,
     spd_inverse_ex,
 )
-from .codec import (
+from cfl_ops.ops.codec.codec import (
     QuantizedTensor,
     allocate_bits,
     compress,
@@ -39,10 +38,10 @@ from .codec import (
     quantize_ex,
     save_file,
 )
-from .errors import CorruptDataError, LinAlgError
-from .gram import GramMoments, gram, gram_, linear_gram
-from .least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
-from .proximal import (
+from cfl_ops.ops.gram.accumulate import GramAccumulator
+from cfl_ops.ops.gram.gram import GramMoments, gram, gram_, linear_gram
+from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
+from cfl_ops.ops.proximal.step import (
     ProximalStep,
     proximal_step,
     proximal_step_,
@@ -51,12 +50,14 @@ from .proximal import (
     proximal_update,
     ridge_step,
 )
-from .recursive import RecursiveRidge
-from .rescaled import rescaled_proximal_step
-from .ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
-from .solve import ridge_solve, ridge_solve_ex
+from cfl_ops.ops.solve.least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
+from cfl_ops.ops.solve.ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
+from cfl_ops.ops.solve.ridge_solve import ridge_solve, ridge_solve_ex
 
-_library.load_backends()
+from ._version import __version__
+from .errors import CorruptDataError, LinAlgError
+
+dispatch.load_backends()
 
 from . import arrays, config, learn
 

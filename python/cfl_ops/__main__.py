@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return demo.main(rest)
     if command == "autotune":
-        from . import _autotune
+        from cfl_ops._gpu import autotune as _autotune
 
         return _autotune.main(rest)
     if command == "info" and not rest:

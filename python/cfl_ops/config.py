@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from . import _cuda, _library
+from cfl_ops._core import dispatch
+from cfl_ops._core.op import OPS
 
 __all__ = ["backend_of", "get_backend", "info", "plan_proximal", "set_backend", "show", "use_backend"]
 
 
 def get_backend() -> str | None:
     """The forced backend (``"python"``, ``"triton"``, ``"native"``, ``"nvrtc"``), or None: automatic choice."""
-    return _library._overrides.forced
+    return dispatch.overrides.forced
 
 
 def set_backend(backend: str | None) -> None:
@@ -35,7 +36,7 @@ def set_backend(backend: str | None) -> None:
         RuntimeError: the backend is not installed.
 
     """
-    _library._overrides.install(backend)
+    dispatch.overrides.install(backend)
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 def backend_of(op: str, device_type: str) -> str:
     """The backend that serves ``op`` on ``"cpu"`` or ``"cuda"``; ``"none"`` if the forced one cannot."""
-    return _library._overrides.serving[op, device_type]
+    return dispatch.overrides.serving[op, device_type]
 
 
 def info() -> dict[str, Any]:
@@ -75,29 +76,29 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": get_backend() or "automatic",
     }
-    if _library.extension_available():
+    if dispatch.extension_available():
         extension = importlib.import_module("cfl_ops._C")
         report["extension"] = dict(extension.build_info())
     else:
         report["extension"] = None
-    if _library.triton_available():
+    if dispatch.triton_available():
         from importlib.metadata import version
 
-        report["triton"] = version("triton") + (" (interpreter)" if _library.triton_interpreted() else "")
+        report["triton"] = version("triton") + (" (interpreter)" if dispatch.triton_interpreted() else "")
     else:
         report["triton"] = None
     report["CUDA C++"] = _cuda_source()
     report["ops"] = {
-        name: {device: backend_of(name, device) for device in _library.DISPATCH_KEYS} for name in _library.OPS
+        name: {device: backend_of(name, device) for device in dispatch.DISPATCH_KEYS} for name in OPS
     }
     return report
 
 
 def _cuda_source() -> str:
     """Where the CUDA C++ kernels come from."""
-    if _cuda.native_available():
+    if dispatch.native_available():
         return "compiled with the extension"
-    if _cuda.nvrtc_available():
+    if dispatch.nvrtc_available():
         return "compiled at run time by CuPy's NVRTC"
     return "none: the extension has none, and cupy is not installed"
 

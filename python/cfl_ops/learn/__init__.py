@@ -6,7 +6,7 @@ from .closed_form_linear import ClosedFormLinear
 from .train_step import train_step
 
 if TYPE_CHECKING:
-    from .ridge import Ridge, RidgeCV
+    from cfl_ops.learn.ridge import Ridge, RidgeCV
 
 __all__ = ["ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _checks
-from .._library import check_info
-from ..proximal import proximal_step_, proximal_step_ex_
+from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info
+from cfl_ops.ops.proximal.step import proximal_step_, proximal_step_ex_
 
 __all__ = ["ClosedFormLinear"]
 
@@ -117,9 +117,9 @@ class ClosedFormLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.choice("learn.ClosedFormLinear", "method", method, METHODS)
-        _checks.choice("learn.ClosedFormLinear", "init", init, tuple(INITS))
-        _checks.choice("learn.ClosedFormLinear", "check", check, CHECKS)
+        checks.choice("learn.ClosedFormLinear", "method", method, METHODS)
+        checks.choice("learn.ClosedFormLinear", "init", init, tuple(INITS))
+        checks.choice("learn.ClosedFormLinear", "check", check, CHECKS)
         self.in_features, self.out_features = in_features, out_features
         self.lam, self.ridge, self.relative = lam, ridge, relative
         self.method, self.reduction, self.fit_bias, self.init = method, reduction, fit_bias, init
@@ -166,8 +166,8 @@ class ClosedFormLinear(nn.Module):
             shape: ``features.backward(grad_features)``.
 
         """
-        _checks.floating("learn.ClosedFormLinear", "features", features, 1)
-        _checks.size(
+        checks.floating("learn.ClosedFormLinear", "features", features, 1)
+        checks.size(
             "learn.ClosedFormLinear", "features", features, -1, self.in_features, "the head's in_features"
         )
         rows = features.detach().reshape(-1, self.in_features)

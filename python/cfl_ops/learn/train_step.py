@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _checks
+from cfl_ops._core import checks
+
 from .closed_form_linear import ClosedFormLinear
 
 __all__ = ["train_step"]
@@ -48,7 +49,7 @@ def train_step(
         >>> loss = train_step(backbone, head, optimizer, torch.randn(16, 4), torch.randint(3, (16,)))
 
     """
-    _checks.choice("learn.train_step", "order", order, ORDERS)
+    checks.choice("learn.train_step", "order", order, ORDERS)
     optimizer.zero_grad()
     features = backbone(x)
     if order == "head-first":

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _codec_host  # noqa: F401  (defines the ops host_*)
-from . import _codec_python as _py
-from ._nvrtc import MAX_SHARED_SYMBOLS, PART, THREADS, TILE_BYTES, WARPS
+from cfl_ops._core.op import UNSERVED, Unserved
+from cfl_ops._gpu.sources import Constants
+from cfl_ops.ops.codec import host as _codec_host  # noqa: F401  (defines the ops host_*)
+from cfl_ops.ops.codec.reference import payload as _py
+
+CODEC = Constants("codec")
 
 _ops = torch.ops.cfl_ops
 
@@ -53,9 +56,9 @@ def _crc_power(count: int) -> int:
 @functools.cache
 def crc_tables(device: torch.device) -> Tensor:
     """What block_crc looks up: a row of 256 words further, byte by byte; then each thread's way to the end."""
-    row = _crc_power(4 * THREADS)
+    row = _crc_power(4 * CODEC.kThreads)
     entries = [_crc_multiply(value << 8 * byte, row) for byte in range(4) for value in range(256)]
-    entries += [_crc_power(4 * (THREADS - thread)) for thread in range(THREADS)]
+    entries += [_crc_power(4 * (CODEC.kThreads - thread)) for thread in range(CODEC.kThreads)]
     host = _py.from_bytes(struct.pack(f"<{len(entries)}I", *entries))
     return host.to(device).view(torch.int32)  # waits, once: other streams will read it too
 
@@ -131,25 +134,28 @@ def _shared_memory(device: torch.device) -> int:
     return optin - STATIC_SHARED
 
 
-_STACK_BYTES = 2 * (TILE_BYTES + 4 * 64)
-"""The two stacks of lists of a warp (Tile in codec_kernel.cuh)."""
+def _stack_bytes() -> int:
+    """The two stacks of lists of a warp (Tile in codec_kernel.cuh)."""
+    return 2 * (CODEC.kTileBytes + 4 * 64)
 
 
 def _node_bytes(nodes: int, chunk_log2: int, symbol_bytes: int) -> int:
     """The nodes, where their bits start, and what has passed them at the end of each tile."""
-    tiles = -(-(symbol_bytes << chunk_log2) // TILE_BYTES)
+    tiles = -(-(symbol_bytes << chunk_log2) // CODEC.kTileBytes)
     return 20 * nodes + 4 * -(-tiles * nodes // 2)
 
 
 def encode_shared(nodes: int, chunk_log2: int, alphabet: int, symbol_bytes: int) -> int:
     """Bytes of shared memory that codec_encode_kernel needs besides the bits of a chunk."""
-    codes = 4 * alphabet if alphabet <= MAX_SHARED_SYMBOLS else 0
-    return _node_bytes(nodes, chunk_log2, symbol_bytes) + WARPS * max(_STACK_BYTES, 4 * nodes) + codes
+    codes = 4 * alphabet if alphabet <= CODEC.kMaxSharedSymbols else 0
+    return (
+        _node_bytes(nodes, chunk_log2, symbol_bytes) + CODEC.kWarps * max(_stack_bytes(), 4 * nodes) + codes
+    )
 
 
 def decode_shared(nodes: int, chunk_log2: int, leaves: int, symbol_bytes: int, largest: int) -> int:
     """Bytes of shared memory that codec_decode_kernel needs besides the stacks of its warps."""
-    symbols = 4 * -(-leaves // 2) if leaves <= MAX_SHARED_SYMBOLS else 0
+    symbols = 4 * -(-leaves // 2) if leaves <= CODEC.kMaxSharedSymbols else 0
     words = -(-largest // 4) + 2
     return _node_bytes(nodes, chunk_log2, symbol_bytes) + symbols + 4 * (words + words // 2)
 
@@ -164,7 +170,7 @@ def _symbol_dtype(bits: int) -> torch.dtype:
 def _ranges(kernels: Any, flat: Tensor, levels: int) -> tuple[Tensor, ...]:
     """The smallest and the largest finite weight of each row, the number of others, and the row's arithmetic."""
     groups, size = flat.shape
-    parts = -(-size // PART)
+    parts = -(-size // CODEC.kPart)
 
     def fresh(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=flat.device)
@@ -295,30 +301,22 @@ def huffman_encode(
     return out
 
 
-def huffman_decode_(kernels: Any, payload: Tensor, out: Tensor, start: int) -> Tensor:
+def huffman_decode_(kernels: Any, payload: Tensor, out: Tensor, start: int) -> Tensor | Unserved:
     """The op ``cfl_ops::huffman_decode_``. Waits once, for the header; its info comes without waiting."""
     info = _decode(kernels, payload, out, start, None, 1)
-    if info is None:
-        from .codec import HUFFMAN_DECODE
-
-        return HUFFMAN_DECODE.python(payload, out, start)  # type: ignore[no-any-return]
-    return info
+    return UNSERVED if info is None else info
 
 
 def decompress_(
     kernels: Any, payload: Tensor, minimum: Tensor, maximum: Tensor, bits: int, group_size: int, out: Tensor,
     start: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor | Unserved:  # fmt: skip
     """The op ``cfl_ops::decompress_``: decoding and weights in one kernel. Waits once, for the header."""
     count = out.numel()
     if start < 0 or (count and (start + count - 1) // group_size >= minimum.numel()):
         return _info(_py.OUT_OF_RANGE, payload.device)
     info = _decode(kernels, payload, out, start, _affine(kernels, minimum, maximum, bits), group_size)
-    if info is None:
-        from .codec import DECOMPRESS
-
-        return DECOMPRESS.python(payload, minimum, maximum, bits, group_size, out, start)  # type: ignore[no-any-return]
-    return info
+    return UNSERVED if info is None else info
 
 
 def _decode(
@@ -337,10 +335,10 @@ def _decode(
     if count == 0:
         return info
     shared = decode_shared(nodes, chunk_log2, leaves, symbol_bytes, largest)
-    lists = min(WARPS, (_shared_memory(device) - shared) // _STACK_BYTES)
+    lists = min(CODEC.kWarps, (_shared_memory(device) - shared) // _stack_bytes())
     if nodes > MAX_NODES or chunk_log2 > MAX_CHUNK_LOG2 or lists < 1:
         return None
-    shared += lists * _STACK_BYTES
+    shared += lists * _stack_bytes()
     first, last = start >> chunk_log2, (start + count - 1) >> chunk_log2
     table = data - 8 * -(-numel >> chunk_log2)
     entries = payload[table + 8 * first : table + 8 * (last + 1)].clone().view(torch.int32).view(-1, 2)

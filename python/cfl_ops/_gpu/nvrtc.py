@@ -6,46 +6,26 @@ the text of the source: hence one text without includes.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._cholesky_cuda import PANEL, RANKS
-from ._cuda import GRAM_TILE
-from ._solve_cuda import SIDE
+from cfl_ops._gpu.sources import Constants, source
 
-THREADS, WARPS, PART, MAX_SHARED, TILE_BYTES, MAX_SHARED_SYMBOLS = 256, 8, 1 << 15, 8192, 1 << 11, 4096
-"""As in device.cuh and codec_kernel.cuh."""
-MOST_BLOCKS, SPAN = 1 << 20, 1 << 12
-SECOND_LOOK_BLOCKS, COLUMNS_PER_WARP = 2048, 64
-"""Of solve_kernel.cuh."""
+CODEC = Constants("codec")
+GRAM = Constants("exact")
+SOLVE = Constants("solve")
+CHOLESKY = Constants("cholesky")
+
+MOST_BLOCKS = 1 << 20
 OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of device.cuh
-HEADERS = {
-    "codec": ("device", "codec_kernel"),
-    "exact": ("device", "gram_kernel"),
-    "solve": ("device", "linalg", "solve_kernel"),
-    "cholesky": ("device", "linalg", "cholesky_kernel"),
-}
-"""The sources of a family, by the first word of its kernels' names: what is not used is not compiled."""
-
 _SYMBOLS = {torch.uint8: "uint8_t", torch.uint16: "uint16_t"}
 _COMPUTED = (("float", "float"), ("float", "double"), ("double", "double"))
 _SMALL_ORDERS = (8, 16, 32, 64)
+RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
+"""Of cholesky_update: a warp holds a row's part of so many vectors in each lane."""
 _FLOATS = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "float", torch.float64: "double"}
-
-
-def source(family: str) -> str:
-    """The kernels of a family as one text: NVRTC needs no folder of headers for it."""
-    here = Path(__file__).parent
-    roots = [here / "csrc", *(parent / "csrc" for parent in here.parents)]  # installed, or editable
-    root = next((root for root in roots if (root / "cuda" / "device.cuh").is_file()), None)
-    if root is None:
-        raise RuntimeError("cfl_ops: the CUDA sources are not installed beside the package")
-    text = "".join((root / "cuda" / f"{name}.cuh").read_text() for name in HEADERS[family])
-    return re.sub(r'^#(pragma once|include "cuda/.*)$', "", text, flags=re.MULTILINE)
 
 
 def names(family: str) -> list[str]:
@@ -95,11 +75,11 @@ def _small_solve(order: int, element: int) -> tuple[int, int, int]:
 
 
 def _counting_blocks(symbols: int) -> int:
-    return min(1024, -(-symbols // (16 * THREADS)))
+    return min(1024, -(-symbols // (16 * CODEC.kThreads)))
 
 
 class Nvrtc:
-    """The same calls as :class:`cfl_ops._cuda.Native`."""
+    """The same calls as :class:`cfl_ops._gpu.native.Native`."""
 
     def __init__(self) -> None:
         import cupy
@@ -123,7 +103,7 @@ class Nvrtc:
         blocks: int,
         shared: int,
         *arguments: Any,
-        threads: int = THREADS,
+        threads: int | None = None,
     ) -> None:
         """Put a kernel into torch's current stream. CuPy does not follow that stream by itself."""
         np = self.numpy
@@ -142,7 +122,7 @@ class Nvrtc:
                 for a in arguments
             ]
             with stream:
-                function((blocks,), (threads,), tuple(plain), shared_mem=shared)
+                function((blocks,), (threads or CODEC.kThreads,), tuple(plain), shared_mem=shared)
 
     def largest(self, symbols: Tensor, largest: Tensor) -> None:
         """See codec.cuh, here and below."""
@@ -156,7 +136,7 @@ class Nvrtc:
         n, blocks = symbols.numel(), _counting_blocks(symbols.numel())
         if n:
             name = f"codec_histogram_kernel<{_SYMBOLS[symbols.dtype]}>"
-            shared = 4 * min(counts.numel() - 1, MAX_SHARED)
+            shared = 4 * min(counts.numel() - 1, CODEC.kMaxShared)
             self.launch(name, symbols.device, blocks, shared, symbols, self.numpy.int64(n), counts)
 
     def encode(
@@ -203,7 +183,7 @@ class Nvrtc:
         groups, size = weights.shape
         if groups == 0:
             return
-        parts = -(-size // PART)
+        parts = -(-size // CODEC.kPart)
         if size:
             self.launch(
                 *(
@@ -216,7 +196,12 @@ class Nvrtc:
                 *(np.int64(groups), np.int64(size), np.int64(parts), ends, bad),
             )
         self.launch(
-            *(f"codec_ends_kernel<{kind}>", weights.device, min(MOST_BLOCKS, -(-groups // WARPS)), 0),
+            *(
+                f"codec_ends_kernel<{kind}>",
+                weights.device,
+                min(MOST_BLOCKS, -(-groups // CODEC.kWarps)),
+                0,
+            ),
             *(ends, bad, np.int64(groups), np.int64(parts), np.int32(levels), minimum, maximum, info, affine),
         )
 
@@ -225,7 +210,12 @@ class Nvrtc:
         groups, np = minimum.numel(), self.numpy
         if groups:
             self.launch(
-                *(f"codec_affine_kernel<{_FLOATS[minimum.dtype]}>", minimum.device, -(-groups // THREADS), 0),
+                *(
+                    f"codec_affine_kernel<{_FLOATS[minimum.dtype]}>",
+                    minimum.device,
+                    -(-groups // CODEC.kThreads),
+                    0,
+                ),
                 *(minimum, maximum, np.int64(groups), np.int32(levels), affine),
             )
 
@@ -243,10 +233,10 @@ class Nvrtc:
         groups, size = weights.shape
         if groups == 0 or size == 0:
             return
-        parts = -(-size // PART)
+        parts = -(-size // CODEC.kPart)
         self.launch(
             *(f"codec_quantize_kernel<{kind}>", weights.device, min(MOST_BLOCKS, groups * parts)),
-            4 * levels if counts is not None and levels <= MAX_SHARED else 0,
+            4 * levels if counts is not None and levels <= CODEC.kMaxShared else 0,
             *(weights, np.int64(groups), np.int64(size), np.int64(parts), affine, info, np.int32(levels)),
             *(symbols, counts),
         )
@@ -257,7 +247,11 @@ class Nvrtc:
         if n:
             self.launch(
                 f"codec_dequantize_kernel<{_SYMBOLS[symbols.dtype]}, {_FLOATS[weights.dtype]}>",
-                *(symbols.device, min(MOST_BLOCKS, -(-n // (SPAN * WARPS))), 0),
+                *(
+                    symbols.device,
+                    min(MOST_BLOCKS, -(-n // (CODEC.kSpan * CODEC.kWarps))),
+                    0,
+                ),
                 *(symbols, np.int64(n), np.int64(symbols.shape[1]), affine, weights),
             )
 
@@ -267,7 +261,7 @@ class Nvrtc:
         """X (matrices, rows, columns) of any strides, weight (matrices, rows) float64 or None."""
         np = self.numpy
         batch, rows, cols = x.shape
-        tiles, splits = -(-cols // GRAM_TILE), parts.shape[1]
+        tiles, splits = -(-cols // GRAM.kGramTile), parts.shape[1]
         if batch and cols:
             weight_strides = (0, 0) if weight is None else weight.stride()
             self.launch(
@@ -289,9 +283,9 @@ class Nvrtc:
         element = 8 if wide else matrices.element_size()
         kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
         systems, warps, held = _small_solve(order, element)
-        blocks = -(-batch * max(1, -(-columns // COLUMNS_PER_WARP)) // (warps * systems))
+        blocks = -(-batch * max(1, -(-columns // SOLVE.kColumnsPerWarp)) // (warps * systems))
         if element != matrices.element_size():
-            blocks = min(blocks, SECOND_LOOK_BLOCKS)
+            blocks = min(blocks, SOLVE.kSecondLookBlocks)
         self.launch(
             f"solve_small_kernel<{kind}>", matrices.device, blocks, warps * held,
             matrices, rights, np.float64(lam), shift, np.int64(batch), np.int32(n), np.int64(columns),
@@ -320,7 +314,7 @@ class Nvrtc:
         """Tile by tile in float64."""
         np = self.numpy
         batch, n, columns = rights.shape
-        tiles, right_tiles = -(-n // SIDE), -(-columns // SIDE)
+        tiles, right_tiles = -(-n // SOLVE.kSide), -(-columns // SOLVE.kSide)
         blocks = batch * (tiles * (tiles + 1) // 2 + 2 * tiles * right_tiles)
         if blocks:
             self.launch(
@@ -338,13 +332,13 @@ class Nvrtc:
         batch, n, rank = vectors.shape
         real = np.float64 if matrices.dtype == torch.float64 else np.float32
         held = next(r for r in RANKS[matrices.dtype] if r >= rank)
-        blocks = batch * -(-n // PANEL)
+        blocks = batch * -(-n // CHOLESKY.kPanel)
         if blocks:
             self.launch(
                 f"cholesky_update_kernel<{_FLOATS[matrices.dtype]}, {held}>", matrices.device, blocks, 0,
                 np.int64(n), np.int64(rank), matrices, *map(np.int64, matrices.stride()), vectors,
                 *map(np.int64, vectors.stride()), real(scale_l), real(scale_v), np.int32(check), np.int32(down),
-                real(lost), out, reflectors, flags, flags[-1:], found, threads=PANEL,
+                real(lost), out, reflectors, flags, flags[-1:], found, threads=CHOLESKY.kPanel,
             )  # fmt: skip
 
     def cholesky_choose(
@@ -353,7 +347,7 @@ class Nvrtc:
         """The factors of the systems that failed, or of those that did not."""
         np = self.numpy
         batch, n = matrices.shape[:2]
-        each = min(1, n) if n <= 128 else min(1024, -(-n // WARPS))
+        each = min(1, n) if n <= 128 else min(1024, -(-n // CODEC.kWarps))
         if batch * each:
             self.launch(
                 f"cholesky_choose_kernel<{_FLOATS[matrices.dtype]}>", matrices.device, batch * each, 0,

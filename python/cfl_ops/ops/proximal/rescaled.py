@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import check_info
-from .proximal import ProximalStep, proximal_step
+from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info
+from cfl_ops.ops.proximal.step import ProximalStep, proximal_step
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -67,15 +67,15 @@ def rescaled_proximal_step(
     for name, value in (("kappa", kappa), ("target_scale", target_scale)):
         if not 0 < value < float("inf"):
             raise ValueError(f"cfl_ops.{op}: {name} must be finite and positive, but got {value}")
-    _checks.tensor(op, "labels", labels, 1)
+    checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")
-    _checks.floating(op, "features", features, 2)
+    checks.floating(op, "features", features, 2)
     if features.ndim != 2:
         raise ValueError(
             f"cfl_ops.{op}: features must have 2 dimensions, but got shape {tuple(features.shape)}"
         )
-    _checks.floating(op, "weight", weight, 2)
+    checks.floating(op, "weight", weight, 2)
     # The plain step on targets of size M checks the rest of the arguments and the data.
     scaled_bias = None if bias is None else bias / target_scale
     plain = proximal_step(

@@ -20,11 +20,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import _checks
-from . import _codec_python as _py
-from ._codec_python import as_bytes, from_bytes
-from ._library import Derivative, check_info, define_op, explains, first_failure
-from .errors import CorruptDataError
+from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import result_type
+from cfl_ops._gpu.launch import cuda_cpp
+from cfl_ops.errors import CorruptDataError
+from cfl_ops.ops.codec import cuda
+from cfl_ops.ops.codec.reference import payload as _py
+from cfl_ops.ops.codec.reference.payload import as_bytes, from_bytes
 
 __all__ = [
     "QuantizedTensor",
@@ -47,6 +51,7 @@ CHUNK_LOG2 = 15
 """Symbols of a chunk, the unit of checksums and of random access: 2^15."""
 
 
+@result_type("codec")
 class QuantizedTensor(NamedTuple):
     """A tensor as bins of a uniform grid over its range (or the range of each row or block)."""
 
@@ -62,9 +67,6 @@ class QuantizedTensor(NamedTuple):
     """How many consecutive weights share a range."""
     histogram: Tensor | None = None
     """int64 counts of the bins, ``(2^bits,)`` for each group, where asked for."""
-
-
-torch.serialization.add_safe_globals([QuantizedTensor])
 
 
 # --- quantize -----------------------------------------------------------------------------------------------
@@ -160,11 +162,11 @@ QUANTIZE = define_op(
     python=_quantize_python,
     fake=_quantize_fake,
     core_dims=(1, None, None),
-    cuda="_codec_cuda:quantize",
+    cuda=cuda_cpp(cuda.quantize),
 )
 
 
-@explains("quantize")
+@error_message("quantize")
 def _explain_quantize(info: Tensor, context: Sequence[Tensor]) -> Exception:
     bad = int(info.sum())
     _, _, where = first_failure(info)
@@ -193,7 +195,7 @@ WEIGHT_RANGE = define_op(
     python=_weight_range_python,
     fake=_weight_range_fake,
     core_dims=(1, None, None),
-    cuda="_codec_cuda:weight_range",
+    cuda=cuda_cpp(cuda.weight_range),
 )
 
 
@@ -232,7 +234,7 @@ DEQUANTIZE = define_op(
     python=_dequantize_python,
     fake=_dequantize_fake,
     core_dims=(1, 0, 0, None),
-    cuda="_codec_cuda:dequantize",
+    cuda=cuda_cpp(cuda.dequantize),
     derivative=Derivative(_dequantize_setup_context, _dequantize_backward),
 )
 
@@ -255,9 +257,9 @@ def quantize_ex(
         >>> bad
         tensor([0, 1])
     """
-    _checks.floating("quantize", "w", w, 0)
+    checks.floating("quantize", "w", w, 0)
     _check_bits("quantize", bits)
-    _checks.choice("quantize", "per", per, ("tensor", "row", "block"))
+    checks.choice("quantize", "per", per, ("tensor", "row", "block"))
     if (per == "block") != (block_size is not None):
         raise ValueError("cfl_ops.quantize: block_size must be given with per='block', and only then")
     w = w.detach()
@@ -351,7 +353,7 @@ def dequantize(q: QuantizedTensor) -> Tensor:
             f"cfl_ops.dequantize: q.symbols must be {_symbol_dtype(q.bits)} for {q.bits} bits, "
             f"but got {q.symbols.dtype}"
         )
-    _checks.floating("dequantize", "q.minimum", q.minimum, 0)
+    checks.floating("dequantize", "q.minimum", q.minimum, 0)
     if q.minimum.shape != q.maximum.shape or q.minimum.dtype != q.maximum.dtype:
         raise ValueError("cfl_ops.dequantize: q.minimum and q.maximum must have the same shape and dtype")
     groups, numel = q.minimum.numel(), q.symbols.numel()
@@ -396,7 +398,7 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
         tensor(4., dtype=torch.float64)
 
     """
-    _checks.floating("estimate_entropy", "w", w, 0)
+    checks.floating("estimate_entropy", "w", w, 0)
     return _entropy(_probe("estimate_entropy", w, bits, fraction)[2])
 
 
@@ -465,7 +467,7 @@ HUFFMAN_ENCODE = define_op(
     python=_huffman_encode_python,
     fake=_huffman_encode_fake,
     core_dims=_no_vmap("huffman_encode"),
-    cuda="_codec_cuda:huffman_encode",
+    cuda=cuda_cpp(cuda.huffman_encode),
     tags=_DATA_DEPENDENT,
 )
 
@@ -544,7 +546,7 @@ HUFFMAN_DECODE = define_op(
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("huffman_decode"),
-    cuda="_codec_cuda:huffman_decode_",
+    cuda=cuda_cpp(cuda.huffman_decode_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
@@ -574,7 +576,7 @@ DECOMPRESS = define_op(
     python=_decompress_python,
     fake=lambda payload, *_: payload.new_empty((), dtype=torch.int64),
     core_dims=_no_vmap("decompress"),
-    cuda="_codec_cuda:decompress_",
+    cuda=cuda_cpp(cuda.decompress_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
@@ -595,8 +597,8 @@ def _explain_decode(op: str) -> Any:
     return explain
 
 
-explains("huffman_decode_")(_explain_decode("huffman_decode"))
-explains("decompress_")(_explain_decode("decompress"))
+error_message("huffman_decode_")(_explain_decode("huffman_decode"))
+error_message("decompress_")(_explain_decode("decompress"))
 
 
 def huffman_encode(symbols: Tensor) -> Tensor:
@@ -625,13 +627,13 @@ def huffman_encode(symbols: Tensor) -> Tensor:
 
 
 def _check_symbols(op: str, name: str, value: Any) -> None:
-    _checks.tensor(op, name, value, 0)
+    checks.tensor(op, name, value, 0)
     if value.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"cfl_ops.{op}: {name} must be uint8 or uint16, but got {value.dtype}")
 
 
 def _check_payload(op: str, name: str, payload: Any) -> None:
-    _checks.tensor(op, name, payload, 1)
+    checks.tensor(op, name, payload, 1)
     if payload.dtype != torch.uint8 or payload.ndim != 1:
         raise TypeError(
             f"cfl_ops.{op}: {name} must be a 1-d uint8 tensor, but got {payload.dtype} "
@@ -640,12 +642,12 @@ def _check_payload(op: str, name: str, payload: Any) -> None:
 
 
 def _check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    _checks.tensor(op, "out", out, 0)
+    checks.tensor(op, "out", out, 0)
     if out.dtype not in dtypes:
         raise TypeError(f"cfl_ops.{op}: out must be {' or '.join(map(str, dtypes))}, but got {out.dtype}")
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
-    _checks.same_device(op, "the encoded bytes", payload, out=out)
+    checks.same_device(op, "the encoded bytes", payload, out=out)
 
 
 def _span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int, int]:
@@ -730,9 +732,7 @@ def _header(op: str, payload: Tensor, raw: Tensor | None = None) -> _Header:
         code, symbol_bytes, _, numel, ndim, *extents = _as_tensor(PAYLOAD_HEADER(payload)).tolist()
         shape = tuple(extents[:ndim])
     else:  # read on the host, and not once more by the op that decodes
-        from . import _codec_cuda
-
-        code, symbol_bytes, numel, shape = _codec_cuda.read_header(payload, raw)
+        code, symbol_bytes, numel, shape = cuda.read_header(payload, raw)
     if code:
         raise _corrupt(op, f"the payload {_py.WORDS[code]}")
     return _Header(symbol_bytes, numel, shape)
@@ -818,8 +818,8 @@ def compress(
         True
 
     """
-    _checks.floating("compress", "w", w, 0)
-    _checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
+    checks.floating("compress", "w", w, 0)
+    checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
     if bits is not None:
         _check_bits("compress", bits)
     w = w.detach()
@@ -899,9 +899,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
         raise _corrupt(op, "the blob is too short to hold a header")
     near = blob  # what can be read without a wait: of a blob on a GPU, its first bytes
     if blob.device.type != "cpu":
-        from . import _codec_cuda
-
-        near = _codec_cuda.to_host(blob[: _py.prefix(size)])
+        near = cuda.to_host(blob[: _py.prefix(size)])
     fixed = as_bytes(near[:_BLOB_BYTES])
     magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(
         fixed
@@ -956,8 +954,8 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if not good:
         raise _corrupt(op, "the blob has a range that is not finite or not ordered")
     if blob.device.type != "cpu":
-        minimum = _codec_cuda.to_device(minimum, blob.device)
-        maximum = _codec_cuda.to_device(maximum, blob.device)
+        minimum = cuda.to_device(minimum, blob.device)
+        maximum = cuda.to_device(maximum, blob.device)
         if index is not None and values is not None:
             index, values = index.to(blob.device), values.to(blob.device)
     return _Blob(
@@ -1044,9 +1042,9 @@ def compress_state_dict(
     """
     out = {}
     for name, value in state_dict.items():
-        _checks.tensor("compress_state_dict", f"state_dict[{name!r}]", value, 0)
+        checks.tensor("compress_state_dict", f"state_dict[{name!r}]", value, 0)
         try:
-            compressible = value.dtype in _checks.FLOATS and value.numel() >= min_numel
+            compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
             out[name] = compress(value, **options) if compressible else _store_raw(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in state_dict[{name!r}])") from None

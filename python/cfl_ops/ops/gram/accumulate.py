@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import GramMoments, gram, gram_
+from cfl_ops._core.results import public
+from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
 
 __all__ = ["GramAccumulator"]
 
@@ -20,6 +21,7 @@ CHUNK_BYTES = 8 << 20
 FOLD_EVERY = 1024
 
 
+@public
 class GramAccumulator:
     r"""Streams batches into :class:`GramMoments`.
 

@@ -9,9 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
-from .errors import LinAlgError
+from cfl_ops._core import checks
+from cfl_ops._core.batching import expand_batch
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import result_type
+from cfl_ops._gpu.launch import cuda_cpp, triton
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.cholesky import cuda
+from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, INDEFINITE, LOST_PIVOT, NOT_FINITE
 
 __all__ = [
     "SafeCholesky",
@@ -31,13 +37,6 @@ __all__ = [
     "spd_inverse",
     "spd_inverse_ex",
 ]
-
-# What a negative info says; a positive one is the order of the first pivot that is not positive.
-BAD_V, BAD_L = -1, -2
-
-# A downdate fails where it leaves less than this many eps of a squared pivot: what is left is rounding.
-LOST_PIVOT = 10
-
 
 # --- rank-k update: fallback, fake, derivative ----------------------------------------------------------------
 
@@ -132,22 +131,18 @@ UPDATE = define_op(
     fake=_update_fake,
     core_dims=(2, 2, None, None),
     derivative=Derivative(_update_setup_context, _update_backward),
-    triton="cholesky:cholesky_update",
-    cuda="_cholesky_cuda:cholesky_update",
-    cuda_first=True,
+    cuda=(*cuda_cpp(cuda.cholesky_update), triton("cfl_ops.triton_kernels.cholesky:cholesky_update")),
 )
 UPDATE_ = define_op(
     "cholesky_update_(Tensor(a!) L, Tensor V, float alpha, float decay) -> Tensor info",
     python=_update_python_,
     fake=lambda L, V, alpha, decay: L.new_empty(L.shape[:-2], dtype=torch.int32),
     core_dims=(2, 2, None, None),
-    triton="cholesky:cholesky_update_",
-    cuda="_cholesky_cuda:cholesky_update_",
-    cuda_first=True,
+    cuda=(*cuda_cpp(cuda.cholesky_update_), triton("cfl_ops.triton_kernels.cholesky:cholesky_update_")),
 )
 
 
-@explains("cholesky_update")
+@error_message("cholesky_update")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     _, code, where = first_failure(info)
     prefix = f"cfl_ops.cholesky_update: {where}"
@@ -326,7 +321,7 @@ def _as_context(alpha: float) -> Tensor:
 def _update(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
     V = _update_arguments(op, L, V, alpha, decay)
     if L.shape[:-2] != V.shape[:-2]:
-        batch = _checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
+        batch = checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
         L, V = expand_batch((L, V), (2, 2), batch)
     out: tuple[Tensor, Tensor] = UPDATE(L, V, alpha, decay)
     return out
@@ -335,7 +330,7 @@ def _update(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[
 def _update_in_place(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
     V = _update_arguments(op, L, V, alpha, decay)
     if L.shape[:-2] != V.shape[:-2]:
-        batch = _checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
+        batch = checks.broadcastable(op, L=L.shape[:-2], V=V.shape[:-2])
         if L.shape[:-2] != batch:
             raise ValueError(
                 f"cfl_ops.{op}: L must have the batch shape {tuple(batch)} to be updated in place, "
@@ -357,11 +352,11 @@ def _update_in_place(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) 
 def _update_arguments(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:
     """Check the arguments; V in the dtype of L."""
     _factor_argument(op, "L", L)
-    _checks.floating(op, "V", V, 2)
+    checks.floating(op, "V", V, 2)
     if V.shape[-2] != L.shape[-1]:
-        _checks.size(op, "V", V, -2, L.shape[-1], "the order of L")
+        checks.size(op, "V", V, -2, L.shape[-1], "the order of L")
     if V.device != L.device:
-        _checks.same_device(op, "L", L, V=V)
+        checks.same_device(op, "L", L, V=V)
     for name, value in (("alpha", alpha), ("decay", decay)):
         if type(value) is float or torch.compiler.is_compiling():
             pass
@@ -381,7 +376,7 @@ def _update_arguments(op: str, L: Tensor, V: Tensor, alpha: float, decay: float)
 def _factor_argument(op: str, name: str, value: Any) -> None:
     """``value`` is a batch of square matrices, float32 or float64."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.ndim < 2:
-        _checks.tensor(op, name, value, 2)
+        checks.tensor(op, name, value, 2)
     if value.dtype != torch.float32 and value.dtype != torch.float64:
         raise TypeError(f"cfl_ops.{op}: {name} must be float32 or float64, but got {value.dtype}")
     if value.shape[-1] != value.shape[-2]:
@@ -442,7 +437,7 @@ def cholesky_append_ex(L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor,
     return _append("cholesky_append_ex", L, rows, corner)
 
 
-@explains("cholesky_append")
+@error_message("cholesky_append")
 def _explain_append(info: Tensor, context: Sequence[Tensor]) -> Exception:
     _, code, where = first_failure(info)
     error: Exception = LinAlgError(
@@ -455,16 +450,16 @@ def _explain_append(info: Tensor, context: Sequence[Tensor]) -> Exception:
 def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     _factor_argument(op, "L", L)
     _factor_argument(op, "corner", corner)
-    _checks.floating(op, "rows", rows, 2)
-    _checks.size(op, "rows", rows, -1, L.shape[-1], "the order of L")
-    _checks.size(op, "rows", rows, -2, corner.shape[-1], "the order of corner")
+    checks.floating(op, "rows", rows, 2)
+    checks.size(op, "rows", rows, -1, L.shape[-1], "the order of L")
+    checks.size(op, "rows", rows, -2, corner.shape[-1], "the order of corner")
     for name, value in (("rows", rows), ("corner", corner)):
         if value.dtype != L.dtype:
             raise TypeError(
                 f"cfl_ops.{op}: {name} must have the dtype of L ({L.dtype}), but got {value.dtype}"
             )
-    _checks.same_device(op, "L", L, rows=rows, corner=corner)
-    batch = _checks.broadcastable(op, L=L.shape[:-2], rows=rows.shape[:-2], corner=corner.shape[:-2])
+    checks.same_device(op, "L", L, rows=rows, corner=corner)
+    batch = checks.broadcastable(op, L=L.shape[:-2], rows=rows.shape[:-2], corner=corner.shape[:-2])
     L, rows, corner = expand_batch((L.tril(), rows, corner), (2, 2, 2), batch)
     order, new = L.shape[-1], corner.shape[-1]
     left = torch.linalg.solve_triangular(L.mT, rows, upper=True, left=False)
@@ -534,6 +529,7 @@ def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
 # --- matrices that are barely definite --------------------------------------------------------------------------
 
 
+@result_type("cholesky")
 class SafeCholesky(NamedTuple):
     """A factor of a positive semi-definite matrix, and what had to be added to get it."""
 
@@ -541,11 +537,6 @@ class SafeCholesky(NamedTuple):
     """``(..., D, D)``: lower triangular, with a positive diagonal."""
     jitter: Tensor
     """``(...)``: ``L L^T`` is ``a + jitter diag(a)``, plus 1 on the diagonal for each dead column."""
-
-
-torch.serialization.add_safe_globals([SafeCholesky])
-
-NOT_FINITE, INDEFINITE = -1, 1
 
 
 def _first_jitter(order: int, eps: float) -> float:
@@ -633,7 +624,7 @@ SAFE = define_op(
 )
 
 
-@explains("safe_cholesky")
+@error_message("safe_cholesky")
 def _explain_safe(info: Tensor, context: Sequence[Tensor]) -> Exception:
     _, code, where = first_failure(info)
     prefix = f"cfl_ops.safe_cholesky: {where}"

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PANEL = 32
-"""kPanel of cholesky_kernel.cuh."""
-RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
-"""The instantiations: a warp holds a row's part of so many vectors in each lane."""
+from cfl_ops._gpu.nvrtc import RANKS
+from cfl_ops._gpu.sources import Constants
+from cfl_ops.ops.cholesky.codes import LOST_PIVOT
 
-
-BAD_L_FOUND = 2**31 - 2
-"""kBadL of cholesky_kernel.cuh: what a failed pivot is counted back from."""
+CHOLESKY = Constants("cholesky")
 
 
 def cholesky_update(kernels: Any, L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
@@ -46,12 +43,11 @@ def _passes(
     kernels: Any, factors: Tensor, V: Tensor, alpha: float, decay: float, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """New factors into the lower triangles of ``out``; what each pass found, and memory for info."""
-    from .cholesky import LOST_PIVOT
-
     matrices, order, rank = len(factors), factors.shape[-1], V.shape[-1]
     vectors = V.reshape(matrices, order, rank)
     device, dtype = factors.device, factors.dtype
-    ranks, panels = RANKS[dtype], -(-order // PANEL)
+    panel = CHOLESKY.kPanel
+    ranks, panels = RANKS[dtype], -(-order // panel)
     step = ranks[-1]
     passes = max(1, -(-rank // step))  # without vectors, too: signs and decay
     each = matrices * panels + 1
@@ -59,7 +55,7 @@ def _passes(
     flags, found = zeros[: passes * each].view(passes, each), zeros[passes * each :].view(passes, matrices)
     held = next(r for r in ranks if r >= min(rank, step))
     size = -(-(held + 3) // 4) * 4
-    reflectors = torch.empty(matrices, panels, PANEL, size, dtype=dtype, device=device)
+    reflectors = torch.empty(matrices, panels, panel, size, dtype=dtype, device=device)
     lost = LOST_PIVOT * torch.finfo(dtype).eps
     for i in range(passes):
         first = i == 0
@@ -72,5 +68,5 @@ def _passes(
         old = factors.diagonal(dim1=-2, dim2=-1).abs() * math.sqrt(decay)
         kept = out.diagonal(dim1=-2, dim2=-1) > math.sqrt(lost) * old
         which = kept.logical_not().to(torch.int32).argmax(-1).to(torch.int32) + 1
-        found[0] = torch.maximum(found[0], torch.where(kept.all(-1), 0, BAD_L_FOUND - which))
+        found[0] = torch.maximum(found[0], torch.where(kept.all(-1), 0, CHOLESKY.kBadL - which))
     return found, torch.zeros(matrices, dtype=torch.int32, device=device)

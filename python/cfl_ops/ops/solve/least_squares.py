@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
-from .errors import LinAlgError
-from .gram import GRAM
-from .solve import RIDGE_SOLVE
+from cfl_ops._core import checks
+from cfl_ops._core.batching import expand_batch
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import public
+from cfl_ops._gpu.launch import cuda_cpp
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.solve import cuda
+from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 
 __all__ = ["Factorization", "factorize", "lstsq", "lstsq_ex", "pinv", "pinv_ex"]
 
@@ -326,7 +331,7 @@ SMALL_PINV = define_op(
         a.new_empty(a.shape[:-2], dtype=torch.int32),
     ),
     core_dims=(2, None),
-    cuda="_solve_cuda:small_pinv",
+    cuda=cuda_cpp(cuda.small_pinv),
     helper=True,
 )
 
@@ -472,17 +477,17 @@ LSTSQ = define_op(
 )
 
 
-@explains("lstsq")
+@error_message("lstsq")
 def _explain_lstsq(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return _explain("lstsq", info, context[0])
 
 
-@explains("pinv")
+@error_message("pinv")
 def _explain_pinv(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return _explain("pinv", info, context[0])
 
 
-@explains("factorize")
+@error_message("factorize")
 def _explain_factorize(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return _explain("factorize", info, context[0])
 
@@ -498,16 +503,16 @@ def _explain(op: str, info: Tensor, a: Tensor) -> Exception:
 
 
 def _tolerance(op: str, name: str, value: float | Tensor | None, a: Tensor) -> Tensor | None:
-    return None if value is None else _checks.coefficient(op, name, value, a.device)
+    return None if value is None else checks.coefficient(op, name, value, a.device)
 
 
 def _lstsq_arguments(
     op: str, a: Tensor, b: Tensor, rtol: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    _checks.floating(op, "a", a, 2)
-    _checks.floating(op, "b", b, 2)
-    _checks.size(op, "b", b, -2, a.shape[-2], "the rows of a")
-    _checks.same_device(op, "a", a, b=b)
+    checks.floating(op, "a", a, 2)
+    checks.floating(op, "b", b, 2)
+    checks.size(op, "b", b, -2, a.shape[-2], "the rows of a")
+    checks.same_device(op, "a", a, b=b)
     relative = _tolerance(op, "rtol", rtol, a)
     if b.dtype == WIDE:
         a = a.to(WIDE)
@@ -516,7 +521,7 @@ def _lstsq_arguments(
         return a, b, None
     if relative is not None:
         batches["rtol"] = relative.shape
-    args = expand_batch((a, b, relative), (2, 2, 0), _checks.broadcastable(op, **batches))
+    args = expand_batch((a, b, relative), (2, 2, 0), checks.broadcastable(op, **batches))
     return args[0], args[1], args[2]
 
 
@@ -584,7 +589,7 @@ def lstsq_ex(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> tup
 def _pinv_arguments(
     op: str, a: Tensor, rtol: float | Tensor | None, atol: float | Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    _checks.floating(op, "a", a, 2)
+    checks.floating(op, "a", a, 2)
     relative, absolute = _tolerance(op, "rtol", rtol, a), _tolerance(op, "atol", atol, a)
     if relative is None and absolute is None:
         return a, None, None
@@ -592,7 +597,7 @@ def _pinv_arguments(
     for name, value in (("rtol", relative), ("atol", absolute)):
         if value is not None:
             batches[name] = value.shape
-    args = expand_batch((a, relative, absolute), (2, 0, 0), _checks.broadcastable(op, **batches))
+    args = expand_batch((a, relative, absolute), (2, 0, 0), checks.broadcastable(op, **batches))
     return args[0], args[1], args[2]
 
 
@@ -653,6 +658,7 @@ def pinv_ex(
 # --- factorize ----------------------------------------------------------------------------------------------
 
 
+@public
 @dataclass(frozen=True)
 class Factorization:
     """A factored matrix ``a (..., M, N)``: solves, its rank, condition and determinant from one factorisation.
@@ -668,13 +674,13 @@ class Factorization:
 
     def solve(self, b: Tensor) -> Tensor:
         """The minimum-norm least-squares solution ``(..., N, K)`` for ``b (..., M, K)``."""
-        _checks.floating("Factorization.solve", "b", b, 2)
-        _checks.size("Factorization.solve", "b", b, -2, self.a.shape[-2], "the rows of a")
-        _checks.same_device("Factorization.solve", "a", self.a, b=b)
+        checks.floating("Factorization.solve", "b", b, 2)
+        checks.size("Factorization.solve", "b", b, -2, self.a.shape[-2], "the rows of a")
+        checks.same_device("Factorization.solve", "a", self.a, b=b)
         dtype = torch.promote_types(self.a.dtype, b.dtype)
         f = self._factors
         if f is None:
-            batch = _checks.broadcastable("Factorization.solve", a=self.a.shape[:-2], b=b.shape[:-2])
+            batch = checks.broadcastable("Factorization.solve", a=self.a.shape[:-2], b=b.shape[:-2])
             return torch.zeros(*batch, self.a.shape[-1], b.shape[-1], dtype=dtype, device=b.device)
         wide = self.a.shape[-2] < self.a.shape[-1]
         apply = f.solve_transposed if wide else f.solve

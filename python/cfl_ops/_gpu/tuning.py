@@ -145,7 +145,7 @@ def write(path: Path, device: Device, rules: dict[str, list[dict[str, Any]]], no
 
 @functools.cache
 def _files(device: Device) -> tuple[dict[str, list[dict[str, Any]]], ...]:
-    package = Path(__file__).parent / "tuning"
+    package = Path(__file__).parent / "rules"
     paths = (user_file(device), package / f"{device.architecture}.json", package / "default.json")
     return tuple(read(path) for path in paths if path.is_file())
 

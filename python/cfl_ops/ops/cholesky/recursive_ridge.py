@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
-from .cholesky import cholesky_downdate_ex_, cholesky_update_
-from .errors import LinAlgError
+from cfl_ops._core import checks
+from cfl_ops._core.results import public
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.cholesky.update import cholesky_downdate_ex_, cholesky_update_
 
 __all__ = ["RecursiveRidge"]
 
 
+@public
 class RecursiveRidge(torch.nn.Module):
     r"""Recursive least squares with a ridge, which is the full-covariance Kalman filter of a linear head.
 
@@ -200,8 +202,8 @@ class RecursiveRidge(torch.nn.Module):
             return_variance: whether to return ``(mean, variance)``.
 
         """
-        _checks.floating("RecursiveRidge.predict", "x", x, 1)
-        _checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
+        checks.floating("RecursiveRidge.predict", "x", x, 1)
+        checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
         mean = (x.double() @ self.wide_weight.mT).to(x.dtype)
         if not return_variance:
             return mean
@@ -226,8 +228,8 @@ class RecursiveRidge(torch.nn.Module):
         The roots are None where no weights are given.
         """
         op = f"RecursiveRidge.{method}"
-        _checks.floating(op, "x", x, 1)
-        _checks.floating(op, "y", y, 1)
+        checks.floating(op, "x", x, 1)
+        checks.floating(op, "y", y, 1)
         single = x.ndim == 1
         if single:
             x, y = x.unsqueeze(0), y.unsqueeze(0)
@@ -236,15 +238,15 @@ class RecursiveRidge(torch.nn.Module):
                 f"cfl_ops.{op}: x and y must have shapes (B, D) and (B, K), or (D,) and (K,), "
                 f"but got {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        _checks.size(op, "x", x, -1, self.features, "features")
-        _checks.size(op, "y", y, -1, self.targets, "targets")
-        _checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
+        checks.size(op, "x", x, -1, self.features, "features")
+        checks.size(op, "y", y, -1, self.targets, "targets")
+        checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
         dtype = self.factor.dtype
         x, y = x.detach().to(dtype), y.detach().to(torch.float64)
         if sample_weight is None:
             root = None
         else:
-            _checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
+            checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
             if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
                 raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
             root = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()

@@ -16,31 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _tuning
+from cfl_ops._core.op import UNSERVED, Unserved
+from cfl_ops._gpu import tuning
+from cfl_ops._gpu.sources import Constants
+from cfl_ops.ops.solve.codes import BAD_PENALTY, DOUBT
+from cfl_ops.ops.solve.system import factor_system, lost_pivots, penalties, solve_system
+
+SOLVE = Constants("solve")
 
 SMALL = 64
 PINV_SMALL = 32
 BLOCK = 1024
 """Beyond, products of matrices are worth their own kernels."""
-SIDE = 32
-"""kSide of solve_kernel.cuh."""
 
 
 def ridge_solve(
     kernels: Any, gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | Unserved:
     """The op ``cfl_ops::ridge_solve``: no synchronisation."""
-    from .solve import BAD_PENALTY, _factor, _ridge_solve_python
-
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
     if order == 0 or cross.numel() == 0:
-        return _ridge_solve_python(gram, cross, lam, lam_diag)
+        return UNSERVED
     tiled = order > SMALL
     if tiled and not _few(gram.device, order, columns, batch.numel()):
         own = _few(gram.device, min(order, BLOCK), 0, batch.numel())
-        chosen = functools.partial(factor, kernels) if own else _factor
-        return _ridge_solve_python(gram, cross, lam, lam_diag, chosen)
+        chosen = functools.partial(factor, kernels) if own else factor_system
+        return solve_system(gram, cross, lam, lam_diag, chosen)
     number, shift, good = _penalty(gram, lam, lam_diag)
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     working = torch.promote_types(dtype, torch.float32)
@@ -61,8 +63,6 @@ def _penalty(
     gram: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[float, Tensor | None, Tensor | None]:
     """A number for all, or numbers for each diagonal and which systems may have them."""
-    from .solve import penalties
-
     if lam_diag is None and lam.ndim == 0 and lam.is_cpu:
         number = float(lam)
         if 0 <= number < math.inf:
@@ -73,14 +73,12 @@ def _penalty(
     return 0.0, shift.reshape(-1, gram.shape[-1]).contiguous(), good
 
 
-def small_pinv(kernels: Any, a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def small_pinv(kernels: Any, a: Tensor, limit: float) -> tuple[Tensor, Tensor] | Unserved:
     """The op ``cfl_ops::small_pinv``: a kernel up to 32 columns (or rows, the fewer)."""
-    from .least_squares import _small_pinv_python
-
     batch, (rows, cols) = a.shape[:-2], a.shape[-2:]
     order = min(rows, cols)
     if order > PINV_SMALL or a.numel() == 0:
-        return _small_pinv_python(a, limit)
+        return UNSERVED
     working = a.to(torch.promote_types(a.dtype, torch.float32)).contiguous()
     out = torch.empty(*batch, cols, rows, dtype=working.dtype, device=a.device)
     info = torch.empty(batch, dtype=torch.int32, device=a.device)
@@ -98,8 +96,6 @@ def small_pinv(kernels: Any, a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factors of a few float64 systems ``(..., n, n)``, and info."""
-    from .solve import lost_pivots
-
     batch, order = system.shape[:-2], system.shape[-1]
     work = system.reshape(batch.numel(), order, order).clone(memory_format=torch.contiguous_format)
     info = torch.zeros(len(work), dtype=torch.int32, device=work.device)
@@ -121,14 +117,13 @@ def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
 
 def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
     """Whether a system's own chain of tiles is what its time is made of."""
-    use = _tuning.choose("ridge_solve_tiled", device, order=order, columns=columns, batch=batch)
+    use = tuning.choose("ridge_solve_tiled", device, order=order, columns=columns, batch=batch)
     return bool(use["tiled"])
 
 
 def _small(
     kernels: Any, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solution: Tensor
 ) -> Tensor:
-    from .solve import DOUBT
 
     batch, order = matrices.shape[:2]
     info = torch.empty(2, batch, dtype=torch.int32, device=matrices.device)
@@ -152,11 +147,12 @@ def _tiled(
     factors: Tensor | None,
 ) -> Tensor:
     batch, order, columns = rights.shape
-    tiles, right_tiles = -(-order // SIDE), -(-columns // SIDE)
+    side = SOLVE.kSide
+    tiles, right_tiles = -(-order // side), -(-columns // side)
     device = matrices.device
     held = batch * (tiles + right_tiles) * tiles
-    work = torch.empty(held * SIDE * SIDE, dtype=torch.float64, device=device)
-    inverse = torch.empty(batch * tiles * SIDE, dtype=torch.float64, device=device)
+    work = torch.empty(held * side * side, dtype=torch.float64, device=device)
+    inverse = torch.empty(batch * tiles * side, dtype=torch.float64, device=device)
     flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
     info = torch.empty(batch, dtype=torch.int32, device=device)
     exact = order * torch.finfo(torch.float64).eps

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, explains, first_failure
-from .errors import LinAlgError
-from .gram import GRAM
-from .least_squares import lstsq
-from .solve import BAD_PENALTY, RIDGE_SOLVE, on_device, ridge_solve
+from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import result_type
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.solve.codes import BAD_PENALTY
+from cfl_ops.ops.solve.least_squares import lstsq
+from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE, ridge_solve
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["RidgeCVResult", "class_ridge", "ridge", "ridge_cv", "ridge_path"]
 
@@ -31,11 +35,11 @@ PREDICTION_BYTES = 4 << 20
 
 def _check_xy(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """X and y in their common dtype (at least float32) and with their common batch shape."""
-    _checks.floating(op, "x", x, 2)
-    _checks.floating(op, "y", y, 2)
-    _checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
-    _checks.same_device(op, "x", x, y=y)
-    batch = _checks.broadcastable(op, x=x.shape[:-2], y=y.shape[:-2])
+    checks.floating(op, "x", x, 2)
+    checks.floating(op, "y", y, 2)
+    checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
+    checks.same_device(op, "x", x, y=y)
+    batch = checks.broadcastable(op, x=x.shape[:-2], y=y.shape[:-2])
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(dtype), y.to(dtype)
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
@@ -124,9 +128,7 @@ def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> T
     """
     wide_x, wide_y = _check_xy("ridge", x, y)
     penalty = (
-        lam
-        if not isinstance(lam, Tensor) and lam == 0
-        else _checks.coefficient("ridge", "lam", lam, x.device)
+        lam if not isinstance(lam, Tensor) and lam == 0 else checks.coefficient("ridge", "lam", lam, x.device)
     )
     xc, x_mean = _centred(wide_x, bias)
     yc, y_mean = _centred(wide_y, bias)
@@ -147,12 +149,12 @@ def _explain(op: str, info: Tensor) -> Exception:
     return error
 
 
-@explains("ridge_path")
+@error_message("ridge_path")
 def _explain_ridge_path(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return _explain("ridge_path", info)
 
 
-@explains("ridge_cv")
+@error_message("ridge_cv")
 def _explain_ridge_cv(info: Tensor, context: Sequence[Tensor]) -> Exception:
     return _explain("ridge_cv", info)
 
@@ -264,6 +266,7 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
 # --- ridge_cv -----------------------------------------------------------------------------------------------
 
 
+@result_type("ridge")
 class RidgeCVResult(NamedTuple):
     """The fit at the chosen penalties, and how every penalty did."""
 
@@ -275,9 +278,6 @@ class RidgeCVResult(NamedTuple):
     """The chosen penalties: ``(K)`` float64, or 0-d where one is shared by all targets."""
     scores: Tensor
     """``(L, K)`` float64: the mean squared error of each penalty and target (for gcv, its estimate)."""
-
-
-torch.serialization.add_safe_globals([RidgeCVResult])
 
 
 def _chunks(length: int, targets: int, itemsize: int, limit: int) -> list[slice]:
@@ -602,8 +602,8 @@ def ridge_cv(
         >>> cfl_ops.ridge_cv(x, 2 * x, [0.01, 100.0]).lam
         tensor([0.0100], dtype=torch.float64)
     """
-    _checks.floating("ridge_cv", "x", x, 2)
-    _checks.floating("ridge_cv", "y", y, 2)
+    checks.floating("ridge_cv", "x", x, 2)
+    checks.floating("ridge_cv", "y", y, 2)
     if x.ndim != 2 or y.ndim != 2:
         raise ValueError(
             f"cfl_ops.ridge_cv: x and y must have 2 dimensions, but got shapes {tuple(x.shape)} and {tuple(y.shape)}"
@@ -726,7 +726,7 @@ CLASS_SOLVE = define_op(
 )
 
 
-@explains("class_ridge")
+@error_message("class_ridge")
 def _explain_class_ridge(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     if code == BAD_CLASS:
@@ -793,16 +793,16 @@ def class_ridge(
                 [0.0000, 0.7500]])
     """
     op = "class_ridge"
-    _checks.floating(op, "x", x, 2)
-    _checks.tensor(op, "y", y, 1)
+    checks.floating(op, "x", x, 2)
+    checks.tensor(op, "y", y, 1)
     if x.ndim != 2 or y.ndim != 1:
         raise ValueError(
             f"cfl_ops.{op}: x must be (B, D) and y (B), but got shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if y.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: y must be int64 class indices, but got {y.dtype}")
-    _checks.size(op, "y", y, 0, x.shape[0], "the rows of x")
-    _checks.same_device(op, "x", x, y=y, weight=weight)
+    checks.size(op, "y", y, 0, x.shape[0], "the rows of x")
+    checks.same_device(op, "x", x, y=y, weight=weight)
     for name, value in (("kappa", kappa), ("scale", scale)):
         if not 0 < value < float("inf"):
             raise ValueError(f"cfl_ops.{op}: {name} must be positive and finite, but got {value}")
@@ -814,7 +814,7 @@ def class_ridge(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
     penalty, pull = (
-        _checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
+        checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
     )
     wide = x.to(WIDE)
     own = (y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)).to(WIDE)

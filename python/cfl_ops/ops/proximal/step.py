@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
-from .errors import LinAlgError
-from .gram import GRAM
-from .solve import RIDGE_SOLVE, on_device
+from cfl_ops._core import checks
+from cfl_ops._core.batching import expand_batch
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import result_type
+from cfl_ops._gpu.launch import triton
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
+from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = [
     "ProximalStep",
@@ -28,11 +34,8 @@ REDUCTIONS = ("mean", "sum")
 BIAS_FITS = ("penalized", "free")
 METHODS = ("auto", "cholesky", "cg")
 
-# What a negative info of the op says; a positive one is the order of the first leading minor of the
-# system that is not positive definite.
-BAD_FEATURES, BAD_TARGET, BAD_WEIGHT, BAD_PENALTY, BAD_SAMPLE_WEIGHT = -1, -2, -3, -4, -5
 
-
+@result_type("proximal")
 class ProximalStep(NamedTuple):
     """The head after a closed-form step, and what the backbone needs from it."""
 
@@ -44,9 +47,6 @@ class ProximalStep(NamedTuple):
     """``(...)``: the squared loss of the batch at the new head, without the penalties."""
     grad_features: Tensor
     """``(..., B, D)``: the gradient of that loss with respect to the features, the head held fixed."""
-
-
-torch.serialization.add_safe_globals([ProximalStep])
 
 
 # --- the op: fallback, fake, derivative ---------------------------------------------------------------------
@@ -278,7 +278,7 @@ PROXIMAL_STEP = define_op(
     fake=_proximal_fake,
     core_dims=_core_dims,
     derivative=Derivative(_proximal_setup_context, _proximal_backward),
-    triton="proximal:proximal_step",
+    cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
 PROXIMAL_STEP_ = define_op(
     f"proximal_step_(Tensor features, Tensor target, Tensor(a!) weight, Tensor(b!)? bias, {_REST}) -> "
@@ -286,11 +286,11 @@ PROXIMAL_STEP_ = define_op(
     python=_proximal_python_,
     fake=lambda *args: _proximal_fake(*args)[2:],
     core_dims=_core_dims,
-    triton="proximal:proximal_step_",
+    cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step_"),),
 )
 
 
-@explains("proximal_step")
+@error_message("proximal_step")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     features, target = context[0][index], context[1][index]
@@ -564,14 +564,14 @@ def ridge_step(
                 [0.0000, 0.5000]])
 
     """
-    _checks.floating("ridge_step", "features", features, 2)
-    _checks.tensor("ridge_step", "target", target, 1)
+    checks.floating("ridge_step", "features", features, 2)
+    checks.tensor("ridge_step", "target", target, 1)
     if target.dtype == torch.int64:
         if num_classes is None:
             raise TypeError("cfl_ops.ridge_step: target of class indices (int64) needs num_classes")
         outputs = num_classes
     else:
-        _checks.floating("ridge_step", "target", target, 2)
+        checks.floating("ridge_step", "target", target, 2)
         outputs = target.shape[-1]
     dtype = features.dtype if features.dtype == torch.float64 else torch.float32
     weight = features.new_zeros(*features.shape[:-2], outputs, features.shape[-1], dtype=dtype)
@@ -615,38 +615,38 @@ def _arguments(
     in_place: bool,
 ) -> list[Any]:
     """Check the arguments, and bring them to the form the op takes."""
-    _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    _checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
-    _checks.choice(op, "method", method, METHODS)
-    _checks.floating(op, "features", features, 2)
-    _checks.floating(op, "weight", weight, 2)
-    _checks.size(op, "weight", weight, -1, features.shape[-1], "the width of features")
-    _checks.tensor(op, "target", target, 1)
+    checks.choice(op, "reduction", reduction, REDUCTIONS)
+    checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
+    checks.choice(op, "method", method, METHODS)
+    checks.floating(op, "features", features, 2)
+    checks.floating(op, "weight", weight, 2)
+    checks.size(op, "weight", weight, -1, features.shape[-1], "the width of features")
+    checks.tensor(op, "target", target, 1)
     if target.dtype == torch.int64:
         target_dims = 1
-        _checks.size(op, "target", target, -1, features.shape[-2], "the rows of features")
+        checks.size(op, "target", target, -1, features.shape[-2], "the rows of features")
     else:
         target_dims = 2
-        if target.dtype not in _checks.FLOATS:
+        if target.dtype not in checks.FLOATS:
             raise TypeError(
                 f"cfl_ops.{op}: target must be floating point, or int64 class indices, but got {target.dtype}"
             )
-        _checks.floating(op, "target", target, 2)
-        _checks.size(op, "target", target, -2, features.shape[-2], "the rows of features")
-        _checks.size(op, "target", target, -1, weight.shape[-2], "the rows of weight")
+        checks.floating(op, "target", target, 2)
+        checks.size(op, "target", target, -2, features.shape[-2], "the rows of features")
+        checks.size(op, "target", target, -1, weight.shape[-2], "the rows of weight")
     if bias is not None:
-        _checks.floating(op, "bias", bias, 1)
-        _checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
+        checks.floating(op, "bias", bias, 1)
+        checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
     if lam_diag is not None:
-        _checks.floating(op, "lam_diag", lam_diag, 1)
-        _checks.size(op, "lam_diag", lam_diag, -1, features.shape[-1], "the width of features")
+        checks.floating(op, "lam_diag", lam_diag, 1)
+        checks.size(op, "lam_diag", lam_diag, -1, features.shape[-1], "the width of features")
     if sample_weight is not None:
-        _checks.sample_weight(op, sample_weight, features.shape[-2], "the rows of features")
-    _checks.same_device(op, "features", features, target=target, weight=weight, bias=bias, lam_diag=lam_diag,
+        checks.sample_weight(op, sample_weight, features.shape[-2], "the rows of features")
+    checks.same_device(op, "features", features, target=target, weight=weight, bias=bias, lam_diag=lam_diag,
                         sample_weight=sample_weight)  # fmt: skip
-    lam = _checks.coefficient(op, "lam", lam, features.device)
+    lam = checks.coefficient(op, "lam", lam, features.device)
     no_ridge = isinstance(ridge, int | float) and ridge == 0
-    beta = None if no_ridge else _checks.coefficient(op, "ridge", ridge, features.device)
+    beta = None if no_ridge else checks.coefficient(op, "ridge", ridge, features.device)
     args = [features, target, weight, bias, lam, beta, lam_diag, sample_weight]
     core_dims = (2, target_dims, 2, 1, 0, 0, 1, 1)
     if any(arg is not None and arg.ndim > core for arg, core in zip(args, core_dims, strict=True)):
@@ -656,7 +656,7 @@ def _arguments(
 
 def _expand(op: str, args: list[Any], core_dims: Sequence[int], in_place: bool) -> list[Any]:
     names = ("features", "target", "weight", "bias", "lam", "ridge", "lam_diag", "sample_weight")
-    batch = _checks.broadcastable(
+    batch = checks.broadcastable(
         op,
         **{
             name: arg.shape[: arg.ndim - core]

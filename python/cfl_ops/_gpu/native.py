@@ -1,19 +1,17 @@
 """The kernels of csrc/cuda, compiled with the extension or, where it has none, at run time through CuPy.
 
 Both are called in the same way: contiguous tensors and numbers, nothing allocated, nothing checked. What
-an op needs around them (shapes, memory, headers) is Python above them, once: ``_codec_cuda.py``.
+an op needs around them (shapes, memory, headers) is Python above them, once: ``cuda.py`` of a family.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import _library, _tuning
+from cfl_ops._core.op import LIB
 
 _SCHEMAS = (
     "cuda_largest(Tensor symbols, Tensor(a!) largest) -> ()",
@@ -42,9 +40,7 @@ _SCHEMAS = (
     "cuda_cholesky_choose(Tensor matrices, Tensor found, bool failed, Tensor(a!) out, Tensor(b!) info) -> ()",
 )
 for _schema in _SCHEMAS:
-    _library._LIB.define(_schema)
-
-BACKENDS = ("native", "nvrtc")
+    LIB.define(_schema)
 
 
 class Native:
@@ -61,38 +57,6 @@ def kernels(backend: str) -> Any:
     """The kernels of a backend, ``"native"`` or ``"nvrtc"``; the latter imports cupy."""
     if backend == "native":
         return Native()
-    from . import _nvrtc
+    from cfl_ops._gpu import nvrtc as _nvrtc
 
     return _nvrtc.Nvrtc()
-
-
-def native_available() -> bool:
-    """Whether the extension was linked with its CUDA kernels."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("cfl_ops::cuda_encode", "CUDA")
-
-
-@functools.cache
-def nvrtc_available() -> bool:
-    """Whether cupy can be imported (it needs a driver only when a kernel is first launched)."""
-    return importlib.util.find_spec("cupy") is not None
-
-
-GRAM_TILE, GRAM_DEPTH = 64, 16
-"""As in gram_kernel.cuh."""
-
-
-def exact_gram(kernels: Any, x: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """The op ``cfl_ops::exact_gram``: any strides; the rows split so that all multiprocessors have two blocks."""
-    rows, cols = x.shape[-2:]
-    matrices = x.shape[:-2].numel()
-    out = torch.empty(*x.shape[:-2], cols, cols, dtype=torch.float64, device=x.device)
-    weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
-    side = -(-cols // GRAM_TILE)
-    tiles = matrices * side * (side + 1) // 2
-    blocks = 2 * _tuning.device_of(x.device).multiprocessors
-    splits = max(1, min(blocks // max(1, tiles), rows // (8 * GRAM_DEPTH)))
-    held = tiles if splits > 1 else 0
-    parts = torch.empty(held, splits, GRAM_TILE**2, dtype=torch.float64, device=x.device)
-    arrived = torch.zeros(held, dtype=torch.int32, device=x.device)
-    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, parts, arrived, out)
-    return out

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _codec_python as _py
-from ._library import _LIB
+from cfl_ops._core.op import LIB
+from cfl_ops.ops.codec.reference import payload as _py
 
 
 def pack_tree(tree: _py.Tree, alphabet: int) -> Tensor:
@@ -104,5 +104,5 @@ for _schema, _python in (
     ),
     ("host_parse(Tensor raw, int size, int start, int count) -> (Tensor, Tensor)", parse),
 ):
-    _LIB.define(_schema)
-    _LIB.impl(_schema.split("(")[0], _python, "CompositeExplicitAutograd")
+    LIB.define(_schema)
+    LIB.impl(_schema.split("(")[0], _python, "CompositeExplicitAutograd")

@@ -2,86 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
-from .errors import LinAlgError
+from cfl_ops._core import checks
+from cfl_ops._core.batching import expand_batch
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._gpu.launch import cuda_cpp, triton
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.solve import cuda
+from cfl_ops.ops.solve.codes import BAD_PENALTY
+from cfl_ops.ops.solve.system import solve_system
 
 __all__ = ["ridge_solve", "ridge_solve_ex"]
 
 # --- ridge_solve: the op ------------------------------------------------------------------------------------
-
-BAD_PENALTY = -1  # a negative info; a positive one is the order of the first leading minor that is lost
-DOUBT = 4.0
-"""A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
-
-
-def _factor(system: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor and info, which also counts a pivot lost in rounding as not positive."""
-    factor, info = torch.linalg.cholesky_ex(system)
-    return factor, lost_pivots(factor, info, system)
-
-
-def lost_pivots(factor: Tensor, info: Tensor, system: Tensor) -> Tensor:
-    """The info of a factorisation, which also counts a pivot lost in rounding as not positive."""
-    order = system.shape[-1]
-    if order == 0:
-        return info
-    pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), system.diagonal(dim1=-2, dim2=-1)
-    lost = ~((pivots > order * torch.finfo(system.dtype).eps * scale) & pivots.isfinite())
-    first = (lost.int().argmax(-1) + 1).to(info.dtype)
-    before = lost.any(-1) & ((info == 0) | (first < info))
-    return torch.where(before, first, info)
-
-
-def cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
-    """(L L^T)^-1 right. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture."""
-    if right.is_cpu:
-        return torch.cholesky_solve(right, factor)
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return solution
-
-
-def on_device(lam: Tensor, like: Tensor) -> Tensor:
-    """A penalty in float64 where ``like`` is. One on the CPU comes as a kernel's argument: a copy would wait."""
-    if lam.device == like.device:
-        return lam.to(torch.float64)
-    return torch.zeros(lam.shape, dtype=torch.float64, device=like.device) + lam
-
-
-def penalties(gram: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What is added to the diagonal in float64, (..., 1) or (..., D), and whether all of it is valid (..., 1)."""
-    shift = on_device(lam, gram).expand(gram.shape[:-2]).unsqueeze(-1)
-    good = (shift >= 0) & shift.isfinite()
-    if lam_diag is not None:
-        good = good & ((lam_diag >= 0) & lam_diag.isfinite()).all(-1, keepdim=True)
-        shift = shift + lam_diag.to(torch.float64)
-    return shift, good
-
-
-def _ridge_solve_python(
-    gram: Tensor,
-    cross: Tensor,
-    lam: Tensor,
-    lam_diag: Tensor | None,
-    factor_of: Callable[[Tensor], tuple[Tensor, Tensor]] = _factor,
-) -> tuple[Tensor, Tensor]:
-    """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
-    dtype = torch.promote_types(gram.dtype, cross.dtype)
-    shift, good = penalties(gram, lam, lam_diag)
-    shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
-    system = gram.to(torch.float64, copy=True)  # its lower triangle is what a factorisation reads
-    system.diagonal(dim1=-2, dim2=-1).add_(shift)
-    factor, info = factor_of(system)
-    info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
-    solution = cholesky_solve(cross.to(torch.float64), factor)
-    return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
 
 
 def _ridge_solve_fake(
@@ -120,17 +59,15 @@ def _ridge_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, .
 
 RIDGE_SOLVE = define_op(
     "ridge_solve(Tensor gram, Tensor cross, Tensor lam, Tensor? lam_diag) -> (Tensor solution, Tensor info)",
-    python=_ridge_solve_python,
+    python=solve_system,
     fake=_ridge_solve_fake,
     core_dims=(2, 2, 0, 1),
     derivative=Derivative(_ridge_solve_setup_context, _ridge_solve_backward),
-    triton="solve:ridge_solve",
-    cuda="_solve_cuda:ridge_solve",
-    cuda_first=True,
+    cuda=(*cuda_cpp(cuda.ridge_solve), triton("cfl_ops.triton_kernels.solve:ridge_solve")),
 )
 
 
-@explains("ridge_solve")
+@error_message("ridge_solve")
 def _explain_ridge_solve(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     prefix = f"cfl_ops.ridge_solve: {where}"
@@ -152,15 +89,15 @@ def _explain_ridge_solve(info: Tensor, context: Sequence[Tensor]) -> Exception:
 def _ridge_solve_arguments(
     op: str, gram: Tensor, cross: Tensor, lam: float | Tensor, lam_diag: Tensor | None
 ) -> list[Any]:
-    _checks.floating(op, "gram", gram, 2)
-    _checks.floating(op, "cross", cross, 2)
-    _checks.size(op, "gram", gram, -2, gram.shape[-1], "its last dimension: square matrices")
-    _checks.size(op, "cross", cross, -2, gram.shape[-1], "the order of gram")
+    checks.floating(op, "gram", gram, 2)
+    checks.floating(op, "cross", cross, 2)
+    checks.size(op, "gram", gram, -2, gram.shape[-1], "its last dimension: square matrices")
+    checks.size(op, "cross", cross, -2, gram.shape[-1], "the order of gram")
     if lam_diag is not None:
-        _checks.floating(op, "lam_diag", lam_diag, 1)
-        _checks.size(op, "lam_diag", lam_diag, -1, gram.shape[-1], "the order of gram")
-    _checks.same_device(op, "gram", gram, cross=cross, lam_diag=lam_diag)
-    shift = _checks.coefficient(op, "lam", lam, gram.device)
+        checks.floating(op, "lam_diag", lam_diag, 1)
+        checks.size(op, "lam_diag", lam_diag, -1, gram.shape[-1], "the order of gram")
+    checks.same_device(op, "gram", gram, cross=cross, lam_diag=lam_diag)
+    shift = checks.coefficient(op, "lam", lam, gram.device)
     args = [gram, cross, shift, lam_diag]
     batch = gram.shape[:-2]
     if cross.shape[:-2] == batch and shift.ndim == 0 and (lam_diag is None or lam_diag.shape[:-1] == batch):
@@ -168,7 +105,7 @@ def _ridge_solve_arguments(
     batches = {"gram": gram.shape[:-2], "cross": cross.shape[:-2], "lam": shift.shape}
     if lam_diag is not None:
         batches["lam_diag"] = lam_diag.shape[:-1]
-    return expand_batch(args, (2, 2, 0, 1), _checks.broadcastable(op, **batches))
+    return expand_batch(args, (2, 2, 0, 1), checks.broadcastable(op, **batches))
 
 
 def ridge_solve(

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks
-from ._library import Derivative, check_info, define_op, expand_batch, explains, first_failure
+from cfl_ops._core import checks
+from cfl_ops._core.batching import expand_batch
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.results import result_type
+from cfl_ops._gpu.launch import cuda_cpp, triton
+from cfl_ops.ops.gram import cuda
+from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 
 __all__ = ["GramMoments", "gram", "gram_", "linear_gram"]
 
 
+@result_type("gram")
 class GramMoments(NamedTuple):
     """The second moments of features ``x (..., B, D)`` and targets ``y (..., B, K)`` with row weights ``s``.
 
@@ -72,13 +79,7 @@ class GramMoments(NamedTuple):
         return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
-torch.serialization.add_safe_globals([GramMoments])
-
-
 # --- the op -------------------------------------------------------------------------------------------------
-
-# What the info of the op says.
-NOT_FINITE, BAD_CLASS, BAD_WEIGHT = -1, -2, -3
 
 
 def _weighted(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
@@ -229,11 +230,11 @@ GRAM = define_op(
     fake=_gram_fake,
     core_dims=lambda args: (2, 1 if args[4] else 2, 1, None, None, None),
     derivative=_DERIVATIVE,
-    triton="gram:gram",
+    cuda=(triton("cfl_ops.triton_kernels.gram:gram"),),
 )
 
 
-@explains("gram")
+@error_message("gram")
 def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     x, target_sum, *others = context
     index, code, where = first_failure(info)
@@ -345,7 +346,7 @@ def _gram_arguments(
     acc_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool, int, torch.dtype]:
     """Check the arguments, and bring them to the form the op takes."""
-    _checks.floating(op, "x", x, 2)
+    checks.floating(op, "x", x, 2)
     if acc_dtype is None:
         acc_dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     elif acc_dtype not in (torch.float32, torch.float64):
@@ -364,30 +365,30 @@ def _gram_arguments(
             raise ValueError(f"cfl_ops.{op}: num_classes is given, but y is not")
         if num_classes < 1:
             raise ValueError(f"cfl_ops.{op}: num_classes must be at least 1, but got {num_classes}")
-        _checks.tensor(op, "y", y, 1)
+        checks.tensor(op, "y", y, 1)
         if y.dtype != torch.int64:
             raise TypeError(
                 f"cfl_ops.{op}: y must be int64 class indices where num_classes is given, but got {y.dtype}"
             )
-        _checks.size(op, "y", y, -1, x.shape[-2], "the rows of x")
+        checks.size(op, "y", y, -1, x.shape[-2], "the rows of x")
         batches["y"] = y.shape[:-1]
         classes = num_classes
     elif y is not None:
-        _checks.tensor(op, "y", y, 2 if y.dtype != torch.int64 else 1)
+        checks.tensor(op, "y", y, 2 if y.dtype != torch.int64 else 1)
         if y.dtype == torch.int64:
             raise TypeError(f"cfl_ops.{op}: y of class indices (int64) needs num_classes")
-        _checks.floating(op, "y", y, 2)
-        _checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
+        checks.floating(op, "y", y, 2)
+        checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
         batches["y"] = y.shape[:-2]
         if y.dtype != x.dtype:  # under autocast features are half and targets float32
             common = torch.promote_types(x.dtype, y.dtype)
             x, y = x.to(common), y.to(common)
             acc_dtype = torch.promote_types(acc_dtype, common)
     if sample_weight is not None:
-        _checks.sample_weight(op, sample_weight, x.shape[-2], "the rows of x")
+        checks.sample_weight(op, sample_weight, x.shape[-2], "the rows of x")
         batches["sample_weight"] = sample_weight.shape[:-1]
-    _checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
-    batch = _checks.broadcastable(op, **batches)
+    checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
+    batch = checks.broadcastable(op, **batches)
     core_dims = (2, 1 if classes else 2, 1)
     x, y, sample_weight = expand_batch((x, y, sample_weight), core_dims, batch)
     return x, y, sample_weight, bias_column, classes, acc_dtype
@@ -407,7 +408,7 @@ EXACT_GRAM = define_op(
     python=_exact_gram_python,
     fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
     core_dims=(2, 1),
-    cuda="_cuda:exact_gram",
+    cuda=cuda_cpp(cuda.exact_gram),
     helper=True,
 )
 
@@ -446,7 +447,7 @@ GRAM_ = define_op(
     python=_gram_python_,
     fake=lambda gram, *args: gram.new_empty(gram.shape[:-2], dtype=torch.int32),
     core_dims=lambda args: (2, 2, 1, 1, 0, 2, 1 if args[8] else 2, 1, None, None),
-    triton="gram:gram_",
+    cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )
 
 
@@ -488,7 +489,7 @@ def gram_(
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
     if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
         raise ValueError(f"cfl_ops.gram_: decay must be finite and not negative, but got {decay}")
-    _checks.floating("gram_", "x", x, 2)
+    checks.floating("gram_", "x", x, 2)
     order, width = m.gram.shape[-1], x.shape[-1]
     if order not in (width, width + 1):
         raise ValueError(
@@ -506,7 +507,7 @@ def gram_(
     )
     if acc != m.gram.dtype:
         raise TypeError(f"cfl_ops.gram_: m must be {acc} for {x.dtype} x, but it is {m.gram.dtype}")
-    _checks.same_device("gram_", "m", m.gram, x=x)
+    checks.same_device("gram_", "m", m.gram, x=x)
     if x.shape[:-2] != m.gram.shape[:-2]:
         raise ValueError(
             f"cfl_ops.gram_: x must have the batch shape {tuple(m.gram.shape[:-2])} of m, "
@@ -715,17 +716,17 @@ def linear_gram(
 
     """
     op = "linear_gram"
-    _checks.choice(op, "activation", activation, tuple(ACTIVATIONS))
-    _checks.floating(op, "x", x, 2)
-    _checks.floating(op, "weight", weight, 2)
-    _checks.size(op, "weight", weight, -1, x.shape[-1], "the width of x")
+    checks.choice(op, "activation", activation, tuple(ACTIVATIONS))
+    checks.floating(op, "x", x, 2)
+    checks.floating(op, "weight", weight, 2)
+    checks.size(op, "weight", weight, -1, x.shape[-1], "the width of x")
     if bias is not None:
-        _checks.floating(op, "bias", bias, 1)
-        _checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
+        checks.floating(op, "bias", bias, 1)
+        checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"cfl_ops.{op}: {name} must be {x.dtype} as x is, but got {value.dtype}")
-    _checks.same_device(op, "x", x, weight=weight, bias=bias)
+    checks.same_device(op, "x", x, weight=weight, bias=bias)
     given = x.dtype
     x, y, sample_weight, _, classes, acc = _gram_arguments(
         op, x, y, bias_column, sample_weight, num_classes, acc_dtype
@@ -734,7 +735,7 @@ def linear_gram(
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     args = (x, weight, bias, y, sample_weight)
     core_dims = (2, 2, 1, 1 if classes else 2, 1)
-    _checks.broadcastable(op, x=x.shape[:-2], weight=weight.shape[:-2])
+    checks.broadcastable(op, x=x.shape[:-2], weight=weight.shape[:-2])
     x, weight, bias, y, sample_weight = expand_batch(args, core_dims)
     *out, info = LINEAR_GRAM(x, weight, bias, y, sample_weight, activation, bias_column, classes, acc)
     _check_data(info, out, x, y, sample_weight, classes, out[2], acc)

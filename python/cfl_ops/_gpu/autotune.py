@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from . import _cuda, _library, _tuning
+from cfl_ops._core import dispatch
+from cfl_ops._core.op import OPS
+from cfl_ops._gpu import tuning
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -53,7 +55,7 @@ def _gram_candidates() -> Iterator[dict[str, Any]]:
 
 
 def _gram_problems(device: torch.device) -> Iterator[Problem]:
-    gram = _library.OPS["gram"].load_triton()
+    gram = OPS["gram"].launcher("triton")
     kinds = (
         ("half", torch.bfloat16, torch.float32, "highest"),
         ("tf32", torch.float32, torch.float32, "high"),
@@ -78,7 +80,7 @@ def _gram_problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _cross_problems(device: torch.device) -> Iterator[Problem]:
-    gram = _library.OPS["gram"].load_triton()
+    gram = OPS["gram"].launcher("triton")
     for kind, dtype in (("half", torch.bfloat16), ("tf32x3", torch.float32)):
         x = torch.randn(65536, 1024, device=device).to(dtype)
         for targets, bound in ((10, 16), (100, None)):
@@ -91,7 +93,7 @@ def _cross_problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _update_problems(device: torch.device) -> Iterator[Problem]:
-    update = _library.OPS["cholesky_update"].load_triton()
+    update = OPS["cholesky_update"].launcher("triton")
     for dtype in (torch.float32, torch.float64):
         for order, rank, bound in ((128, 4, 512), (1024, 4, 1024), (2048, 1, 2048), (4096, 16, None)):
             L = torch.eye(order, device=device, dtype=dtype)
@@ -101,7 +103,7 @@ def _update_problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _solve_problems(device: torch.device) -> Iterator[Problem]:
-    solve = _library.OPS["ridge_solve"].load_triton()
+    solve = OPS["ridge_solve"].launcher("triton")
     for order in (8, 16, 32, 64):
         a = torch.randn(10000, order, order, device=device)
         a = a @ a.mT + torch.eye(order, device=device)
@@ -111,12 +113,11 @@ def _solve_problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _tiled_problems(device: torch.device) -> Iterator[Problem]:
-    op = _library.OPS["ridge_solve"]
     lam = torch.zeros((), dtype=torch.float64)
-    backend = "native" if _cuda.native_available() else "nvrtc"
-    if backend == "nvrtc" and not _cuda.nvrtc_available():
+    backend = "native" if dispatch.native_available() else "nvrtc"
+    if backend == "nvrtc" and not dispatch.nvrtc_available():
         return  # no kernel, and nothing to choose
-    solve = op.load_cuda(backend)
+    solve = OPS["ridge_solve"].launcher(backend)
     for order, batch in (
         (128, 1),
         (128, 64),
@@ -135,7 +136,7 @@ def _tiled_problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _proximal_problems(device: torch.device) -> Iterator[Problem]:
-    step = _library.OPS["proximal_step"].load_triton()
+    step = OPS["proximal_step"].launcher("triton")
     rest = (torch.ones((), dtype=torch.float64), None, None, None, "mean", "penalized", "auto")
     for rows, width, targets in ((32, 2048, 100), (128, 2048, 1000)):
         phi = torch.randn(rows, width, device=device)
@@ -194,7 +195,7 @@ def tune(
         best: tuple[float, dict[str, Any]] | None = None
         for candidate in tunable.candidates():
             try:
-                with _tuning.force(op, candidate):
+                with tuning.force(op, candidate):
                     problem.call()
                     took = timer(problem.call)
             except Exception as error:  # too much shared memory, too many registers: not for this card
@@ -223,16 +224,16 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         print("cfl_ops autotune: there is no CUDA device, so there is nothing to measure", file=sys.stderr)
         return 1
-    if not _library.triton_available():
+    if not dispatch.triton_available():
         print("cfl_ops autotune: triton is not installed", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    card = _tuning.device_of(device)
-    path = options.output or _tuning.user_file(card)
-    rules = _tuning.read(path) if path.is_file() else {}
+    card = tuning.device_of(device)
+    path = options.output or tuning.user_file(card)
+    rules = tuning.read(path) if path.is_file() else {}
     for op in options.op or TUNABLE:
         rules[op] = tune(op, TUNABLE[op], device, event_timer, print)
-        _tuning.write(path, card, rules, "Written by python -m cfl_ops autotune.")  # what is done is kept
-    _tuning.forget()
+        tuning.write(path, card, rules, "Written by python -m cfl_ops autotune.")  # what is done is kept
+    tuning.forget()
     print(f"wrote {path}")
     return 0

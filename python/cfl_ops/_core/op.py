@@ -1,0 +1,161 @@
+"""The torch library ``cfl_ops``, and the one way to define an op.
+
+An op is defined in Python, so that it exists without the compiled extension: a schema, a readable
+fallback that works on any device, a fake for the compiler, a vmap rule and (where the mathematics has
+one) a derivative. Faster kernels then take over per device: see dispatch.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfl_ops._core.batching import CoreDims, vmap_rule
+
+NAMESPACE = "cfl_ops"
+LIB = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """The two statics that torch.autograd.Function and register_autograd share."""
+
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+
+
+class Unserved:
+    """What a kernel's launcher returns to leave a call to the op's fallback."""
+
+
+UNSERVED = Unserved()
+
+
+class Kernel(NamedTuple):
+    """A way to run an op on a GPU: a launcher that takes the op's arguments as they are in its schema."""
+
+    backend: str
+    load: Callable[[], Callable[..., Any]]
+    """Imports the launcher, when it is first called."""
+
+
+@dataclass
+class Op:
+    """One defined op, callable with the positional arguments of its schema."""
+
+    name: str
+    python: Callable[..., Any]
+    cuda: tuple[Kernel, ...] = ()
+    """The first that is available serves."""
+    composite: bool = False
+    """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
+    helper: bool = False
+    """A step of composite ops: where a forced backend has no kernel for it, its fallback serves."""
+    overload: Any = field(init=False)
+    function: type[torch.autograd.Function] | None = None
+
+    def __post_init__(self) -> None:
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
+        # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
+        # takes over, which serves the first and refuses the second.
+        if self.function is not None and not torch.compiler.is_compiling():
+            if transforming():
+                return self.function.apply(*args)
+            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+                # Its Python wrapper would cost as much as a small call.
+                with torch._C._AutoDispatchBelowAutograd():
+                    return self.overload(*args)
+        return self.overload(*args)
+
+    def kernel(self, backend: str) -> Kernel | None:
+        """Its GPU kernel of a backend."""
+        return next((kernel for kernel in self.cuda if kernel.backend == backend), None)
+
+    def launcher(self, backend: str) -> Callable[..., Any]:
+        """That kernel's launcher, imported."""
+        kernel = self.kernel(backend)
+        if kernel is None:
+            raise RuntimeError(f"cfl_ops.{self.name}: has no {backend} kernel for a GPU")
+        return kernel.load()
+
+
+OPS: dict[str, Op] = {}
+
+
+def transforming() -> bool:
+    """Whether a functorch transform or forward-mode AD is at work."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def define_op(
+    schema: str,
+    *,
+    python: Callable[..., Any],
+    fake: Callable[..., Any],
+    core_dims: CoreDims,
+    derivative: Derivative | None = None,
+    cuda: Sequence[Kernel] = (),
+    composite: bool = False,
+    helper: bool = False,
+    tags: Sequence[torch.Tag] = (),
+) -> Op:
+    """Define an op and everything that the compiler and the transforms need to know of it.
+
+    ``core_dims`` gives, for each argument of the schema, how many trailing dimensions the op itself
+    works on (None for what is not a tensor); or it is a function of the arguments that does. All
+    dimensions before them are batch dimensions, equal for all arguments when the op is called (see
+    expand_batch); so one vmap rule serves every op: move the mapped dimension to the front of the batch
+    dimensions and expand. ``cuda`` lists its GPU kernels, the one to prefer first (see _gpu/launch.py).
+    """
+    name = schema.split("(", 1)[0]
+    python = _contiguous_results(python)
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    LIB.impl(name, python, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIB)
+    op = Op(name, python, tuple(cuda), composite, helper)
+    torch.library.register_vmap(qualified, vmap_rule(op.overload, core_dims), lib=LIB)
+    if derivative is not None:
+        torch.library.register_autograd(
+            qualified, derivative.backward, setup_context=derivative.setup_context, lib=LIB
+        )
+        op.function = _make_function(op, derivative)
+    OPS[name] = op
+    return op
+
+
+def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
+    """A fallback whose results have the strides that fakes promise, whatever torch ops left behind."""
+
+    @functools.wraps(python)
+    def dense(*args: Any) -> Any:
+        out = python(*args)
+        if isinstance(out, Tensor):
+            return out.contiguous()
+        return out if out is None else tuple(value.contiguous() for value in out)
+
+    return dense
+
+
+def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Function]:
+    def forward(*args: Any) -> Any:
+        return op.overload(*args)
+
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(derivative.setup_context),
+        "backward": staticmethod(derivative.backward),
+    }
+    return type(f"{op.name}_function", (torch.autograd.Function,), members)

@@ -1,0 +1,1 @@
+"""The op families: one folder a family, one file an op."""

@@ -1,0 +1,8 @@
+"""What the info of the cholesky ops says, and their limits."""
+
+BAD_V, BAD_L = -1, -2
+"""Of cholesky_update: a positive info is the order of the first pivot that breaks down."""
+NOT_FINITE, INDEFINITE = -1, 1
+"""Of safe_cholesky."""
+LOST_PIVOT = 10
+"""A downdate fails where it leaves less than this many eps of a squared pivot: what is left is rounding."""

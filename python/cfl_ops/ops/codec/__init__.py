@@ -1,0 +1,1 @@
+"""codec: weights as bytes: quantise, Huffman-code, check."""

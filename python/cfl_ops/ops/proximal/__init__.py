@@ -1,0 +1,1 @@
+"""proximal: closed-form proximal steps of a last layer."""

@@ -1,0 +1,1 @@
+"""solve: batched ridge systems, least squares and pseudoinverses that never fail silently."""
