@@ -240,7 +240,7 @@ import cfl_ops
 cfl_ops._gpu.native.kernels('nvrtc').module('$family').compile()"
   done
 fi
-T=("$PYTHON" -m pytest tests/test_gpu.py tests/test_arrays.py -m gpu -q -rfE --tb=short -p no:cacheprovider)
+T=("$PYTHON" -m pytest tests/gpu/test_gpu.py tests/core/test_arrays.py -m gpu -q -rfE --tb=short -p no:cacheprovider)
 T+=(-W default::DeprecationWarning) # of a Python that is newer than the one these tests were written on
 T+=(--timeout-method=thread --max-worker-restart 60)
 # What else is installed there (hypothesis, jaxtyping, torch's own) takes each worker seconds to import.

@@ -22,7 +22,7 @@ from cfl_ops._core import dispatch
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rehearsal = os.environ.get("CFL_GPU_TESTS") == "rehearse"  # test_gpu.py without a device
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available() and not rehearsal:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsal:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
         if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow (make test-slow)"))

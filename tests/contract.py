@@ -1,6 +1,6 @@
 """The op contract as a table: an op joins the tests of test_contract.py by listing sample inputs.
 
-A module ``tests/samples_<family>.py`` fills SPECS with one ``OpSpec`` for each op: sample inputs (positional
+A module ``tests/<family>/samples.py`` fills SPECS with one ``OpSpec`` for each op: sample inputs (positional
 arguments of the op's schema), an oracle in float64 and the error bound that the arithmetic promises.
 """
 
@@ -58,8 +58,8 @@ SPECS: list[OpSpec] = []
 def load() -> list[OpSpec]:
     """All specs, from all samples modules."""
     if not SPECS:
-        for path in sorted(Path(__file__).parent.glob("samples_*.py")):
-            module = importlib.import_module(path.stem)
+        for path in sorted(Path(__file__).parent.glob("*/samples.py")):
+            module = importlib.import_module(f"tests.{path.parent.name}.samples")
             SPECS.extend(module.SPECS)
     return SPECS
 

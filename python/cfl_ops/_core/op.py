@@ -8,9 +8,9 @@ one) a derivative. Faster kernels then take over per device: see dispatch.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,9 +101,10 @@ def transforming() -> bool:
 def define_op(
     schema: str,
     *,
+    arguments: type[tuple[Any, ...]] | None = None,
     python: Callable[..., Any],
     fake: Callable[..., Any],
-    core_dims: CoreDims,
+    core_dims: CoreDims | Mapping[str, int] | Callable[[Any], Any],
     derivative: Derivative | None = None,
     cuda: Sequence[Kernel] = (),
     composite: bool = False,
@@ -117,15 +118,31 @@ def define_op(
     dimensions before them are batch dimensions, equal for all arguments when the op is called (see
     expand_batch); so one vmap rule serves every op: move the mapped dimension to the front of the batch
     dimensions and expand. ``cuda`` lists its GPU kernels, the one to prefer first (see _gpu/launch.py).
+
+    ``arguments`` is a named tuple whose fields are the schema's arguments. With it ``python``, ``fake``,
+    ``core_dims`` and the launchers take one such tuple, ``setup_context`` takes one as its inputs, and
+    ``core_dims`` may name the tensors alone, ``{"x": 2}``: a new option is a field, and what reads it.
     """
     name = schema.split("(", 1)[0]
+    if arguments is not None:
+        python, fake, core_dims = (
+            packed(arguments, python),
+            packed(arguments, fake),
+            _named(arguments, core_dims),
+        )
+        cuda = [kernel._replace(load=functools.partial(_load_packed, arguments, kernel)) for kernel in cuda]
+        if derivative is not None:
+            derivative = _packed_derivative(arguments, derivative)
     python = _contiguous_results(python)
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=LIB)
     op = Op(name, python, tuple(cuda), composite, helper)
-    torch.library.register_vmap(qualified, vmap_rule(op.overload, core_dims), lib=LIB)
+    if arguments is not None:
+        named = [argument.name for argument in op.overload._schema.arguments]
+        assert [*arguments._fields] == named, f"{name}: {arguments.__name__} is not {named}"  # type: ignore[attr-defined]
+    torch.library.register_vmap(qualified, vmap_rule(op.overload, cast("CoreDims", core_dims)), lib=LIB)
     if derivative is not None:
         torch.library.register_autograd(
             qualified, derivative.backward, setup_context=derivative.setup_context, lib=LIB
@@ -133,6 +150,47 @@ def define_op(
         op.function = _make_function(op, derivative)
     OPS[name] = op
     return op
+
+
+def packed(arguments: type[tuple[Any, ...]], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one named tuple as a function of its fields."""
+    make = arguments._make  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def unpacked(*args: Any) -> Any:
+        return function(make(args))
+
+    return unpacked
+
+
+def _load_packed(arguments: type[tuple[Any, ...]], kernel: Kernel) -> Callable[..., Any]:
+    return packed(arguments, kernel.load())
+
+
+def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative) -> Derivative:
+    make = arguments._make  # type: ignore[attr-defined]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        derivative.setup_context(ctx, make(inputs), output)
+
+    return Derivative(setup_context, derivative.backward)
+
+
+def _named(arguments: type[tuple[Any, ...]], core_dims: Any) -> CoreDims:
+    """Core dimensions by name, or a function of the named tuple, as a function of the fields."""
+    fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
+    make = arguments._make  # type: ignore[attr-defined]
+
+    def of(args: Sequence[Any]) -> Sequence[int | None]:
+        declared = core_dims(make(args)) if callable(core_dims) else core_dims
+        return [declared.get(field) for field in fields] if isinstance(declared, Mapping) else declared
+
+    return of
+
+
+def gradients(arguments: type[tuple[Any, ...]], **named: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a derivative returns: the gradients of some arguments, and None for the others."""
+    return tuple(named.pop(field, None) for field in arguments._fields)  # type: ignore[attr-defined]
 
 
 def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:

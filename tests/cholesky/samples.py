@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from cfl_ops.ops.cholesky.update import SAFE, UPDATE, UPDATE_
-from contract import Case, OpSpec
 from torch import Tensor
+
+from tests.contract import Case, OpSpec
 
 WIDE = (torch.float32, torch.float64)
 F32 = (torch.float32,)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import cfl_ops
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cfl_ops
-import contract
+from tests import contract
 
 SPECS = contract.load()
 CASES = [

@@ -14,8 +14,9 @@ from cfl_ops.ops.codec.codec import (
     WEIGHT_RANGE,
 )
 from cfl_ops.ops.codec.reference import payload as py
-from contract import Case, OpSpec
 from torch import Tensor
+
+from tests.contract import Case, OpSpec
 
 
 def _weights(shape: tuple[int, ...], bits: int, histogram: bool = False, scale: float = 1.0):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from cfl_ops.ops.proximal.step import PROXIMAL_STEP, PROXIMAL_STEP_
-from contract import Case, OpSpec
 from torch import Tensor
+
+from tests.contract import Case, OpSpec
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -1,9 +1,9 @@
 """Compile every Triton kernel, as its launcher calls it, for cards that are not here.
 
-``python tests/compile_kernels.py sm_80 sm_90 ...`` runs the launchers on CPU tensors with launching replaced by
+``python -m tests.gpu.compile_kernels sm_80 sm_90 ...`` runs the launchers on CPU tensors with launching replaced by
 ``triton.compile`` for each architecture (with ``--samples`` on those of the contract table), and prints one JSON line
 for each kernel: options, registers, spills and shared memory as ptxas reports them, and what gram's main loops are made
-of. tests/test_gpu_compile.py reads them.
+of. tests/gpu/test_compile_kernels.py reads them.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
 
 
 def samples() -> list[tuple[str, Callable[[], Any]]]:
-    """Every sample of the contract table: what tests/test_gpu.py will launch."""
-    import contract
+    """Every sample of the contract table: what tests/gpu/test_gpu.py will launch."""
+    from tests import contract
 
     return [
         (f"{spec.op.name}, {case.name}, {dtype}", lambda s=spec, c=case, d=dtype: s.op.launcher("triton")(*c.make(d)))

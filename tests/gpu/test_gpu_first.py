@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: no rehearsal")
 
 
@@ -35,7 +35,7 @@ def run(
 def test_gpu_tests_pass_in_a_rehearsal() -> None:
     """Those that the contract table does not hold, without Triton's interpreter, which is slow."""
     done = run(
-        sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-k",
+        sys.executable, "-m", "pytest", "tests/gpu/test_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-k",
         "not oracle and not strides and not triton and not by_the_rules and not nvrtc",
         CFL_GPU_TESTS="rehearse", OMP_NUM_THREADS="1",
     )  # fmt: skip

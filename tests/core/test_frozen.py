@@ -1,7 +1,7 @@
 """The outside does not change when the inside moves: names, signatures, schemas of ops, pickles of results.
 
 ``data/frozen.json`` was written before the package got its folders; a change of the API edits it on purpose:
-``python tests/test_frozen.py``. (The bytes of the codec are in test_codec.py.)
+``python -m tests.core.test_frozen``. (The bytes of the codec are in tests/codec.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import torch
 from cfl_ops import arrays, config, learn
 
-FROZEN = Path(__file__).parent / "data" / "frozen.json"
+FROZEN = Path(__file__).parents[1] / "data" / "frozen.json"
 MODULES = {"cfl_ops": cfl_ops, "cfl_ops.learn": learn, "cfl_ops.config": config, "cfl_ops.arrays": arrays}
 INTERNAL = ("cfl_ops::cuda_", "cfl_ops::host_")
 
@@ -82,7 +82,7 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 def test_results_saved_before_the_move_load() -> None:
     """Their pickles name modules that are gone; ``torch.load`` (weights only) knows them."""
-    assert_same(torch.load(Path(__file__).parent / "data" / "results_flat.pt"), results())
+    assert_same(torch.load(Path(__file__).parents[1] / "data" / "results_flat.pt"), results())
 
 
 def test_results_name_the_package_in_their_pickles() -> None:

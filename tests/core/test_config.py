@@ -16,7 +16,7 @@ from cfl_ops._core import dispatch
 from cfl_ops._core.op import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cfl_ops
 import pytest
 import torch
 from cfl_ops._core import dispatch
+from samples_cholesky import SPECS, UPDATES, spd
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import contract
-from samples_cholesky import SPECS, UPDATES, spd
+from tests import contract
 
 DTYPES = [torch.float32, torch.float64]
 LAYOUTS = {"row": lambda t: t.contiguous(), "column": lambda t: t.mT.contiguous().mT}

@@ -25,7 +25,7 @@ from cfl_ops.ops.codec import codec as codec
 from cfl_ops.ops.codec.reference import payload as py
 from torch import Tensor
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NATIVE = dispatch.extension_available()
 if NATIVE:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import cfl_ops
-import contract
 import pytest
 import torch
 from cfl_ops._core import dispatch
 from cfl_ops._gpu import autotune, tuning
+
+from tests import contract
 
 CARD = tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
 SMALL = tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
@@ -30,7 +30,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_file_of_the_package_is_one() -> None:
-    folder = Path(tuning.__file__).parent / "tuning"
+    folder = Path(tuning.__file__).parent / "rules"
     files = sorted(folder.glob("*.json"))
     assert {file.stem for file in files} >= {"default", "sm_90"}
     for file in files:
@@ -144,7 +144,7 @@ def test_rules_of_the_autotuner_fit_the_problems_of_the_launchers(
             problem.call()
         assert tuning.matches({"if": problem.rule}, asked[-1], SMALL), (problem.rule, asked[-1])
         keys = set(next(autotune.TUNABLE[op].candidates()))
-    package = tuning.read(Path(tuning.__file__).parent / "tuning" / "default.json")
+    package = tuning.read(Path(tuning.__file__).parent / "rules" / "default.json")
     assert keys is not None
     for rule in package[op]:
         assert set(rule["use"]) == keys

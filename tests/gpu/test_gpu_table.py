@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-BENCHES = Path(__file__).parents[1] / "benches"
+BENCHES = Path(__file__).parents[2] / "benches"
 
 
 def load(name: str, path: Path) -> ModuleType:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import cfl_ops
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cfl_ops
-import contract
+from tests import contract
 
 pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("CFL_GPU_TESTS") == "rehearse"

@@ -7,18 +7,16 @@ own info) are errors.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import cfl_ops
-import contract
 import pytest
 import torch
 from cfl_ops._core import dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import contract
 
 WAITING = {
     *("_local_scalar_dense", "nonzero", "masked_select", "linalg_cholesky", "cholesky", "linalg_inv"),

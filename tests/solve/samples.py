@@ -6,8 +6,9 @@ import torch
 from cfl_ops.ops.solve.least_squares import LSTSQ, PINV, SMALL_PINV, TALL_FACTOR, TALL_GRAM
 from cfl_ops.ops.solve.ridge import CLASS_SOLVE, RIDGE_CV
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
-from contract import Case, OpSpec
 from torch import Tensor
+
+from tests.contract import Case, OpSpec
 
 WIDE = (torch.float32, torch.float64)
 F64 = torch.float64
