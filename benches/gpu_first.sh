@@ -228,8 +228,9 @@ for here, there in (("python/cfl_ops", pathlib.Path(cfl_ops.__file__).parent), (
     for path in pathlib.Path(here).rglob("*.py"):
         same = filecmp.cmp(path, there / path.relative_to(here), shallow=False)
         assert same, f"{path} is not what was imported"
-assert cfl_ops._core.dispatch.extension_available(), "no extension"
-assert torch.version.cuda is None or cfl_ops._core.dispatch.native_available(), "the extension has no CUDA kernels"'
+report = cfl_ops.config.info()
+assert report["extension"], "no extension"
+assert torch.version.cuda is None or report["CUDA C++"].startswith("compiled with"), report["CUDA C++"]'
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 
