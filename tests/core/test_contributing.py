@@ -15,10 +15,10 @@ from typing import Any
 
 import cfl_ops.ops
 import pytest
-import tests
 import torch
 from cfl_ops._core import dispatch, failures, op
 
+import tests
 from tests import contract
 from tests.core import test_contract as table
 
@@ -64,7 +64,7 @@ def spec(page: Path) -> contract.OpSpec:
 
 def test_every_block_names_its_file(page: Path) -> None:
     text = (ROOT / "docs" / "contributing.md").read_text()
-    assert len(BLOCK.findall(text)) == text.count("```py\n") == len([p for p in page.rglob("*.py")])
+    assert len(BLOCK.findall(text)) == text.count("```py\n") == len(list(page.rglob("*.py")))
 
 
 @pytest.mark.parametrize("forced", [None, "python"])
