@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 WORKERS ?= 2
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: demo test test-torch test-slow bench bench-gpu gpu-check fuzz lint format clean help
+.PHONY: demo test test-torch test-slow bench bench-gpu gpu-check fuzz lint imports format clean help
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -44,7 +44,7 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) install -q "ruff==0.17.6" "mypy==2.4.1" "clang-format==23.1.5" pre-commit
+	$(PIP) install -q "ruff==0.17.6" "mypy==2.4.1" "import-linter==2.17" "clang-format==23.1.5" pre-commit
 	touch $@
 
 demo: $(VENV)/.demo ## train closed-form heads beside their rivals on real images, write an HTML report
@@ -70,11 +70,17 @@ bench-gpu: ## ceilings, each op over its floor and its peers, T1; with the Pytho
 gpu-check: ## on a CUDA machine, no network: build, GPU tests, tables, sanitizer; LIMIT=320 RUN=first (or second)
 	PYTHON=$(PYTHON) bash benches/gpu_first.sh $(or $(LIMIT),320) $(or $(RUN),first)
 
-lint: $(VENV)/.lint ## ruff, mypy --strict, clang-format
+lint: $(VENV)/.lint ## ruff, mypy --strict, the directions of imports, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory imports
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+imports: $(VENV)/.lint ## which folder imports which (docs/architecture.md)
+	@# -S: the finder of the editable install would give it the whole repository as cfl_ops.
+	PYTHONPATH=python:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		$(BIN)/python -S $(BIN)/lint-imports --no-cache --no-logo
 
 format: $(VENV)/.lint ## what lint asks for
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ def problem(rows: int, width: int) -> tuple[torch.Tensor, ...]:
 
 
 def flops(rows: int, width: int) -> float:
-    """Multiply-adds times two of the smaller side's chain (formulas 1.3, 1.4), one triangle of the Gram."""
+    """Multiply-adds times two of the smaller side's chain (docs/formulas.md, 1.4), one triangle of the Gram."""
     if rows < width:
         mac = 3 * rows * width * CLASSES + rows**2 * width / 2 + rows**3 / 6 + rows**2 * CLASSES
     else:

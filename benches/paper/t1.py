@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 CLASSES = 100
-PAPER = {  # ResNet-18, targets.md T1
+PAPER = {  # rSPS of ResNet-18 on an A100, by B and D
     32: dict(zip((128, 256, 512, 1024, 2048, 4096), (1.11, 1.11, 0.98, 0.86, 0.65, 0.37), strict=True)),
     128: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.98, 0.97, 0.95, 0.88, 0.72, 0.52), strict=True)),
     1024: dict(zip((128, 256, 512, 1024, 2048, 4096), (0.92, 0.93, 0.92, 0.92, 0.89, 0.84), strict=True)),

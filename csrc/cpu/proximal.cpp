@@ -1,6 +1,6 @@
 // proximal_step on the CPU: one chain of BLAS calls on the smaller side of the problem.
-// Semantics and mathematics: python/cfl_ops/proximal.py (the fallback) and its source,
-// formulas 1.2-1.6.
+// Semantics: python/cfl_ops/ops/proximal/step.py (the fallback); mathematics: docs/formulas.md,
+// 1.2-1.6.
 //
 // With t the total penalty, mu the proximal one and the anchor Wa = (mu / t) W:
 //   dual (B < D):    A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
