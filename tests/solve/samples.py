@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.ops.solve.class_ridge import CLASS_SOLVE
 from cfl_ops.ops.solve.least_squares import LSTSQ, PINV, SMALL_PINV, TALL_FACTOR, TALL_GRAM
-from cfl_ops.ops.solve.ridge import CLASS_SOLVE, RIDGE_CV
+from cfl_ops.ops.solve.ridge_cv import RIDGE_CV
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from torch import Tensor
 

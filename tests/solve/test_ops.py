@@ -311,7 +311,7 @@ def test_ridge_cv_many_targets_in_runs(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], cv: str | int, per_target: bool
 ) -> None:
     """The runs of targets change nothing."""
-    module = sys.modules["cfl_ops.ridge"]
+    module = sys.modules["cfl_ops.ops.solve.ridge_cv"]
     x, y = randn(*shape) + 1, randn(shape[0], 150, seed=1)
     options = {"cv": cv, "per_target": per_target, "bias": True}
     want = cfl_ops.ridge_cv(x, y, [0.1, 10.0], **options)
