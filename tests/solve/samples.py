@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from cfl_ops.ops.solve.class_ridge import CLASS_SOLVE
-from cfl_ops.ops.solve.least_squares import LSTSQ, PINV, SMALL_PINV, TALL_FACTOR, TALL_GRAM
+from cfl_ops.ops.solve.least_squares import LSTSQ, PINV
 from cfl_ops.ops.solve.ridge_cv import RIDGE_CV
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
+from cfl_ops.ops.solve.small_pinv import SMALL_PINV
+from cfl_ops.ops.solve.tall import TALL_FACTOR, TALL_GRAM
 from torch import Tensor
 
 from tests.contract import Case, OpSpec
