@@ -12,15 +12,9 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.results import public
-from cfl_ops.ops.solve.least_squares import (
-    cutoff,
-    factor_any,
-    minimum_norm,
-    not_finite,
-    pinv_arguments,
-    underdetermined,
-)
-from cfl_ops.ops.solve.tall import Factors as _Factors
+from cfl_ops.ops.solve.least_squares import cutoff, not_finite, pinv_arguments
+from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
+from cfl_ops.ops.solve.tall import factor_any, minimum_norm, underdetermined
 
 __all__ = ["Factorization", "factorize"]
 

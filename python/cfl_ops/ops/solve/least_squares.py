@@ -15,7 +15,14 @@ from cfl_ops._core.op import Derivative, define_op
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.solve.codes import UNRESOLVED
 from cfl_ops.ops.solve.small_pinv import SMALL_PINV, is_small_batch
-from cfl_ops.ops.solve.tall import WELL_CONDITIONED, Factors, factor_tall, identity, may_synchronise
+from cfl_ops.ops.solve.tall import (
+    WELL_CONDITIONED,
+    factor_any,
+    identity,
+    may_synchronise,
+    minimum_norm,
+    underdetermined,
+)
 
 __all__ = ["lstsq", "lstsq_ex", "pinv", "pinv_ex"]
 
@@ -162,6 +169,7 @@ def _lstsq_arguments(
 def pinv_arguments(
     op: str, a: Tensor, rtol: float | Tensor | None, atol: float | Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What pinv takes, and factorize without an ``atol``."""
     checks.floating(op, "a", a, 2)
     relative, absolute = _tolerance(op, "rtol", rtol, a), _tolerance(op, "atol", atol, a)
     if relative is None and absolute is None:
@@ -203,28 +211,6 @@ def _lstsq_python(a: Tensor, b: Tensor, rtol: Tensor | None) -> tuple[Tensor, Te
     factors = factor_any(a, cutoff(a, rtol, None), b)
     solution = minimum_norm(a, b, factors)
     return _nan_where(factors.info != 0, solution, dtype), factors.rank, factors.info
-
-
-def underdetermined(a: Tensor) -> bool:
-    """Whether it has fewer rows than columns: then its transpose is the tall matrix."""
-    return a.shape[-2] < a.shape[-1]
-
-
-def factor_any(a: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
-    """The factors of the tall one of a and its transpose; ``b`` comes along where that is a."""
-    return factor_tall(a.mT, cut) if underdetermined(a) else factor_tall(a, cut, b)
-
-
-def minimum_norm(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
-    """The solution in float64, from the factors of a."""
-    apply = Factors.solve_transposed if underdetermined(a) else Factors.solve
-    solution = apply(factors, b)
-    if (
-        a.dtype == torch.float64 and factors.basis is None
-    ):  # one refinement: the Gram's squared condition is mended
-        residual = b.double() - a @ solution
-        solution = solution + apply(factors._replace(cross=None), residual)
-    return solution
 
 
 def _nan_where(bad: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -302,9 +288,8 @@ def _general_pinv(a: Tensor, cut: Callable[[Tensor], Tensor] | None) -> tuple[Te
     result = factors.pinv()
     if underdetermined(a):
         result = result.mT
-    if (
-        a.dtype == torch.float64 and factors.basis is None
-    ):  # one Newton step: the Gram's squared condition is mended
+    if a.dtype == torch.float64 and factors.basis is None:
+        # One Newton step mends the Gram's squared condition.
         if underdetermined(a):
             result = result + result @ (identity(rows, a) - a @ result)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.ops.solve import cuda
-from cfl_ops.ops.solve.tall import NARROW, equilibrated_inverse, identity
+from cfl_ops.ops.solve.tall import NARROW, equilibrated_inverse, identity, underdetermined
 
 
 def is_small_batch(a: Tensor) -> bool:
@@ -21,8 +21,7 @@ def _small_pinv_python(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
     It is the first pass of the general path.
     """
-    underdetermined = a.shape[-2] < a.shape[-1]
-    t = (a.mT if underdetermined else a).double()
+    t = (a.mT if underdetermined(a) else a).double()
     gram = t.mT @ t
     square = gram.diagonal(dim1=-2, dim2=-1)
     usable = ((square > 1e-250) & (square < 1e250)).all(-1)
@@ -33,7 +32,7 @@ def _small_pinv_python(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     if a.dtype == torch.float64:
         result = result + (identity(t.shape[-1], a) - result @ t) @ result
     result = torch.where(good[..., None, None], result, torch.nan).to(a.dtype)
-    return (result.mT if underdetermined else result).contiguous(), (~good).to(torch.int32)
+    return (result.mT if underdetermined(a) else result).contiguous(), (~good).to(torch.int32)
 
 
 def _small_pinv_fake(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
 """The pseudoinverse of tall matrices in factors, of any rank, through a column-equilibrated float64 Gram matrix.
 
-lstsq, pinv and factorize are made of :func:`factor_tall`; its steps are the ops tall_gram and tall_factor.
+lstsq, pinv and factorize are made of :func:`factor_any`; its steps are the ops tall_gram and tall_factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ WELL_CONDITIONED = 1e8  # trace of the inverse Gram up to which one pass is exac
 SHIFT = 1e-13  # of the first pass: below it a float64 Gram is rounding
 KEPT = 1e-2  # the second Gram's eigenvalues below this are cut: singular values under sqrt(KEPT SHIFT) = 3e-8
 
-NARROW = (
-    64  # the most columns (of the matrix and of the right side) that the kernels of these ops are made for
-)
+NARROW = 64
+"""The most columns, of the matrix and of the right side, that the kernels of these ops are made for."""
 
 
 class Factors(NamedTuple):
@@ -62,7 +61,28 @@ class Factors(NamedTuple):
         return self.t.double() @ (self.left @ x) if self.basis is None else self.basis @ x
 
 
-def factor_tall(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
+def underdetermined(a: Tensor) -> bool:
+    """Whether it has fewer rows than columns: then its transpose is the tall matrix."""
+    return a.shape[-2] < a.shape[-1]
+
+
+def factor_any(a: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
+    """The factors of the tall one of a and its transpose; ``b`` comes along where that is a."""
+    return _factor_tall(a.mT, cut) if underdetermined(a) else _factor_tall(a, cut, b)
+
+
+def minimum_norm(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
+    """The solution in float64, from the factors that factor_any made of a."""
+    apply = Factors.solve_transposed if underdetermined(a) else Factors.solve
+    solution = apply(factors, b)
+    if a.dtype == torch.float64 and factors.basis is None:
+        # One refinement mends the Gram's squared condition.
+        residual = b.double() - a @ solution
+        solution = solution + apply(factors._replace(cross=None), residual)
+    return solution
+
+
+def _factor_tall(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
     """Factor tall matrices ``t (..., m, s)``; ``cut`` of the largest singular value, or None for our rule."""
     if cut is not None:
         unit, right, rank, bad = _by_svd(t, cut, equilibrate=False)
@@ -119,6 +139,7 @@ def may_synchronise(t: Tensor) -> bool:
 
 
 def identity(order: int, like: Tensor) -> Tensor:
+    """In float64, on the device of ``like``."""
     return torch.eye(order, dtype=torch.float64, device=like.device)
 
 
@@ -159,7 +180,7 @@ def _by_svd(
     rotated = vectors / scale.unsqueeze(-1)
     right = rotated * (kept / torch.where(kept, values, 1.0)).unsqueeze(-2)
     if equilibrate:
-        right = _minimum_norm(right, rotated, rank)
+        right = _without_null_space(right, rotated, rank)
     return basis * kept.unsqueeze(-2), right, rank, bad
 
 
@@ -178,7 +199,7 @@ def _second_pass(
     rank = kept.sum(-1)
     rotated = first @ vectors
     left = rotated * torch.where(kept, values, 1.0).rsqrt().mul(kept).unsqueeze(-2)
-    return left, _minimum_norm(left, rotated, rank), rank
+    return left, _without_null_space(left, rotated, rank), rank
 
 
 def _project_out(null: Tensor, matrix: Tensor) -> Tensor:
@@ -189,7 +210,7 @@ def _project_out(null: Tensor, matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _minimum_norm(left: Tensor, scaled_null: Tensor, rank: Tensor) -> Tensor:
+def _without_null_space(left: Tensor, scaled_null: Tensor, rank: Tensor) -> Tensor:
     """The columns of ``left`` with the null space projected out; null vectors are the first s - rank."""
     order = left.shape[-1]
     if left.ndim == 2:
