@@ -48,7 +48,7 @@ def _solve(
     gram_ptr, cross_ptr, shift_ptr, solution_ptr, order, columns, tolerance, matrix, piece,
     ACC: tl.constexpr, ORDER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """By elimination; the first pivot that fails, or 0."""
+    """By elimination; the order of the first leading minor that breaks down, or 0."""
     rows = tl.arange(0, ORDER)
     sides = piece * COLUMNS + tl.arange(0, COLUMNS)
     inside = rows < order
@@ -96,7 +96,7 @@ def _solve(
 def ridge_solve(
     gram: Tensor, cross: Tensor, lam: Tensor, lam_diag: Tensor | None
 ) -> tuple[Tensor, Tensor] | Unserved:
-    """The launcher: one pass, or two."""
+    """The launcher of the op: one pass, or in float32 first and then in float64."""
     order, columns = cross.shape[-2:]
     batch = gram.shape[:-2]
     if order > LARGEST or order == 0 or cross.numel() == 0:

@@ -50,8 +50,11 @@ from cfl_ops.ops.proximal.step import (
     proximal_update,
     ridge_step,
 )
-from cfl_ops.ops.solve.least_squares import Factorization, factorize, lstsq, lstsq_ex, pinv, pinv_ex
-from cfl_ops.ops.solve.ridge import RidgeCVResult, class_ridge, ridge, ridge_cv, ridge_path
+from cfl_ops.ops.solve.class_ridge import class_ridge
+from cfl_ops.ops.solve.factorize import Factorization, factorize
+from cfl_ops.ops.solve.least_squares import lstsq, lstsq_ex, pinv, pinv_ex
+from cfl_ops.ops.solve.ridge import ridge, ridge_path
+from cfl_ops.ops.solve.ridge_cv import RidgeCVResult, ridge_cv
 from cfl_ops.ops.solve.ridge_solve import ridge_solve, ridge_solve_ex
 
 from ._version import __version__

@@ -12,7 +12,8 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from cfl_ops.ops.solve.ridge import ridge, ridge_cv
+from cfl_ops.ops.solve.ridge import ridge
+from cfl_ops.ops.solve.ridge_cv import ridge_cv
 
 __all__ = ["Ridge", "RidgeCV"]
 

@@ -1,1 +1,1 @@
-"""solve: batched ridge systems, least squares and pseudoinverses that never fail silently."""
+"""solve: batched ridge systems, least squares, pseudoinverses and ridge regression from data."""

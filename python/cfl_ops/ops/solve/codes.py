@@ -1,6 +1,12 @@
 """What the info of the solve ops says, and their limits."""
 
 BAD_PENALTY = -1
-"""A negative info; a positive one is the order of the first leading minor that breaks down."""
+"""A negative info of ridge_solve; a positive one is the order of the first leading minor that breaks down."""
+BAD_CLASS = -2
+"""class_solve: a class index is out of range."""
+NOT_FINITE = 1
+"""lstsq and pinv: the matrix has NaN or Inf."""
+UNRESOLVED = 2
+"""lstsq and pinv, while a CUDA graph is captured: the matrix needs the path that synchronises."""
 DOUBT = 4.0
 """A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""

@@ -20,7 +20,7 @@ from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
 from cfl_ops._gpu.sources import Constants
 from cfl_ops.ops.solve.codes import BAD_PENALTY, DOUBT
-from cfl_ops.ops.solve.system import factor_system, lost_pivots, penalties, solve_system
+from cfl_ops.ops.solve.system import factor_system, first_breakdown, penalties, solve_system
 
 SOLVE = Constants("solve")
 
@@ -112,7 +112,7 @@ def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
             below.copy_(torch.linalg.solve_triangular(factors.mT, below, upper=True, left=False))
             work[:, end:, end:].baddbmm_(below, below.mT, alpha=-1)
     factors = work.tril_().reshape(system.shape)
-    return factors, lost_pivots(factors, info.reshape(batch), system)
+    return factors, first_breakdown(factors, info.reshape(batch), system)
 
 
 def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
@@ -124,16 +124,16 @@ def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
 def _small(
     kernels: Any, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solution: Tensor
 ) -> Tensor:
-
+    """Systems in a warp's registers; float32 ones that are in doubt again in float64."""
     batch, order = matrices.shape[:2]
     info = torch.empty(2, batch, dtype=torch.int32, device=matrices.device)
-    exact = order * torch.finfo(torch.float64).eps
+    tolerance = order * torch.finfo(torch.float64).eps
     if matrices.dtype == torch.float64:
-        kernels.solve_small(matrices, rights, lam, shift, exact, True, None, solution, info[0], None)
+        kernels.solve_small(matrices, rights, lam, shift, tolerance, True, None, solution, info[0], None)
         return info[0]
     doubt = DOUBT * order * torch.finfo(torch.float32).eps
     kernels.solve_small(matrices, rights, lam, shift, doubt, False, None, solution, info[0], info[1])
-    kernels.solve_small(matrices, rights, lam, shift, exact, True, info[0], solution, info[1], None)
+    kernels.solve_small(matrices, rights, lam, shift, tolerance, True, info[0], solution, info[1], None)
     return info[1]
 
 
@@ -146,6 +146,7 @@ def _tiled(
     solution: Tensor,
     factors: Tensor | None,
 ) -> Tensor:
+    """Systems tile by tile, in one kernel."""
     batch, order, columns = rights.shape
     side = SOLVE.kSide
     tiles, right_tiles = -(-order // side), -(-columns // side)
@@ -155,6 +156,8 @@ def _tiled(
     inverse = torch.empty(batch * tiles * side, dtype=torch.float64, device=device)
     flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
     info = torch.empty(batch, dtype=torch.int32, device=device)
-    exact = order * torch.finfo(torch.float64).eps
-    kernels.solve_tiled(matrices, rights, lam, shift, exact, work, inverse, flags, solution, factors, info)
+    tolerance = order * torch.finfo(torch.float64).eps
+    kernels.solve_tiled(
+        matrices, rights, lam, shift, tolerance, work, inverse, flags, solution, factors, info
+    )
     return info

@@ -1,4 +1,4 @@
-"""solve: batched ridge systems, least squares and pseudoinverses that never fail silently."""
+"""ridge_solve: batches of regularised normal equations, factored and solved in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,86 @@ from cfl_ops.ops.solve.system import solve_system
 
 __all__ = ["ridge_solve", "ridge_solve_ex"]
 
-# --- ridge_solve: the op ------------------------------------------------------------------------------------
+
+def ridge_solve(
+    gram: Tensor, cross: Tensor, lam: float | Tensor = 0.0, *, lam_diag: Tensor | None = None
+) -> Tensor:
+    r"""Solve batches of regularised normal equations, factor and solve in one pass.
+
+    .. math:: W = (G + \lambda I + \mathrm{diag}(\lambda_d))^{-1} C
+
+    (Closed-Form Last Layer Optimization, Eq. 2, transposed: the solution is ``(D, K)``.)
+
+    Args:
+        gram: symmetric positive (semi-)definite ``(..., D, D)``, of any strides; its lower triangle is used.
+        cross: right sides ``(..., D, K)``.
+        lam: a number, or a tensor that is 0-d or broadcasts with the batch dimensions; not negative.
+        lam_diag: ``(..., D)``: a further penalty for each unknown; not negative.
+
+    Returns:
+        ``(..., D, K)``, of the promoted dtype of ``gram`` and ``cross``. float16 and bfloat16 are computed in
+        float32. A float32 system whose pivots come near their rounding errors is solved again in float64.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or a penalty is negative, NaN or Inf.
+        torch.linalg.LinAlgError: a system is not positive definite in float64, or holds NaN or Inf; the
+            message names its batch index. A NaN in ``cross`` stays in its column of the solution.
+
+    Differentiable (twice) in all tensors; the gradient with respect to ``gram`` is symmetric, as that of
+    :func:`torch.linalg.cholesky`. Costs ``D^3 / 3 + 2 D^2 K`` multiply-adds for each system.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> cfl_ops.ridge_solve(torch.diag(torch.tensor([3.0, 8.0])), torch.tensor([[4.0], [18.0]]), 1.0)
+        tensor([[1.],
+                [2.]])
+    """
+    args = _arguments("ridge_solve", gram, cross, lam, lam_diag)
+    solution: Tensor
+    solution, info = RIDGE_SOLVE(*args)
+    check_info("ridge_solve", info, [solution], [args[0]])
+    return solution
+
+
+def ridge_solve_ex(
+    gram: Tensor, cross: Tensor, lam: float | Tensor = 0.0, *, lam_diag: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`ridge_solve`, but returns ``(solution, info)`` and never raises for data nor synchronises.
+
+    ``info (...)`` int32 is 0 where all is well; the order of the first leading minor that is not positive
+    definite (or only within rounding); or -1 where a penalty is negative, NaN or Inf. Where it is not 0 the
+    solution is NaN; the other systems of the batch are not touched by it.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> solution, info = cfl_ops.ridge_solve_ex(torch.zeros(2, 2), torch.ones(2, 1))
+        >>> int(info)
+        1
+    """
+    solution, info = RIDGE_SOLVE(*_arguments("ridge_solve_ex", gram, cross, lam, lam_diag))
+    return solution, info
+
+
+def _arguments(
+    op: str, gram: Tensor, cross: Tensor, lam: float | Tensor, lam_diag: Tensor | None
+) -> list[Any]:
+    checks.floating(op, "gram", gram, 2)
+    checks.floating(op, "cross", cross, 2)
+    checks.size(op, "gram", gram, -2, gram.shape[-1], "its last dimension: square matrices")
+    checks.size(op, "cross", cross, -2, gram.shape[-1], "the order of gram")
+    if lam_diag is not None:
+        checks.floating(op, "lam_diag", lam_diag, 1)
+        checks.size(op, "lam_diag", lam_diag, -1, gram.shape[-1], "the order of gram")
+    checks.same_device(op, "gram", gram, cross=cross, lam_diag=lam_diag)
+    shift = checks.coefficient(op, "lam", lam, gram.device)
+    args = [gram, cross, shift, lam_diag]
+    batch = gram.shape[:-2]
+    if cross.shape[:-2] == batch and shift.ndim == 0 and (lam_diag is None or lam_diag.shape[:-1] == batch):
+        return args
+    batches = {"gram": gram.shape[:-2], "cross": cross.shape[:-2], "lam": shift.shape}
+    if lam_diag is not None:
+        batches["lam_diag"] = lam_diag.shape[:-1]
+    return expand_batch(args, (2, 2, 0, 1), checks.broadcastable(op, **batches))
 
 
 def _ridge_solve_fake(
@@ -68,7 +147,7 @@ RIDGE_SOLVE = define_op(
 
 
 @error_message("ridge_solve")
-def _explain_ridge_solve(info: Tensor, context: Sequence[Tensor]) -> Exception:
+def _ridge_solve_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     prefix = f"cfl_ops.ridge_solve: {where}"
     if code == BAD_PENALTY:
@@ -84,84 +163,3 @@ def _explain_ridge_solve(info: Tensor, context: Sequence[Tensor]) -> Exception:
         "within rounding): use a larger lam, or lstsq for the minimum-norm solution"
     )
     return error
-
-
-def _ridge_solve_arguments(
-    op: str, gram: Tensor, cross: Tensor, lam: float | Tensor, lam_diag: Tensor | None
-) -> list[Any]:
-    checks.floating(op, "gram", gram, 2)
-    checks.floating(op, "cross", cross, 2)
-    checks.size(op, "gram", gram, -2, gram.shape[-1], "its last dimension: square matrices")
-    checks.size(op, "cross", cross, -2, gram.shape[-1], "the order of gram")
-    if lam_diag is not None:
-        checks.floating(op, "lam_diag", lam_diag, 1)
-        checks.size(op, "lam_diag", lam_diag, -1, gram.shape[-1], "the order of gram")
-    checks.same_device(op, "gram", gram, cross=cross, lam_diag=lam_diag)
-    shift = checks.coefficient(op, "lam", lam, gram.device)
-    args = [gram, cross, shift, lam_diag]
-    batch = gram.shape[:-2]
-    if cross.shape[:-2] == batch and shift.ndim == 0 and (lam_diag is None or lam_diag.shape[:-1] == batch):
-        return args
-    batches = {"gram": gram.shape[:-2], "cross": cross.shape[:-2], "lam": shift.shape}
-    if lam_diag is not None:
-        batches["lam_diag"] = lam_diag.shape[:-1]
-    return expand_batch(args, (2, 2, 0, 1), checks.broadcastable(op, **batches))
-
-
-def ridge_solve(
-    gram: Tensor, cross: Tensor, lam: float | Tensor = 0.0, *, lam_diag: Tensor | None = None
-) -> Tensor:
-    r"""Solve batches of regularised normal equations, factor and solve in one pass.
-
-    .. math:: W = (G + \lambda I + \mathrm{diag}(\lambda_d))^{-1} C
-
-    (Closed-Form Last Layer Optimization, Eq. 2, transposed: the solution is ``(D, K)``.)
-
-    Args:
-        gram: symmetric positive (semi-)definite ``(..., D, D)``, of any strides; its lower triangle is used.
-        cross: right sides ``(..., D, K)``.
-        lam: a number, or a tensor that is 0-d or broadcasts with the batch dimensions; not negative.
-        lam_diag: ``(..., D)``: a further penalty for each unknown; not negative.
-
-    Returns:
-        ``(..., D, K)``, of the promoted dtype of ``gram`` and ``cross``. float16 and bfloat16 are computed in
-        float32. A float32 system whose pivots come near their rounding errors is solved again in float64.
-
-    Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or a penalty is negative, NaN or Inf.
-        torch.linalg.LinAlgError: a system is not positive definite in float64, or holds NaN or Inf; the
-            message names its batch index. A NaN in ``cross`` stays in its column of the solution.
-
-    Differentiable (twice) in all tensors; the gradient with respect to ``gram`` is symmetric, as that of
-    :func:`torch.linalg.cholesky`. Costs ``D^3 / 3 + 2 D^2 K`` multiply-adds for each system.
-
-    Example:
-        >>> import torch, cfl_ops
-        >>> cfl_ops.ridge_solve(torch.diag(torch.tensor([3.0, 8.0])), torch.tensor([[4.0], [18.0]]), 1.0)
-        tensor([[1.],
-                [2.]])
-    """
-    args = _ridge_solve_arguments("ridge_solve", gram, cross, lam, lam_diag)
-    solution: Tensor
-    solution, info = RIDGE_SOLVE(*args)
-    check_info("ridge_solve", info, [solution], [args[0]])
-    return solution
-
-
-def ridge_solve_ex(
-    gram: Tensor, cross: Tensor, lam: float | Tensor = 0.0, *, lam_diag: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As :func:`ridge_solve`, but returns ``(solution, info)`` and never raises for data nor synchronises.
-
-    ``info (...)`` int32 is 0 where all is well; the order of the first leading minor that is not positive
-    definite (or only within rounding); or -1 where a penalty is negative, NaN or Inf. Where it is not 0 the
-    solution is NaN; the other systems of the batch are not touched by it.
-
-    Example:
-        >>> import torch, cfl_ops
-        >>> solution, info = cfl_ops.ridge_solve_ex(torch.zeros(2, 2), torch.ones(2, 1))
-        >>> int(info)
-        1
-    """
-    solution, info = RIDGE_SOLVE(*_ridge_solve_arguments("ridge_solve_ex", gram, cross, lam, lam_diag))
-    return solution, info

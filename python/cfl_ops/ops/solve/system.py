@@ -11,20 +11,20 @@ from cfl_ops.ops.solve.codes import BAD_PENALTY
 
 
 def factor_system(system: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor and info, which also counts a pivot lost in rounding as not positive."""
+    """The Cholesky factor and info: 0, or the order of the first leading minor that breaks down."""
     factor, info = torch.linalg.cholesky_ex(system)
-    return factor, lost_pivots(factor, info, system)
+    return factor, first_breakdown(factor, info, system)
 
 
-def lost_pivots(factor: Tensor, info: Tensor, system: Tensor) -> Tensor:
-    """The info of a factorisation, which also counts a pivot lost in rounding as not positive."""
+def first_breakdown(factor: Tensor, info: Tensor, system: Tensor) -> Tensor:
+    """The info of a factorisation, for which a pivot within its rounding error is a breakdown too."""
     order = system.shape[-1]
     if order == 0:
         return info
     pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), system.diagonal(dim1=-2, dim2=-1)
-    lost = ~((pivots > order * torch.finfo(system.dtype).eps * scale) & pivots.isfinite())
-    first = (lost.int().argmax(-1) + 1).to(info.dtype)
-    before = lost.any(-1) & ((info == 0) | (first < info))
+    breakdown = ~((pivots > order * torch.finfo(system.dtype).eps * scale) & pivots.isfinite())
+    first = (breakdown.int().argmax(-1) + 1).to(info.dtype)
+    before = breakdown.any(-1) & ((info == 0) | (first < info))
     return torch.where(before, first, info)
 
 
@@ -38,7 +38,7 @@ def cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
 
 
 def on_device(lam: Tensor, like: Tensor) -> Tensor:
-    """A penalty in float64 where ``like`` is. One on the CPU comes as a kernel's argument: a copy would wait."""
+    """A penalty in float64 where ``like`` is; one on the CPU as a kernel's argument, as a copy would synchronise."""
     if lam.device == like.device:
         return lam.to(torch.float64)
     return torch.zeros(lam.shape, dtype=torch.float64, device=like.device) + lam

@@ -1,0 +1,125 @@
+"""factorize: one factorisation of a matrix of any shape and rank, for many right sides. Made of other ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info, error_message
+from cfl_ops._core.results import public
+from cfl_ops.ops.solve.least_squares import cutoff, not_finite, pinv_arguments
+from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
+from cfl_ops.ops.solve.tall import factor_any, minimum_norm, underdetermined
+
+__all__ = ["Factorization", "factorize"]
+
+
+@public
+@dataclass(frozen=True)
+class Factorization:
+    """A factored matrix ``a (..., M, N)``: solves, its rank, condition and determinant from one factorisation.
+
+    Made by :func:`factorize`. Holds no graph: use :func:`lstsq` or :func:`pinv` for gradients in ``a``; a
+    solve is differentiable in its right side.
+    """
+
+    a: Tensor
+    rank: Tensor
+    """``(...)`` int64: the numerical rank, by the rule of :func:`lstsq`."""
+    _factors: _Factors | None
+
+    def solve(self, b: Tensor) -> Tensor:
+        """The minimum-norm least-squares solution ``(..., N, K)`` for ``b (..., M, K)``."""
+        checks.floating("Factorization.solve", "b", b, 2)
+        checks.size("Factorization.solve", "b", b, -2, self.a.shape[-2], "the rows of a")
+        checks.same_device("Factorization.solve", "a", self.a, b=b)
+        dtype = torch.promote_types(self.a.dtype, b.dtype)
+        f = self._factors
+        if f is None:
+            batch = checks.broadcastable("Factorization.solve", a=self.a.shape[:-2], b=b.shape[:-2])
+            return torch.zeros(*batch, self.a.shape[-1], b.shape[-1], dtype=dtype, device=b.device)
+        return minimum_norm(self.a, b, f).to(dtype)
+
+    def pinv(self) -> Tensor:
+        """The pseudoinverse ``(..., N, M)``."""
+        if self._factors is None:
+            return self.a.new_zeros(self.a.mT.shape)
+        p = self._factors.pinv()
+        return (p.mT if underdetermined(self.a) else p).to(self.a.dtype)
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """``(..., min(M, N))`` float64, falling; those that were cut are 0."""
+        f = self._factors
+        if f is None:
+            return self.a.new_zeros(*self.a.shape[:-2], 0, dtype=torch.float64)
+        # The pseudoinverse is right times a matrix with orthonormal rows: Q^T = left^T t^T, or basis^T.
+        if f.basis is None:
+            p = f.pinv()
+            values = torch.linalg.svdvals(torch.linalg.qr(p.mT, mode="r")[1])
+        else:
+            values = torch.linalg.svdvals(f.right)
+        kept = torch.arange(values.shape[-1], device=values.device) < self.rank.unsqueeze(-1)
+        return torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0).sort(-1, descending=True)[0]
+
+    @property
+    def condition(self) -> Tensor:
+        """``(...)`` float64: the largest singular value over the smallest that was not cut (1 at rank 0)."""
+        values = self.singular_values
+        if values.shape[-1] == 0:
+            return torch.ones(values.shape[:-1], dtype=torch.float64, device=values.device)
+        smallest = torch.where(values > 0, values, torch.inf).amin(-1)
+        return torch.where(self.rank > 0, values[..., 0] / smallest, 1.0)
+
+    @property
+    def logdet(self) -> Tensor:
+        """``(...)`` float64: log |det a| where a is square; in general the sum of the logarithms of the
+        singular values that were not cut. -inf where a square matrix is singular.
+        """
+        values = self.singular_values
+        total = torch.where(values > 0, values, 1.0).log().sum(-1)
+        square = self.a.shape[-2] == self.a.shape[-1]
+        return torch.where(self.rank < values.shape[-1], -torch.inf, total) if square else total
+
+
+def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization:
+    """Factor ``a (..., M, N)`` once, for many right sides.
+
+    Args:
+        a: any shape and rank, of any strides.
+        rtol: as for :func:`lstsq`.
+
+    Returns:
+        :class:`Factorization`, with ``solve(b)``, ``pinv()``, ``rank``, ``condition``, ``logdet`` and
+        ``singular_values``.
+
+    Raises:
+        TypeError, ValueError: ``a`` is not a floating-point matrix, or rtol is negative, NaN or Inf.
+        torch.linalg.LinAlgError: ``a`` has NaN or Inf; the message names the batch index.
+
+    Costs what :func:`lstsq` does; a solve costs ``M N K`` multiply-adds.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> f = cfl_ops.factorize(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+        >>> f.solve(torch.ones(2, 1)).squeeze(-1), int(f.rank), float(f.condition)
+        (tensor([0.5000, 2.0000]), 2, 4.0)
+    """
+    a, relative, _ = pinv_arguments("factorize", a, rtol, None)
+    a = a.detach()
+    batch = a.shape[:-2]
+    if a.numel() == 0:
+        return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)
+    factors = factor_any(a, cutoff(a, relative, None))
+    check_info("factorize", factors.info, [factors.left], [a])
+    return Factorization(a, factors.rank, factors)
+
+
+@error_message("factorize")
+def _factorize_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    return not_finite("factorize", info, context[0])

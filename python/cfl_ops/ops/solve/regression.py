@@ -1,0 +1,76 @@
+"""What ridge, ridge_path and ridge_cv make of their data: checked, centred, and as moments in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfl_ops._core import checks
+from cfl_ops._core.failures import first_failure
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.gram.gram import GRAM
+
+
+def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """X and y in their common dtype (at least float32) and with their common batch shape."""
+    checks.floating(op, "x", x, 2)
+    checks.floating(op, "y", y, 2)
+    checks.size(op, "y", y, -2, x.shape[-2], "the rows of x")
+    checks.same_device(op, "x", x, y=y)
+    batch = checks.broadcastable(op, x=x.shape[:-2], y=y.shape[:-2])
+    dtype = torch.promote_types(result_dtype(x, y), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+
+
+def check_penalties(op: str, lams: Any, device: torch.device) -> Tensor:
+    """The penalties of a path as a 1-d float64 tensor."""
+    values = torch.as_tensor(lams, dtype=torch.float64, device=device)
+    if values.ndim != 1 or values.numel() == 0:
+        raise ValueError(
+            f"cfl_ops.{op}: lams must be a sequence of at least one number, but got shape {tuple(values.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"cfl_ops.{op}: lams must be finite and not negative, but got {values.tolist()}")
+    return values
+
+
+def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """What the fit is rounded to, whatever it was computed in."""
+    return torch.promote_types(x.dtype, y.dtype)
+
+
+def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """X^T X and X^T Y in float64."""
+    gram, cross, *_ = GRAM(x, y, None, False, 0, torch.float64)
+    return gram, cross
+
+
+def gram_of_rows(x: Tensor) -> Tensor:
+    """X X^T in float64."""
+    gram: Tensor = GRAM(x.mT, None, None, False, 0, torch.float64)[0]
+    return gram
+
+
+def centred(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """X with its column means taken away, and the means in float64 (zero without a bias).
+
+    What the rounded mean leaves behind is no larger than rounding of x - mean itself.
+    """
+    if not bias or x.shape[-2] == 0:
+        return x, x.new_zeros(*x.shape[:-2], 1, x.shape[-1], dtype=torch.float64)
+    mean = x.mean(-2, keepdim=True, dtype=torch.float64)
+    return (x.double() - mean).to(x.dtype), mean
+
+
+def intercept(weight: Tensor, x_mean: Tensor, y_mean: Tensor) -> Tensor:
+    """The intercept ``(..., K)`` of a fit to centred data, in float64."""
+    return (y_mean - x_mean @ weight.double()).squeeze(-2)
+
+
+def not_finite(op: str, info: Tensor) -> Exception:
+    """The error where the data are not finite."""
+    error: Exception = LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
+    return error
