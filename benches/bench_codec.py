@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from _ratio import ROWS, compare, record, time_interleaved
-from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import quantize as codec
 from cfl_ops.ops.codec.reference import payload as py
 from torch import Tensor
 

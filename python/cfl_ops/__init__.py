@@ -22,7 +22,7 @@ from cfl_ops.ops.cholesky.update import (
     spd_inverse,
     spd_inverse_ex,
 )
-from cfl_ops.ops.codec.codec import (
+from cfl_ops.ops.codec.quantize import (
     QuantizedTensor,
     allocate_bits,
     compress,

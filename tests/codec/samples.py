@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.ops.codec.codec import (
+from cfl_ops.ops.codec.quantize import (
     DECOMPRESS,
     DEQUANTIZE,
     HUFFMAN_DECODE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cfl_ops._core import dispatch
-from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import quantize as codec
 from cfl_ops.ops.codec import host as _codec_host
 from cfl_ops.ops.codec.reference import payload as _codec_python
 

@@ -23,7 +23,7 @@ from cfl_ops._core.op import UNSERVED
 from cfl_ops._gpu import native, sources
 from cfl_ops._gpu import nvrtc as nvrtc_module
 from cfl_ops.ops.cholesky import cuda as _cholesky_cuda
-from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import quantize as codec
 from cfl_ops.ops.codec import cuda as _codec_cuda
 from cfl_ops.ops.codec import host as _codec_host
 from cfl_ops.ops.gram import cuda as gram_cuda

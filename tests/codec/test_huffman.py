@@ -21,7 +21,7 @@ import pytest
 import torch
 from cfl_ops import CorruptDataError
 from cfl_ops._core import dispatch
-from cfl_ops.ops.codec import codec as codec
+from cfl_ops.ops.codec import quantize as codec
 from cfl_ops.ops.codec.reference import payload as py
 from torch import Tensor
 
