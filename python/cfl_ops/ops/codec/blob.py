@@ -260,7 +260,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if size < _BLOB_BYTES:
         raise corrupt(op, "the blob is too short to hold a header")
     near = blob  # what can be read without synchronising: of a blob on a GPU, its first bytes
-    if blob.device.type != "cpu":
+    if cuda.synchronises(blob):
         near = cuda.to_host(blob[: prefix(size)])
     fixed = as_bytes(near[:_BLOB_BYTES])
     magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(
@@ -315,7 +315,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
             raise corrupt(op, "the blob has a header that contradicts itself")
     if not good:
         raise corrupt(op, "the blob has a range that is not finite or not ordered")
-    if blob.device.type != "cpu":
+    if cuda.synchronises(blob):
         minimum = cuda.to_device(minimum, blob.device)
         maximum = cuda.to_device(maximum, blob.device)
         if index is not None and values is not None:

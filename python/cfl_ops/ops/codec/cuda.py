@@ -63,6 +63,11 @@ def crc_tables(device: torch.device) -> Tensor:
     return host.to(device).view(torch.int32)  # synchronises, once: other streams will read it too
 
 
+def synchronises(data: Tensor) -> bool:
+    """Whether to read its values synchronises."""
+    return data.device.type != "cpu"
+
+
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy that does not synchronise."""
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

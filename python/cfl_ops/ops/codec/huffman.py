@@ -121,7 +121,7 @@ def read_header(op: str, payload: Tensor, raw: Tensor | None = None) -> Header:
 
     ``raw``: the first bytes of a payload on a GPU, where they are known; else this synchronises once.
     """
-    if payload.device.type == "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not cuda.synchronises(payload):
         fields: list[int] = PAYLOAD_HEADER(payload).tolist()
         code, symbol_bytes, _, numel, ndim, *extents = fields
         shape = tuple(extents[:ndim])
