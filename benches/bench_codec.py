@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from _ratio import ROWS, compare, record, time_interleaved
-from cfl_ops.ops.codec import codec as codec
-from cfl_ops.ops.codec.reference import payload as py
+from cfl_ops.ops.codec import blob as blobs
+from cfl_ops.ops.codec.huffman import CHUNK_LOG2, HUFFMAN_DECODE
+from cfl_ops.ops.codec.reference import payload as reference
+from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse
 from torch import Tensor
 
 N = 4_000_000
@@ -251,13 +253,13 @@ def _ideal_bits(counts: list[int]) -> float:
 def bench_size(benchmark, kind: str, bits: int) -> None:
     symbols = symbols_of(kind, bits)
     payload = benchmark.pedantic(lambda: cfl_ops.huffman_encode(symbols), rounds=1)
-    header = py.parse(payload)
+    header = parse(payload)
     counts = torch.bincount(symbols.to(torch.int32), minlength=1 << bits)
     ideal = _ideal_bits(counts.tolist()) / N
     lengths = torch.tensor(header.lengths + [0] * ((1 << bits) - len(header.lengths)))
     code = float((counts * lengths).sum()) / N if int((lengths > 0).sum()) > 1 else 0.0
     p = counts[counts > 0].double() / N
-    table = 8 * (header.data - py.HEADER_BYTES - 8 * len(header.shape) - 8 * len(header.sizes)) / N
+    table = 8 * (header.data - HEADER_BYTES - 8 * len(header.shape) - 8 * len(header.sizes)) / N
     report = {
         "entropy": -float((p * p.log2()).sum()),
         "ideal Huffman": ideal,
@@ -265,7 +267,7 @@ def bench_size(benchmark, kind: str, bits: int) -> None:
         "of it: sampled counts": code - ideal,
         "code table": table,
         "chunk sizes and checksums": 64 * len(header.sizes) / N,
-        "header": 8 * (py.HEADER_BYTES + 8 * len(header.shape)) / N,
+        "header": 8 * (HEADER_BYTES + 8 * len(header.shape)) / N,
         "last bytes of chunks": 8 * sum(header.sizes) / N - code,
     }
     benchmark.extra_info.update(report)
@@ -308,10 +310,10 @@ def bench_fused(benchmark, bits: int, n: int) -> None:
     q = cfl_ops.quantize(w, bits)
     title = f"decompress, {bits} bits, {n} values"
     # The ops behind decompress and huffman_decode, for Python's share counts at the smaller size.
-    start, op = codec._parse_blob("bench", blob), codec.DECOMPRESS
+    start, op = blobs._parse_blob("bench", blob), blobs.DECOMPRESS
     fused = (start.data, start.minimum, start.maximum, bits, n, out, 0)
     compare(benchmark, title, lambda: op(*fused), {
-        "decode alone": lambda: codec.HUFFMAN_DECODE(payload, plain, 0),
+        "decode alone": lambda: HUFFMAN_DECODE(payload, plain, 0),
     }, bytes_moved=4 * n + blob.numel(), asked=1 / 1.1, note="the ops alone")  # fmt: skip
     peers = {
         "two passes": lambda: (cfl_ops.huffman_decode(payload, plain), cfl_ops.dequantize(q)),
@@ -379,12 +381,12 @@ def bench_fallback(benchmark, what: str, asked: float) -> None:
     import dahuffman
 
     symbols = symbols_of("normal", 8)
-    payload = py.encode(symbols, (N,), codec.CHUNK_LOG2, 0)
+    payload = reference.encode(symbols, (N,), CHUNK_LOG2, 0)
     few = symbols[:100_000].tolist()
     peer = dahuffman.HuffmanCodec.from_data(few)
     encoded = peer.encode(few)
-    ours = (lambda: py.encode(symbols, (N,), codec.CHUNK_LOG2, 0)) if what == "encode" else (
-        lambda: py.decode(payload, 0, N))  # fmt: skip
+    ours = (lambda: reference.encode(symbols, (N,), CHUNK_LOG2, 0)) if what == "encode" else (
+        lambda: reference.decode(payload, 0, N))  # fmt: skip
     theirs = (lambda: peer.encode(few)) if what == "encode" else (lambda: peer.decode(encoded))
     timing = time_interleaved({"ours": ours, "dahuffman": theirs}, budget=3.0)
     speedup = timing.seconds["dahuffman"] / len(few) / (timing.seconds["ours"] / N)

@@ -22,21 +22,16 @@ from cfl_ops.ops.cholesky.update import (
     spd_inverse,
     spd_inverse_ex,
 )
-from cfl_ops.ops.codec.codec import (
+from cfl_ops.ops.codec.blob import compress, decompress
+from cfl_ops.ops.codec.files import compress_state_dict, decompress_state_dict, load_file, save_file
+from cfl_ops.ops.codec.huffman import huffman_decode, huffman_encode
+from cfl_ops.ops.codec.quantize import (
     QuantizedTensor,
     allocate_bits,
-    compress,
-    compress_state_dict,
-    decompress,
-    decompress_state_dict,
     dequantize,
     estimate_entropy,
-    huffman_decode,
-    huffman_encode,
-    load_file,
     quantize,
     quantize_ex,
-    save_file,
 )
 from cfl_ops.ops.gram.accumulate import GramAccumulator
 from cfl_ops.ops.gram.gram import GramMoments, gram, gram_, linear_gram

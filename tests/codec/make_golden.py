@@ -1,11 +1,16 @@
-"""Writes tests/data anew. Only for a new version of the format: old readers must read old files."""
+"""Writes tests/data anew (``python -m tests.codec.make_golden``).
+
+Only for a new version of the format: old readers must read old files.
+"""
 
 from pathlib import Path
 
 import cfl_ops
 import torch
-from cfl_ops.ops.codec.reference.payload import as_bytes
-from test_codec import DATA, FLOATS, GOLDEN, golden_weights
+from cfl_ops.ops.codec.reference.header import as_bytes
+
+from tests.codec.helpers import DATA, FLOATS, golden_weights
+from tests.codec.test_huffman import GOLDEN
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)

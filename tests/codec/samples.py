@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.ops.codec.codec import (
-    DECOMPRESS,
-    DEQUANTIZE,
-    HUFFMAN_DECODE,
-    HUFFMAN_ENCODE,
-    PAYLOAD_HEADER,
-    QUANTIZE,
-    QUANTIZE_ENCODE,
-    WEIGHT_RANGE,
-)
-from cfl_ops.ops.codec.reference import payload as py
+from cfl_ops.ops.codec.blob import DECOMPRESS, QUANTIZE_ENCODE
+from cfl_ops.ops.codec.codes import BAD_LENGTH
+from cfl_ops.ops.codec.huffman import HUFFMAN_DECODE, HUFFMAN_ENCODE, PAYLOAD_HEADER
+from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
+from cfl_ops.ops.codec.reference import payload as reference
 from torch import Tensor
 
 from tests.contract import Case, OpSpec
@@ -42,7 +36,7 @@ def _quantize_oracle(w: Tensor, bits: int, histogram: bool):
 
 
 def _quantize_bound(w: Tensor, bits: int, histogram: bool):
-    # Next to an edge the roundings may choose the neighbouring bin; test_codec.py asks more.
+    # Next to an edge the roundings may choose the neighbouring bin; test_quantize.py asks more.
     return 1, 0, 0, 0, 0
 
 
@@ -78,7 +72,7 @@ def _quantize_encode_case(shape: tuple[int, ...], bits: int):
 
 def _quantize_encode_oracle(w, low, high, bits, shape, chunk_log2, reserve):
     symbols = QUANTIZE.python(w, bits, False)[0]
-    return (py.encode(symbols, tuple(shape), chunk_log2, reserve),)
+    return (reference.encode(symbols, tuple(shape), chunk_log2, reserve),)
 
 
 def _quantized(shape: tuple[int, ...], bits: int):
@@ -109,12 +103,12 @@ def _symbols(n: int, top: int) -> Tensor:
 
 
 def _payload_oracle(symbols: Tensor, shape: list[int], chunk_log2: int, reserve: int):
-    return (py.encode(symbols, tuple(shape), chunk_log2, reserve),)
+    return (reference.encode(symbols, tuple(shape), chunk_log2, reserve),)
 
 
 def _decode_case(n: int, start: int, count: int):
     def make(dtype: torch.dtype):
-        payload = py.encode(_symbols(n, 40), (n,), 10, 0)
+        payload = reference.encode(_symbols(n, 40), (n,), 10, 0)
         return [payload, torch.zeros(count, dtype=torch.uint8), start]
 
     return make
@@ -128,7 +122,7 @@ def _decompress_case(start: int, count: int, group_size: int):
     def make(dtype: torch.dtype):
         groups = -(-5000 // group_size)
         low = torch.linspace(-2, -1, groups, dtype=torch.float64).to(dtype)
-        payload = py.encode(_symbols(5000, 40), (5000,), 10, 0)
+        payload = reference.encode(_symbols(5000, 40), (5000,), 10, 0)
         return [payload, low, low + 3, 6, group_size, torch.zeros(count, dtype=dtype), start]
 
     return make
@@ -212,14 +206,16 @@ SPECS = [
     OpSpec(
         PAYLOAD_HEADER,
         [
-            Case("good", lambda dtype: [py.encode(_symbols(600, 60), (2, 300), 10, 0)], dtypes=ONCE),
-            Case("cut", lambda dtype: [py.encode(_symbols(600, 60), (2, 300), 10, 0)[:-1]], dtypes=ONCE),
+            Case("good", lambda dtype: [reference.encode(_symbols(600, 60), (2, 300), 10, 0)], dtypes=ONCE),
+            Case(
+                "cut", lambda dtype: [reference.encode(_symbols(600, 60), (2, 300), 10, 0)[:-1]], dtypes=ONCE
+            ),
         ],
         lambda payload: (
             torch.tensor(
                 ([0, 1, 10, 600, 2, 2, 300] + [0] * 62)
-                if payload.numel() == py.encode(_symbols(600, 60), (2, 300), 10, 0).numel()
-                else [py.BAD_LENGTH] + [0] * 68
+                if payload.numel() == reference.encode(_symbols(600, 60), (2, 300), 10, 0).numel()
+                else [BAD_LENGTH] + [0] * 68
             ),
         ),
         lambda *args: (0,),

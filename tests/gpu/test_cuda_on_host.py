@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import struct
 import subprocess
 import types
@@ -19,13 +18,15 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops._core import dispatch
-from cfl_ops._core.op import UNSERVED
+from cfl_ops._core.op import OPS, UNSERVED
 from cfl_ops._gpu import native, sources
 from cfl_ops._gpu import nvrtc as nvrtc_module
 from cfl_ops.ops.cholesky import cuda as _cholesky_cuda
-from cfl_ops.ops.codec import codec as codec
 from cfl_ops.ops.codec import cuda as _codec_cuda
 from cfl_ops.ops.codec import host as _codec_host
+from cfl_ops.ops.codec.blob import DecompressArguments
+from cfl_ops.ops.codec.huffman import HUFFMAN_DECODE, HUFFMAN_ENCODE
+from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
 from cfl_ops.ops.gram import cuda as gram_cuda
 from cfl_ops.ops.solve import cuda as _solve_cuda
 
@@ -71,8 +72,7 @@ def emulated(kernels):
     """The codec's ops are served by the emulated kernels."""
     library = torch.library.Library("cfl_ops", "IMPL")
     for name in CODEC:
-        launcher = functools.partial(getattr(_codec_cuda, name), kernels)
-        library.impl(name, launcher, "CPU", allow_override=True)
+        library.impl(name, OPS[name].launcher("native"), "CPU", allow_override=True)
     yield
     library._destroy()
     dispatch.overrides.install(cfl_ops.config.get_backend())
@@ -103,7 +103,7 @@ def test_payload_is_that_of_the_cpu(kernels, name: str, order: str, monkeypatch:
     symbols = SYMBOLS[name]()
     n = symbols.numel()
     for chunk_log2 in (10, 15):
-        want = codec.HUFFMAN_ENCODE(symbols, [n], chunk_log2, 5)
+        want = HUFFMAN_ENCODE(symbols, [n], chunk_log2, 5)
         got = _codec_cuda.huffman_encode(kernels, symbols, [n], chunk_log2, 5)
         assert torch.equal(got, want)
         # A view that starts at an odd byte: chunks are read as aligned words all the same.
@@ -120,7 +120,7 @@ def test_any_address(kernels, name: str) -> None:
     n = symbols.numel()
     for offset in (1, 2, 3):
         shifted = torch.empty(n + offset, dtype=symbols.dtype)[offset:].copy_(symbols)
-        payload = codec.HUFFMAN_ENCODE(symbols, [n], 12, 0)
+        payload = HUFFMAN_ENCODE(symbols, [n], 12, 0)
         assert torch.equal(_codec_cuda.huffman_encode(kernels, shifted, [n], 12, 0), payload)
         for begin, end in ((0, n), (4096, n), (2047, 2049), (5 * offset, n - 1)):
             room = torch.full((n + 8,), 77, dtype=symbols.dtype)
@@ -142,7 +142,7 @@ def test_many_nodes(kernels) -> None:
     spread = (torch.rand(9000) ** 3 * 1200).to(torch.uint16)  # hundreds of nodes
     for s in (symbols, spread):
         n = s.numel()
-        want = codec.HUFFMAN_ENCODE(s, [n], 13, 0)
+        want = HUFFMAN_ENCODE(s, [n], 13, 0)
         assert torch.equal(_codec_cuda.huffman_encode(kernels, s, [n], 13, 0), want)
         out = torch.empty_like(s)
         assert int(_codec_cuda.huffman_decode_(kernels, want, out, 0)) == 0
@@ -168,7 +168,7 @@ def test_without_the_extension(kernels, name: str, monkeypatch: pytest.MonkeyPat
     """CuPy's kernels need no compiler: the host's part is then Python's."""
     symbols = SYMBOLS[name]()
     n = symbols.numel()
-    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 7)
+    want = HUFFMAN_ENCODE(symbols, [n], 12, 7)
     python = {f"host_{part}": getattr(_codec_host, part) for part in ("code", "head", "parse")}
     monkeypatch.setattr(_codec_cuda, "_ops", types.SimpleNamespace(**python))
     assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [n], 12, 7), want)
@@ -181,7 +181,7 @@ def test_without_the_extension(kernels, name: str, monkeypatch: pytest.MonkeyPat
 def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the lists of all warps do not fit, fewer decode."""
     symbols = normal_symbols(20000, 256, torch.uint8)
-    payload = codec.HUFFMAN_ENCODE(symbols, [20000], 15, 0)
+    payload = HUFFMAN_ENCODE(symbols, [20000], 15, 0)
     facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 20000)[0].tolist()
     room = (
         _codec_cuda.decode_shared(facts[5], 15, facts[6], 1, facts[8])
@@ -197,7 +197,7 @@ def test_shared_memory_for_few_warps(kernels, lists: int, monkeypatch: pytest.Mo
 def test_a_refused_launch_leaves_nothing_for_the_next(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime keeps an error until it is asked for: the next launch, a good one, must not find it."""
     symbols = normal_symbols(20000, 256, torch.uint8)
-    payload = codec.HUFFMAN_ENCODE(symbols, [20000], 15, 0)
+    payload = HUFFMAN_ENCODE(symbols, [20000], 15, 0)
     out, weights = torch.empty_like(symbols), torch.randn(2, 50)
     monkeypatch.setenv("CFL_ON_HOST_REFUSE", "1")
     with pytest.raises(RuntimeError, match=r"cfl_ops\.huffman_decode"):
@@ -211,7 +211,7 @@ def test_a_refused_launch_leaves_nothing_for_the_next(kernels, monkeypatch: pyte
 def test_the_first_bad_chunk_is_reported(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CFL_ON_HOST_ORDER", "reverse")
     symbols = normal_symbols(5000, 64, torch.uint8)
-    payload = codec.HUFFMAN_ENCODE(symbols, [5000], 10, 0)
+    payload = HUFFMAN_ENCODE(symbols, [5000], 10, 0)
     facts = torch.ops.cfl_ops.host_parse(payload, payload.numel(), 2048, 1)[0].tolist()
     payload[facts[4] + facts[7]] ^= 1  # the first byte of chunk 2
     payload[-1] ^= 1
@@ -226,7 +226,7 @@ def test_forged_chunks(kernels) -> None:
     verdicts = set()
     for dtype, alphabet in ((torch.uint8, 256), (torch.uint16, 1024)):
         symbols = normal_symbols(3000, alphabet, dtype)
-        payload = codec.HUFFMAN_ENCODE(symbols, [3000], 11, 0)
+        payload = HUFFMAN_ENCODE(symbols, [3000], 11, 0)
         data = int(torch.ops.cfl_ops.host_parse(payload, payload.numel(), 0, 0)[0][4])
         for seed in range(25):
             generator = torch.Generator().manual_seed(seed)
@@ -242,40 +242,68 @@ def test_forged_chunks(kernels) -> None:
             struct.pack_into("<I", raw, 36, zlib.crc32(raw[40:data], zlib.crc32(raw[:36])))
             forged = torch.frombuffer(raw, dtype=torch.uint8)
             want, got = torch.zeros_like(symbols), torch.zeros_like(symbols)
-            verdict = int(codec.HUFFMAN_DECODE(forged, want, 0))
+            verdict = int(HUFFMAN_DECODE(forged, want, 0))
             assert int(_codec_cuda.huffman_decode_(kernels, forged, got, 0)) == verdict
             assert verdict or torch.equal(got, want)
             verdicts.add(verdict)
     assert {0, 1000} <= verdicts  # some bits only change symbols, others the sizes of lists
 
 
-def test_waits(emulated, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wait for a GPU goes through to_host: two to encode, one to read a header and decode."""
-    waits: list[int] = []
+@pytest.fixture
+def waits(emulated, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the copies to the host: all that synchronises goes through to_host."""
+    sizes: list[int] = []
     to_host = _codec_cuda.to_host
-    monkeypatch.setattr(_codec_cuda, "to_host", lambda data: (waits.append(data.numel()), to_host(data))[1])
-    for symbols in (normal_symbols(70000, 256, torch.uint8), normal_symbols(70000, 1024, torch.uint16)):
-        waits.clear()
-        payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
+    monkeypatch.setattr(_codec_cuda, "to_host", lambda data: (sizes.append(data.numel()), to_host(data))[1])
+    return sizes
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize(("alphabet", "dtype"), [(256, torch.uint8), (1024, torch.uint16)])
+def test_waits(waits: list[int], alphabet: int, dtype: torch.dtype, mode) -> None:
+    """Two to encode, one to read a header and decode."""
+    symbols = normal_symbols(70000, alphabet, dtype)
+    with mode():
+        payload = HUFFMAN_ENCODE(symbols, [70000], 15, 0)
         assert len(waits) == 2
         waits.clear()
-        assert _codec_cuda.read_header(payload) == (0, symbols.element_size(), 70000, (70000,))
+        *header, raw = _codec_cuda.read_header(payload)
+        assert header == [0, symbols.element_size(), 70000, (70000,)]
         out = torch.empty_like(symbols)
-        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
+        assert int(HUFFMAN_DECODE(_codec_cuda.with_first_bytes(payload, raw), out, 0)) == 0
         assert len(waits) == 1
         assert torch.equal(out, symbols)
-        # Not for another tensor, nor for one that was written to, nor twice.
-        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
-        assert len(waits) == 2
-        _codec_cuda.read_header(payload)
+        # The payload itself remembers nothing: the op alone reads the header, as it is then.
         payload[0] ^= 1
-        assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 2
-        assert len(waits) == 4
-        with torch.inference_mode():
-            payload = codec.HUFFMAN_ENCODE(symbols, [70000], 15, 0)
-            assert _codec_cuda.read_header(payload)[0] == 0
-            assert int(codec.HUFFMAN_DECODE(payload, out, 0)) == 0
-            assert torch.equal(out, symbols)
+        assert int(HUFFMAN_DECODE(payload, out, 0)) == 2
+        assert len(waits) == 2
+
+
+@pytest.mark.parametrize("bits", [8, 10])
+def test_public_calls_wait_once_for_the_first_bytes(
+    waits: list[int], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once more for the outcome of the checks, which is not seen here."""
+    w = torch.randn(70000)
+    q, blob = cfl_ops.quantize(w, bits), cfl_ops.compress(w, bits=bits)
+    payload = cfl_ops.huffman_encode(q.symbols)
+    monkeypatch.setattr(_codec_cuda, "synchronises", lambda data: True)
+    for part in ({}, {"start": 33000, "stop": 69000}):
+        waits.clear()
+        assert torch.equal(
+            cfl_ops.huffman_decode(payload, **part), q.symbols[part.get("start", 0) : part.get("stop")]
+        )
+        assert len(waits) == 1
+        waits.clear()
+        assert torch.equal(
+            cfl_ops.decompress(blob, **part), cfl_ops.dequantize(q)[part.get("start", 0) : part.get("stop")]
+        )
+        assert len(waits) == 1
+    payload[5] ^= 1
+    blob[70] ^= 1
+    for call in (lambda: cfl_ops.huffman_decode(payload), lambda: cfl_ops.decompress(blob)):
+        with pytest.raises(cfl_ops.CorruptDataError):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -288,7 +316,7 @@ def test_weight_range_is_that_of_the_cpu(kernels, nvrtc, dtype: torch.dtype) -> 
         torch.empty(2, 0, dtype=dtype),
     ):
         for bits, every in ((4, 33), (10, 1), (0, 1)):
-            want = codec.WEIGHT_RANGE(w, bits, every)
+            want = WEIGHT_RANGE(w, bits, every)
             for launcher in (kernels, nvrtc):
                 got = _codec_cuda.weight_range(launcher, w, bits, every)
                 assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -298,14 +326,14 @@ def test_a_chunk_that_outgrows_its_slot_is_encoded_again(kernels) -> None:
     """A code made for a mostly constant tensor, and one chunk of all the rare symbols."""
     symbols = torch.zeros(40 * 1024, dtype=torch.uint8)
     symbols[1024:2048] = torch.arange(1024).remainder(256).to(torch.uint8)
-    want = codec.HUFFMAN_ENCODE(symbols, [40, 1024], 10, 0)
+    want = HUFFMAN_ENCODE(symbols, [40, 1024], 10, 0)
     assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [40, 1024], 10, 0), want)
 
 
 def test_chunks_beyond_shared_memory(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits that go to the slot itself, and a payload whose decoding is left to the fallback."""
     symbols = normal_symbols(5000, 256, torch.uint8)
-    want = codec.HUFFMAN_ENCODE(symbols, [5000], 12, 0)
+    want = HUFFMAN_ENCODE(symbols, [5000], 12, 0)
     monkeypatch.setattr(_codec_cuda, "_shared_memory", lambda device: 256)
     assert torch.equal(_codec_cuda.huffman_encode(kernels, symbols, [5000], 12, 0), want)
     assert _codec_cuda.huffman_decode_(kernels, want, torch.empty_like(symbols), 0) is UNSERVED
@@ -318,7 +346,7 @@ def test_no_damaged_byte_is_decoded(kernels) -> None:
         damaged = payload.clone()
         damaged[at] ^= 1 << at % 8
         out = torch.empty_like(symbols)
-        want = codec.HUFFMAN_DECODE(damaged, torch.empty_like(symbols), 0)
+        want = HUFFMAN_DECODE(damaged, torch.empty_like(symbols), 0)
         assert int(want) != 0
         assert torch.equal(_codec_cuda.huffman_decode_(kernels, damaged, out, 0), want)
 
@@ -340,14 +368,14 @@ def test_quantize_is_that_of_the_cpu(kernels, dtype: torch.dtype, bits: int) -> 
         torch.empty(0, 5, dtype=dtype),
     ]
     for w in cases:
-        want = codec.QUANTIZE(w, bits, True)
+        want = QUANTIZE(w, bits, True)
         got = _codec_cuda.quantize(kernels, w, bits, True)
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
         symbols, low, high = want[:3]
         back = _codec_cuda.dequantize(kernels, symbols, low, high, bits)
-        assert torch.equal(back, codec.DEQUANTIZE(symbols, low, high, bits))
+        assert torch.equal(back, DEQUANTIZE(symbols, low, high, bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -644,7 +672,7 @@ def nvrtc(tmp_path_factory: pytest.TempPathFactory):
 def test_cupys_launcher_gives_the_payload_of_the_cpu(nvrtc, name: str) -> None:
     symbols = SYMBOLS[name]()
     n = symbols.numel()
-    want = codec.HUFFMAN_ENCODE(symbols, [n], 12, 3)
+    want = HUFFMAN_ENCODE(symbols, [n], 12, 3)
     got = _codec_cuda.huffman_encode(nvrtc, symbols, [n], 12, 3)
     assert torch.equal(got, want)
     out = torch.empty(n - n // 3, dtype=symbols.dtype)
@@ -656,15 +684,18 @@ def test_cupys_launcher_gives_the_payload_of_the_cpu(nvrtc, name: str) -> None:
 def test_cupys_launcher_quantises_decodes_and_sums_as_the_cpu(nvrtc, dtype: torch.dtype) -> None:
     for bits in (5, 10, 14):
         w = torch.randn(3, 500).to(dtype)
-        symbols, low, high, counts, info = codec.QUANTIZE(w, bits, True)
+        symbols, low, high, counts, info = QUANTIZE(w, bits, True)
         for a, b in zip(
             _codec_cuda.quantize(nvrtc, w, bits, True), (symbols, low, high, counts, info), strict=True
         ):
             assert torch.equal(a, b)
-        want = codec.DEQUANTIZE(symbols, low, high, bits)
+        want = DEQUANTIZE(symbols, low, high, bits)
         assert torch.equal(_codec_cuda.dequantize(nvrtc, symbols, low, high, bits), want)
-        payload, out = codec.HUFFMAN_ENCODE(symbols, [3, 500], 10, 0), torch.empty(1500, dtype=dtype)
-        assert int(_codec_cuda.decompress_(nvrtc, payload, low, high, bits, 500, out, 0)) == 0
+        payload, out = HUFFMAN_ENCODE(symbols, [3, 500], 10, 0), torch.empty(1500, dtype=dtype)
+        assert (
+            int(_codec_cuda.decompress_(nvrtc, DecompressArguments(payload, low, high, bits, 500, out, 0)))
+            == 0
+        )
         assert torch.equal(out, want.flatten())
     x, s = torch.randn(2, 40, 70).to(dtype), torch.rand(2, 40, dtype=torch.float64)
     for weight in (None, s):

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
-import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu.sources import Constants
-from cfl_ops.ops.codec import host as _codec_host  # noqa: F401  (defines the ops host_*)
-from cfl_ops.ops.codec.reference import payload as _py
+from cfl_ops.ops.codec import codes
+from cfl_ops.ops.codec import host as _host  # noqa: F401  (defines the ops host_*)
+from cfl_ops.ops.codec.reference import payload as reference
+from cfl_ops.ops.codec.reference.header import HEADER_BYTES, from_bytes, prefix, symbol_dtype
+
+if TYPE_CHECKING:
+    from cfl_ops.ops.codec.blob import DecompressArguments
 
 CODEC = Constants("codec")
 
@@ -28,9 +31,6 @@ _ops = torch.ops.cfl_ops
 MAX_NODES, MAX_CHUNK_LOG2 = 1024, 15
 STATIC_SHARED = 5 << 10
 """Bytes that the kernels declare themselves, with some to spare."""
-
-
-# --- checksums ----------------------------------------------------------------------------------------------
 
 
 def _crc_multiply(a: int, b: int) -> int:
@@ -59,49 +59,32 @@ def crc_tables(device: torch.device) -> Tensor:
     row = _crc_power(4 * CODEC.kThreads)
     entries = [_crc_multiply(value << 8 * byte, row) for byte in range(4) for value in range(256)]
     entries += [_crc_power(4 * (CODEC.kThreads - thread)) for thread in range(CODEC.kThreads)]
-    host = _py.from_bytes(struct.pack(f"<{len(entries)}I", *entries))
-    return host.to(device).view(torch.int32)  # waits, once: other streams will read it too
+    host = from_bytes(struct.pack(f"<{len(entries)}I", *entries))
+    return host.to(device).view(torch.int32)  # synchronises, once: other streams will read it too
 
 
-# --- between host and GPU -----------------------------------------------------------------------------------
+def synchronises(data: Tensor) -> bool:
+    """Whether to read its values synchronises."""
+    return data.device.type != "cpu"
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait for the GPU."""
+    """A copy that does not synchronise."""
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def to_host(data: Tensor) -> Tensor:
-    """A copy on the CPU: one wait for a GPU, and the only place where this module waits."""
+    """A copy on the CPU: synchronises, and is the only place in this module that does."""
     if data.device.type != "cuda":
         return data.cpu()
     return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data)
 
 
-class _Held(threading.local):
-    """The header that was read last, for the op that decodes its payload next: see read_header."""
-
-    payload: Any = None
-    """A weak reference: nothing is kept alive."""
-    version = -1
-    raw: Tensor | None = None
-
-
-_held = _Held()
-
-
-def _take_header(payload: Tensor) -> Tensor | None:
-    """What read_header has just read, if it was of this very tensor, unchanged; once."""
-    known, version, raw = _held.payload, _held.version, _held.raw
-    _held.payload = _held.raw = None
-    return raw if known is not None and known() is payload and version == payload._version else None
-
-
 def _parse(payload: Tensor, raw: Tensor | None, start: int, count: int) -> tuple[list[int], Tensor, Tensor]:
-    """The facts of host_parse, the tree, and the first bytes. One wait, or none where these are given."""
+    """The facts of host_parse, the tree, and the first bytes. Synchronises once, or not where these are given."""
     size = payload.numel()
     if raw is None:
-        raw = to_host(payload[: _py.prefix(size)])
+        raw = to_host(payload[: prefix(size)])
     facts, tree = _ops.host_parse(raw, size, start, count)
     if int(facts[0]) < 0:  # a header longer than most
         raw = to_host(payload[: -int(facts[0])])
@@ -109,20 +92,23 @@ def _parse(payload: Tensor, raw: Tensor | None, start: int, count: int) -> tuple
     return facts.tolist(), tree, raw
 
 
-def read_header(payload: Tensor, raw: Tensor | None = None) -> tuple[int, int, int, tuple[int, ...]]:
-    """What is wrong with a payload (0: nothing), the bytes of a symbol, how many there are, and their shape.
+def read_header(payload: Tensor, raw: Tensor | None = None) -> tuple[int, int, int, tuple[int, ...], Tensor]:
+    """What is wrong with a payload (0: nothing), the bytes of a symbol, their number, their shape, the first bytes.
 
-    Waits once for a GPU, and not where its first bytes are given. The op that decodes this payload next does not
-    wait for its header again.
+    Synchronises once, and not where the first bytes are given.
     """
     facts, _, raw = _parse(payload, raw, 0, 0)
-    if not payload.is_inference():  # those do not count their changes
-        _held.payload, _held.version, _held.raw = weakref.ref(payload), payload._version, raw
-    return facts[0], facts[1], facts[3], tuple(facts[9:])
+    return facts[0], facts[1], facts[3], tuple(facts[9:]), raw
 
 
-def _info(code: int, device: torch.device) -> Tensor:
-    return torch.full((), code, dtype=torch.int64, device=device)
+def with_first_bytes(payload: Tensor, raw: Tensor) -> Tensor:
+    """The payload as the op that decodes it next should get it, which then does not fetch its header again.
+
+    The schemas have no place for the bytes, so they travel on an alias that lives for this one call.
+    """
+    alias = payload.detach()
+    alias.first_bytes = raw  # type: ignore[attr-defined]
+    return alias
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -160,13 +146,6 @@ def decode_shared(nodes: int, chunk_log2: int, leaves: int, symbol_bytes: int, l
     return _node_bytes(nodes, chunk_log2, symbol_bytes) + symbols + 4 * (words + words // 2)
 
 
-# --- quantize -----------------------------------------------------------------------------------------------
-
-
-def _symbol_dtype(bits: int) -> torch.dtype:
-    return torch.uint8 if bits <= 8 else torch.uint16
-
-
 def _ranges(kernels: Any, flat: Tensor, levels: int) -> tuple[Tensor, ...]:
     """The smallest and the largest finite weight of each row, the number of others, and the row's arithmetic."""
     groups, size = flat.shape
@@ -183,12 +162,12 @@ def _ranges(kernels: Any, flat: Tensor, levels: int) -> tuple[Tensor, ...]:
 
 
 def quantize(kernels: Any, w: Tensor, bits: int, histogram: bool) -> tuple[Tensor, ...]:
-    """The op ``cfl_ops::quantize``: two passes over the weights. Waits for nothing."""
+    """The op ``cfl_ops::quantize``: two passes over the weights. Does not synchronise."""
     batch, size, levels = w.shape[:-1], w.shape[-1], 1 << bits
     groups = batch.numel()
     flat = w.reshape(groups, size).contiguous()
     minimum, maximum, info, affine = _ranges(kernels, flat, levels)
-    symbols = torch.empty(groups, size, dtype=_symbol_dtype(bits), device=w.device)
+    symbols = torch.empty(groups, size, dtype=symbol_dtype(bits), device=w.device)
     counts = torch.zeros(groups, levels if histogram else 0, dtype=torch.int64, device=w.device)
     kernels.quantize(flat, affine, info, levels, symbols, counts if histogram else None)
     return (
@@ -201,7 +180,7 @@ def quantize(kernels: Any, w: Tensor, bits: int, histogram: bool) -> tuple[Tenso
 
 
 def weight_range(kernels: Any, w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]:
-    """The op ``cfl_ops::weight_range``: one pass, and with ``bits`` one over the sample. Waits for nothing."""
+    """The op ``cfl_ops::weight_range``: one pass, and with ``bits`` one over the sample. Does not synchronise."""
     batch, size, levels = w.shape[:-1], w.shape[-1], 1 << bits
     groups = batch.numel()
     flat = w.reshape(groups, size).contiguous()
@@ -209,7 +188,7 @@ def weight_range(kernels: Any, w: Tensor, bits: int, every: int) -> tuple[Tensor
     counts = torch.zeros(groups, levels if bits else 0, dtype=torch.int64, device=w.device)
     if bits:
         sample = flat[:, ::every].contiguous()
-        symbols = torch.empty(sample.shape, dtype=_symbol_dtype(bits), device=w.device)
+        symbols = torch.empty(sample.shape, dtype=symbol_dtype(bits), device=w.device)
         kernels.quantize(sample, affine, info, levels, symbols, counts)
     return minimum.view(batch), maximum.view(batch), counts.view(*batch, counts.shape[1]), info.view(batch)
 
@@ -237,14 +216,11 @@ def dequantize(kernels: Any, symbols: Tensor, minimum: Tensor, maximum: Tensor, 
     return weights
 
 
-# --- Huffman ------------------------------------------------------------------------------------------------
-
-
 ALPHABETS = {1: 256, 2: 1 << 16}
 
 
 def _counts(kernels: Any, symbols: Tensor) -> tuple[Tensor, int]:
-    """Counts on the host, of all symbols or of one block in so many, as sample_counts of _codec_python.
+    """Counts on the host, of all symbols or of one block in so many, as sample_counts of reference/payload.py.
 
     Which of them are counted depends on the largest symbol; the kernel reads it from the end of the counts.
     """
@@ -261,20 +237,20 @@ def _counts(kernels: Any, symbols: Tensor) -> tuple[Tensor, int]:
 def huffman_encode(
     kernels: Any, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int
 ) -> Tensor:
-    """The op ``cfl_ops::huffman_encode``. Waits twice: for the counts, and for the sizes of the chunks.
+    """The op ``cfl_ops::huffman_encode``. Synchronises twice: for the counts, and for the sizes of the chunks.
 
     (And once more for each time that a chunk outgrew its slot, which needs a sample that misleads.)
     """
     flat, device, symbol_bytes = symbols.reshape(-1).contiguous(), symbols.device, symbols.element_size()
     n, chunk = flat.numel(), 1 << chunk_log2
     if n == 0 or chunk_log2 > MAX_CHUNK_LOG2:
-        return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
+        return reference.encode(symbols, tuple(shape), chunk_log2, reserve)
     tree, lengths, facts = _ops.host_code(*_counts(kernels, flat))
     alphabet, nodes, leaves, longest, bits, counted = facts.tolist()
     shared = encode_shared(nodes, chunk_log2, alphabet, symbol_bytes)
     room = _shared_memory(device) - shared
     if nodes > MAX_NODES or room < 0:
-        return _py.encode(symbols, tuple(shape), chunk_log2, reserve)
+        return reference.encode(symbols, tuple(shape), chunk_log2, reserve)
     tree, tables = to_device(tree, device), crc_tables(device)
     # What the counts promise with some room; if a chunk needs more, its size comes back and nothing else.
     needed = min(chunk * longest, int(1.02 * chunk * bits / counted) + 2048) if leaves > 1 else 0
@@ -292,7 +268,7 @@ def huffman_encode(
         if -(-largest // 4) <= slots.shape[1]:
             break
         needed = 8 * largest
-    front = reserve + _py.HEADER_BYTES + 8 * len(shape) + lengths.numel() + 8 * chunks
+    front = reserve + HEADER_BYTES + 8 * len(shape) + lengths.numel() + 8 * chunks
     out = torch.empty(front + int(table[:, 0].sum()), dtype=torch.uint8, device=device)
     sizes = entries[:, 0].to(torch.int64)
     kernels.gather(slots, entries, sizes.cumsum(0) - sizes, out[front:])
@@ -302,20 +278,17 @@ def huffman_encode(
 
 
 def huffman_decode_(kernels: Any, payload: Tensor, out: Tensor, start: int) -> Tensor | Unserved:
-    """The op ``cfl_ops::huffman_decode_``. Waits once, for the header; its info comes without waiting."""
+    """The op ``cfl_ops::huffman_decode_``. Synchronises once, for the header; not for its info."""
     info = _decode(kernels, payload, out, start, None, 1)
     return UNSERVED if info is None else info
 
 
-def decompress_(
-    kernels: Any, payload: Tensor, minimum: Tensor, maximum: Tensor, bits: int, group_size: int, out: Tensor,
-    start: int,
-) -> Tensor | Unserved:  # fmt: skip
-    """The op ``cfl_ops::decompress_``: decoding and weights in one kernel. Waits once, for the header."""
-    count = out.numel()
-    if start < 0 or (count and (start + count - 1) // group_size >= minimum.numel()):
-        return _info(_py.OUT_OF_RANGE, payload.device)
-    info = _decode(kernels, payload, out, start, _affine(kernels, minimum, maximum, bits), group_size)
+def decompress_(kernels: Any, args: DecompressArguments) -> Tensor | Unserved:
+    """The op ``cfl_ops::decompress_``: decoding and weights in one kernel. Synchronises once, for the header."""
+    if not args.in_range():
+        return codes.info(codes.OUT_OF_RANGE, args.payload.device)
+    affine = _affine(kernels, args.minimum, args.maximum, args.bits)
+    info = _decode(kernels, args.payload, args.out, args.start, affine, args.group_size)
     return UNSERVED if info is None else info
 
 
@@ -323,15 +296,15 @@ def _decode(
     kernels: Any, payload: Tensor, out: Tensor, start: int, affine: Tensor | None, group_size: int
 ) -> Tensor | None:
     """The info, or None where the kernel cannot hold the code or a chunk."""
-    raw = _take_header(payload)
+    raw = getattr(payload, "first_bytes", None)
     payload, device, count = payload.contiguous(), payload.device, out.numel()
     facts, tree, _ = _parse(payload, raw, start, count)
     code, symbol_bytes, chunk_log2, numel, data, nodes, leaves, before, largest = facts[:9]
-    if code != _py.GOOD:
-        return _info(code, device)
+    if code != codes.GOOD:
+        return codes.info(code, device)
     if start < 0 or start + count > numel or (affine is None and out.element_size() != symbol_bytes):
-        return _info(_py.OUT_OF_RANGE, device)
-    info = _info(_py.GOOD, device)
+        return codes.info(codes.OUT_OF_RANGE, device)
+    info = codes.info(codes.GOOD, device)
     if count == 0:
         return info
     shared = decode_shared(nodes, chunk_log2, leaves, symbol_bytes, largest)

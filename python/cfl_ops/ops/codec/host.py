@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core.op import LIB
-from cfl_ops.ops.codec.reference import payload as _py
+from cfl_ops.ops.codec.codes import Corrupt
+from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, head_bytes, parse_bytes
+from cfl_ops.ops.codec.reference.huffman_code import Tree, build_tree, code_lengths, pack_lengths
 
 
-def pack_tree(tree: _py.Tree, alphabet: int) -> Tensor:
+def pack_tree(tree: Tree, alphabet: int) -> Tensor:
     """The tree as the kernels of csrc/cuda read it, int32.
 
     For each node the right child, the first rank, the bits and the depth modulo 2; the symbol of each rank (16
@@ -34,7 +36,7 @@ def pack_tree(tree: _py.Tree, alphabet: int) -> Tensor:
         nodes += node.right, node.first, node.bits, odd[v]
     symbols = tree.symbols + [0] * (len(tree.symbols) % 2)
     data = struct.pack(f"<{len(nodes)}i{len(symbols)}H{alphabet}I", *nodes, *symbols, *codes)
-    return _py.from_bytes(data).view(torch.int32)
+    return from_bytes(data).view(torch.int32)
 
 
 def code(counts: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,11 +49,11 @@ def code(counts: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         scaled = [count * stride if count else 1 for count in scaled]
     while scaled[-1] == 0:
         scaled.pop()
-    lengths = _py.code_lengths(scaled)
-    tree = _py.build_tree(lengths)
+    lengths = code_lengths(scaled)
+    tree = build_tree(lengths)
     bits = sum(count * length for count, length in zip(scaled, lengths, strict=True))
     facts = [len(lengths), len(tree.nodes), len(tree.symbols), max(lengths), bits, sum(scaled)]
-    table = _py.from_bytes(_py.pack_lengths(lengths))
+    table = from_bytes(pack_lengths(lengths))
     return pack_tree(tree, len(lengths)), table, torch.tensor(facts)
 
 
@@ -66,22 +68,22 @@ def head(
     reserve: int,
 ) -> Tensor:
     """All of a payload before its chunks, behind ``reserve`` zeros. entries: (chunks, 2) int32."""
-    packed, chunks = _py.as_bytes(table), _py.as_bytes(entries.contiguous().view(torch.uint8).flatten())
-    data = _py.head_bytes(symbol_bytes, chunk_log2, numel, tuple(shape), alphabet, packed, chunks)
-    return _py.from_bytes(bytes(reserve) + data)
+    packed, chunks = as_bytes(table), as_bytes(entries.contiguous().view(torch.uint8).flatten())
+    data = head_bytes(symbol_bytes, chunk_log2, numel, tuple(shape), alphabet, packed, chunks)
+    return from_bytes(bytes(reserve) + data)
 
 
 def parse(raw: Tensor, size: int, start: int, count: int) -> tuple[Tensor, Tensor]:
     """The header of a payload whose first bytes are ``raw``, and the packed tree (no codes).
 
-    Facts: a code of _codec_python, or minus the bytes of the header if ``raw`` has fewer; bytes of a symbol; log2 of
+    Facts: a code of codes.py, or minus the bytes of the header if ``raw`` has fewer; bytes of a symbol; log2 of
     a chunk; symbols; first byte of the chunks; nodes; symbols with a code; then for symbols ``start`` to ``start +
     count`` the bytes of the chunks before theirs and of the largest of theirs; the shape.
     """
     facts, none = [0] * 9, torch.empty(0, dtype=torch.int32)
     try:
-        header = _py.parse_bytes(_py.as_bytes(raw), size)
-    except _py.Corrupt as error:
+        header = parse_bytes(as_bytes(raw), size)
+    except Corrupt as error:
         facts[0] = error.code
         return torch.tensor(facts), none
     facts[1:5] = header.symbol_bytes, header.chunk_log2, header.numel, header.data
@@ -89,7 +91,7 @@ def parse(raw: Tensor, size: int, start: int, count: int) -> tuple[Tensor, Tenso
         first, last = start >> header.chunk_log2, (start + count - 1) >> header.chunk_log2
         facts[7:9] = sum(header.sizes[:first]), max(header.sizes[first : last + 1])
     if header.numel:
-        tree = _py.build_tree(header.lengths)
+        tree = build_tree(header.lengths)
         facts[5:7] = len(tree.nodes), len(tree.symbols)
         none = pack_tree(tree, 0)
     return torch.tensor([*facts, *header.shape]), none

@@ -1,0 +1,64 @@
+"""What the codec's tests share: fixed inputs, damage, and what to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from cfl_ops._core import dispatch
+from torch import Tensor
+
+DATA = Path(__file__).parents[1] / "data"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NATIVE = dispatch.extension_available()
+if NATIVE:
+    from cfl_ops import _C
+
+LEVELS = [f"isa{i}" for i in range(min(_C.best_isa(), 2) + 1)] if NATIVE else []
+EXHAUSTIVE = [*LEVELS[-1:], "python"]
+"""The checks do not depend on the instruction set: all bits are tried with the best one and the fallback."""
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bits (torch.equal is not there for uint16)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.numel() == 0 or bool(
+        (a.contiguous().view(-1).view(torch.uint8) == b.contiguous().view(-1).view(torch.uint8)).all()
+    )
+
+
+def normal_symbols(n: int, bits: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    levels = 1 << bits
+    value = torch.randn(n, generator=generator) * levels / 9 + levels / 2
+    return value.clamp(0, levels - 1).to(torch.int32).to(torch.uint8 if bits <= 8 else torch.uint16)
+
+
+def flips(data: Tensor) -> Iterator[Tensor]:
+    for bit in range(8 * data.numel()):
+        damaged = data.clone()
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield damaged
+
+
+def cuts_and_extensions(data: Tensor) -> Iterator[Tensor]:
+    for size in range(data.numel()):
+        yield data[:size]
+    for extra in (1, 2, 7, 8, 100):
+        yield torch.cat([data, torch.zeros(extra, dtype=torch.uint8)])
+        yield torch.cat([data, data[:extra]])
+
+
+def golden_symbols(n: int, top: int) -> Tensor:
+    """A fixed sequence, skewed to small symbols, that needs no random number generator."""
+    value, out = 12345, []
+    for _ in range(n):
+        value = (1103515245 * value + 12345) % 2**31
+        out.append((value >> 16) % top * ((value >> 8) % top) // top)
+    return torch.tensor(out, dtype=torch.int32)
+
+
+def golden_weights(dtype: torch.dtype) -> Tensor:
+    return (golden_symbols(2000, 97).to(torch.float64).view(20, 100) / 64 - 0.5).to(dtype)

@@ -1,0 +1,67 @@
+"""State dicts and files of them, whole and damaged."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops import CorruptDataError
+from cfl_ops.ops.codec.reference.header import as_bytes
+from torch import Tensor
+
+from tests.codec.helpers import DATA, FLOATS, cuts_and_extensions, flips, golden_weights, same
+
+
+def test_state_dict_and_file(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(13)
+    model = torch.nn.Sequential(torch.nn.Linear(60, 50), torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 3))
+    state: dict[str, Tensor] = dict(model.state_dict())
+    state |= {
+        "flags": torch.tensor([True, False]),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "half": torch.randn(999).half(),
+        "nothing": torch.empty(0, 5),
+        "ünïcode/名": torch.arange(5),
+    }
+    path = tmp_path / "model.cflz"
+    size = cfl_ops.save_file(state, path, bits=8)
+    assert size == path.stat().st_size
+    back = cfl_ops.load_file(path)
+    assert list(back) == list(state)
+    for name, value in state.items():
+        if value.dtype in FLOATS and value.numel() >= 256:
+            assert same(back[name], cfl_ops.dequantize(cfl_ops.quantize(value, 8)))
+        else:
+            assert same(back[name], value)
+    model.load_state_dict({name: back[name] for name in model.state_dict()})
+    # A failing write leaves the old file and no temporary one.
+    with pytest.raises(ValueError, match=r"NaN or Inf.*state_dict\['bad'\]"):
+        cfl_ops.save_file({"bad": torch.full((300,), math.nan)}, path)
+    assert path.stat().st_size == size
+    assert [item.name for item in tmp_path.iterdir()] == ["model.cflz"]
+
+
+def test_argument_errors_name_the_argument() -> None:
+    with pytest.raises(TypeError, match=r"state_dict\['a'\] must be a tensor"):
+        cfl_ops.compress_state_dict({"a": 3})  # type: ignore[dict-item]
+
+
+def test_every_flip_cut_and_extension_of_a_file_raises(tmp_path: Path) -> None:
+    path = tmp_path / "a.cflz"
+    cfl_ops.save_file({"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30)
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    for damaged in itertools.chain(flips(data), cuts_and_extensions(data)):
+        path.write_bytes(as_bytes(damaged))
+        with pytest.raises(CorruptDataError):
+            cfl_ops.load_file(path)
+
+
+def test_golden_file(backend: str) -> None:
+    back = cfl_ops.load_file(DATA / "state.cflz")
+    assert torch.equal(back["steps"], torch.tensor(7))
+    w = golden_weights(torch.float32)
+    assert same(back["weight"], cfl_ops.dequantize(cfl_ops.quantize(w, 7)))
