@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
-from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, LOST_PIVOT
+from cfl_ops.ops.cholesky.codes import BREAKDOWN_EPS
+from cfl_ops.ops.cholesky.factor import copy_good_, with_bad_arguments
 from torch import Tensor
 
 __all__ = ["cholesky_update", "cholesky_update_"]
@@ -23,7 +24,7 @@ MOST_ROWS = 16384
 
 @triton.jit
 def _update_kernel(
-    l_ptr, v_ptr, info_ptr, order, rank, lost,
+    l_ptr, v_ptr, info_ptr, order, rank, breakdown,
     DOWN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """L (column-major, D x D) <- factor of L L^T +- V V^T; V is row-major, D x k."""
@@ -50,7 +51,7 @@ def _update_kernel(
         total = tl.sum(v1 * v1, 0)
         if DOWN:
             square = l1 * l1 - total
-            good = square > lost * l1 * l1
+            good = square > breakdown * l1 * l1
         else:
             square = l1 * l1 + total
             good = square >= 0
@@ -58,13 +59,13 @@ def _update_kernel(
         r = r1 * unit
         good = good & (tl.abs(r) < float("inf"))  # r - r would be fused with r's product: its rounding error
         failed = tl.where((failed == 0) & (good == 0), j + 1, failed)
-        still = r1 == 0  # a zero column of a semi-definite factor stays one
-        safe_r1 = tl.where(still, 1.0, r1)
-        c = tl.where(still, 1.0, l1 / safe_r1)
+        zero_pivot = r1 == 0  # a zero column of a semi-definite factor stays one
+        safe_r1 = tl.where(zero_pivot, 1.0, r1)
+        c = tl.where(zero_pivot, 1.0, l1 / safe_r1)
         s = v1 / safe_r1
         if DOWN:
             s = -s
-        g = v1 / tl.where(still, 1.0, l1 + r1)
+        g = v1 / tl.where(zero_pivot, 1.0, l1 + r1)
         new = c * column + tl.sum(w * s[None, :], 1)
         w -= (column + new)[:, None] * g[None, :]
         tl.store(l_ptr + rows, tl.where(here, r, new), mask=below)
@@ -91,19 +92,17 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[T
         width = chunk.shape[-1]
         if matrices and order:
             _update_kernel[(matrices,)](
-                columns, chunk, info, order, width, LOST_PIVOT * torch.finfo(L.dtype).eps,
+                columns, chunk, info, order, width, BREAKDOWN_EPS * torch.finfo(L.dtype).eps,
                 DOWN=alpha < 0, BLOCK=block, RANK=triton.next_power_of_2(width),
                 num_warps=use["num_warps"],
             )  # fmt: skip
-    info = info.reshape(batch)
-    info = torch.where(old.isfinite().flatten(-2).all(-1), info, BAD_L)
-    info = torch.where(V.isfinite().flatten(-2).all(-1), info, BAD_V)
+    info = with_bad_arguments(info.reshape(batch), old, V)
     out = columns.mT
-    if rank == 0:  # no kernel ran: a negative diagonal still is to be made positive
+    if rank == 0:  # no kernel ran: a negative diagonal is to be made positive all the same
         diagonal = out.diagonal(dim1=-2, dim2=-1)
         out = out * torch.where(diagonal < 0, -1.0, 1.0).to(out.dtype).unsqueeze(-2)
     failed = (info != 0)[..., None, None]
-    return torch.where(failed, old, out).contiguous(), info.to(torch.int32)
+    return torch.where(failed, old, out).contiguous(), info
 
 
 def cholesky_update_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor | Unserved:
@@ -112,7 +111,5 @@ def cholesky_update_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor
     if isinstance(done, Unserved):
         return done
     out, info = done
-    lower = torch.ones(L.shape[-2:], dtype=torch.bool, device=L.device).tril()
-    changed = lower & (info == 0)[..., None, None]
-    L.copy_(torch.where(changed, out, L))
+    copy_good_(L, out, info)
     return info

@@ -4,11 +4,15 @@ import torch as _torch  # noqa: F401  (the extension needs libtorch in the proce
 
 from cfl_ops._core import dispatch
 from cfl_ops.ops.cholesky.recursive_ridge import RecursiveRidge
-from cfl_ops.ops.cholesky.update import (
+from cfl_ops.ops.cholesky.resize import cholesky_append, cholesky_append_ex, cholesky_delete
+from cfl_ops.ops.cholesky.safe import (
     SafeCholesky,
-    cholesky_append,
-    cholesky_append_ex,
-    cholesky_delete,
+    safe_cholesky,
+    safe_cholesky_ex,
+    spd_inverse,
+    spd_inverse_ex,
+)
+from cfl_ops.ops.cholesky.update import (
     cholesky_downdate,
     cholesky_downdate_,
     cholesky_downdate_ex,
@@ -17,10 +21,6 @@ from cfl_ops.ops.cholesky.update import (
     cholesky_update_,
     cholesky_update_ex,
     cholesky_update_ex_,
-    safe_cholesky,
-    safe_cholesky_ex,
-    spd_inverse,
-    spd_inverse_ex,
 )
 from cfl_ops.ops.codec.blob import compress, decompress
 from cfl_ops.ops.codec.files import compress_state_dict, decompress_state_dict, load_file, save_file

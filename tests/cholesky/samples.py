@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.ops.cholesky.update import SAFE, UPDATE, UPDATE_
+from cfl_ops.ops.cholesky.safe import SAFE
+from cfl_ops.ops.cholesky.update import UPDATE, UPDATE_
 from torch import Tensor
 
 from tests.contract import Case, OpSpec

@@ -10,10 +10,10 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops._core import dispatch
-from samples_cholesky import SPECS, UPDATES, spd
 from torch import Tensor
 
 from tests import contract
+from tests.cholesky.samples import SPECS, UPDATES, spd
 
 DTYPES = [torch.float32, torch.float64]
 LAYOUTS = {"row": lambda t: t.contiguous(), "column": lambda t: t.mT.contiguous().mT}
@@ -254,8 +254,8 @@ def test_kernel_and_fallback_agree_on_jitter_and_info(dtype: torch.dtype, max_ji
     a[8, 2], a[8, :, 2] = 1e-9, 1e-9
     a[8, 2, 2] = 0.0
     a = a.to(dtype)
-    want = cfl_ops.ops.cholesky.update._safe_python(a, max_jitter)
-    got = cfl_ops.ops.cholesky.update.SAFE(a, max_jitter)
+    want = cfl_ops.ops.cholesky.safe._safe_python(a, max_jitter)
+    got = cfl_ops.ops.cholesky.safe.SAFE(a, max_jitter)
     settled = torch.ones(9, dtype=torch.bool)
     settled[1:3] = max_jitter > 0  # without a jitter, the sign of a rounding error decides
     assert torch.equal(got[2][settled], want[2][settled])
@@ -378,7 +378,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cfl_ops.triton_kernels.cholesky import _update_kernel
 
-names = {"l_ptr": "*fp64", "v_ptr": "*fp64", "info_ptr": "*i32", "order": "i32", "rank": "i32", "lost": "fp32"}
+names = {"l_ptr": "*fp64", "v_ptr": "*fp64", "info_ptr": "*i32", "order": "i32", "rank": "i32", "breakdown": "fp32"}
 options = {"DOWN": True, "BLOCK": 128, "RANK": 4}
 source = ASTSource(fn=_update_kernel, signature=names | dict.fromkeys(options, "constexpr"), constexprs=options)
 for capability in (80, 90):

@@ -226,7 +226,7 @@ def test_errors_can_wait_for_the_next_step() -> None:
     head.check()
     y[3] = 3
     head.update(backbone(x), y)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"from 0 to 2 .* but got 3 in row 3"):
         head.check()
     head.check()  # told once
 
@@ -244,6 +244,31 @@ def test_a_copy_leaves_the_outcome_behind() -> None:
         assert torch.equal(other.weight, head.weight)
     with pytest.raises(ValueError, match="features has NaN"):
         head.check()
+
+
+@pytest.mark.parametrize("check", ["now", "next"])
+def test_update_leaves_the_grad_mode_as_it_was(check: str) -> None:
+    head = ClosedFormLinear(6, 3, check=check).requires_grad_()  # a leaf, which no_grad alone may write to
+    x, y = data()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            loss, grad = head.update(x.clone().requires_grad_(), y)
+            assert torch.is_grad_enabled() == enabled
+            assert not loss.requires_grad
+            assert not grad.requires_grad
+            with pytest.raises(ValueError, match="features must have size 6"):
+                head.update(x[:, :5], y)
+            assert torch.is_grad_enabled() == enabled
+
+
+def test_update_compiles_in_one_graph() -> None:
+    head, eager = ClosedFormLinear(6, 3), ClosedFormLinear(6, 3)
+    x, y = data()
+    compiled = torch.compile(head.update, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(x, y), eager.update(x, y), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(head.weight, eager.weight)
+    assert torch.is_grad_enabled()
 
 
 def test_check_must_be_known() -> None:

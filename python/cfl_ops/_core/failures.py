@@ -37,11 +37,20 @@ def check_info(name: str, info: Tensor, results: Sequence[Tensor], context: Sequ
 
 
 def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Sequence[Tensor]) -> None:
-    if info.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(info):
         return  # a captured graph cannot synchronise: use the _ex form there
-    failed = info.item() != 0 if info.ndim == 0 else bool(info.count_nonzero())  # faster than any()
-    if failed:
+    if any_failed(info):
         raise _EXPLAIN[name](info, context)
+
+
+def capturing(info: Tensor) -> bool:
+    """Whether a CUDA graph captures what made ``info``, which no host can look at then."""
+    return info.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def any_failed(info: Tensor) -> bool:
+    """Whether ``info`` is not all zero. Synchronises a GPU."""
+    return info.item() != 0 if info.ndim == 0 else bool(info.count_nonzero())  # faster than any()
 
 
 def _raise_if_vmap(

@@ -4,5 +4,5 @@ BAD_V, BAD_L = -1, -2
 """Of cholesky_update: a positive info is the order of the first pivot that breaks down."""
 NOT_FINITE, INDEFINITE = -1, 1
 """Of safe_cholesky."""
-LOST_PIVOT = 10
-"""A downdate fails where it leaves less than this many eps of a squared pivot: what is left is rounding."""
+BREAKDOWN_EPS = 10
+"""A downdate breaks down where it leaves less than this many eps of a squared pivot: what is left is rounding."""

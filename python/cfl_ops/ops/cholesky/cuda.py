@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfl_ops._gpu.nvrtc import RANKS
 from cfl_ops._gpu.sources import Constants
-from cfl_ops.ops.cholesky.codes import LOST_PIVOT
+from cfl_ops.ops.cholesky.codes import BREAKDOWN_EPS
 
 CHOLESKY = Constants("cholesky")
 
@@ -56,17 +56,17 @@ def _passes(
     held = next(r for r in ranks if r >= min(rank, step))
     size = -(-(held + 3) // 4) * 4
     reflectors = torch.empty(matrices, panels, panel, size, dtype=dtype, device=device)
-    lost = LOST_PIVOT * torch.finfo(dtype).eps
+    breakdown = BREAKDOWN_EPS * torch.finfo(dtype).eps
     for i in range(passes):
         first = i == 0
         kernels.cholesky_update(
             factors if first else out, vectors[..., i * step : (i + 1) * step], math.sqrt(decay) if first else 1.0,
-            math.sqrt(abs(alpha)), first, alpha < 0, lost, out, reflectors, flags[i],
+            math.sqrt(abs(alpha)), first, alpha < 0, breakdown, out, reflectors, flags[i],
             found[i],
         )  # fmt: skip
     if passes > 1 and alpha < 0:  # a pass compares with the pivot that it finds, not with the first
         old = factors.diagonal(dim1=-2, dim2=-1).abs() * math.sqrt(decay)
-        kept = out.diagonal(dim1=-2, dim2=-1) > math.sqrt(lost) * old
+        kept = out.diagonal(dim1=-2, dim2=-1) > math.sqrt(breakdown) * old
         which = kept.logical_not().to(torch.int32).argmax(-1).to(torch.int32) + 1
         found[0] = torch.maximum(found[0], torch.where(kept.all(-1), 0, CHOLESKY.kBadL - which))
     return found, torch.zeros(matrices, dtype=torch.int32, device=device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.results import public
 from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.cholesky.factor import inverse_by_solves
 from cfl_ops.ops.cholesky.update import cholesky_downdate_ex_, cholesky_update_
 
 __all__ = ["RecursiveRidge"]
@@ -29,7 +30,7 @@ class RecursiveRidge(torch.nn.Module):
     ``P = noise Lambda^-1``. It is kept as the Cholesky factor of Lambda (square-root information form), so it
     stays positive definite whatever the rounding; W, which is small, is kept in float64.
 
-    After any number of updates (with rho = 1 and no process noise) W is the ridge solution of all rows:
+    After any number of updates (with forgetting = 1 and no process noise) W is the ridge solution of all rows:
     scikit-learn's ``Ridge(alpha, fit_intercept=False)``. For an intercept append a feature that is 1.
 
     Args:
@@ -65,7 +66,7 @@ class RecursiveRidge(torch.nn.Module):
     factor: Tensor
     """``(D, D)``: the lower Cholesky factor of Lambda."""
     wide_weight: Tensor
-    """``(K, D)`` float64."""
+    """``(K, D)`` float64; saved states know it by this name."""
     window_rows: Tensor
     """``(window, D + K + 1)``: x, y and weight of the rows in the window, a ring."""
     seen: Tensor
@@ -155,25 +156,26 @@ class RecursiveRidge(torch.nn.Module):
                 negative weight. The state is then unchanged.
 
         """
-        rows, root, error, single = self._rows("update", x, y, sample_weight)
+        rows, sqrt_weight, error, single = self._rows("update", x, y, sample_weight)
         if self.window is None:
             decay = self.forgetting
             if self.process_noise > 0:
                 self._diffuse()
                 decay = 1.0
-            self._learn(rows, root, error, decay)
+            self._learn(rows, sqrt_weight, error, decay)
             self.seen += rows.shape[0]
         else:
             target = error + self._mean(rows)
             for begin in range(0, rows.shape[0], self.window):
                 part = slice(begin, begin + self.window)
-                self._slide(rows[part], target[part].to(rows.dtype), None if root is None else root[part])
+                sqrt_of_part = None if sqrt_weight is None else sqrt_weight[part]
+                self._slide(rows[part], target[part].to(rows.dtype), sqrt_of_part)
         out = error.to(x.dtype)
         return out[0] if single else out
 
     @torch.no_grad()
     def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Forget rows that were learnt before, exactly, by a downdate (with rho = 1 and no process noise).
+        """Forget rows that were learnt before, exactly, by a downdate (with forgetting = 1 and no process noise).
 
         Args and errors are those of :meth:`update`; besides:
 
@@ -184,8 +186,8 @@ class RecursiveRidge(torch.nn.Module):
         """
         if self.window is not None:
             raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
-        rows, root, error, _ = self._rows("remove", x, y, sample_weight)
-        if not self._unlearn(rows, root, error):
+        rows, sqrt_weight, error, _ = self._rows("remove", x, y, sample_weight)
+        if not self._unlearn(rows, sqrt_weight, error):
             raise LinAlgError(
                 "cfl_ops.RecursiveRidge.remove: x holds more than the state does: no positive definite matrix "
                 "is left"
@@ -218,14 +220,12 @@ class RecursiveRidge(torch.nn.Module):
         assert isinstance(mean, Tensor)
         return mean
 
-    # --- the steps ------------------------------------------------------------------------------------------
-
     def _rows(
         self, method: str, x: Any, y: Any, sample_weight: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, bool]:
-        """The checked rows ``(B, D)``, the roots of their weights ``(B, 1)`` and their errors ``(B, K)``.
+        """The checked rows ``(B, D)``, the square roots of their weights ``(B, 1)`` and their errors ``(B, K)``.
 
-        The roots are None where no weights are given.
+        The square roots are None where no weights are given.
         """
         op = f"RecursiveRidge.{method}"
         checks.floating(op, "x", x, 1)
@@ -244,13 +244,13 @@ class RecursiveRidge(torch.nn.Module):
         dtype = self.factor.dtype
         x, y = x.detach().to(dtype), y.detach().to(torch.float64)
         if sample_weight is None:
-            root = None
+            sqrt_weight = None
         else:
             checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
             if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
                 raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
-            root = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()
-            present = root > 0
+            sqrt_weight = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()
+            present = sqrt_weight > 0
             x, y = torch.where(present, x, 0.0), torch.where(present, y, 0.0)
         error = y - self._mean(x)
         if not math.isfinite(float(error.sum() + x.sum())):  # one look at the data for the usual case
@@ -258,20 +258,20 @@ class RecursiveRidge(torch.nn.Module):
                 if not bool(value.isfinite().all()):
                     row = int((~value.isfinite().all(-1)).nonzero()[0])
                     raise ValueError(f"cfl_ops.{op}: {name} has NaN or Inf in row {row}")
-        return x, root, error, single
+        return x, sqrt_weight, error, single
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.double() @ self.wide_weight.mT
 
-    def _learn(self, x: Tensor, root: Tensor | None, error: Tensor, decay: float) -> None:
-        if root is not None:
-            x, error = x * root, error * root
+    def _learn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor, decay: float) -> None:
+        if sqrt_weight is not None:
+            x, error = x * sqrt_weight, error * sqrt_weight
         cholesky_update_(self.factor, x.mT, decay=decay)
         self._move(x, error)
 
-    def _unlearn(self, x: Tensor, root: Tensor | None, error: Tensor) -> bool:
-        if root is not None:
-            x, error = x * root, error * root
+    def _unlearn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor) -> bool:
+        if sqrt_weight is not None:
+            x, error = x * sqrt_weight, error * sqrt_weight
         if int(cholesky_downdate_ex_(self.factor, x.mT)) != 0:
             return False
         self._move(x, -error)
@@ -289,32 +289,32 @@ class RecursiveRidge(torch.nn.Module):
         factor is U^-T.
         """
         eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
-        inverse = torch.linalg.solve_triangular(self.factor.double(), eye, upper=False)
-        spread = inverse.mT @ inverse / self.forgetting + (self.process_noise / self.noise) * eye
+        inverse = inverse_by_solves(self.factor.double())
+        spread = inverse / self.forgetting + (self.process_noise / self.noise) * eye
         upper = torch.linalg.cholesky(spread.flip(-1, -2)).flip(-1, -2)
         self.factor.copy_(torch.linalg.solve_triangular(upper, eye, upper=True).mT)
 
-    def _slide(self, x: Tensor, y: Tensor, root: Tensor | None) -> None:
+    def _slide(self, x: Tensor, y: Tensor, sqrt_weight: Tensor | None) -> None:
         """Learn at most ``window`` rows, then remove as many of the oldest as the window has no room for."""
         assert self.window is not None
         seen, count = int(self.seen), x.shape[0]
         places = torch.arange(seen, seen + count, device=x.device) % self.window
         leaving = self.window_rows[places]  # zeros, which change nothing, until the window is full
-        self._learn(x, root, y.double() - self._mean(x), 1.0)
-        weight = x.new_ones(count, 1) if root is None else root
+        self._learn(x, sqrt_weight, y.double() - self._mean(x), 1.0)
+        weight = x.new_ones(count, 1) if sqrt_weight is None else sqrt_weight
         self.window_rows[places] = torch.cat((x, y, weight), -1)
         self.seen += count
         if seen + count <= self.window:
             return
-        old_x, old_y, old_root = leaving.split((self.features, self.targets, 1), -1)
-        if not self._unlearn(old_x, old_root, old_y.double() - self._mean(old_x)):
+        old_x, old_y, old_sqrt_weight = leaving.split((self.features, self.targets, 1), -1)
+        if not self._unlearn(old_x, old_sqrt_weight, old_y.double() - self._mean(old_x)):
             self._rebuild()
 
     def _rebuild(self) -> None:
         """Where rounding leaves a downdate nothing positive: start from the rows of the window."""
-        x, y, root = self.window_rows.double().split((self.features, self.targets, 1), -1)
-        scaled = x * root
+        x, y, sqrt_weight = self.window_rows.double().split((self.features, self.targets, 1), -1)
+        scaled = x * sqrt_weight
         factor = torch.eye(self.features, dtype=torch.float64, device=x.device) * math.sqrt(self.alpha)
         cholesky_update_(factor, scaled.mT)  # which no condition number can make fail
         self.factor.copy_(factor)
-        self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * root), factor).mT)
+        self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * sqrt_weight), factor).mT)
