@@ -1,4 +1,4 @@
-// The codec on the CPU: from tensors to codec_payload.h. Semantics: python/cfl_ops/codec.py.
+// The codec on the CPU: from tensors to codec_payload.h. Semantics: python/cfl_ops/ops/codec.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -71,7 +71,7 @@ void write_float(Float dtype, void* data, int64_t i, double value) {
   }
 }
 
-// As _affine in codec.py: float32 arithmetic where it carries the range, else float64; powers of
+// As _affine in quantize.py: float32 arithmetic where it carries the range, else float64; powers of
 // two keep the extremes of float64 representable.
 Affine make_affine(Float dtype, double minimum, double maximum, int bits, int* wide) {
   const double levels = std::ldexp(1.0, bits);
@@ -430,7 +430,7 @@ Tensor info_of(int64_t code) {
   return info;
 }
 
-// (code, bytes of a symbol, log2 of a chunk, elements, dimensions, 64 extents): see codec.py.
+// (code, bytes of a symbol, log2 of a chunk, elements, dimensions, 64 extents): see huffman.py.
 Tensor payload_header_op(const Tensor& strided) {
   const Tensor payload = torch::stable::contiguous(strided);
   Tensor out = empty_cpu({5 + kMaxDims}, ScalarType::Long);

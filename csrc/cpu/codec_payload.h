@@ -25,7 +25,7 @@ constexpr int kMinChunkLog2 = 10, kMaxChunkLog2 = 20;
 constexpr int64_t kMaxDims = 64;
 constexpr int64_t kCached = 1 << 20;  // outputs of more bytes are written past the caches
 
-// What is wrong with a payload; python/cfl_ops/codec.py has the words. A bad chunk is kBadChunk +
+// What is wrong with a payload; ops/codec/codes.py has the words. A bad chunk is kBadChunk +
 // its number.
 enum Error : int64_t {
   kGood = 0,

@@ -87,7 +87,7 @@ __device__ inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
 
 // Of `size` bytes, by the whole block, a word to each thread and row: the remainder moves on by a
 // row (a look-up in four tables), and at the end by what the thread lies before the end. `tables`
-// holds these 4 * 256 entries and 256 factors (_codec_cuda.py); the whole rows are the last ones,
+// holds these 4 * 256 entries and 256 factors (codec/cuda.py); the whole rows are the last ones,
 // for zeros in front change nothing. It waits for what the block is still writing to `data`.
 __device__ inline uint32_t block_crc(const uint32_t* data, uint32_t size, const uint32_t* tables) {
   __shared__ uint32_t table[4 * 256];
@@ -377,7 +377,7 @@ __device__ inline void codec_part_tile(const S* symbols, uint32_t n, int tile,
 // tree: the nodes, the symbol of each rank (16 bits each, padded to a word), and for each symbol
 // its rank and, in the upper half, its leaf. A chunk's bits go to its slot (words), its size and
 // checksum to `entries`. Where they do not fit the slot, only the size is written. Shared memory:
-// encode_shared of _codec_cuda.py.
+// encode_shared of codec/cuda.py.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 3)
     codec_encode_kernel(const S* symbols, int64_t n, int chunk_log2, const int32_t* tree, int count,
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- weights to symbols and back
 // -----------------------------------------------------------------
 
-// As _Affine of python/cfl_ops/codec.py: symbol = trunc((w pre - origin) scale), weight = ((symbol
+// As _Affine of ops/codec/quantize.py: symbol = trunc((w pre - origin) scale), weight = ((symbol
 // + 1/2) step + origin) post.
 struct Affine {
   double origin, scale, step, pre, post;
@@ -868,7 +868,7 @@ struct IsSame<T, T> {
 // weights where T is another type. entries and offsets (in the payload) are of these chunks, the
 // largest of which has `largest` bytes. *info (0 before) becomes kBadChunk and the smallest number
 // of a bad chunk. As many warps merge as have `lists` in shared memory (decode_shared of
-// _codec_cuda.py).
+// codec/cuda.py).
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads, 3)
     codec_decode_kernel(const uint8_t* payload, const uint32_t* entries, const int64_t* offsets,

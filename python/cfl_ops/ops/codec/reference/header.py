@@ -50,7 +50,7 @@ class Header:
 
 
 def prefix(size: int) -> int:
-    """Bytes to fetch at once (one wait for a GPU) in the hope that they hold the whole header.
+    """Bytes to fetch at once (to synchronise only once) in the hope that they hold the whole header.
 
     A table of 65,536 code lengths takes less than 49 KB; 8 bytes for each chunk are 1 / 2,048 of the payload
     where chunks have at least 16 KB, as those of 2^15 symbols of 4 bits have.
