@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -107,3 +107,22 @@ def backend(request: pytest.FixtureRequest):
             if cfl_ops.config.backend_of(op, "cpu") not in (name, "composite"):
                 pytest.skip(f"{op} has no {name} kernel")
         yield name
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """The kernels of csrc/cuda, emulated on the CPU."""
+    from tests.gpu.on_host import emulated_kernels
+
+    return emulated_kernels()
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The launcher for CuPy, whose kernels are emulated on the CPU."""
+    from cfl_ops._gpu import nvrtc
+
+    from tests.gpu.on_host import emulated_nvrtc
+
+    monkeypatch.setattr(nvrtc, "_current_stream", lambda device: None)
+    return emulated_nvrtc()
