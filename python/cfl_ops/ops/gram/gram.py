@@ -20,6 +20,9 @@ from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 __all__ = ["GramMoments", "gram", "gram_"]
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
 @result_type("gram")
 class GramMoments(NamedTuple):
     """The second moments of features ``x (..., B, D)`` and targets ``y (..., B, K)`` with row weights ``s``.
@@ -126,8 +129,8 @@ def gram(
 
     """
     a = gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
-    *out, info = GRAM(*a)
-    refuse_bad_rows(info, out, a, out[2])
+    out = GRAM(*a)
+    refuse_bad_rows(out[5], out[:5], a, out[2])
     return as_moments(out, y)
 
 
@@ -165,15 +168,16 @@ def gram_(
                 [2., 2.]])
 
     """
-    a = _in_place_arguments(m, x, y, sample_weight, decay)
+    new = _new_rows(m, x, y, sample_weight, decay)
+    a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
-    refuse_bad_rows(info, [m.gram, m.count], a.new_rows, a.target_sum)
+    refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
     return m
 
 
 def as_moments(out: Sequence[Tensor], y: Tensor | None) -> GramMoments:
     """The op's results, without the zero-width ones where there are no targets."""
-    return GramMoments(out[0], None, None, None, out[4]) if y is None else GramMoments(*out)
+    return GramMoments._make((out[0], None, None, None, out[4]) if y is None else out[:5])
 
 
 class GramArguments(NamedTuple):
@@ -234,9 +238,10 @@ class GramInPlaceArguments(NamedTuple):
         return info
 
 
-def added_to(moments: Sequence[Tensor], new: GramArguments, decay: float) -> GramInPlaceArguments:
-    """The arguments that add new rows to the five moments."""
-    return GramInPlaceArguments(*moments, new.x, new.y, new.sample_weight, new.num_classes, decay)
+def in_place(moments: Sequence[Tensor], new: GramArguments, decay: float) -> GramInPlaceArguments:
+    """The arguments that add new rows to five moments."""
+    x, y, sample_weight, _, num_classes, _ = new
+    return GramInPlaceArguments._make((*moments, x, y, sample_weight, num_classes, decay))
 
 
 MOMENT_DIMS = {"gram": 2, "cross": 2, "target_sum": 1, "target_sq": 1, "count": 0}
@@ -259,7 +264,9 @@ def gram_arguments(
     """Check the rows that ``gram``, ``gram_`` and ``linear_gram`` take, and bring them to the form of the op."""
     checks.floating(op, "x", x, 2)
     if acc_dtype is None:
-        acc_dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        acc_dtype = x.dtype
+        if acc_dtype in HALVES:
+            acc_dtype = torch.float32
     elif acc_dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"cfl_ops.{op}: acc_dtype must be torch.float32 or torch.float64, but got {acc_dtype}"
@@ -300,13 +307,13 @@ def gram_arguments(
         batches["sample_weight"] = sample_weight.shape[:-1]
     checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
     batch = checks.broadcastable(op, **batches)
-    x, y, sample_weight = expand_batch((x, y, sample_weight), [*row_dims(classes).values()], batch)
+    x, y, sample_weight = expand_batch((x, y, sample_weight), (*row_dims(classes).values(),), batch)
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _in_place_arguments(
+def _new_rows(
     m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None, decay: float
-) -> GramInPlaceArguments:
+) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
@@ -336,16 +343,20 @@ def _in_place_arguments(
             f"cfl_ops.gram_: x must have the batch shape {tuple(m.gram.shape[:-2])} of m, "
             f"but got shape {tuple(new.x.shape)}"
         )
-    if m.cross is None or m.target_sum is None or m.target_sq is None:
-        empty = m.gram.new_empty(*m.gram.shape[:-1], 0)
-        moments = (m.gram, empty, empty[..., 0, :].clone(), empty[..., 0, :].clone(), m.count)
-    else:
-        moments = (m.gram, m.cross, m.target_sum, m.target_sq, m.count)
-        if new.y is not None and new.targets != m.cross.shape[-1]:
-            raise ValueError(
-                f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(new.y.shape)}"
-            )
-    return added_to(moments, new, decay)
+    if new.y is not None and m.cross is not None and not classes and new.y.shape[-1] != m.cross.shape[-1]:
+        raise ValueError(
+            f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(new.y.shape)}"
+        )
+    return new
+
+
+def _moments(m: GramMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op writes to: of zero width where there are no targets."""
+    gram, cross, target_sum, target_sq, count = m
+    if cross is None or target_sum is None or target_sq is None:
+        cross = gram.new_empty(*gram.shape[:-1], 0)
+        target_sum, target_sq = cross[..., 0, :].clone(), cross[..., 0, :].clone()
+    return gram, cross, target_sum, target_sq, count
 
 
 def gram_fallback(a: GramArguments) -> tuple[Tensor, ...]:
@@ -509,8 +520,7 @@ EXACT_GRAM = define_op(
 def refuse_bad_rows(info: Tensor, results: Sequence[Tensor], a: GramArguments, target_sum: Tensor) -> None:
     """Raise for what info says, wherever data can be refused at all: other calls need not synchronise."""
     x, y, sample_weight, _, num_classes, acc_dtype = a
-    narrower = acc_dtype == torch.float64 and x.dtype != torch.float64
-    if num_classes or narrower or sample_weight is not None:
+    if num_classes or sample_weight is not None or (acc_dtype == torch.float64 and x.dtype != torch.float64):
         context = [item for item in (x, target_sum, y, sample_weight) if item is not None]
         check_info("gram", info, results, context)
 

@@ -16,11 +16,11 @@ from cfl_ops.ops.gram.gram import (
     GRAM_,
     GramArguments,
     GramMoments,
-    added_to,
     as_moments,
     gram_arguments,
     gram_fallback,
     gram_results,
+    in_place,
     refuse_bad_rows,
     row_dims,
 )
@@ -86,8 +86,9 @@ def linear_gram(
 
     """
     a = _arguments(x, weight, bias, activation, y, bias_column, sample_weight, num_classes, acc_dtype)
-    *out, info = LINEAR_GRAM(*a)
-    refuse_bad_rows(info, out, _of_features(a, a.x), out[2])  # a bad feature is told of by the layer's inputs
+    out = LINEAR_GRAM(*a)
+    rows = _of_features(a, a.x)  # errors name the layer's inputs: the features are not stored
+    refuse_bad_rows(out[5], out[:5], rows, out[2])
     return as_moments(out, y)
 
 
@@ -105,7 +106,7 @@ class LinearGramArguments(NamedTuple):
     acc_dtype: torch.dtype
 
 
-def _core_dims(a: LinearGramArguments) -> dict[str, int]:
+def _core_dims(a: GramArguments | LinearGramArguments) -> dict[str, int]:
     return {"weight": 2, "bias": 1} | row_dims(a.num_classes)
 
 
@@ -137,19 +138,13 @@ def _arguments(
     if rows.x.dtype != x.dtype:  # promoted together with y
         weight, bias = weight.to(rows.x.dtype), None if bias is None else bias.to(rows.x.dtype)
     checks.broadcastable(op, x=rows.x.shape[:-2], weight=weight.shape[:-2])
-    a = LinearGramArguments(
-        rows.x,
-        weight,
-        bias,
-        rows.y,
-        rows.sample_weight,
-        activation,
-        bias_column,
-        rows.num_classes,
-        rows.acc_dtype,
+    core_dims = _core_dims(rows)
+    tensors = expand_batch(
+        (rows.x, weight, bias, rows.y, rows.sample_weight),
+        [core_dims[field] for field in LinearGramArguments._fields[:5]],
     )
-    core_dims = _core_dims(a)
-    return LinearGramArguments(*expand_batch(a, [core_dims.get(field) for field in a._fields]))
+    options = (activation, bias_column, rows.num_classes, rows.acc_dtype)
+    return LinearGramArguments._make((*tensors, *options))
 
 
 def _of_features(a: LinearGramArguments, features: Tensor) -> GramArguments:
@@ -170,7 +165,7 @@ def _row_blocks(a: LinearGramArguments) -> list[LinearGramArguments]:
     step = max(64, held // max(1, width * max(1, x.shape[:-2].numel()) * x.element_size()))
     blocks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
-    def rows_of(value: Tensor | None, block: slice, after: int) -> Tensor | None:
+    def rows_of(value: Tensor | None, block: slice, after: int) -> Any:
         return None if value is None else value[(..., block) + (slice(None),) * after]
 
     after = {name: dims - 1 for name, dims in row_dims(a.num_classes).items()}
@@ -184,7 +179,7 @@ def _fallback(a: LinearGramArguments) -> tuple[Tensor, ...]:
     """A block of rows at a time: features, activation, and their moments added in place."""
     *moments, info = _results(a, a.x.new_zeros)
     for block in _row_blocks(a):
-        new = GRAM_.overload(*added_to(moments, _activated(block), 1.0))
+        new = GRAM_.overload(*in_place(moments, _activated(block), 1.0))
         info = torch.where(info == 0, new, info)
     return (*moments, info)
 
