@@ -1,4 +1,4 @@
-"""gram on a GPU: tiles of one triangle, the last of them split over the rows, mirrored where parts are summed.
+"""gram on a GPU: tiles of one triangle, the last of them split over the rows (split-K), mirrored where they are summed.
 
 A rule of cfl_ops.tuning says how a problem is done:
 
@@ -6,16 +6,18 @@ A rule of cfl_ops.tuning says how a problem is done:
   ``torch.set_float32_matmul_precision("high")`` makes it one, as in torch's own products. Half inputs are
   multiplied as they are, with float32 sums.
 - ``planes``: one matrix on cards with warpgroup products (sm_90 and later). Those read both operands of X^T X as
-  they lie in memory only if elements have 16 bits, so float32 is first written as three bfloat16 planes (float32's
-  accuracy) or one float16 plane with a power of two for each column (TF32's digits). A copy engine fetches the tiles.
+  they lie in memory only if elements have 16 bits, so float32 is first copied: to three bf16 splits (float32's
+  accuracy) or to one float16 matrix with a power of two for each column (TF32's digits). A copy engine fetches the
+  tiles.
 - ``library``: torch.mm and one pass that mirrors, where little is to be won.
-- ``exact``: the CUDA C++ kernel of float64 sums, where it can be had. Its tensor core products are the 8 x 8 x 4 of
-  sm_80; Triton's are 16 x 8 x 16 on sm_90, twice as fast there.
+- ``exact``: float64 accumulation by the CUDA C++ kernel, where it can be had. Its tensor core products are the
+  8 x 8 x 4 of sm_80; Triton's are 16 x 8 x 16 on sm_90, twice as fast there.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -27,12 +29,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import divide_up
+from ._common import _piece, _triangle
+
+if TYPE_CHECKING:
+    from cfl_ops.ops.gram.gram import GramArguments, GramInPlaceArguments
 
 __all__ = ["gram", "gram_"]
 
 HALVES = (torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
-PLANES_AT_ONCE = 1 << 28  # elements: planes take no more than 1.6 GB
+ELEMENTS_AT_ONCE = 1 << 28  # of x: its bf16 splits take no more than 1.6 GB
 MIRRORED = 32  # a side of what one program of _sum_kernel writes
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -51,21 +57,6 @@ def _load_tile(
 
 
 @triton.jit
-def _triangle(tile):
-    """The row and column of a tile of the lower triangle; the root is corrected for rounding."""
-    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-    return row, tile - row * (row + 1) // 2
-
-
-@triton.jit
-def _piece(pieces):
-    """A program's matrix and its piece of it. Both are on the grid's first axis: the others end at 65,535."""
-    return (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
-
-
-@triton.jit
 def _corner(tile, triangle, tile_rows, tile_cols):
     """The matrix of a tile, and its first row and column: square blocks of a triangle, cut into ``tile_rows``."""
     matrix, inside = tile // triangle, tile % triangle
@@ -75,7 +66,7 @@ def _corner(tile, triangle, tile_rows, tile_cols):
 
 
 @triton.jit
-def _part(program, whole, rest, rows, rows_per_split):
+def _tile_and_rows(program, whole, rest, rows, rows_per_split):
     """A program's tile and its rows, first and number: the first ``whole`` tiles are not split, ``rest`` are."""
     split = tl.where(program < whole, 0, (program - whole) // rest)
     tile = tl.where(program < whole, program, whole + (program - whole) % rest)
@@ -91,9 +82,9 @@ def _gram_kernel(
     WEIGHTED: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     MIRROR: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One part of one tile of X^T S X (width x width): into its own slot, or mirrored at rows of ``order``."""
+    """A tile of X^T S X (width x width), or one of its splits: into the workspace, or mirrored at rows of ``order``."""
     program = tl.program_id(0)
-    tile, first, count = _part(program, whole, rest, rows, rows_per_split)
+    tile, first, count = _tile_and_rows(program, whole, rest, rows, rows_per_split)
     matrix, row, col = _corner(tile, triangle, TILE, TILE_N)
     row, col = row + tl.arange(0, TILE), col + tl.arange(0, TILE_N)
     ks = tl.arange(0, DEPTH)
@@ -124,23 +115,23 @@ def _gram_kernel(
         tl.store(out_ptr + row * order + col, total, mask=lower)
         tl.store(out_ptr + col * order + row, total, mask=lower)
     else:
-        _store_part(out_ptr, program, total, TILE, TILE_N)
+        _store_split(out_ptr, program, total, TILE, TILE_N)
 
 
 @triton.jit
-def _store_part(parts_ptr, program, total, TILE: tl.constexpr, TILE_N: tl.constexpr):
-    parts_ptr += program.to(tl.int64) * TILE * TILE_N
-    tl.store(parts_ptr + tl.arange(0, TILE)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :], total)
+def _store_split(workspace_ptr, program, total, TILE: tl.constexpr, TILE_N: tl.constexpr):
+    workspace_ptr += program.to(tl.int64) * TILE * TILE_N
+    tl.store(workspace_ptr + tl.arange(0, TILE)[:, None] * TILE_N + tl.arange(0, TILE_N)[None, :], total)
 
 
 @triton.jit
 def _planes_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, row_stride, col_stride, weight_stride, plane_stride, out_stride,
+    x_ptr, weight_ptr, scale_ptr, out_ptr, row_stride, col_stride, weight_stride, copy_stride, out_stride,
     rows, width, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """X, its rows times sqrt(s), as three bfloat16 planes that sum to it, or as one float16 plane of X scale.
+    """X, its rows times sqrt(s), as three bf16 splits that sum to it, or as one float16 matrix, X scale.
 
-    A plane ends with rows of zeros, so that no tile of one reaches the next.
+    A split ends with rows of zeros, so that no tile of one reaches the next.
     """
     row = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
     col = (tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)[None, :]
@@ -149,28 +140,28 @@ def _planes_kernel(
     if WEIGHTED:
         x *= tl.sqrt_rn(tl.load(weight_ptr + row * weight_stride, mask=row < rows, other=0.0).to(tl.float32))
     out_ptr += row * out_stride + col
-    stored = (row * out_stride < plane_stride) & (col < out_stride)
+    stored = (row * out_stride < copy_stride) & (col < out_stride)
     if SCALED:
         x *= tl.load(scale_ptr + col, mask=col < width, other=0.0)
         tl.store(out_ptr, x.to(tl.float16), mask=stored)
     else:
         high = x.to(tl.bfloat16).to(tl.float32)
-        x = tl.where(tl.abs(high) < float("inf"), x - high, 0.0)  # Inf and NaN are in the first plane only
+        x = tl.where(tl.abs(high) < float("inf"), x - high, 0.0)  # Inf and NaN are in the first split only
         middle = x.to(tl.bfloat16).to(tl.float32)
         kind = out_ptr.dtype.element_ty
         tl.store(out_ptr, high.to(kind), mask=stored)
-        tl.store(out_ptr + plane_stride, middle.to(kind), mask=stored)
-        tl.store(out_ptr + 2 * plane_stride, (x - middle).to(kind), mask=stored)
+        tl.store(out_ptr + copy_stride, middle.to(kind), mask=stored)
+        tl.store(out_ptr + 2 * copy_stride, (x - middle).to(kind), mask=stored)
 
 
 @triton.jit
 def _plane_kernel(
-    left_desc, right_desc, parts_ptr, rows, plane_rows, triangle, whole, rest, rows_per_split,
+    left_desc, right_desc, workspace_ptr, rows, copy_rows, triangle, whole, rest, rows_per_split,
     PLANES: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One part of one tile of X^T X, from one plane or from the three that sum to X."""
+    """A tile of X^T X, or one of its splits over the rows, from one 16-bit matrix or from three that sum to X."""
     program = tl.program_id(0)
-    tile, first, count = _part(program, whole, rest, rows, rows_per_split)
+    tile, first, count = _tile_and_rows(program, whole, rest, rows, rows_per_split)
     _, row, col = _corner(tile, triangle, TILE, TILE_N)
     first = first.to(tl.int32)
     total = tl.zeros((TILE, TILE_N), dtype=tl.float32)
@@ -180,28 +171,28 @@ def _plane_kernel(
         if PLANES == 1:
             total = tl.dot(left, right, total)
         else:
-            left1 = left_desc.load([begin + plane_rows, row]).T
-            left2 = left_desc.load([begin + 2 * plane_rows, row]).T
-            right1 = right_desc.load([begin + plane_rows, col])
-            right2 = right_desc.load([begin + 2 * plane_rows, col])
+            left1 = left_desc.load([begin + copy_rows, row]).T
+            left2 = left_desc.load([begin + 2 * copy_rows, row]).T
+            right1 = right_desc.load([begin + copy_rows, col])
+            right2 = right_desc.load([begin + 2 * copy_rows, col])
             # The least products first; the tensor core truncates its sums, so they start anew for each stretch of
             # rows and are added up here, where addition rounds to nearest.
-            part = tl.dot(left, right2)
-            part = tl.dot(left2, right, part)
-            part = tl.dot(left1, right1, part)
-            part = tl.dot(left, right1, part)
-            part = tl.dot(left1, right, part)
-            part = tl.where(tl.abs(part) < float("inf"), part, 0.0)  # the first plane alone says Inf or NaN
-            total += tl.dot(left, right, part)
-    _store_part(parts_ptr, program, total, TILE, TILE_N)
+            low = tl.dot(left, right2)
+            low = tl.dot(left2, right, low)
+            low = tl.dot(left1, right1, low)
+            low = tl.dot(left, right1, low)
+            low = tl.dot(left1, right, low)
+            low = tl.where(tl.abs(low) < float("inf"), low, 0.0)  # the first bf16 split alone says Inf or NaN
+            total += tl.dot(left, right, low)
+    _store_split(workspace_ptr, program, total, TILE, TILE_N)
 
 
 @triton.jit
 def _sum_kernel(
-    parts_ptr, scale_ptr, out_ptr, part_stride, split_stride, out_batch_stride, whole, splits, triangle, width, order,
-    tile_rows, tile_cols, SCALED: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
+    workspace_ptr, scale_ptr, out_ptr, tile_stride, split_stride, out_batch_stride, whole, split_k, triangle,
+    width, order, tile_rows, tile_cols, SCALED: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """A square of a tile: the sum of its parts, without the columns' scales, stored in both halves."""
+    """A square of a tile: the sum over the workspace, without the columns' scales, stored in both halves."""
     across = tl.cdiv(tile_cols, SIDE)
     squares = tl.cdiv(tile_rows, SIDE) * across
     tile, square = tl.program_id(0) // squares, tl.program_id(0) % squares
@@ -210,12 +201,12 @@ def _sum_kernel(
     inner_col = (square % across) * SIDE + tl.arange(0, SIDE)
     row, col = (first_row + inner_row).to(tl.int64)[:, None], (first_col + inner_col).to(tl.int64)[None, :]
     lower = (row < width) & (col <= row) & (inner_row < tile_rows)[:, None] & (inner_col < tile_cols)[None, :]
-    parts_ptr += tile.to(tl.int64) * part_stride
+    workspace_ptr += tile.to(tl.int64) * tile_stride
     inner = inner_row.to(tl.int64)[:, None] * tile_cols + inner_col[None, :]
     total = tl.zeros((SIDE, SIDE), dtype=ACC)
-    for _ in range(0, tl.where(tile < whole, 1, splits)):
-        total += tl.load(parts_ptr + inner, mask=lower, other=0.0)
-        parts_ptr += split_stride
+    for _ in range(0, tl.where(tile < whole, 1, split_k)):
+        total += tl.load(workspace_ptr + inner, mask=lower, other=0.0)
+        workspace_ptr += split_stride
     if SCALED:  # one after the other: their product could overflow
         total /= tl.load(scale_ptr + row, mask=row < width, other=1.0)
         total /= tl.load(scale_ptr + col, mask=col < width, other=1.0)
@@ -270,72 +261,44 @@ def _cross_kernel(
     tl.store(out_ptr + row * columns_k + col, total, mask=(row < width) & (col < columns_k))
 
 
-def gram(
-    x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    bias_column: bool,
-    num_classes: int,
-    acc_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """The launcher: the arguments and results of the op ``cfl_ops::gram``."""
-    batch, rows, width = x.shape[:-2], x.shape[-2], x.shape[-1]
-    order = width + int(bias_column)
-    matrices = batch.numel()
-    x3 = x.reshape(matrices, rows, width)
+def gram(a: GramArguments) -> tuple[Tensor, ...]:
+    """The launcher of ``cfl_ops::gram``."""
+    batch, (rows, width) = a.x.shape[:-2], a.x.shape[-2:]
+    matrices, order, targets, acc_dtype = batch.numel(), a.order, a.targets, a.acc_dtype
+    x = a.x.reshape(matrices, rows, width)
     # Triton's float64 products cannot start from half precision.
-    narrow = acc_dtype == torch.float64 and x.dtype in HALVES
-    exact_kernel = acc_dtype == torch.float64 and _exact_kernel(x3)
-    if narrow and (bias_column or y is not None or not exact_kernel):
-        x3 = x3.float()
-    weight = None if sample_weight is None else sample_weight.reshape(matrices, rows)
+    in_cuda = acc_dtype == torch.float64 and _float64_in_cuda(x)
+    alone = in_cuda and not a.bias_column and a.y is None
+    if acc_dtype == torch.float64 and x.dtype in HALVES and not alone:
+        x = x.float()
+    weight = None if a.sample_weight is None else a.sample_weight.reshape(matrices, rows)
     if weight is not None and acc_dtype == torch.float64 and weight.dtype in HALVES:
         weight = weight.float()  # nor can Triton take a half to float64
-    count = (
-        torch.full((matrices,), rows, dtype=torch.float64, device=x.device)
-        if weight is None
-        else weight.sum(-1, dtype=torch.float64)
-    )
-    info = torch.zeros(matrices, dtype=torch.int32, device=x.device)
-    targets = 0 if y is None else num_classes or y.shape[-1]
-    y3 = None if y is None else y.reshape(matrices, rows, *(() if num_classes else (targets,)))
-    target_sum = torch.zeros(matrices, targets, dtype=acc_dtype, device=x.device)
-    target_sq = torch.zeros_like(target_sum)
-    if y3 is not None:
-        ones = torch.ones((), dtype=acc_dtype, device=x.device) if weight is None else weight.to(acc_dtype)
-        ones = ones.expand(matrices, rows)
-        if num_classes:
-            outside = (y3 < 0) | (y3 >= num_classes)
-            info = torch.where(outside.any(-1), BAD_CLASS, info)
-            target_sum = target_sum.scatter_add(-1, torch.where(outside, 0, y3), ones)
-            target_sq = target_sum.clone()
-        else:
-            wide = y3.to(acc_dtype)
-            weighted = wide if weight is None else wide * ones.unsqueeze(-1)
-            target_sum, target_sq = weighted.sum(-2), (wide * weighted).sum(-2)
+    y = None if a.y is None else a.y.reshape(matrices, rows, *(() if a.num_classes else (targets,)))
+    count, target_sum, target_sq, info = _sums(a, matrices, y, weight)
 
     # What the kernels write is not cleared first.
     make = torch.empty if matrices and rows and width else torch.zeros
     gram_out = make(matrices, order, order, dtype=acc_dtype, device=x.device)
     cross = make(matrices, order, targets, dtype=acc_dtype, device=x.device)
     if matrices and rows and width:
-        if exact_kernel:
-            exact = torch.ops.cfl_ops.exact_gram.default(x3, None if weight is None else weight.double())
-            gram_out[:, :width, :width] = exact
+        if in_cuda:
+            products = torch.ops.cfl_ops.exact_gram.default(x, None if weight is None else weight.double())
+            gram_out[:, :width, :width] = products
         else:
-            _launch_gram(x3, weight, gram_out, acc_dtype)
-        if bias_column or targets:
-            if y3 is not None and acc_dtype == torch.float64 and y3.dtype in HALVES:
-                y3 = y3.float()
-            products = _launch_cross(x3, y3, weight, targets, bias_column, num_classes > 0, acc_dtype)
+            _launch_gram(x, weight, gram_out, acc_dtype)
+        if a.bias_column or targets:
+            if y is not None and acc_dtype == torch.float64 and y.dtype in HALVES:
+                y = y.float()
+            products = _launch_cross(x, y, weight, targets, a.bias_column, a.num_classes > 0, acc_dtype)
             cross[:, :width] = products[..., :targets]
-            if bias_column:
+            if a.bias_column:
                 gram_out[:, width, :width] = gram_out[:, :width, width] = products[..., targets]
-    if bias_column:
+    if a.bias_column:
         gram_out[:, width, width] = count
         cross[:, width] = target_sum
 
-    if acc_dtype == torch.float64 and x.dtype != torch.float64:
+    if acc_dtype == torch.float64 and a.x.dtype != torch.float64:
         info = torch.where(gram_out.diagonal(dim1=-2, dim2=-1).isfinite().all(-1), info, NOT_FINITE)
     if weight is not None:
         info = torch.where((weight >= 0).all(-1), info, BAD_WEIGHT)
@@ -349,6 +312,37 @@ def gram(
     )
 
 
+def _sums(
+    a: GramArguments, matrices: int, y: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums over the rows that need no kernel: count, target_sum, target_sq; and info of bad classes."""
+    rows, device, acc_dtype = a.x.shape[-2], a.x.device, a.acc_dtype
+    count = (
+        torch.full((matrices,), rows, dtype=torch.float64, device=device)
+        if weight is None
+        else weight.sum(-1, dtype=torch.float64)
+    )
+    info = torch.zeros(matrices, dtype=torch.int32, device=device)
+    target_sum = torch.zeros(matrices, a.targets, dtype=acc_dtype, device=device)
+    if y is None:
+        return count, target_sum, torch.zeros_like(target_sum), info
+    ones = torch.ones((), dtype=acc_dtype, device=device) if weight is None else weight.to(acc_dtype)
+    ones = ones.expand(matrices, rows)
+    if a.num_classes:
+        outside = (y < 0) | (y >= a.num_classes)
+        info = torch.where(outside.any(-1), BAD_CLASS, info)
+        target_sum = target_sum.scatter_add(-1, torch.where(outside, 0, y), ones)
+        return count, target_sum, target_sum.clone(), info
+    target = y.to(acc_dtype)
+    weighted = target if weight is None else target * ones.unsqueeze(-1)
+    return count, weighted.sum(-2), (target * weighted).sum(-2), info
+
+
+def gram_(a: GramInPlaceArguments) -> Tensor:
+    """The launcher of ``cfl_ops::gram_``: the new rows' moments, then one pass that adds them."""
+    return a.add(gram(a.new_rows))
+
+
 def _kind(x: Tensor, weight: Tensor | None, acc_dtype: torch.dtype) -> str:
     """What the tensor cores multiply: ``float64``, ``half``, ``tf32`` or ``tf32x3``."""
     if acc_dtype == torch.float64:
@@ -356,8 +350,8 @@ def _kind(x: Tensor, weight: Tensor | None, acc_dtype: torch.dtype) -> str:
     # A weight must multiply half inputs exactly, and the interpreter cannot multiply bfloat16.
     if x.dtype in HALVES and weight is None and not INTERPRETED:
         return "half"
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if exact else "tf32"
+    full = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if full else "tf32"
 
 
 def _arithmetic(kind: str) -> dict[str, object]:
@@ -386,22 +380,22 @@ def _launch_gram(x: Tensor, weight: Tensor | None, out: Tensor, acc_dtype: torch
 def _by_pointers(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: dict[str, int]) -> None:
     matrices, rows, width = x.shape
     size = 2 if kind == "half" else 8 if kind == "float64" else 4
-    triangle, whole, rest, splits, per_split = _share(x, matrices, size, use)
+    triangle, whole, rest, split_k, per_split = _share(x, matrices, size, use)
     # Where no tile is split, each is written to its place at once.
-    parts = out.new_empty(whole + rest * splits, use["TILE"], use["TILE_N"]) if rest else None
-    _gram_kernel[(whole + rest * splits,)](
-        x, x if weight is None else weight, out if parts is None else parts, *x.stride(),
+    workspace = out.new_empty(whole + rest * split_k, use["TILE"], use["TILE_N"]) if rest else None
+    _gram_kernel[(whole + rest * split_k,)](
+        x, x if weight is None else weight, out if workspace is None else workspace, *x.stride(),
         *(weight.stride() if weight is not None else (0, 0)), out.stride(0), rows, width, out.shape[-1],
         triangle, whole, max(1, rest), per_split,
-        WEIGHTED=weight is not None, MIRROR=parts is None, **_arithmetic(kind), **use,
+        WEIGHTED=weight is not None, MIRROR=workspace is None, **_arithmetic(kind), **use,
     )  # fmt: skip
-    if parts is not None:
-        _sum(parts, None, out, width, triangle, whole, rest, splits)
+    if workspace is not None:
+        _sum(workspace, None, out, width, triangle, whole, rest, split_k)
 
 
 def _by_planes(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: dict[str, int]) -> None:
     rows, width = x.shape[1:]
-    most = max(1, PLANES_AT_ONCE // (width * use["DEPTH"])) * use["DEPTH"]
+    most = max(1, ELEMENTS_AT_ONCE // (width * use["DEPTH"])) * use["DEPTH"]
     if kind != "half" and rows > most:
         for begin in range(0, rows, most):
             stretch = out if begin == 0 else torch.empty_like(out)
@@ -410,29 +404,30 @@ def _by_planes(x: Tensor, weight: Tensor | None, out: Tensor, kind: str, use: di
             if begin:
                 out += stretch
         return
+    # What is multiplied: three bf16 splits, one scaled float16 matrix, or half inputs as they are.
     count = 3 if kind == "tf32x3" else 1
-    scale, planes, plane_rows = None, x[0], rows
+    scale, copies, copy_rows = None, x[0], rows
     if kind != "half":
-        plane_rows = divide_up(rows, use["DEPTH"]) * use["DEPTH"]
+        copy_rows = divide_up(rows, use["DEPTH"]) * use["DEPTH"]
         dtype = torch.float16 if count == 1 else torch.float32 if INTERPRETED else torch.bfloat16
         # Rows of 16 bytes' multiples, which the copy engine asks for.
-        planes = torch.empty(count * plane_rows, divide_up(width, 8) * 8, dtype=dtype, device=x.device)
+        copies = torch.empty(count * copy_rows, divide_up(width, 8) * 8, dtype=dtype, device=x.device)
         scale = _column_scales(x[0], weight) if count == 1 else None
-        _planes_kernel[(divide_up(plane_rows, 16), divide_up(planes.shape[1], 128))](
-            x, x if weight is None else weight, x if scale is None else scale, planes, *x.stride()[1:],
-            0 if weight is None else weight.stride(1), plane_rows * planes.stride(0), planes.stride(0), rows, width,
+        _planes_kernel[(divide_up(copy_rows, 16), divide_up(copies.shape[1], 128))](
+            x, x if weight is None else weight, x if scale is None else scale, copies, *x.stride()[1:],
+            0 if weight is None else weight.stride(1), copy_rows * copies.stride(0), copies.stride(0), rows, width,
             WEIGHTED=weight is not None, SCALED=scale is not None, TILE=16, TILE_N=128, num_warps=4,
         )  # fmt: skip
-    triangle, whole, rest, splits, per_split = _share(x, 1, 2 * count, use)
-    parts = out.new_empty(whole + rest * splits, use["TILE"], use["TILE_N"])
+    triangle, whole, rest, split_k, per_split = _share(x, 1, 2 * count, use)
+    workspace = out.new_empty(whole + rest * split_k, use["TILE"], use["TILE_N"])
     left, right = (
-        TensorDescriptor(planes, [*planes.shape], [*planes.stride()], [use["DEPTH"], tile])
+        TensorDescriptor(copies, [*copies.shape], [*copies.stride()], [use["DEPTH"], tile])
         for tile in (use["TILE"], use["TILE_N"])
     )
-    _plane_kernel[(whole + rest * splits,)](
-        left, right, parts, rows, plane_rows, triangle, whole, max(1, rest), per_split, PLANES=count, **use
+    _plane_kernel[(whole + rest * split_k,)](
+        left, right, workspace, rows, copy_rows, triangle, whole, max(1, rest), per_split, PLANES=count, **use
     )
-    _sum(parts, scale, out, width, triangle, whole, rest, splits)
+    _sum(workspace, scale, out, width, triangle, whole, rest, split_k)
 
 
 def _column_scales(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -446,26 +441,26 @@ def _column_scales(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _by_library(x: Tensor, weight: Tensor | None, out: Tensor) -> None:
-    wide, width = x.float(), x.shape[-1]
-    left = wide if weight is None else wide * weight.float().unsqueeze(-1)
-    _sum(left.mT @ wide, None, out, width, 1, len(x), 0, 1)
+    right, width = x.float(), x.shape[-1]
+    left = right if weight is None else right * weight.float().unsqueeze(-1)
+    _sum(left.mT @ right, None, out, width, 1, len(x), 0, 1)
 
 
 def _sum(
-    parts: Tensor, scale: Tensor | None, out: Tensor, width: int, triangle: int, whole: int, rest: int, splits: int
+    workspace: Tensor, scale: Tensor | None, out: Tensor, width: int, triangle: int, whole: int, rest: int, split_k: int
 ) -> None:  # fmt: skip
-    """The tiles' parts, added up, into both halves of ``out``."""
-    tile_rows, tile_cols = parts.shape[1:]
+    """The tiles' splits, added up, into both halves of ``out``."""
+    tile_rows, tile_cols = workspace.shape[1:]
     squares = divide_up(tile_rows, MIRRORED) * divide_up(tile_cols, MIRRORED)
     _sum_kernel[((whole + rest) * squares,)](
-        parts, parts if scale is None else scale, out, parts.stride(0), rest * parts.stride(0), out.stride(0),
-        whole, splits, triangle, width, out.shape[-1], tile_rows, tile_cols, SCALED=scale is not None, SIDE=MIRRORED,
-        ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+        workspace, workspace if scale is None else scale, out, workspace.stride(0), rest * workspace.stride(0),
+        out.stride(0), whole, split_k, triangle, width, out.shape[-1], tile_rows, tile_cols,
+        SCALED=scale is not None, SIDE=MIRRORED, ACC=tl.float64 if workspace.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
 
 
 def _planes_serve(x: Tensor, kind: str) -> bool:
-    """Whether x, or planes of it, can be read by the copy engine: one matrix, in steps of 16 bytes if as it is."""
+    """Whether x, or 16-bit copies of it, can be read by the copy engine: one matrix, in steps of 16 bytes if x."""
     if len(x) != 1 or x.shape[1] >= 1 << 29:
         return False
     aligned = x.data_ptr() % 16 == 0 and x.stride(2) == 1 and x.stride(1) % 8 == 0 and x.stride(1) > 0
@@ -476,7 +471,7 @@ def _share(x: Tensor, matrices: int, size: int, use: dict[str, int]) -> tuple[in
     """How the tiles are shared out: those of a matrix, those not split, the others, their splits and a split's rows.
 
     As many rounds as the multiprocessors can fill with whole tiles, then the rest, split so that all take part. The
-    programs of a round walk the same rows at the same time, so that memory is read once. A part costs what it takes
+    programs of a round walk the same rows at the same time, so that memory is read once. A split costs what it takes
     to write and read it, in units of a step through DEPTH rows of elements of ``size`` bytes.
     """
     slots = use.pop("resident") * tuning.device_of(x.device).multiprocessors
@@ -493,15 +488,15 @@ def _shares(
     triangle = side * (side + 1) // 2 * (tile_n // tile)
     rest = triangle * matrices % slots
     steps = divide_up(rows, depth)
-    part = divide_up(8 * tile * tile_n, (tile + tile_n) * depth * size)
+    written = divide_up(8 * tile * tile_n, (tile + tile_n) * depth * size)
 
-    def cost(splits: int) -> int:
-        return divide_up(rest * splits, slots) * (divide_up(steps, splits) + part)
+    def cost(split_k: int) -> int:
+        return divide_up(rest * split_k, slots) * (divide_up(steps, split_k) + written)
 
-    splits = min(range(1, min(MAX_SPLITS, max(1, steps // 4)) + 1), key=cost)
-    if splits == 1:
+    split_k = min(range(1, min(MAX_SPLITS, max(1, steps // 4)) + 1), key=cost)
+    if split_k == 1:
         return triangle, triangle * matrices, 0, 1, steps * depth
-    per_split = divide_up(steps, splits)
+    per_split = divide_up(steps, split_k)
     return triangle, triangle * matrices - rest, rest, divide_up(steps, per_split), per_split * depth
 
 
@@ -523,43 +518,21 @@ def _launch_cross(
     columns = targets + int(ones)
     use = dict(tuning.choose("gram_cross", x.device, kind=kind, order=width, targets=columns, rows=rows))
     programs = divide_up(width, use["TILE"]) * divide_up(columns, use["TILE_K"])
-    splits, per_split = _split(x, rows, programs * matrices, use)
-    parts = x.new_empty(splits, matrices, width, columns, dtype=acc_dtype)
+    split_k, per_split = _split(x, rows, programs * matrices, use)
+    workspace = x.new_empty(split_k, matrices, width, columns, dtype=acc_dtype)
     # Without targets y is never read.
     y_strides: tuple[int, ...] = (0, 0, 0) if y is None else (*y.stride(), 0) if classes else y.stride()
     weight_strides = weight.stride() if weight is not None else (0, 0)
-    _cross_kernel[(programs * matrices, splits)](
-        x, x if y is None else y, weight, parts, *x.stride(), *y_strides, *weight_strides,
-        parts.stride(1), parts.stride(0), rows, width, targets, per_split, ONES=int(ones),
+    _cross_kernel[(programs * matrices, split_k)](
+        x, x if y is None else y, weight, workspace, *x.stride(), *y_strides, *weight_strides,
+        workspace.stride(1), workspace.stride(0), rows, width, targets, per_split, ONES=int(ones),
         WEIGHTED=weight is not None, CLASSES=classes, TARGETS=targets > 0, **_arithmetic(kind), **use,
     )  # fmt: skip
-    return parts.sum(0) if splits > 1 else parts[0]
+    return workspace.sum(0) if split_k > 1 else workspace[0]
 
 
-def gram_(
-    gram_out: Tensor,
-    cross: Tensor,
-    target_sum: Tensor,
-    target_sq: Tensor,
-    count: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    num_classes: int,
-    decay: float,
-) -> Tensor:
-    """The launcher of ``cfl_ops::gram_``: the new rows' moments, then one pass that adds them."""
-    *fresh, info = gram(x, y, sample_weight, gram_out.shape[-1] > x.shape[-1], num_classes, gram_out.dtype)
-    moments = (gram_out, cross, target_sum, target_sq, count)
-    for old, new, dims in zip(moments, fresh, (2, 2, 1, 1, 0), strict=True):
-        keep = (info == 0)[(...,) + (None,) * dims]
-        kept = old * decay if decay != 0 else torch.zeros_like(old)
-        old.copy_(torch.where(keep, kept + new, old))
-    return info
-
-
-def _exact_kernel(x: Tensor) -> bool:
-    """Whether float64 sums are the CUDA C++ kernel's: it can be had, and the rule says so."""
+def _float64_in_cuda(x: Tensor) -> bool:
+    """Whether float64 accumulation is the CUDA C++ kernel's: it can be had, and the rule says so."""
     if not x.is_cuda or dispatch.overrides.serving["exact_gram", "cuda"] not in ("native", "nvrtc"):
         return False
     order, rows = x.shape[-1], x.shape[-2]
@@ -568,7 +541,7 @@ def _exact_kernel(x: Tensor) -> bool:
 
 
 def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[int, int]:
-    """How many parts the rows are cut into, so that each multiprocessor has ``waves`` programs, and their rows."""
+    """In how many splits the rows are cut, so that each multiprocessor has ``waves`` programs, and their rows."""
     wanted_programs = use.pop("waves") * tuning.device_of(x.device).multiprocessors
     depth = use["DEPTH"]
     wanted = max(1, min(wanted_programs // max(1, programs), MAX_SPLITS, rows // (4 * depth)))

@@ -22,7 +22,7 @@ from cfl_ops.ops.solve.system import on_device
 from torch import Tensor
 
 from . import divide_up
-from .gram import _piece, _triangle
+from ._common import _piece, _triangle
 
 __all__ = ["proximal_step", "proximal_step_"]
 

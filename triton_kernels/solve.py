@@ -16,7 +16,7 @@ from cfl_ops.ops.solve.system import penalties
 from torch import Tensor
 
 from . import divide_up
-from .gram import _piece
+from ._common import _piece
 
 __all__ = ["ridge_solve"]
 

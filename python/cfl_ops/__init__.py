@@ -34,7 +34,8 @@ from cfl_ops.ops.codec.quantize import (
     quantize_ex,
 )
 from cfl_ops.ops.gram.accumulate import GramAccumulator
-from cfl_ops.ops.gram.gram import GramMoments, gram, gram_, linear_gram
+from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
+from cfl_ops.ops.gram.linear_gram import linear_gram
 from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
 from cfl_ops.ops.proximal.step import (
     ProximalStep,

@@ -165,11 +165,11 @@ def test_without_a_gpu_the_command_says_so() -> None:
 
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tiles that are split and others that are not, and planes a stretch of rows at a time."""
+    """With tiles that are split and others that are not, and bf16 splits a stretch of rows at a time."""
     if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
-    monkeypatch.setattr(kernels, "PLANES_AT_ONCE", 200 * 70)
+    monkeypatch.setattr(kernels, "ELEMENTS_AT_ONCE", 200 * 70)
     card = tuning.Device("test", "none", multiprocessors, 99 << 10)
     x, labels = torch.randn(300, 70), torch.randint(3, (300,))
     want = x.double().mT @ x.double()

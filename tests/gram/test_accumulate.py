@@ -112,7 +112,7 @@ def test_a_bad_batch_changes_nothing() -> None:
     assert accumulator.batches == 1
 
 
-def test_gram_in_place_refuses_bad_rows_in_exact_mode(tmp_path: Path) -> None:
+def test_gram_in_place_refuses_bad_rows_under_float64_accumulation(tmp_path: Path) -> None:
     m = cfl_ops.gram(torch.ones(2, 3), acc_dtype=torch.float64)
     before = m.gram.clone()
     with pytest.raises(ValueError, match="x has 1 NaN or Inf value"):

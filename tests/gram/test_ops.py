@@ -58,7 +58,7 @@ def test_to_keeps_the_count_exact() -> None:
     assert m.count.dtype == torch.float64
 
 
-def test_exact_mode_beats_float32_by_its_digits(backend: str) -> None:
+def test_float64_accumulation_beats_float32_by_its_digits(backend: str) -> None:
     x = torch.randn(3000, 6) + 100
     want = x.double().mT @ x.double()
     got = cfl_ops.gram(x, acc_dtype=torch.float64).gram

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,10 @@ class GramAccumulator:
             raise RuntimeError("cfl_ops.GramAccumulator: no batch was added yet")
         if self._total is None or self._carry is None:
             return self._recent
-        parts = zip(self._total, self._carry, self._recent, strict=True)
         return GramMoments._make(
             None if total is None or carry is None or new is None else total + (carry + new)
-            for total, carry, new in parts
+            for total, carry, new in zip(self._total, self._carry, self._recent, strict=True)
         )
-
-    # --- whole data sets ------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -212,8 +210,6 @@ class GramAccumulator:
         chunks = _Chunks(source, targets, rows, step)
         return self.fit(chunks, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
 
-    # --- state ----------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The sums, counters and options."""
         return {
@@ -291,8 +287,6 @@ class _Chunks:
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    import warnings
-
     with warnings.catch_warnings():  # a mapped file is read-only, which is all we do
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(value)

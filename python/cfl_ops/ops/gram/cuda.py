@@ -14,7 +14,7 @@ GRAM = Constants("exact")
 
 
 def exact_gram(kernels: Any, x: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """The op ``cfl_ops::exact_gram``: any strides; the rows split so that all multiprocessors have two blocks."""
+    """The op ``cfl_ops::exact_gram``: split-K, so that all multiprocessors have two blocks."""
     tile, depth = GRAM.kGramTile, GRAM.kGramDepth
     rows, cols = x.shape[-2:]
     matrices = x.shape[:-2].numel()
@@ -23,9 +23,9 @@ def exact_gram(kernels: Any, x: Tensor, sample_weight: Tensor | None) -> Tensor:
     side = -(-cols // tile)
     tiles = matrices * side * (side + 1) // 2
     blocks = 2 * device_of(x.device).multiprocessors
-    splits = max(1, min(blocks // max(1, tiles), rows // (8 * depth)))
-    held = tiles if splits > 1 else 0
-    parts = torch.empty(held, splits, tile**2, dtype=torch.float64, device=x.device)
+    split_k = max(1, min(blocks // max(1, tiles), rows // (8 * depth)))
+    held = tiles if split_k > 1 else 0
+    workspace = torch.empty(held, split_k, tile**2, dtype=torch.float64, device=x.device)
     arrived = torch.zeros(held, dtype=torch.int32, device=x.device)
-    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, parts, arrived, out)
+    kernels.exact_gram(x.reshape(matrices, rows, cols), weight, workspace, arrived, out)
     return out

@@ -1,4 +1,4 @@
-"""gram: the moments of features and targets that every closed-form learner starts from."""
+"""gram and gram_: the moments of features and targets that every closed-form learner starts from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cfl_ops._core import checks
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
-from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import cuda_cpp, triton
 from cfl_ops.ops.gram import cuda
 from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 
-__all__ = ["GramMoments", "gram", "gram_", "linear_gram"]
+__all__ = ["GramMoments", "gram", "gram_"]
+
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @result_type("gram")
@@ -79,188 +81,6 @@ class GramMoments(NamedTuple):
         return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
-# --- the op -------------------------------------------------------------------------------------------------
-
-
-def _weighted(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
-    return rows if sample_weight is None else rows * sample_weight.to(rows.dtype).unsqueeze(-1)
-
-
-def _symmetric(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle."""
-    return lower.tril() + lower.tril(-1).mT
-
-
-def _gram_python(
-    x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    bias_column: bool,
-    num_classes: int,
-    acc_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """G = X^T S X, C = X^T S Y, with X widened by a column of ones if ``bias_column``."""
-    batch, rows = x.shape[:-2], x.shape[-2]
-    info = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    wide = x.to(acc_dtype)
-    if bias_column:
-        wide = torch.cat([wide, wide.new_ones(*batch, rows, 1)], dim=-1)
-    weighted = _weighted(wide, sample_weight)
-    gram = _symmetric(weighted.mT @ wide)
-    if acc_dtype == torch.float64 and x.dtype != torch.float64:
-        finite = gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-        info = torch.where(finite, info, NOT_FINITE)
-    if sample_weight is None:
-        count = torch.full(batch, rows, dtype=torch.float64, device=x.device)
-    else:
-        count = sample_weight.sum(-1, dtype=torch.float64)
-        info = torch.where((sample_weight >= 0).all(-1), info, BAD_WEIGHT)
-
-    if y is None:
-        cross, target_sum = wide.new_zeros(*batch, wide.shape[-1], 0), wide.new_zeros(*batch, 0)
-        return gram, cross, target_sum, target_sum.clone(), count, info
-    if num_classes:
-        outside = (y < 0) | (y >= num_classes)
-        info = torch.where(outside.any(-1), BAD_CLASS, info)
-        label = torch.where(outside, 0, y).unsqueeze(-1)
-        ones = _weighted(wide.new_ones(*batch, rows, 1), sample_weight)
-        one_hot_sum = wide.new_zeros(*batch, num_classes, wide.shape[-1])
-        cross = one_hot_sum.scatter_add(-2, label.expand_as(weighted), weighted).mT.contiguous()
-        target_sum = wide.new_zeros(*batch, num_classes).scatter_add(-1, label.squeeze(-1), ones.squeeze(-1))
-        return gram, cross, target_sum, target_sum.clone(), count, info
-    target = y.to(acc_dtype)
-    cross = weighted.mT @ target
-    weighted_target = _weighted(target, sample_weight)
-    return gram, cross, weighted_target.sum(-2), (weighted_target * target).sum(-2), count, info
-
-
-def _gram_fake(
-    x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    bias_column: bool,
-    num_classes: int,
-    acc_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    batch = x.shape[:-2]
-    features = x.shape[-1] + int(bias_column)  # a symbolic size takes no bool (torch 2.11)
-    targets = 0 if y is None else num_classes or y.shape[-1]
-    return (
-        x.new_empty(*batch, features, features, dtype=acc_dtype),
-        x.new_empty(*batch, features, targets, dtype=acc_dtype),
-        x.new_empty(*batch, targets, dtype=acc_dtype),
-        x.new_empty(*batch, targets, dtype=acc_dtype),
-        x.new_empty(batch, dtype=torch.float64),
-        x.new_empty(batch, dtype=torch.int32),
-    )
-
-
-def _gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, sample_weight, bias_column, num_classes, acc_dtype = inputs
-    ctx.save_for_backward(x, y, sample_weight)
-    ctx.bias_column, ctx.num_classes, ctx.acc_dtype = bias_column, num_classes, acc_dtype
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[5])
-
-
-def _gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
-    x: Tensor
-    x, y, sample_weight = ctx.saved_tensors
-    acc, features = ctx.acc_dtype, x.shape[-1]
-    g_gram, g_cross, g_sum, g_sq, g_count, _ = grads
-    wide = x.to(acc)
-
-    def apply(matrix: Tensor) -> Tensor:  # [x 1] @ matrix, without the concatenation
-        out = wide @ matrix[..., :features, :]
-        return out + matrix[..., features:, :] if ctx.bias_column else out
-
-    grad_x = grad_y = grad_weight = None
-    row_x = torch.zeros_like(wide)
-    row_weight = wide.new_zeros(wide.shape[:-1])
-    if g_count is not None:
-        row_weight = row_weight + g_count.unsqueeze(-1).to(acc)
-    if g_gram is not None:
-        through = apply(g_gram + g_gram.mT)
-        row_x = row_x + through[..., :features]
-        row_weight = row_weight + 0.5 * (through[..., :features] * wide).sum(-1)
-        if ctx.bias_column:
-            row_weight = row_weight + 0.5 * through[..., features]
-    if y is not None and not ctx.num_classes:
-        target = y.to(acc)
-        row_y = torch.zeros_like(target)
-        if g_cross is not None:
-            row_x = row_x + target @ g_cross[..., :features, :].mT
-            through = apply(g_cross)
-            row_y = row_y + through
-            row_weight = row_weight + (through * target).sum(-1)
-        if g_sum is not None:
-            row_y = row_y + g_sum.unsqueeze(-2)
-            row_weight = row_weight + (target * g_sum.unsqueeze(-2)).sum(-1)
-        if g_sq is not None:
-            row_y = row_y + 2 * target * g_sq.unsqueeze(-2)
-            row_weight = row_weight + (target * target * g_sq.unsqueeze(-2)).sum(-1)
-        grad_y = _weighted(row_y, sample_weight).to(y.dtype)
-    elif y is not None:
-        if g_cross is not None:
-            index = y.unsqueeze(-1).expand(*y.shape, g_cross.shape[-2])
-            of_class = g_cross.mT.gather(-2, index)
-            row_x = row_x + of_class[..., :features]
-            row_weight = row_weight + (of_class[..., :features] * wide).sum(-1)
-            if ctx.bias_column:
-                row_weight = row_weight + of_class[..., features]
-        for grad in (g_sum, g_sq):
-            if grad is not None:
-                row_weight = row_weight + grad.gather(-1, y)
-    grad_x = _weighted(row_x, sample_weight).to(x.dtype)
-    if sample_weight is not None:
-        grad_weight = row_weight.to(sample_weight.dtype)
-    return grad_x, grad_y, grad_weight, None, None, None
-
-
-_GRAM_SCHEMA = (
-    "(Tensor x, Tensor? y, Tensor? sample_weight, bool bias_column, int num_classes, ScalarType acc_dtype)"
-    " -> (Tensor gram, Tensor cross, Tensor target_sum, Tensor target_sq, Tensor count, Tensor info)"
-)
-_DERIVATIVE = Derivative(_gram_setup_context, _gram_backward)
-
-GRAM = define_op(
-    "gram" + _GRAM_SCHEMA,
-    python=_gram_python,
-    fake=_gram_fake,
-    core_dims=lambda args: (2, 1 if args[4] else 2, 1, None, None, None),
-    derivative=_DERIVATIVE,
-    cuda=(triton("cfl_ops.triton_kernels.gram:gram"),),
-)
-
-
-@error_message("gram")
-def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    x, target_sum, *others = context
-    index, code, where = first_failure(info)
-    if code == NOT_FINITE:
-        bad = int((~x[index].isfinite()).sum())
-        if bad == 0:
-            return ValueError(f"cfl_ops.gram: {where}the features of x, or their sums, overflow")
-        return ValueError(
-            f"cfl_ops.gram: {where}x has {bad} NaN or Inf value{'s' if bad > 1 else ''}, which the exact mode "
-            "(acc_dtype=torch.float64) refuses"
-        )
-    if code == BAD_WEIGHT:
-        weight = others[-1][index]
-        row = int((~(weight >= 0)).nonzero()[0])
-        return ValueError(
-            f"cfl_ops.gram: {where}sample_weight must not be negative or NaN, but got {float(weight[row])} "
-            f"in row {row}"
-        )
-    y, num_classes = others[0][index], target_sum.shape[-1]
-    row = int(((y < 0) | (y >= num_classes)).nonzero()[0])
-    return IndexError(
-        f"cfl_ops.gram: {where}y must hold class indices from 0 to {num_classes - 1}, but got {int(y[row])} "
-        f"in row {row}"
-    )
-
-
 def gram(
     x: Tensor,
     y: Tensor | None = None,
@@ -285,7 +105,7 @@ def gram(
         sample_weight: ``(..., B)`` weights ``s >= 0`` of the rows.
         num_classes: K for class indices.
         acc_dtype: the dtype of accumulation and result: float32 or float64. By default float32 for half
-            inputs, else the dtype of ``x``. float64 for narrower inputs is the *exact mode*.
+            inputs, else the dtype of ``x``. float64 for narrower inputs is called *float64 accumulation*.
 
     Returns:
         :class:`GramMoments`: ``gram (..., D', D')``, ``cross (..., D', K)``, ``target_sum (..., K)``,
@@ -294,7 +114,8 @@ def gram(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or a weight is negative.
         IndexError: a class index is out of range.
-        ValueError: in exact mode, ``x`` has NaN or Inf (with their number); they propagate otherwise.
+        ValueError: under float64 accumulation, ``x`` has NaN or Inf (with their number); they propagate
+            otherwise.
 
     Differentiable (twice) in x, y and sample_weight. Costs ``B D (D + 1) + 2 B D K`` FLOPs.
 
@@ -307,36 +128,131 @@ def gram(
                 [ 4.,  6.,  2.]])
 
     """
-    args = _gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
-    *out, info = GRAM(*args)
-    x, y, sample_weight, _, classes, acc_dtype = args
-    _check_data(info, out, x, y, sample_weight, classes, out[2], acc_dtype)
-    return _as_moments(out, y)
+    a = gram_arguments("gram", x, y, bias_column, sample_weight, num_classes, acc_dtype)
+    out = GRAM(*a)
+    refuse_bad_rows(out[5], out[:5], a, out[2])
+    return as_moments(out, y)
 
 
-def _check_data(
-    info: Tensor,
-    results: Sequence[Tensor],
+def gram_(
+    m: GramMoments,
     x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    classes: int,
-    target_sum: Tensor,
-    acc_dtype: torch.dtype,
-) -> None:
-    """Raise for what info says, wherever data can be refused at all: other calls need not synchronise."""
-    exact = acc_dtype == torch.float64 and x.dtype != torch.float64
-    if classes or exact or sample_weight is not None:
-        context = [item for item in (x, target_sum, y, sample_weight) if item is not None]
-        check_info("gram", info, results, context)
+    y: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    decay: float = 1.0,
+) -> GramMoments:
+    r"""Add the moments of new rows to ``m`` in place: ``m <- decay * m + gram(x, y)``.
+
+    No D x D temporary is made on the CPU. Whether there is a bias column, and how many classes, is read off
+    ``m``; half inputs add to float32 moments, and narrower inputs to float64 moments (float64 accumulation).
+
+    Args:
+        m: moments from :func:`gram`, updated in place.
+        x: ``(..., B, D)`` in the batch shape of ``m``.
+        y: targets as in :func:`gram`, where ``m`` has them.
+        sample_weight: ``(..., B)`` weights of the rows.
+        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
+
+    Returns:
+        ``m``.
+
+    Raises:
+        What :func:`gram` raises; ``m`` is then unchanged.
+
+    Example:
+        >>> import torch, cfl_ops
+        >>> m = cfl_ops.gram(torch.ones(2, 2))
+        >>> cfl_ops.gram_(m, torch.ones(1, 2), decay=0.5).gram
+        tensor([[2., 2.],
+                [2., 2.]])
+
+    """
+    new = _new_rows(m, x, y, sample_weight, decay)
+    a = in_place(_moments(m), new, decay)
+    info = GRAM_(*a)
+    refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
+    return m
 
 
-def _as_moments(out: Sequence[Tensor], y: Tensor | None) -> GramMoments:
+def as_moments(out: Sequence[Tensor], y: Tensor | None) -> GramMoments:
     """The op's results, without the zero-width ones where there are no targets."""
-    return GramMoments(out[0], None, None, None, out[4]) if y is None else GramMoments(*out)
+    return GramMoments._make((out[0], None, None, None, out[4]) if y is None else out[:5])
 
 
-def _gram_arguments(
+class GramArguments(NamedTuple):
+    """The arguments of the op ``gram``."""
+
+    x: Tensor
+    y: Tensor | None
+    sample_weight: Tensor | None
+    bias_column: bool
+    num_classes: int
+    """K where y holds class indices, 0 where it is dense."""
+    acc_dtype: torch.dtype
+
+    @property
+    def order(self) -> int:
+        """D', the features with the bias column."""
+        return self.x.shape[-1] + int(self.bias_column)  # a symbolic size takes no bool (torch 2.11)
+
+    @property
+    def targets(self) -> int:
+        """K, of dense targets or classes; 0 without targets."""
+        return 0 if self.y is None else self.num_classes or self.y.shape[-1]
+
+
+class GramInPlaceArguments(NamedTuple):
+    """The arguments of the op ``gram_``: the moments that it writes to, and the new rows."""
+
+    gram: Tensor
+    cross: Tensor
+    target_sum: Tensor
+    target_sq: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    x: Tensor
+    y: Tensor | None
+    sample_weight: Tensor | None
+    num_classes: int
+    decay: float
+
+    @property
+    def new_rows(self) -> GramArguments:
+        """What the op ``gram`` would be given."""
+        bias_column = self.gram.shape[-1] > self.x.shape[-1]
+        return GramArguments(
+            self.x, self.y, self.sample_weight, bias_column, self.num_classes, self.gram.dtype
+        )
+
+    def add(self, new: Sequence[Tensor]) -> Tensor:
+        """Moments <- decay * moments + the results of ``gram`` for the new rows, unless their info says that
+        these are bad; returns that info.
+        """
+        info = new[5]
+        good = info == 0
+        for old, fresh, dims in zip(self[:5], new, MOMENT_DIMS.values(), strict=False):
+            keep = good[(...,) + (None,) * dims]
+            # 0 forgets, whatever was there.
+            kept = old * self.decay if self.decay != 0 else torch.zeros_like(old)
+            old.copy_(torch.where(keep, kept + fresh, old))
+        return info
+
+
+def in_place(moments: Sequence[Tensor], new: GramArguments, decay: float) -> GramInPlaceArguments:
+    """The arguments that add new rows to five moments."""
+    x, y, sample_weight, _, num_classes, _ = new
+    return GramInPlaceArguments._make((*moments, x, y, sample_weight, num_classes, decay))
+
+
+MOMENT_DIMS = {"gram": 2, "cross": 2, "target_sum": 1, "target_sq": 1, "count": 0}
+
+
+def row_dims(num_classes: int) -> dict[str, int]:
+    """The core dimensions of what has the rows' dimension, as the ops take it."""
+    return {"x": 2, "y": 1 if num_classes else 2, "sample_weight": 1}
+
+
+def gram_arguments(
     op: str,
     x: Tensor,
     y: Tensor | None,
@@ -344,11 +260,13 @@ def _gram_arguments(
     sample_weight: Tensor | None,
     num_classes: int | None,
     acc_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, bool, int, torch.dtype]:
-    """Check the arguments, and bring them to the form the op takes."""
+) -> GramArguments:
+    """Check the rows that ``gram``, ``gram_`` and ``linear_gram`` take, and bring them to the form of the op."""
     checks.floating(op, "x", x, 2)
     if acc_dtype is None:
-        acc_dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        acc_dtype = x.dtype
+        if acc_dtype in HALVES:
+            acc_dtype = torch.float32
     elif acc_dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"cfl_ops.{op}: acc_dtype must be torch.float32 or torch.float64, but got {acc_dtype}"
@@ -356,7 +274,7 @@ def _gram_arguments(
     elif acc_dtype == torch.float32 and x.dtype == torch.float64:
         raise TypeError(f"cfl_ops.{op}: acc_dtype must be torch.float64 for float64 x, but got {acc_dtype}")
     if y is None and sample_weight is None and num_classes is None:
-        return x, None, None, bias_column, 0, acc_dtype  # the short way for small calls
+        return GramArguments(x, None, None, bias_column, 0, acc_dtype)  # the short way for small calls
 
     classes = 0
     batches = {"x": x.shape[:-2]}
@@ -389,102 +307,14 @@ def _gram_arguments(
         batches["sample_weight"] = sample_weight.shape[:-1]
     checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
     batch = checks.broadcastable(op, **batches)
-    core_dims = (2, 1 if classes else 2, 1)
-    x, y, sample_weight = expand_batch((x, y, sample_weight), core_dims, batch)
-    return x, y, sample_weight, bias_column, classes, acc_dtype
+    x, y, sample_weight = expand_batch((x, y, sample_weight), (*row_dims(classes).values(),), batch)
+    return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-# --- the exact Gram matrix alone: what CUDA C++ serves where it is compiled in ----------------------------------
-
-
-def _exact_gram_python(x: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """X^T S X in float64, of x (..., B, D) in any floating-point dtype and float64 weights (..., B)."""
-    wide = x.double()
-    return _symmetric(_weighted(wide, sample_weight).mT @ wide)
-
-
-EXACT_GRAM = define_op(
-    "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
-    python=_exact_gram_python,
-    fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
-    core_dims=(2, 1),
-    cuda=cuda_cpp(cuda.exact_gram),
-    helper=True,
-)
-
-
-# --- streaming ----------------------------------------------------------------------------------------------
-
-
-def _gram_python_(
-    gram: Tensor,
-    cross: Tensor,
-    target_sum: Tensor,
-    target_sq: Tensor,
-    count: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    num_classes: int,
-    decay: float,
-) -> Tensor:
-    """Moments <- decay * moments + those of the new rows, unless info says that these are bad."""
-    bias_column = gram.shape[-1] > x.shape[-1]
-    *fresh, info = _gram_python(x, y, sample_weight, bias_column, num_classes, gram.dtype)
-    good = info == 0
-    for old, new, dims in zip(
-        (gram, cross, target_sum, target_sq, count), fresh, (2, 2, 1, 1, 0), strict=True
-    ):
-        keep = good[(...,) + (None,) * dims]
-        kept = old * decay if decay != 0 else torch.zeros_like(old)  # 0 forgets, whatever was there
-        old.copy_(torch.where(keep, kept + new, old))
-    return info
-
-
-GRAM_ = define_op(
-    "gram_(Tensor(a!) gram, Tensor(b!) cross, Tensor(c!) target_sum, Tensor(d!) target_sq, Tensor(e!) count, "
-    "Tensor x, Tensor? y, Tensor? sample_weight, int num_classes, float decay) -> Tensor info",
-    python=_gram_python_,
-    fake=lambda gram, *args: gram.new_empty(gram.shape[:-2], dtype=torch.int32),
-    core_dims=lambda args: (2, 2, 1, 1, 0, 2, 1 if args[8] else 2, 1, None, None),
-    cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
-)
-
-
-def gram_(
-    m: GramMoments,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    sample_weight: Tensor | None = None,
-    decay: float = 1.0,
-) -> GramMoments:
-    r"""Add the moments of new rows to ``m`` in place: ``m <- decay * m + gram(x, y)``.
-
-    No D x D temporary is made on the CPU. Whether there is a bias column, and how many classes, is read off
-    ``m``; half inputs add to float32 moments, and narrower inputs to float64 moments in exact mode.
-
-    Args:
-        m: moments from :func:`gram`, updated in place.
-        x: ``(..., B, D)`` in the batch shape of ``m``.
-        y: targets as in :func:`gram`, where ``m`` has them.
-        sample_weight: ``(..., B)`` weights of the rows.
-        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
-
-    Returns:
-        ``m``.
-
-    Raises:
-        What :func:`gram` raises; ``m`` is then unchanged.
-
-    Example:
-        >>> import torch, cfl_ops
-        >>> m = cfl_ops.gram(torch.ones(2, 2))
-        >>> cfl_ops.gram_(m, torch.ones(1, 2), decay=0.5).gram
-        tensor([[2., 2.],
-                [2., 2.]])
-
-    """
+def _new_rows(
+    m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None, decay: float
+) -> GramArguments:
+    """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
     if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
@@ -502,241 +332,221 @@ def gram_(
     if y is not None and isinstance(y, Tensor) and y.dtype == torch.int64 and m.cross is not None:
         classes = m.cross.shape[-1]
     acc_dtype = m.gram.dtype if m.gram.dtype in (torch.float32, torch.float64) else None
-    x, y, sample_weight, _, num_classes, acc = _gram_arguments(
-        "gram_", x, y, order > width, sample_weight, classes, acc_dtype
-    )
-    if acc != m.gram.dtype:
-        raise TypeError(f"cfl_ops.gram_: m must be {acc} for {x.dtype} x, but it is {m.gram.dtype}")
-    checks.same_device("gram_", "m", m.gram, x=x)
-    if x.shape[:-2] != m.gram.shape[:-2]:
+    new = gram_arguments("gram_", x, y, order > width, sample_weight, classes, acc_dtype)
+    if new.acc_dtype != m.gram.dtype:
+        raise TypeError(
+            f"cfl_ops.gram_: m must be {new.acc_dtype} for {new.x.dtype} x, but it is {m.gram.dtype}"
+        )
+    checks.same_device("gram_", "m", m.gram, x=new.x)
+    if new.x.shape[:-2] != m.gram.shape[:-2]:
         raise ValueError(
             f"cfl_ops.gram_: x must have the batch shape {tuple(m.gram.shape[:-2])} of m, "
-            f"but got shape {tuple(x.shape)}"
+            f"but got shape {tuple(new.x.shape)}"
         )
-    if m.cross is None or m.target_sum is None or m.target_sq is None:
-        empty = m.gram.new_empty(*m.gram.shape[:-1], 0)
-        moments = (m.gram, empty, empty[..., 0, :].clone(), empty[..., 0, :].clone(), m.count)
+    if new.y is not None and m.cross is not None and not classes and new.y.shape[-1] != m.cross.shape[-1]:
+        raise ValueError(
+            f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(new.y.shape)}"
+        )
+    return new
+
+
+def _moments(m: GramMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op writes to: of zero width where there are no targets."""
+    gram, cross, target_sum, target_sq, count = m
+    if cross is None or target_sum is None or target_sq is None:
+        cross = gram.new_empty(*gram.shape[:-1], 0)
+        target_sum, target_sq = cross[..., 0, :].clone(), cross[..., 0, :].clone()
+    return gram, cross, target_sum, target_sq, count
+
+
+def gram_fallback(a: GramArguments) -> tuple[Tensor, ...]:
+    """G = X^T S X, C = X^T S Y, with X widened by a column of ones if ``bias_column``."""
+    y, batch, rows = a.y, a.x.shape[:-2], a.x.shape[-2]
+    info = torch.zeros(batch, dtype=torch.int32, device=a.x.device)
+    x = a.x.to(a.acc_dtype)
+    if a.bias_column:
+        x = torch.cat([x, x.new_ones(*batch, rows, 1)], dim=-1)
+    weighted = _weighted(x, a.sample_weight)
+    gram = _symmetric(weighted.mT @ x)
+    if a.acc_dtype == torch.float64 and a.x.dtype != torch.float64:
+        finite = gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        info = torch.where(finite, info, NOT_FINITE)
+    if a.sample_weight is None:
+        count = torch.full(batch, rows, dtype=torch.float64, device=x.device)
     else:
-        moments = (m.gram, m.cross, m.target_sum, m.target_sq, m.count)
-        if y is not None and not num_classes and y.shape[-1] != m.cross.shape[-1]:
-            raise ValueError(
-                f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(y.shape)}"
-            )
-    info = GRAM_(*moments, x, y, sample_weight, num_classes, decay)
-    _check_data(info, [m.gram, m.count], x, y, sample_weight, num_classes, moments[2], acc)
-    return m
+        count = a.sample_weight.sum(-1, dtype=torch.float64)
+        info = torch.where((a.sample_weight >= 0).all(-1), info, BAD_WEIGHT)
+
+    if y is None:
+        cross, target_sum = x.new_zeros(*batch, a.order, 0), x.new_zeros(*batch, 0)
+        return gram, cross, target_sum, target_sum.clone(), count, info
+    if a.num_classes:
+        outside = (y < 0) | (y >= a.num_classes)
+        info = torch.where(outside.any(-1), BAD_CLASS, info)
+        label = torch.where(outside, 0, y).unsqueeze(-1)
+        ones = _weighted(x.new_ones(*batch, rows, 1), a.sample_weight)
+        one_hot_sum = x.new_zeros(*batch, a.num_classes, a.order)
+        cross = one_hot_sum.scatter_add(-2, label.expand_as(weighted), weighted).mT.contiguous()
+        target_sum = x.new_zeros(*batch, a.num_classes).scatter_add(-1, label.squeeze(-1), ones.squeeze(-1))
+        return gram, cross, target_sum, target_sum.clone(), count, info
+    target = y.to(a.acc_dtype)
+    cross = weighted.mT @ target
+    weighted_target = _weighted(target, a.sample_weight)
+    return gram, cross, weighted_target.sum(-2), (weighted_target * target).sum(-2), count, info
 
 
-# --- moments of a layer's activations -------------------------------------------------------------------------
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda h: h,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "celu": F.celu,
-}
-BLOCK_BYTES = 8 << 20  # of features alive at a time: past the caches of a core nothing is gained
-BLOCK_BYTES_CUDA = 32 << 20  # they fit the L2 cache, and keep a card busy for longer than their launches take
+def _weighted(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
+    return rows if sample_weight is None else rows * sample_weight.to(rows.dtype).unsqueeze(-1)
 
 
-def _row_blocks(x: Tensor, width: int) -> list[slice]:
-    """Blocks of the rows of x whose features have up to ``width`` columns."""
-    rows, held = x.shape[-2], BLOCK_BYTES_CUDA if x.is_cuda else BLOCK_BYTES
-    step = max(64, held // max(1, width * max(1, x.shape[:-2].numel()) * x.element_size()))
-    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+def _symmetric(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).mT
 
 
-def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    h = x @ weight.mT
-    return ACTIVATIONS[activation](h if bias is None else h + bias.unsqueeze(-2))
-
-
-def _linear_gram_python(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    activation: str,
-    bias_column: bool,
-    num_classes: int,
-    acc_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """A block of rows at a time: features, activation, and their moments added in place."""
-    batch = x.shape[:-2]
-    targets = 0 if y is None else num_classes or y.shape[-1]
-    order = weight.shape[-2] + int(bias_column)
-    moments = (
-        x.new_zeros(*batch, order, order, dtype=acc_dtype),
-        x.new_zeros(*batch, order, targets, dtype=acc_dtype),
-        x.new_zeros(*batch, targets, dtype=acc_dtype),
-        x.new_zeros(*batch, targets, dtype=acc_dtype),
-        x.new_zeros(batch, dtype=torch.float64),
+def gram_results(a: GramArguments, make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of the shapes of the op's results, by ``x.new_empty`` or the like."""
+    batch = a.x.shape[:-2]
+    return (
+        make((*batch, a.order, a.order), dtype=a.acc_dtype),
+        make((*batch, a.order, a.targets), dtype=a.acc_dtype),
+        make((*batch, a.targets), dtype=a.acc_dtype),
+        make((*batch, a.targets), dtype=a.acc_dtype),
+        make(batch, dtype=torch.float64),
+        make(batch, dtype=torch.int32),
     )
-    info = x.new_zeros(batch, dtype=torch.int32)
-    blocks = _row_blocks(x, max(weight.shape[-2:]))
-    for block in blocks:
-        features = _layer(x[..., block, :], weight, bias, activation)
-        part = GRAM_.overload(
-            *moments,
-            features,
-            None if y is None else y[..., block] if num_classes else y[..., block, :],
-            None if sample_weight is None else sample_weight[..., block],
-            num_classes,
-            1.0,
-        )
-        info = torch.where(info == 0, part, info)
-    return (*moments, info)
 
 
-def _linear_gram_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor | None,
-    sample_weight: Tensor | None,
-    activation: str,
-    bias_column: bool,
-    num_classes: int,
-    acc_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    features = x.new_empty(*x.shape[:-1], weight.shape[-2])
-    return _gram_fake(features, y, sample_weight, bias_column, num_classes, acc_dtype)
-
-
-def _linear_gram_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+def _setup_context(ctx: Any, a: GramArguments, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*a[:3])
+    ctx.options = a[3:]
     if isinstance(ctx, torch.autograd.function.FunctionCtx):
         ctx.mark_non_differentiable(output[5])
 
 
-def _linear_gram_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """The features of a block are computed again, and differentiated through its moments."""
-    x, weight, bias, y, sample_weight = ctx.saved_tensors
-    activation, bias_column, num_classes, acc_dtype = ctx.options
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:5]) if needed]
-    by_rows: dict[int, list[Tensor]] = {i: [] for i in wanted if i in (0, 3, 4)}
-    summed: dict[int, Tensor] = {}
-    blocks = _row_blocks(x, max(weight.shape[-2:]))
-    for block in blocks or [slice(0, 0)]:
-        inputs = [
-            x[..., block, :],
-            weight,
-            bias,
-            None if y is None else y[..., block] if num_classes else y[..., block, :],
-            None if sample_weight is None else sample_weight[..., block],
-        ]
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Dx = s ([x 1] (Gbar + Gbar^T) + y Cbar^T), and likewise for y and s."""
+    a = GramArguments(*ctx.saved_tensors, *ctx.options)
+    acc, width = a.acc_dtype, a.x.shape[-1]
+    g_gram, g_cross, g_sum, g_sq, g_count, _ = grads
+    x, y = a.x.to(acc), a.y
 
-        def outputs(*varied: Tensor, inputs: list[Any] = inputs) -> tuple[Tensor, ...]:
-            given = list(inputs)
-            for position, value in zip(wanted, varied, strict=True):
-                given[position] = value
-            features = _layer(given[0], given[1], given[2], activation)
-            return _gram_python(features, given[3], given[4], bias_column, num_classes, acc_dtype)[:5]
+    def times(matrix: Tensor) -> Tensor:  # [x 1] @ matrix, without the concatenation
+        out = x @ matrix[..., :width, :]
+        return out + matrix[..., width:, :] if a.bias_column else out
 
-        primals, pullback = torch.func.vjp(outputs, *(inputs[i] for i in wanted))  # type: ignore[misc]
-        cotangents = tuple(
-            torch.zeros_like(primal) if grad is None else grad
-            for primal, grad in zip(primals, grads[:5], strict=True)
-        )
-        for position, grad in zip(wanted, pullback(cotangents), strict=True):
-            if position in by_rows:
-                by_rows[position].append(grad)
-            else:
-                summed[position] = grad + summed[position] if position in summed else grad
-    result: list[Any] = [None] * 9
-    for position in wanted:
-        if position not in by_rows:
-            result[position] = summed[position]
-        else:
-            rows_dim = -2 if position == 0 or (position == 3 and not num_classes) else -1
-            result[position] = torch.cat(by_rows[position], dim=rows_dim)
-    return tuple(result)
+    grad_y = grad_weight = None
+    row_x = torch.zeros_like(x)
+    row_weight = x.new_zeros(x.shape[:-1])
+    if g_count is not None:
+        row_weight = row_weight + g_count.unsqueeze(-1).to(acc)
+    if g_gram is not None:
+        through = times(g_gram + g_gram.mT)
+        row_x = row_x + through[..., :width]
+        row_weight = row_weight + 0.5 * (through[..., :width] * x).sum(-1)
+        if a.bias_column:
+            row_weight = row_weight + 0.5 * through[..., width]
+    if y is not None and not a.num_classes:
+        target = y.to(acc)
+        row_y = torch.zeros_like(target)
+        if g_cross is not None:
+            row_x = row_x + target @ g_cross[..., :width, :].mT
+            through = times(g_cross)
+            row_y = row_y + through
+            row_weight = row_weight + (through * target).sum(-1)
+        if g_sum is not None:
+            row_y = row_y + g_sum.unsqueeze(-2)
+            row_weight = row_weight + (target * g_sum.unsqueeze(-2)).sum(-1)
+        if g_sq is not None:
+            row_y = row_y + 2 * target * g_sq.unsqueeze(-2)
+            row_weight = row_weight + (target * target * g_sq.unsqueeze(-2)).sum(-1)
+        grad_y = _weighted(row_y, a.sample_weight).to(y.dtype)
+    elif y is not None:
+        if g_cross is not None:
+            index = y.unsqueeze(-1).expand(*y.shape, g_cross.shape[-2])
+            of_class = g_cross.mT.gather(-2, index)
+            row_x = row_x + of_class[..., :width]
+            row_weight = row_weight + (of_class[..., :width] * x).sum(-1)
+            if a.bias_column:
+                row_weight = row_weight + of_class[..., width]
+        for grad in (g_sum, g_sq):
+            if grad is not None:
+                row_weight = row_weight + grad.gather(-1, y)
+    grad_x = _weighted(row_x, a.sample_weight).to(a.x.dtype)
+    if a.sample_weight is not None:
+        grad_weight = row_weight.to(a.sample_weight.dtype)
+    return gradients(GramArguments, x=grad_x, y=grad_y, sample_weight=grad_weight)
 
 
-LINEAR_GRAM = define_op(
-    "linear_gram(Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor? sample_weight, str activation, "
-    "bool bias_column, int num_classes, ScalarType acc_dtype) -> "
+GRAM = define_op(
+    "gram(Tensor x, Tensor? y, Tensor? sample_weight, bool bias_column, int num_classes, ScalarType acc_dtype) -> "
     "(Tensor gram, Tensor cross, Tensor target_sum, Tensor target_sq, Tensor count, Tensor info)",
-    python=_linear_gram_python,
-    fake=_linear_gram_fake,
-    core_dims=lambda args: (2, 2, 1, 1 if args[7] else 2, 1, None, None, None, None),
-    derivative=Derivative(_linear_gram_setup_context, _linear_gram_backward),
-    composite=True,
+    arguments=GramArguments,
+    python=gram_fallback,
+    fake=lambda a: gram_results(a, a.x.new_empty),
+    core_dims=lambda a: row_dims(a.num_classes),
+    derivative=Derivative(_setup_context, _backward),
+    cuda=(triton("cfl_ops.triton_kernels.gram:gram"),),
+)
+
+GRAM_ = define_op(
+    "gram_(Tensor(a!) gram, Tensor(b!) cross, Tensor(c!) target_sum, Tensor(d!) target_sq, Tensor(e!) count, "
+    "Tensor x, Tensor? y, Tensor? sample_weight, int num_classes, float decay) -> Tensor info",
+    arguments=GramInPlaceArguments,
+    python=lambda a: a.add(gram_fallback(a.new_rows)),
+    fake=lambda a: a.gram.new_empty(a.gram.shape[:-2], dtype=torch.int32),
+    core_dims=lambda a: MOMENT_DIMS | row_dims(a.num_classes),
+    cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )
 
 
-def linear_gram(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "relu",
-    y: Tensor | None = None,
-    *,
-    bias_column: bool = False,
-    sample_weight: Tensor | None = None,
-    num_classes: int | None = None,
-    acc_dtype: torch.dtype | None = None,
-) -> GramMoments:
-    r"""The moments of ``act(x W^T + b)`` without ever storing these features.
+def _exact_gram_fallback(x: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """X^T S X in float64, of x (..., B, D) in any floating-point dtype and float64 weights (..., B)."""
+    x = x.double()
+    return _symmetric(_weighted(x, sample_weight).mT @ x)
 
-    A block of rows at a time goes through the layer and into the sums, so the memory beside the result does
-    not depend on the number of rows (about 16 MB).
 
-    Args:
-        x: ``(..., B, C)`` inputs of the layer.
-        weight: ``(..., D, C)``, in the dtype of ``x``.
-        bias: ``(..., D)`` or None.
-        activation: ``"relu"``, ``"gelu"`` (with erf), ``"gelu_tanh"``, ``"silu"``, ``"tanh"``, ``"celu"`` or
-            ``"identity"``.
-        y: targets, as in :func:`gram`.
-        bias_column: append a feature that is 1.
-        sample_weight: ``(..., B)`` weights of the rows.
-        num_classes: K for class indices.
-        acc_dtype: as in :func:`gram`.
+# float64 accumulation of the Gram matrix alone, which CUDA C++ serves: a step of gram's Triton launcher.
+EXACT_GRAM = define_op(
+    "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
+    python=_exact_gram_fallback,
+    fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
+    core_dims=(2, 1),
+    cuda=cuda_cpp(cuda.exact_gram),
+    helper=True,
+)
 
-    Returns:
-        :class:`GramMoments` of the features ``(..., B, D)``.
 
-    Raises:
-        What :func:`gram` raises, and ``ValueError`` for an unknown activation.
+def refuse_bad_rows(info: Tensor, results: Sequence[Tensor], a: GramArguments, target_sum: Tensor) -> None:
+    """Raise for what info says, wherever data can be refused at all: other calls need not synchronise."""
+    x, y, sample_weight, _, num_classes, acc_dtype = a
+    if num_classes or sample_weight is not None or (acc_dtype == torch.float64 and x.dtype != torch.float64):
+        context = [item for item in (x, target_sum, y, sample_weight) if item is not None]
+        check_info("gram", info, results, context)
 
-    Differentiable (twice), in x, weight, bias, y and sample_weight. Costs ``2 B C D + B D (D + 1)`` FLOPs.
 
-    Example:
-        >>> import torch, cfl_ops
-        >>> x, weight = torch.ones(3, 2), torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
-        >>> cfl_ops.linear_gram(x, weight, activation="relu").gram
-        tensor([[12.,  0.],
-                [ 0.,  0.]])
-
-    """
-    op = "linear_gram"
-    checks.choice(op, "activation", activation, tuple(ACTIVATIONS))
-    checks.floating(op, "x", x, 2)
-    checks.floating(op, "weight", weight, 2)
-    checks.size(op, "weight", weight, -1, x.shape[-1], "the width of x")
-    if bias is not None:
-        checks.floating(op, "bias", bias, 1)
-        checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"cfl_ops.{op}: {name} must be {x.dtype} as x is, but got {value.dtype}")
-    checks.same_device(op, "x", x, weight=weight, bias=bias)
-    given = x.dtype
-    x, y, sample_weight, _, classes, acc = _gram_arguments(
-        op, x, y, bias_column, sample_weight, num_classes, acc_dtype
+@error_message("gram")
+def _bad_rows(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    x, target_sum, *others = context
+    index, code, where = first_failure(info)
+    if code == NOT_FINITE:
+        bad = int((~x[index].isfinite()).sum())
+        if bad == 0:
+            return ValueError(f"cfl_ops.gram: {where}the features of x, or their sums, overflow")
+        return ValueError(
+            f"cfl_ops.gram: {where}x has {bad} NaN or Inf value{'s' if bad > 1 else ''}, which float64 "
+            "accumulation (acc_dtype=torch.float64) refuses"
+        )
+    if code == BAD_WEIGHT:
+        weight = others[-1][index]
+        row = int((~(weight >= 0)).nonzero()[0])
+        return ValueError(
+            f"cfl_ops.gram: {where}sample_weight must not be negative or NaN, but got {float(weight[row])} "
+            f"in row {row}"
+        )
+    y, num_classes = others[0][index], target_sum.shape[-1]
+    row = int(((y < 0) | (y >= num_classes)).nonzero()[0])
+    return IndexError(
+        f"cfl_ops.gram: {where}y must hold class indices from 0 to {num_classes - 1}, but got {int(y[row])} "
+        f"in row {row}"
     )
-    if x.dtype != given:  # promoted together with y
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    args = (x, weight, bias, y, sample_weight)
-    core_dims = (2, 2, 1, 1 if classes else 2, 1)
-    checks.broadcastable(op, x=x.shape[:-2], weight=weight.shape[:-2])
-    x, weight, bias, y, sample_weight = expand_batch(args, core_dims)
-    *out, info = LINEAR_GRAM(x, weight, bias, y, sample_weight, activation, bias_column, classes, acc)
-    _check_data(info, out, x, y, sample_weight, classes, out[2], acc)
-    return _as_moments(out, y)
