@@ -12,9 +12,10 @@ import sys
 import torch
 import triton
 from cfl_ops._gpu import tuning
+from cfl_ops._gpu.device import Device, pretend
 from cfl_ops.triton_kernels import gram
 
-H100 = tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10)
+H100 = Device("NVIDIA H100", "sm_90", 132, 227 << 10)
 RATES = {
     "bf16": 989e12 * 0.85, "float64": 67e12 * 0.7,  # tensor cores; the rest is clocks under load and latency
     "l2": 7.5e12, "memory": 3.0e12,
@@ -84,7 +85,7 @@ def main() -> None:
         "ratio",
     )
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    with tuning.pretend(H100):
+    with pretend(H100):
         for kind in MM:
             for width in (256, 512, 1024, 1536, 2048, 4096):
                 got = model(kind, rows, width)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from cfl_ops._core import dispatch
 from cfl_ops._gpu import tuning
+from cfl_ops._gpu.device import device_of
 from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -474,7 +475,7 @@ def _share(x: Tensor, matrices: int, size: int, use: dict[str, int]) -> tuple[in
     programs of a round walk the same rows at the same time, so that memory is read once. A split costs what it takes
     to write and read it, in units of a step through DEPTH rows of elements of ``size`` bytes.
     """
-    slots = use.pop("resident") * tuning.device_of(x.device).multiprocessors
+    slots = use.pop("resident") * device_of(x.device).multiprocessors
     rows, width = x.shape[-2:]
     return _shares(rows, width, matrices, size, slots, use["TILE"], use["TILE_N"], use["DEPTH"])
 
@@ -542,7 +543,7 @@ def _float64_in_cuda(x: Tensor) -> bool:
 
 def _split(x: Tensor, rows: int, programs: int, use: dict[str, int]) -> tuple[int, int]:
     """In how many splits the rows are cut, so that each multiprocessor has ``waves`` programs, and their rows."""
-    wanted_programs = use.pop("waves") * tuning.device_of(x.device).multiprocessors
+    wanted_programs = use.pop("waves") * device_of(x.device).multiprocessors
     depth = use["DEPTH"]
     wanted = max(1, min(wanted_programs // max(1, programs), MAX_SPLITS, rows // (4 * depth)))
     per_split = divide_up(divide_up(rows, wanted), depth) * depth

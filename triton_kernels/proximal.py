@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
+from cfl_ops._gpu.device import device_of
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_TARGET, BAD_WEIGHT
 from cfl_ops.ops.solve.system import on_device
 from torch import Tensor
@@ -410,7 +411,7 @@ def _step(
 
     use = tuning.choose("proximal_step", device, rows=rows, width=width, targets=targets)
     block = max(PANEL, triton.next_power_of_2(rows))
-    programs = tuning.device_of(device).multiprocessors
+    programs = device_of(device).multiprocessors
 
     def split(size: int, tile: int, others: int) -> tuple[int, int]:
         """Parts of a dimension that make about one program for each multiprocessor, and their size."""

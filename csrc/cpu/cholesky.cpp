@@ -1,5 +1,6 @@
 // cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on
-// failure. Semantics: python/cfl_ops/cholesky.py (the fallback); mathematics: cholesky_kernel.h.
+// failure. Semantics: python/cfl_ops/ops/cholesky/update.py, safe.py (the fallback); mathematics:
+// cholesky_kernel.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -345,7 +346,7 @@ std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, dou
   return {out, info};
 }
 
-// --- safe_cholesky: semantics in python/cfl_ops/cholesky.py (_safe_python)
+// --- safe_cholesky: semantics in python/cfl_ops/ops/cholesky/safe.py (its fallback)
 // -------------------------
 
 constexpr int32_t kNotFinite = -1, kIndefinite = 1;

@@ -1,6 +1,6 @@
 // What the GPU path of the codec does on the host between its kernels, as ops on CPU tensors: the
-// code for counts, the header, and back. python/cfl_ops/_codec_host.py defines them and holds the
-// same in Python, for installations without the extension.
+// code for counts, the header, and back. python/cfl_ops/ops/codec/host.py defines them and holds
+// the same in Python, for installations without the extension.
 #include <algorithm>
 #include <cstring>
 #include <tuple>

@@ -1,4 +1,5 @@
-// gram on the CPU: from tensors to the kernel of gram_kernel.h. Semantics: python/cfl_ops/gram.py.
+// gram on the CPU: from tensors to the kernel of gram_kernel.h. Semantics:
+// python/cfl_ops/ops/gram/gram.py.
 #include <algorithm>
 #include <cmath>
 #include <optional>

@@ -1,6 +1,6 @@
 // tall_gram and tall_factor on the CPU: from tensors to the kernel of tall_gram.h, a run of rows to
 // a thread, and the small dense algebra that lstsq and pinv do on its result. Semantics:
-// python/cfl_ops/least_squares.py (the fallback).
+// python/cfl_ops/ops/solve/tall.py (the fallback).
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // ridge_solve on the CPU: batches of small systems side by side in the lanes of a vector register,
-// larger ones through torch's LAPACK. Semantics: python/cfl_ops/solve.py (the fallback).
+// larger ones through torch's LAPACK. Semantics: python/cfl_ops/ops/solve/system.py (the fallback).
 //
 // float32 systems are factored in float32; those whose pivots come near what rounding leaves behind
 // are solved again in float64, so that the answer is float64's wherever the two differ much.

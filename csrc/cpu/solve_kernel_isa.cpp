@@ -337,7 +337,8 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
 #pragma GCC unroll 4
   for (int j = 0; j < kTile; ++j) {
     const Vec<T> pivot = c[j][j];
-    // False for NaN. The second half refuses Inf, for which x * 0 is NaN (x - x may be fused with a product).
+    // False for NaN. The second half refuses Inf, for which x * 0 is NaN (x - x may be fused with a
+    // product).
     const Index<T> good = (pivot > tolerance * original[j]) & (pivot * Vec<T>{} == Vec<T>{});
     const Index<T> fresh = ~good & (*info == Index<T>{});
     Index<T> order;

@@ -1,5 +1,5 @@
 // cholesky_update on CUDA: from tensors to the kernels of cholesky.cuh.
-// python/cfl_ops/_cholesky_cuda.py is the only caller.
+// python/cfl_ops/ops/cholesky/cuda.py is the only caller.
 #include "cuda/cholesky.cuh"
 
 #include "cuda/binding.h"

@@ -6,7 +6,7 @@
 // and publishes them (linalg.cuh). The chain of these is what the time is made of, not the n^2 k
 // sums.
 //
-// Device code only: launched by cholesky.cu, and through NVRTC by python/cfl_ops/_nvrtc.py.
+// Device code only: launched by cholesky.cu, and through NVRTC by python/cfl_ops/_gpu/nvrtc.py.
 #pragma once
 
 #include "cuda/linalg.cuh"
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(kPanel)
 
 // The lower triangles of `from` to `to` (both of any strides) for the matrices that succeeded in
 // all passes, or for those that failed; and info: 0, the first pivot that failed, -1 for a V and -2
-// for an L that is not finite, as python/cfl_ops/cholesky.py has it. found (passes, batch).
+// for an L that is not finite, as python/cfl_ops/ops/cholesky/update.py has it. found (passes,
+// batch).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     cholesky_choose_kernel(int64_t blocks_each, int64_t n, const T* from, int64_t from_batch_stride,

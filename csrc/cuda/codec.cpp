@@ -1,6 +1,6 @@
 // The codec's launchers as torch ops, cfl_ops::cuda_*: contiguous tensors in, nothing allocated,
-// nothing checked but what would corrupt memory. python/cfl_ops/_cuda.py defines them and is their
-// only caller.
+// nothing checked but what would corrupt memory. python/cfl_ops/_gpu/native.py defines them and is
+// their only caller.
 #include "cuda/codec.cuh"
 
 #include <optional>

@@ -1,7 +1,8 @@
 // Launchers of the codec's CUDA kernels (codec_kernel.cuh): raw pointers only, so that nvcc sees no
-// torch header. python/cfl_ops/_cuda.py calls them in the right order.
+// torch header. python/cfl_ops/_gpu/native.py calls them in the right order.
 //
-// Their bytes are checked on the CPU, by kernels that run as fibers (tests/gpu/test_cuda_on_host.py).
+// Their bytes are checked on the CPU, by kernels that run as fibers
+// (tests/gpu/test_cuda_on_host.py).
 #pragma once
 
 #if defined(CFL_CUDA_ON_HOST)

@@ -16,8 +16,8 @@
 // Why not each symbol on its own, root to leaf: that is 2.5 steps on average for normal weights,
 // but 7.5 for the slowest of a warp's 32 lanes, and all of them wait for it.
 //
-// Device code only: the launchers are in codec.cu, and python/cfl_ops/_cuda.py launches it through
-// NVRTC.
+// Device code only: the launchers are in codec.cu, and python/cfl_ops/_gpu/native.py launches it
+// through NVRTC.
 #pragma once
 
 #include "cuda/device.cuh"

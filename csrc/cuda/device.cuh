@@ -1,6 +1,6 @@
 // What the kernels need of a compiler, which may be
 //   * nvcc;
-//   * NVRTC, at run time (python/cfl_ops/_cuda.py): it has none of the standard headers;
+//   * NVRTC, at run time (python/cfl_ops/_gpu/native.py): it has none of the standard headers;
 //   * a C++ compiler on a machine without a GPU: tests/gpu/cuda_on_host.h runs a block's threads in
 //   turn.
 #pragma once

@@ -1,4 +1,5 @@
-// exact_gram on CUDA: from tensors to the kernel of gram.cuh. Semantics: python/cfl_ops/gram.py.
+// exact_gram on CUDA: from tensors to the kernel of gram.cuh. Semantics:
+// python/cfl_ops/ops/gram/gram.py.
 #include "cuda/gram.cuh"
 
 #include <optional>

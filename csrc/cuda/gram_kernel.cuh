@@ -7,7 +7,7 @@
 // tile to finish adds up the parts, in their order, so that the result does not depend on which one
 // that is.
 //
-// Device code only: launched by gram.cu, and through NVRTC by python/cfl_ops/_nvrtc.py.
+// Device code only: launched by gram.cu, and through NVRTC by python/cfl_ops/_gpu/nvrtc.py.
 #pragma once
 
 #include "cuda/device.cuh"

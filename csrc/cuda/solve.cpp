@@ -1,4 +1,4 @@
-// ridge_solve on CUDA: from tensors to the kernels of solve.cuh. python/cfl_ops/_solve_cuda.py
+// ridge_solve on CUDA: from tensors to the kernels of solve.cuh. python/cfl_ops/ops/solve/cuda.py
 // makes everything contiguous, and is the only caller.
 #include "cuda/solve.cuh"
 

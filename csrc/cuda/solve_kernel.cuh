@@ -5,7 +5,7 @@
 // lane, from load to answer. Beyond: 32 x 32 tiles, each a block's work in turn (linalg.cuh), in
 // float64; the time is that of the chain of diagonal tiles.
 //
-// Device code only: launched by solve.cu, and through NVRTC by python/cfl_ops/_nvrtc.py.
+// Device code only: launched by solve.cu, and through NVRTC by python/cfl_ops/_gpu/nvrtc.py.
 #pragma once
 
 #include "cuda/linalg.cuh"

@@ -24,19 +24,19 @@ import cfl_ops
 import torch
 import triton
 from cfl_ops._core.op import OPS
-from cfl_ops._gpu import tuning
+from cfl_ops._gpu.device import Device, pretend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 CARDS = {
-    "sm_80": tuning.Device("NVIDIA A100", "sm_80", 108, 163 << 10),
-    "sm_86": tuning.Device("NVIDIA RTX A6000", "sm_86", 84, 99 << 10),
-    "sm_89": tuning.Device("NVIDIA RTX 4090", "sm_89", 128, 99 << 10),
-    "sm_90": tuning.Device("NVIDIA H100", "sm_90", 132, 227 << 10),
-    "sm_100": tuning.Device("NVIDIA B200", "sm_100", 148, 227 << 10),
-    "sm_120": tuning.Device("NVIDIA RTX 5090", "sm_120", 170, 99 << 10),
+    "sm_80": Device("NVIDIA A100", "sm_80", 108, 163 << 10),
+    "sm_86": Device("NVIDIA RTX A6000", "sm_86", 84, 99 << 10),
+    "sm_89": Device("NVIDIA RTX 4090", "sm_89", 128, 99 << 10),
+    "sm_90": Device("NVIDIA H100", "sm_90", 132, 227 << 10),
+    "sm_100": Device("NVIDIA B200", "sm_100", 148, 227 << 10),
+    "sm_120": Device("NVIDIA RTX 5090", "sm_120", 170, 99 << 10),
 }
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -240,7 +240,7 @@ def main(arguments: list[str]) -> None:
     with cfl_ops.config.use_backend("python"):
         for architecture in [a for a in arguments if a in CARDS] or CARDS:
             card = CARDS[architecture]
-            with tuning.pretend(card):
+            with pretend(card):
                 for label, call in chosen:  # noqa: B007
                     call()
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from cfl_ops._core import dispatch
 from cfl_ops._gpu import autotune, tuning
+from cfl_ops._gpu.device import Device, pretend
 
 from tests import contract
 
-CARD = tuning.Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
-SMALL = tuning.Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
+CARD = Device("NVIDIA Test 9000", "sm_90", 132, 227 << 10)
+SMALL = Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10)
 CPU = torch.device("cpu")
 
 
@@ -44,9 +45,9 @@ def test_every_file_of_the_package_is_one() -> None:
 
 def test_the_users_file_comes_before_the_architectures_and_the_default() -> None:
     problem = {"kind": "half", "order": 2048, "rows": 65536, "planes": True}
-    with tuning.pretend(SMALL):
+    with pretend(SMALL):
         default = tuning.choose("gram", CPU, **problem)
-    with tuning.pretend(CARD):
+    with pretend(CARD):
         deeper = tuning.choose("gram", CPU, **problem)
         assert deeper != default
         mine = {"how": "pointers", "TILE": 16, "num_warps": 1, "num_stages": 1}
@@ -170,7 +171,7 @@ def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: py
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
     monkeypatch.setattr(kernels, "ELEMENTS_AT_ONCE", 200 * 70)
-    card = tuning.Device("test", "none", multiprocessors, 99 << 10)
+    card = Device("test", "none", multiprocessors, 99 << 10)
     x, labels = torch.randn(300, 70), torch.randint(3, (300,))
     want = x.double().mT @ x.double()
     s = torch.rand(300)
@@ -179,7 +180,7 @@ def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: py
         how=("pointers", "planes", "library"), TILE=(16, 32), TILE_N=(32,), DEPTH=(16,), num_warps=(4,),
         num_stages=(2,), resident=(1,),
     ):  # fmt: skip
-        with cfl_ops.config.use_backend("triton"), tuning.pretend(card), tuning.force("gram", use):
+        with cfl_ops.config.use_backend("triton"), pretend(card), tuning.force("gram", use):
             got = cfl_ops.gram(x, labels, bias_column=True, num_classes=3)
             weighted = cfl_ops.gram(x, sample_weight=s)
         torch.testing.assert_close(got.gram[:70, :70].double(), want, rtol=1e-5, atol=1e-4)
@@ -298,9 +299,9 @@ def test_no_rule_takes_float64_where_that_is_slow(architecture: str) -> None:
 
     What is left in float64 there is written in benches/results/STATUS.md.
     """
-    card = tuning.Device("NVIDIA GeForce", architecture, 82, 99 << 10)
+    card = Device("NVIDIA GeForce", architecture, 82, 99 << 10)
     assert card.slow_float64
-    with tuning.pretend(card):
+    with pretend(card):
         for kind in ("half", "tf32", "tf32x3"):
             for order in (8, 64, 65, 256, 513, 1024, 4096):
                 for rows in (16, 1024, 65536):
@@ -317,7 +318,7 @@ def test_no_rule_takes_float64_where_that_is_slow(architecture: str) -> None:
         for order in (513, 2048):
             use = tuning.choose("gram", CPU, kind="float64", order=order, rows=4096, planes=False)
             assert use["how"] == "exact"
-    with tuning.pretend(CARD):
+    with pretend(CARD):
         assert not tuning.choose("proximal_step", CPU, rows=64, width=512, targets=100)["single"]
         assert not tuning.choose("ridge_solve", CPU, order=16, columns=1)["single"]
 
@@ -331,7 +332,7 @@ def test_tiles_are_shared_out_whole_while_they_fill_the_card(rows: int, width: i
     kernels = __import__("cfl_ops.triton_kernels.gram", fromlist=["x"])
     x = torch.empty(1, rows, width, device="meta")
     use = {"TILE": 128, "TILE_N": 256, "DEPTH": 64, "resident": 1}
-    with tuning.pretend(CARD):
+    with pretend(CARD):
         triangle, whole, rest, splits, per_split = kernels._share(x, matrices, 2, use)
     blocks = -(-width // 256)
     assert triangle == blocks * (blocks + 1)

@@ -15,6 +15,7 @@ import torch
 from cfl_ops._core import dispatch
 from cfl_ops._core.op import OPS
 from cfl_ops._gpu import tuning
+from cfl_ops._gpu.device import device_of
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         print("cfl_ops autotune: triton is not installed", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    card = tuning.device_of(device)
+    card = device_of(device)
     path = options.output or tuning.user_file(card)
     rules = tuning.read(path) if path.is_file() else {}
     for op in options.op or TUNABLE:

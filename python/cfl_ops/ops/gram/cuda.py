@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfl_ops._gpu.device import device_of
 from cfl_ops._gpu.sources import Constants
-from cfl_ops._gpu.tuning import device_of
 
 GRAM = Constants("exact")
 
