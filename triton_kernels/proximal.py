@@ -1,16 +1,16 @@
 """proximal_step on a GPU for B <= 128 rows and B <= D: seven kernels for the whole head.
 
-The dual form (formulas.md 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1 R0, then one
-pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its inverse are one
-program's work, panel by panel, so that the K right sides are a matrix product. On cards with slow float64 that
-program would take most of the time: there S^-1 is formed in float32 where its pivots allow it, and A is refined
-with residuals in float64. Everything else (larger batches, the primal side, row weights, penalties by feature, a free
-bias, float64) is left to the fallback in torch ops.
+The dual form (docs/formulas.md, 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1
+R0, then one pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its
+inverse are one program's work, panel by panel, so that the K right sides are a matrix product. On cards with
+slow float64 that program would take most of the time: there S^-1 is formed in float32 where its pivots allow
+it, and A is refined with residuals in float64. Everything else (larger batches, the primal side, row weights,
+penalties by feature, a free bias, float64) is left to the fallback in torch ops.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -25,6 +25,9 @@ from torch import Tensor
 from . import divide_up
 from ._common import _piece, _triangle
 
+if TYPE_CHECKING:
+    from cfl_ops.ops.proximal.step import ProximalArguments
+
 __all__ = ["proximal_step", "proximal_step_"]
 
 MOST_ROWS = 128
@@ -35,7 +38,7 @@ TRUSTED_PIVOT = tl.constexpr(0.01)  # of its diagonal element: float32 keeps dig
 
 @triton.jit
 def _rows_kernel(
-    phi_ptr, parts_ptr, batch_stride, row_stride, col_stride, part_stride, rows, width, triangle, per_split,
+    phi_ptr, workspace_ptr, batch_stride, row_stride, col_stride, split_stride, rows, width, triangle, per_split,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of Phi Phi^T over some of the columns, in float64."""
@@ -62,17 +65,17 @@ def _rows_kernel(
             left.to(tl.float64), tl.trans(right.to(tl.float64)), total,
             input_precision="ieee", out_dtype=tl.float64,
         )  # fmt: skip
-    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * rows
+    workspace_ptr += tl.program_id(1).to(tl.int64) * split_stride + matrix * rows * rows
     row, col = left_rows[:, None], right_rows[None, :]
     lower = (row < rows) & (col <= row)
-    tl.store(parts_ptr + row * rows + col, total, mask=lower)
-    tl.store(parts_ptr + col * rows + row, total, mask=lower)
+    tl.store(workspace_ptr + row * rows + col, total, mask=lower)
+    tl.store(workspace_ptr + col * rows + row, total, mask=lower)
 
 
 @triton.jit
 def _predict_kernel(
-    phi_ptr, weight_ptr, parts_ptr, batch_stride, row_stride, col_stride,
-    weight_batch_stride, weight_row_stride, weight_col_stride, part_stride, rows, width, targets, per_split,
+    phi_ptr, weight_ptr, workspace_ptr, batch_stride, row_stride, col_stride,
+    weight_batch_stride, weight_row_stride, weight_col_stride, split_stride, rows, width, targets, per_split,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of Phi W^T over some of the columns."""
@@ -96,14 +99,14 @@ def _predict_kernel(
             mask=(ks < targets)[:, None] & inside, other=0.0,
         )  # fmt: skip
         total = tl.dot(phi.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32x3")
-    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * targets
+    workspace_ptr += tl.program_id(1).to(tl.int64) * split_stride + matrix * rows * targets
     at = bs.to(tl.int64)[:, None] * targets + ks[None, :]
-    tl.store(parts_ptr + at, total, mask=(bs < rows)[:, None] & (ks < targets)[None, :])
+    tl.store(workspace_ptr + at, total, mask=(bs < rows)[:, None] & (ks < targets)[None, :])
 
 
 @triton.jit
 def _residual_kernel(
-    parts_ptr, target_ptr, bias_ptr, shrink_ptr, out_ptr, part_stride, target_batch_stride, target_row_stride,
+    workspace_ptr, target_ptr, bias_ptr, shrink_ptr, out_ptr, split_stride, target_batch_stride, target_row_stride,
     target_col_stride, splits, rows, targets,
     CLASSES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -114,8 +117,8 @@ def _residual_kernel(
     at = matrix * rows * targets + bs.to(tl.int64)[:, None] * targets + ks[None, :]
     total = tl.zeros((ROWS, TILE_K), dtype=tl.float32)
     for _ in range(0, splits):
-        total += tl.load(parts_ptr + at, mask=inside, other=0.0)
-        parts_ptr += part_stride
+        total += tl.load(workspace_ptr + at, mask=inside, other=0.0)
+        workspace_ptr += split_stride
     if BIAS:
         total += tl.load(bias_ptr + matrix * targets + ks, mask=ks < targets, other=0.0).to(tl.float32)[
             None, :
@@ -188,9 +191,9 @@ def _factor(
             # Triton 3.8's interpreter takes a constant on the right of a product only.
             good = (pivot > scale * tolerance) & (tl.abs(pivot) < float("inf"))
             info = tl.where((info == 0) & (good == 0), at + 1, info)
-            over_root = 1.0 / tl.sqrt(tl.where(good, pivot, 1.0))
-            column = tl.where(rows >= at, column * over_root, 0.0)
-            across = tl.where(here >= at, across * over_root, 0.0)
+            over_sqrt = 1.0 / tl.sqrt(tl.where(good, pivot, 1.0))
+            column = tl.where(rows >= at, column * over_sqrt, 0.0)
+            across = tl.where(here >= at, across * over_sqrt, 0.0)
             # A failed pivot leaves a finite factor behind.
             column = tl.where(good, column, (rows == at).to(ACC))
             across = tl.where(good, across, (here == at).to(ACC))
@@ -322,9 +325,9 @@ def _times(
 
 @triton.jit
 def _update_kernel(
-    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, parts_ptr, batch_stride, row_stride, col_stride,
+    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, workspace_ptr, batch_stride, row_stride, col_stride,
     weight_batch_stride, weight_row_stride, weight_col_stride, out_batch_stride, out_row_stride, out_col_stride,
-    part_stride, rows, width, targets, per_split,
+    split_stride, rows, width, targets, per_split,
     ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """W_new = shrink W + A^T Phi for a stretch of columns and some targets, and their part of A W_new."""
@@ -364,14 +367,13 @@ def _update_kernel(
             new.to(out_ptr.dtype.element_ty), mask=inside,
         )  # fmt: skip
         total = tl.dot(alpha, new, total, input_precision="tf32x3")
-    parts_ptr += tl.program_id(1).to(tl.int64) * part_stride + matrix * rows * width
-    tl.store(parts_ptr + bs.to(tl.int64)[:, None] * width + ds[None, :], total, mask=here)
+    workspace_ptr += tl.program_id(1).to(tl.int64) * split_stride + matrix * rows * width
+    tl.store(workspace_ptr + bs.to(tl.int64)[:, None] * width + ds[None, :], total, mask=here)
 
 
-def _served(
-    features: Tensor, weight: Tensor, lam_diag: Any, sample_weight: Any, bias: Any, fit_bias: str
-) -> bool:
+def _served(arguments: ProximalArguments) -> bool:
     """Whether the kernels here do it."""
+    features, weight = arguments.features, arguments.weight
     rows, width = features.shape[-2:]
     return (
         0 < rows <= min(MOST_ROWS, width)
@@ -379,17 +381,15 @@ def _served(
         and features.shape[:-2].numel() > 0
         and features.dtype != torch.float64
         and weight.dtype != torch.float64
-        and lam_diag is None
-        and sample_weight is None
-        and (bias is None or fit_bias == "penalized")
+        and arguments.lam_diag is None
+        and arguments.sample_weight is None
+        and (arguments.bias is None or arguments.fit_bias == "penalized")
     )
 
 
-def _step(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
-    reduction: str, out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The new weight into ``out`` (which may be the old one); the new bias, loss, gradient and info."""
+    features, target, weight, bias, lam, ridge, *_ = arguments
     batch, (rows, width), targets = features.shape[:-2], features.shape[-2:], weight.shape[-2]
     device, matrices = features.device, batch.numel()
     # As float32, for Triton's float64 products cannot start from half precision.
@@ -398,9 +398,9 @@ def _step(
     classes = not target.is_floating_point()
     y = target.reshape(matrices, rows, *(() if classes else (targets,)))
     y_strides = (*y.stride(), 0) if classes else y.stride()
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
 
-    scale = float(rows) if reduction == "mean" else 1.0
+    scale = float(rows) if arguments.reduction == "mean" else 1.0
     penalty = on_device(lam, features).expand(batch).reshape(matrices)
     mu = scale * penalty
     t, bad_penalty = mu, ~((penalty >= 0) & penalty.isfinite())
@@ -414,9 +414,9 @@ def _step(
     programs = device_of(device).multiprocessors
 
     def split(size: int, tile: int, others: int) -> tuple[int, int]:
-        """Parts of a dimension that make about one program for each multiprocessor, and their size."""
-        parts = max(1, min(programs // max(1, others), divide_up(size, tile)))
-        each = divide_up(divide_up(size, parts), tile) * tile
+        """How many splits of a dimension make about one program for each multiprocessor, and their size."""
+        splits = max(1, min(programs // max(1, others), divide_up(size, tile)))
+        each = divide_up(divide_up(size, splits), tile) * tile
         return divide_up(size, each), each
 
     # S and R0
@@ -424,12 +424,12 @@ def _step(
     tiles = divide_up(rows, tile)
     triangle = tiles * (tiles + 1) // 2
     splits, each = split(width, 64, triangle * matrices)
-    parts = torch.empty(splits, matrices, rows, rows, **wide)
+    products = torch.empty(splits, matrices, rows, rows, **float64)
     _rows_kernel[(triangle * matrices, splits)](
-        phi, parts, *phi.stride(), parts.stride(0), rows, width, triangle, each,
+        phi, products, *phi.stride(), products.stride(0), rows, width, triangle, each,
         TILE=tile, DEPTH=16, num_warps=4,
     )  # fmt: skip
-    system = parts.sum(0) if splits > 1 else parts[0]
+    system = products.sum(0) if splits > 1 else products[0]
     tile_k = use["TILE_K"]
     tiles_k = divide_up(targets, tile_k)
     splits, each = split(width, 64, tiles_k * matrices)
@@ -446,8 +446,8 @@ def _step(
     )  # fmt: skip
 
     # A = S^-1 R0
-    factor, inverse = torch.empty(2, matrices, block, block, **wide)
-    normal = torch.empty(matrices, block, block, **wide)
+    factor, inverse = torch.empty(2, matrices, block, block, **float64)
+    normal = torch.empty(matrices, block, block, **float64)
     info, refined = torch.empty(2, matrices, dtype=torch.int32, device=device)
     ones, single = int(bias is not None), use["single"]
     _factor_kernel[(matrices,)](
@@ -459,8 +459,8 @@ def _step(
         SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4,
     )  # fmt: skip
     alpha = torch.empty_like(residual)
-    squares, sums = torch.empty(matrices, tiles_k, **wide), torch.empty(matrices, targets, **wide)
-    work = torch.empty(residual.shape if single else (0,), **wide)
+    squares, sums = torch.empty(matrices, tiles_k, **float64), torch.empty(matrices, targets, **float64)
+    work = torch.empty(residual.shape if single else (0,), **float64)
     _alpha_kernel[(tiles_k * matrices,)](
         normal, residual, system, t, refined, work, alpha, squares, sums, rows, targets,
         ONES=ones, SINGLE=single, ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
@@ -499,28 +499,23 @@ def _step(
     return new_bias, loss.view(batch), gradient.view(features.shape), info.view(batch)
 
 
-def proximal_step(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
-    lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
-) -> tuple[Tensor, ...] | Unserved:  # fmt: skip
-    """The launcher: the arguments and results of the op ``cfl_ops::proximal_step``."""
-    if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
+def proximal_step(arguments: ProximalArguments) -> tuple[Tensor, ...] | Unserved:
+    """The launcher of the op ``cfl_ops::proximal_step``."""
+    if not _served(arguments):
         return UNSERVED
-    new = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return new, *_step(features, target, weight, bias, lam, ridge, reduction, new)
+    new = torch.empty_like(arguments.weight, memory_format=torch.contiguous_format)
+    return new, *_step(arguments, new)
 
 
-def proximal_step_(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, lam: Tensor, ridge: Tensor | None,
-    lam_diag: Tensor | None, sample_weight: Tensor | None, reduction: str, fit_bias: str, method: str,
-) -> tuple[Tensor, ...] | Unserved:  # fmt: skip
+def proximal_step_(arguments: ProximalArguments) -> tuple[Tensor, ...] | Unserved:
     """The launcher of the op in place."""
-    if not _served(features, weight, lam_diag, sample_weight, bias, fit_bias):
+    if not _served(arguments):
         return UNSERVED
+    weight, bias = arguments.weight, arguments.bias
     dense = (
         weight if weight.is_contiguous() else torch.empty_like(weight, memory_format=torch.contiguous_format)
     )
-    new_bias, loss, gradient, info = _step(features, target, weight, bias, lam, ridge, reduction, dense)
+    new_bias, loss, gradient, info = _step(arguments, dense)
     if dense is not weight:
         weight.copy_(dense)
     if bias is not None:

@@ -37,14 +37,13 @@ from cfl_ops.ops.gram.accumulate import GramAccumulator
 from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
 from cfl_ops.ops.gram.linear_gram import linear_gram
 from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
+from cfl_ops.ops.proximal.short_forms import proximal_update, ridge_step
 from cfl_ops.ops.proximal.step import (
     ProximalStep,
     proximal_step,
     proximal_step_,
     proximal_step_ex,
     proximal_step_ex_,
-    proximal_update,
-    ridge_step,
 )
 from cfl_ops.ops.solve.class_ridge import class_ridge
 from cfl_ops.ops.solve.factorize import Factorization, factorize

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.failures import check_info
-from cfl_ops.ops.proximal.step import ProximalStep, proximal_step
+from cfl_ops.ops.proximal.step import ProximalStep, proximal_step, raise_if_failed
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -128,7 +127,7 @@ def rescaled_proximal_step(
         inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (kappa - 1)
         z = torch.linalg.solve(inner, (phi @ delta).gather(-1, labels.unsqueeze(-1)))
         change = (delta - through @ (own * z)).mT
-    check_info("proximal_step", info, [change], [features, labels, torch.tensor(weight.shape[0])])
+    raise_if_failed(info, [change], features, labels, weight)
     new = anchor + change
     final = target_scale * own - phi @ new.mT
     weighted = (1 + (kappa - 1) * own) * final
