@@ -26,7 +26,7 @@ from . import divide_up
 from ._common import _piece, _triangle
 
 if TYPE_CHECKING:
-    from cfl_ops.ops.proximal.step import ProximalArguments
+    from cfl_ops.ops.proximal.arguments import ProximalArguments
 
 __all__ = ["proximal_step", "proximal_step_"]
 

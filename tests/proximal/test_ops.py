@@ -9,6 +9,7 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops._core import dispatch
+from cfl_ops.ops.proximal import arguments
 from torch.nn import functional as F
 
 OPS = ("proximal_step", "proximal_step_")
@@ -193,6 +194,47 @@ def test_bad_arguments(change, error, message) -> None:
     args = {"features": features, "target": target, "weight": weight, "bias": bias, "lam": 0.5, **change}
     with pytest.raises(error, match=rf"cfl_ops\.proximal_step_: .*{message}"):
         cfl_ops.proximal_step_(**args)
+
+
+@pytest.mark.parametrize("form", ["proximal_step", "proximal_step_", "proximal_update"])
+def test_bad_data_that_several_heads_share_is_named(form: str) -> None:
+    features, target, weight, bias = problem(6, 9)
+    heads = (weight.expand(2, *weight.shape).clone(), bias.expand(2, *bias.shape).clone())
+    features[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"\(Batch element 0\): features has NaN or Inf in row 2"):
+        getattr(cfl_ops, form)(features, target, *heads, lam=0.5)
+    labels = torch.tensor([0, 0, 0, 0, 7, 0])
+    with pytest.raises(IndexError, match=r"\(Batch element 0\): .*but got 7 in row 4"):
+        getattr(cfl_ops, form)(features.nan_to_num(), labels, *heads, lam=0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": torch.zeros(3, dtype=torch.int64)},
+        {"bias": [0.0, 0.0, 0.0]},
+        {"bias": torch.zeros(3, device="meta")},
+        {"weight": torch.zeros(3, 20).to_sparse()},
+        {"weight": torch.zeros(3, 20, device="meta")},
+        {"weight": torch.zeros(3, 20, dtype=torch.int64)},
+        {"target": torch.zeros(8, 3, dtype=torch.bool)},
+        {"target": torch.zeros(8, dtype=torch.int64, device="meta")},
+        {"target": torch.zeros(8)},
+        {"target": None},
+        {"features": torch.zeros(8, 20).to_sparse()},
+        {"features": torch.zeros(20)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_quick_look_accepts_passes_all_checks(change) -> None:
+    tensors = {"features": torch.randn(8, 20), "target": torch.randint(3, (8,)), "weight": torch.zeros(3, 20)}
+    tensors["bias"] = torch.zeros(3)
+    assert arguments._plain(**tensors)
+    arguments._check_tensors("op", **tensors, lam_diag=None, sample_weight=None)
+    tensors.update(change)
+    assert not arguments._plain(**tensors)
+    with pytest.raises((TypeError, ValueError), match=rf"cfl_ops\.op: {next(iter(change))} must "):
+        arguments._check_tensors("op", **tensors, lam_diag=None, sample_weight=None)
 
 
 def test_both_ops_compile_in_one_graph_and_equal_eager() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core.op import LIB, transforming
 
@@ -30,7 +31,7 @@ def check_info(name: str, info: Tensor, results: Sequence[Tensor], context: Sequ
     In a compiled graph this is an op that declares to write to ``results``: nothing else would keep the
     compiler from dropping a check whose outcome no one reads.
     """
-    if torch.compiler.is_compiling() or transforming():
+    if is_compiling() or transforming():
         torch.ops.cfl_ops.raise_if_.default(name, list(results), info, list(context))
     else:
         _raise_if(name, results, info, context)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from cfl_ops._core.batching import CoreDims, vmap_rule
 
@@ -66,7 +68,7 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves the first and refuses the second.
-        if self.function is not None and not torch.compiler.is_compiling():
+        if self.function is not None and not is_compiling():
             if transforming():
                 return self.function.apply(*args)
             if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
@@ -90,12 +92,12 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
 def transforming() -> bool:
     """Whether a functorch transform or forward-mode AD is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _transform() is not None or forward_ad._current_level >= 0
 
 
 def define_op(

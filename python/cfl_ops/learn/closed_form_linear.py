@@ -180,7 +180,7 @@ class ClosedFormLinear(nn.Module):
             (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
             if self._outcome is None:
                 self._outcome = DeferredCheck("proximal_step", STEP_BEFORE)
-            self._outcome.defer(info, lambda: (rows, target, torch.tensor(weight.shape[-2])))
+            self._outcome.defer(info, lambda: (rows, target, weight))
         return loss, grad_features if features.ndim == 2 else grad_features.reshape(features.shape)
 
     def check(self) -> None:

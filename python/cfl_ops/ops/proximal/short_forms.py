@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops.ops.proximal.step import ProximalStep, check_arguments, step_or_raise
+from cfl_ops.ops.proximal.arguments import check_arguments
+from cfl_ops.ops.proximal.step import ProximalStep, step_or_raise
 
 __all__ = ["proximal_update", "ridge_step"]
 

@@ -8,23 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cfl_ops._core import checks
-from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, core_dims
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
-
-REDUCTIONS = ("mean", "sum")
-BIAS_FITS = ("penalized", "free")
-METHODS = ("auto", "cholesky", "cg")
 
 
 @result_type("proximal")
@@ -222,118 +217,6 @@ def proximal_step_ex_(
         fit_bias, method, in_place=True,
     ))  # fmt: skip
     return (loss, grad_features), info
-
-
-class ProximalArguments(NamedTuple):
-    """The arguments of both ops, in the order of their schemas."""
-
-    features: Tensor
-    target: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lam: Tensor
-    ridge: Tensor | None
-    lam_diag: Tensor | None
-    sample_weight: Tensor | None
-    reduction: str
-    fit_bias: str
-    method: str
-
-
-OPTIONS = 3
-"""The last fields, which are no tensors."""
-
-
-def _core_dims(arguments: ProximalArguments) -> dict[str, int]:
-    target = 2 if arguments.target.is_floating_point() else 1
-    return {"features": 2, "target": target, "weight": 2, "bias": 1, "lam": 0, "ridge": 0, "lam_diag": 1,
-            "sample_weight": 1}  # fmt: skip
-
-
-def check_arguments(
-    op: str,
-    features: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lam: float | Tensor,
-    ridge: float | Tensor,
-    lam_diag: Tensor | None,
-    reduction: str,
-    sample_weight: Tensor | None,
-    fit_bias: str,
-    method: str,
-    *,
-    in_place: bool = False,
-) -> ProximalArguments:
-    """Check the arguments of a public function, and bring them to the form the ops take."""
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
-    checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
-    checks.choice(op, "method", method, METHODS)
-    checks.floating(op, "features", features, 2)
-    checks.floating(op, "weight", weight, 2)
-    rows, width = features.shape[-2:]
-    targets = weight.shape[-2]
-    checks.size(op, "weight", weight, -1, width, "the width of features")
-    checks.tensor(op, "target", target, 1)
-    if target.dtype == torch.int64:
-        target_dims = 1
-        checks.size(op, "target", target, -1, rows, "the rows of features")
-    else:
-        target_dims = 2
-        if target.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"cfl_ops.{op}: target must be floating point, or int64 class indices, but got {target.dtype}"
-            )
-        checks.floating(op, "target", target, 2)
-        checks.size(op, "target", target, -2, rows, "the rows of features")
-        checks.size(op, "target", target, -1, targets, "the rows of weight")
-    if bias is not None:
-        checks.floating(op, "bias", bias, 1)
-        checks.size(op, "bias", bias, -1, targets, "the rows of weight")
-    if lam_diag is not None:
-        checks.floating(op, "lam_diag", lam_diag, 1)
-        checks.size(op, "lam_diag", lam_diag, -1, width, "the width of features")
-    if sample_weight is not None:
-        checks.sample_weight(op, sample_weight, rows, "the rows of features")
-    checks.same_device(op, "features", features, target=target, weight=weight, bias=bias, lam_diag=lam_diag,
-                       sample_weight=sample_weight)  # fmt: skip
-    lam = checks.coefficient(op, "lam", lam, features.device)
-    no_ridge = isinstance(ridge, int | float) and ridge == 0
-    beta = None if no_ridge else checks.coefficient(op, "ridge", ridge, features.device)
-    arguments = ProximalArguments(
-        features, target, weight, bias, lam, beta, lam_diag, sample_weight, reduction, fit_bias, method
-    )
-    one_head = (
-        features.ndim == 2
-        and weight.ndim == 2
-        and target.ndim == target_dims
-        and lam.ndim == 0
-        and (bias is None or bias.ndim == 1)
-        and (beta is None or beta.ndim == 0)
-        and (lam_diag is None or lam_diag.ndim == 1)
-        and (sample_weight is None or sample_weight.ndim == 1)
-    )
-    return arguments if one_head else _expand(op, arguments, in_place)
-
-
-def _expand(op: str, arguments: ProximalArguments, in_place: bool) -> ProximalArguments:
-    """All arguments with the common batch shape, which those that are written to must have already."""
-    core_dims = _core_dims(arguments)
-    batches = {
-        name: value.shape[: value.ndim - core_dims[name]]
-        for name, value in zip(arguments._fields, arguments, strict=True)
-        if isinstance(value, Tensor)
-    }
-    batch = checks.broadcastable(op, **batches)
-    for name in ("weight", "bias"):
-        if in_place and name in batches and batches[name] != batch:
-            raise ValueError(
-                f"cfl_ops.{op}: {name} must have the batch shape {tuple(batch)} to be updated in place, "
-                f"but got shape {tuple(getattr(arguments, name).shape)}"
-            )
-    dims = [core_dims.get(name) for name in arguments._fields]
-    return ProximalArguments(*expand_batch(arguments, dims, batch))
 
 
 def _step(arguments: ProximalArguments) -> tuple[ProximalStep, Tensor]:
@@ -549,7 +432,7 @@ PROXIMAL_STEP = define_op(
     arguments=ProximalArguments,
     python=_fallback,
     fake=_fake,
-    core_dims=_core_dims,
+    core_dims=core_dims,
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
@@ -559,7 +442,7 @@ PROXIMAL_STEP_ = define_op(
     arguments=ProximalArguments,
     python=_fallback_in_place,
     fake=lambda arguments: _fake(arguments)[2:],
-    core_dims=_core_dims,
+    core_dims=core_dims,
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step_"),),
 )
 
