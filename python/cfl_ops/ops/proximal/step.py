@@ -411,7 +411,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = [name for name, need in needed if need]
 
     def outputs(*varied: Tensor) -> tuple[Tensor, ...]:
-        return _fallback(saved._replace(**dict(zip(wanted, varied, strict=True))))[:4]
+        changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
+        return _fallback(saved._replace(**changed))[:4]
 
     primals, pullback = torch.func.vjp(outputs, *(getattr(saved, name) for name in wanted))  # type: ignore[misc]
     cotangents = tuple(
