@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +29,8 @@ class Derivative:
 
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
+    non_differentiable: tuple[str, ...] = ("info",)
+    """Results, by their names in the schema, that no gradient passes."""
 
 
 class Unserved:
@@ -175,7 +177,7 @@ def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative)
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         derivative.setup_context(ctx, make(inputs), output)
 
-    return Derivative(setup_context, derivative.backward)
+    return replace(derivative, setup_context=setup_context)
 
 
 def _named(arguments: type[tuple[Any, ...]], core_dims: Any) -> CoreDims:
@@ -192,7 +194,9 @@ def _named(arguments: type[tuple[Any, ...]], core_dims: Any) -> CoreDims:
 
 def gradients(arguments: type[tuple[Any, ...]], **named: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a derivative returns: the gradients of some arguments, and None for the others."""
-    return tuple(named.pop(field, None) for field in arguments._fields)  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
+    assert named.keys() <= set(fields), f"{arguments.__name__} has no {sorted(named.keys() - set(fields))}"
+    return tuple(named.get(field) for field in fields)
 
 
 def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,10 +216,18 @@ def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Functi
     def forward(*args: Any) -> Any:
         return op.overload(*args)
 
+    returns = [value.name for value in op.overload._schema.returns]
+    marked = [i for i, name in enumerate(returns) if name in derivative.non_differentiable]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        derivative.setup_context(ctx, inputs, output)
+        if marked:
+            ctx.mark_non_differentiable(*(output[i] for i in marked))
+
     members = {
         "generate_vmap_rule": True,
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(derivative.setup_context),
+        "setup_context": staticmethod(setup_context),
         "backward": staticmethod(derivative.backward),
     }
     return type(f"{op.name}_function", (torch.autograd.Function,), members)

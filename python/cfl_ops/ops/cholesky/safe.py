@@ -201,8 +201,6 @@ def _safe_fake(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def _safe_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], output[0], output[1])
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _safe_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -223,7 +221,7 @@ SAFE = define_op(
     python=_safe_python,
     fake=_safe_fake,
     core_dims=(2, None),
-    derivative=Derivative(_safe_setup_context, _safe_backward),
+    derivative=Derivative(_safe_setup_context, _safe_backward, ("jitter", "info")),
 )
 
 

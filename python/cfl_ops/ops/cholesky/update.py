@@ -294,8 +294,6 @@ def _update_fake(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tens
 def _update_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     L, V, ctx.alpha, ctx.decay = inputs
     ctx.save_for_backward(L, V, output[0])
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[1])
 
 
 def _update_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:

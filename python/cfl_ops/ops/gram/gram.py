@@ -420,8 +420,6 @@ def gram_results(a: GramArguments, make: Callable[..., Tensor]) -> tuple[Tensor,
 def _setup_context(ctx: Any, a: GramArguments, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*a[:3])
     ctx.options = a[3:]
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[5])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -192,8 +192,6 @@ def _results(a: LinearGramArguments, make: Callable[..., Tensor]) -> tuple[Tenso
 def _setup_context(ctx: Any, a: LinearGramArguments, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*a[:5])
     ctx.options = a[5:]
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[5])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

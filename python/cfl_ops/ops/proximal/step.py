@@ -400,8 +400,6 @@ def _fake(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Tensor,
 def _setup_context(ctx: Any, inputs: ProximalArguments, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:-OPTIONS])
     ctx.options = inputs[-OPTIONS:]
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[4])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -195,8 +195,6 @@ def _class_solve_fake(args: ClassSolveArguments) -> tuple[Tensor, Tensor]:
 def _class_solve_setup_context(ctx: Any, inputs: ClassSolveArguments, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs.x, inputs.y, inputs.lam, output[0])
     ctx.kappa, ctx.cross_dtype = inputs.kappa, inputs.cross.dtype
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[1])
 
 
 def _class_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:

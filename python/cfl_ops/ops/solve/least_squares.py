@@ -231,7 +231,6 @@ def _lstsq_fake(a: Tensor, b: Tensor, rtol: Tensor | None) -> tuple[Tensor, Tens
 
 def _lstsq_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, output[0])
-    _mark(ctx, output[1], output[2])
 
 
 def _lstsq_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -258,7 +257,7 @@ LSTSQ = define_op(
     python=_lstsq_python,
     fake=_lstsq_fake,
     core_dims=(2, 2, 0),
-    derivative=Derivative(_lstsq_setup_context, _lstsq_backward),
+    derivative=Derivative(_lstsq_setup_context, _lstsq_backward, ("rank", "info")),
     composite=True,
 )
 
@@ -308,7 +307,6 @@ def _pinv_fake(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[Ten
 
 def _pinv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], output[0])
-    _mark(ctx, output[1], output[2])
 
 
 def _pinv_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -328,14 +326,9 @@ PINV = define_op(
     python=_pinv_python,
     fake=_pinv_fake,
     core_dims=(2, 0, 0),
-    derivative=Derivative(_pinv_setup_context, _pinv_backward),
+    derivative=Derivative(_pinv_setup_context, _pinv_backward, ("rank", "info")),
     composite=True,
 )
-
-
-def _mark(ctx: Any, *outputs: Tensor) -> None:
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(*outputs)
 
 
 @error_message("lstsq")

@@ -113,8 +113,6 @@ def _ridge_solve_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
     gram, cross, lam, lam_diag = inputs
     ctx.save_for_backward(gram, lam, lam_diag, output[0])
     ctx.cross_dtype = cross.dtype
-    if isinstance(ctx, torch.autograd.function.FunctionCtx):
-        ctx.mark_non_differentiable(output[1])
 
 
 def _ridge_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
