@@ -73,7 +73,7 @@ class Op:
         if self.function is not None and not is_compiling():
             if transforming():
                 return self.function.apply(*args)
-            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+            if not (torch.is_grad_enabled() and _any_requires_grad(args)):
                 # Its Python wrapper would cost as much as a small call.
                 with torch._C._AutoDispatchBelowAutograd():
                     return self.overload(*args)
@@ -89,6 +89,13 @@ class Op:
         if kernel is None:
             raise RuntimeError(f"cfl_ops.{self.name}: has no {backend} kernel for a GPU")
         return kernel.load()
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    for arg in args:  # noqa: SIM110  # any() of a generator costs 0.5 us more
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 OPS: dict[str, Op] = {}
