@@ -2,7 +2,7 @@
 // torch header. python/cfl_ops/_gpu/native.py calls them in the right order.
 //
 // Their bytes are checked on the CPU, by kernels that run as fibers
-// (tests/gpu/test_cuda_on_host.py).
+// (tests/codec/test_cuda_on_host.py).
 #pragma once
 
 #if defined(CFL_CUDA_ON_HOST)
