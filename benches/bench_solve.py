@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import cfl_ops
 import numpy as np
 import pytest
@@ -203,8 +200,7 @@ def bench_pinv(benchmark, order: int, dtype: torch.dtype) -> None:
 @pytest.fixture(scope="module")
 def layers() -> list[torch.Tensor]:
     """The matrices that lstsq meets in T2."""
-    sys.path.insert(0, str(Path(__file__).parent / "paper"))
-    import t2
+    from benches.paper import t2
 
     kept: list[torch.Tensor] = []
     for seed in range(5):

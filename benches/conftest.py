@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy as a peer, on one thread as well
-sys.path.insert(0, str(Path(__file__).parent))
 
 import cfl_ops
 import pytest

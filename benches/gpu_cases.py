@@ -119,7 +119,7 @@ def captured(call: Call, gpu: bool) -> Call:
     return graph.replay
 
 
-# --- gram ---------------------------------------------------------------------------------------------------
+# Gram
 
 
 MODES = {  # the dtype of the features, torch's setting, the unit that multiplies
@@ -223,7 +223,7 @@ def quack_peers(x: Tensor) -> Peers:
     return {"quack gemm_symmetric": lambda: gemm_symmetric(a, a.mT)}
 
 
-# --- proximal -----------------------------------------------------------------------------------------------
+# Proximal
 
 
 def proximal_cases(device: str, small: bool) -> list[Case]:
@@ -282,7 +282,7 @@ def proximal_cases(device: str, small: bool) -> list[Case]:
     ]  # fmt: skip
 
 
-# --- solve --------------------------------------------------------------------------------------------------
+# Solve
 
 
 def spd(batch: tuple[int, ...], n: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -438,7 +438,7 @@ def small_solve_cases(device: str, small: bool) -> list[Case]:
     return cases
 
 
-# --- codec --------------------------------------------------------------------------------------------------
+# Codec
 
 
 def codec_cases(device: str, small: bool) -> list[Case]:

@@ -24,7 +24,7 @@ export PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin" TRITON_CACHE_DIR="$W/
 : >"$W/groups"
 : >"$CFL_FAILURES"
 
-# --- what comes back ------------------------------------------------------------------------------------------------
+# What comes back
 
 put() { # NAME: a file of $OUT from the input, whole or as it was
   cat >"$OUT/.new" && mv -f "$OUT/.new" "$OUT/$1"
@@ -79,7 +79,7 @@ finish() { # STATUS
 } 2>/dev/null
 trap 'echo "the script was ended by a signal" >>"$W/summary.txt"; finish 143' TERM INT
 
-# --- steps ----------------------------------------------------------------------------------------------------------
+# Steps
 
 declare -A SHARE # of the time that is left, of a step and all that follow
 if [ "$RUN" = first ]; then
@@ -207,7 +207,7 @@ else
   TABLE_ARGS=() T1_ARGS=(--cells 128x512) SMALL_ARGS=() PROFILE_ARGS=()
 fi
 
-# --- build ----------------------------------------------------------------------------------------------------------
+# Build
 
 INSTALL=("$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index --upgrade --target "$W/site")
 if [ "${BUILD:-yes}" = yes ]; then
@@ -232,7 +232,7 @@ report = cfl_ops.config.info()
 assert report["extension"], "no extension"
 assert torch.version.cuda is None or report["CUDA C++"].startswith("compiled with"), report["CUDA C++"]'
 
-# --- tests ----------------------------------------------------------------------------------------------------------
+# Tests
 
 if [ "$RUN" = second ] && [ $DEVICE = cuda ]; then # CuPy keeps what it compiles: its tests find it
   for family in codec exact solve cholesky; do
@@ -254,7 +254,7 @@ step tests "${T[@]}" --timeout 40 -n "$WORKERS" -k "(${TESTS:-not nvrtc and not 
 step capture "${T[@]}" --timeout 30 -n $FEW -k "(${TESTS:-gpu}) and captured"
 step compile "${T[@]}" --timeout 60 -n $FEW -k "(${TESTS:-gpu}) and compiled"
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# Tables
 
 inside() { # NAME: the seconds that a step may give itself
   local seconds

@@ -61,7 +61,7 @@ class ContextLost(Exception):
     """Nothing runs on the GPU any more."""
 
 
-# --- the clock ----------------------------------------------------------------------------------------------
+# The clock
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Clock:
         return {name: s.timing(self.loop(s.call, s.timing(None).cost)) for name, s in every.items()}
 
 
-# --- a row --------------------------------------------------------------------------------------------------
+# A row
 
 
 def attempt(row: Row, where: str, call: Callable[[], T], clock: Clock | None) -> T | None:
@@ -340,7 +340,7 @@ def backend(op: str, device: str) -> str:
         return "-"
 
 
-# --- the report ---------------------------------------------------------------------------------------------
+# The report
 
 COLUMNS = (
     "case", "backend", "device ms", "host ms", "waits", "loop ms", "floor ms", "x floor", "fastest peer", "device ms",
@@ -469,7 +469,7 @@ def peers_installed() -> str:
     return ", ".join(found)
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+# The run
 
 
 def run(report: dict[str, Any], options: argparse.Namespace, until: float) -> None:

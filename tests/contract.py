@@ -7,7 +7,7 @@ arguments of the op's schema), an oracle in float64 and the error bound that the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,12 @@ class OpSpec:
     export_dynamic: Callable[[], tuple[Sequence[Any], Any, Sequence[Any]]] | None = None
     """Sample arguments, their dynamic_shapes, and other arguments to run the exported program on."""
     tags: frozenset[str] = field(default_factory=frozenset)
+    unserved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The names of the cases that a GPU backend leaves to the fallback: all others it serves itself."""
+
+    def leaves(self, case: Case, backend: str) -> bool:
+        """Whether a GPU backend leaves the case to the fallback."""
+        return case.name in self.unserved.get(backend, ())
 
 
 SPECS: list[OpSpec] = []

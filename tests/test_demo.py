@@ -70,7 +70,7 @@ def setting(**changes) -> training.Setting:
     return dataclasses.replace(base, **changes)
 
 
-# --- a whole run --------------------------------------------------------------------------------------------
+# A whole run
 
 
 def test_quick_run_writes_the_report_and_says_where(quick):
@@ -195,7 +195,7 @@ def test_mnist5k_trains(tmp_path):
         assert (cell["refit"] if cell["head"] == "ridge" else cell["online"])["mean"] < 60, cell["head"]
 
 
-# --- how it ends otherwise ----------------------------------------------------------------------------------
+# How it ends otherwise
 
 
 def test_interrupt_writes_what_is_done(tmp_path):
@@ -307,7 +307,7 @@ def test_device_that_is_not_there():
     assert "torch sees no CUDA device" in output
 
 
-# --- the command line ---------------------------------------------------------------------------------------
+# The command line
 
 
 def test_help_explains_every_option():
@@ -364,7 +364,7 @@ def test_subcommands(arguments, code, words, monkeypatch, capsys):
     assert words in (captured.out if code == 0 else captured.err)
 
 
-# --- the parts ----------------------------------------------------------------------------------------------
+# The parts
 
 
 def test_heads_of_a_seed_share_backbone_and_batches(digits):

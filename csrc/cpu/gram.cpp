@@ -67,7 +67,7 @@ bool all_finite(const GramArgs& a) {
       return all_finite(static_cast<const torch::headeronly::BFloat16*>(a.x), a.rows, a.cols,
                         a.x_row_stride, a.x_col_stride);
     default:
-      return true;  // float64 input is never the exact mode
+      return true;  // float64 input: NaN and Inf propagate
   }
 }
 

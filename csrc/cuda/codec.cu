@@ -6,8 +6,6 @@
 namespace cfl::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 1 << 20;  // of grids whose blocks take several items in turn
-
 int64_t counting_blocks(int64_t symbols) {
   return least<int64_t>(1024, divide_up(symbols, 16 * kThreads));
 }

@@ -32,11 +32,12 @@ struct alignas(16) CodecNode {
   int32_t odd;    // depth modulo 2
 };
 constexpr int kTileBytes = 1 << 11;  // of the symbols that a warp takes through the tree at a time
-constexpr int kMaxSharedSymbols = 4096;  // a code's tables of more symbols stay in global memory
-constexpr int kPart = 1 << 15;           // weights of a group that a block quantises at a time
-constexpr int kSpan = 1 << 12;           // symbols that a warp turns into weights at a time
-constexpr int kMaxShared = 8192;         // counts that fit shared memory
-constexpr int64_t kSampleBlock = 4096;   // symbols that are counted together
+constexpr int kMaxSharedSymbols = 4096;   // a code's tables of more symbols stay in global memory
+constexpr int kPart = 1 << 15;            // weights of a group that a block quantises at a time
+constexpr int kSpan = 1 << 12;            // symbols that a warp turns into weights at a time
+constexpr int kMaxShared = 8192;          // counts that fit shared memory
+constexpr int64_t kMostBlocks = 1 << 20;  // of grids whose blocks take several items in turn
+constexpr int64_t kSampleBlock = 4096;    // symbols that are counted together
 constexpr unsigned long long kBadChunk = 1000;  // as in cpu/codec_payload.h
 // __launch_bounds__(kThreads, n): registers for n blocks at once. Left to itself ptxas aims at more
 // than shared memory has room for, and spills.

@@ -60,6 +60,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 def backend_of(op: str, device_type: str) -> str:
     """The backend that serves ``op`` on ``"cpu"`` or ``"cuda"``; ``"none"`` if the forced one cannot."""
+    if (op, device_type) not in dispatch.overrides.serving:
+        raise KeyError(
+            f"cfl_ops.config.backend_of: there is no op {op!r} for {device_type!r} (see config.info())"
+        )
     return dispatch.overrides.serving[op, device_type]
 
 

@@ -75,7 +75,7 @@ def _bound(L, V, alpha, decay):
     eps = torch.finfo(L.dtype).eps
     # The oracle is a float64 computation itself: its matrix was rounded once for each product.
     bound = 8 * eps * (order + rank) ** 0.5 * size * size / smallest
-    if alpha >= 0:  # a semi-definite matrix (a vmap test's flipped L) has no one factor; see test_cholesky.py
+    if alpha >= 0:  # a semi-definite matrix (a vmap test's flipped L) has no one factor; see test_ops.py
         bound = torch.where(info > 0, torch.inf, bound)
         return torch.where(info < 0, 0.0, bound)[..., None, None], 0
     return torch.where(info != 0, 0.0, bound)[..., None, None], 0
@@ -155,7 +155,7 @@ def _export():
     return args, ({0: batch}, {0: batch}), other
 
 
-# --- safe_cholesky ------------------------------------------------------------------------------------------
+# Safe_cholesky
 
 
 def _safe_case(name, order, batch=(), edit=None, gradcheck=False):
@@ -224,7 +224,7 @@ def _safe_export():
 
 
 SPECS = [
-    # Triton's interpreter takes a second for each sample: test_cholesky.py runs some of them on it.
+    # Triton's interpreter takes a second for each sample: test_ops.py runs some of them on it.
     OpSpec(UPDATE, UPDATES, _oracle, _bound, differentiable=(0, 1), grad_outputs=1, triton_dtypes=(),
            export_dynamic=_export),
     OpSpec(UPDATE_, UPDATES, _oracle_, _bound, mutates=(0,), triton_dtypes=(), export_dynamic=_export),

@@ -26,7 +26,7 @@ def test_samples_of_the_contract(
     ("spec", "case", "dtype"), [p for p in SAMPLES if p.values[2] in (torch.float32, torch.float64)]
 )
 def test_cupys_launcher_passes_the_samples_of_the_contract(nvrtc, spec, case, dtype) -> None:
-    check_sample(nvrtc, spec, case.make(dtype))
+    check_sample(nvrtc, spec, case, case.make(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -191,7 +191,7 @@ def test_compiled_public_functions() -> None:
         torch.compile(cfl_ops.cholesky_downdate, fullgraph=True, backend="aot_eager")(L, 100 * V)
 
 
-# --- append, delete --------------------------------------------------------------------------------------------
+# Append, delete
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,7 +237,7 @@ def test_delete_is_differentiable_and_checks_its_index() -> None:
             cfl_ops.cholesky_delete(L, bad)
 
 
-# --- safe_cholesky ----------------------------------------------------------------------------------------------
+# Safe_cholesky
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -351,7 +351,7 @@ def test_spd_inverse_of_a_gptq_hessian_with_dead_columns() -> None:
     assert torch.equal(inverse[5], torch.eye(64)[5])
 
 
-# --- Triton -----------------------------------------------------------------------------------------------------
+# Triton
 
 TRITON = [
     "rank one", "batch decay", "downdate", "more vectors than rows", "no vectors", "negative diagonal group",

@@ -143,11 +143,12 @@ def samples(*ops: str) -> list[Any]:
     ]
 
 
-def check_sample(kernels: Any, spec: contract.OpSpec, args: Sequence[Any]) -> None:
+def check_sample(kernels: Any, spec: contract.OpSpec, case: contract.Case, args: Sequence[Any]) -> None:
     """As test_contract.py's test_oracle."""
     args = contract.clone_args(args)
     want, bounds = spec.oracle(*args), spec.bound(*args)
     out = spec.op.launcher("native").func(kernels, *args)
+    assert (out is UNSERVED) == spec.leaves(case, "native")
     out = contract.as_tuple(spec.op.python(*args) if out is UNSERVED else out)
     contract.assert_within(tuple(args[i] for i in spec.mutates) + out, want, bounds)
 
@@ -157,7 +158,8 @@ def check_samples(
 ) -> None:
     """With threads in order, then in the reverse order with column-major arguments and with some not dense."""
     args = case.make(dtype)
-    check_sample(kernels, spec, args)
+    check_sample(kernels, spec, case, args)
     if order == "reverse":
         for change in (lambda t: t.mT.contiguous().mT, lambda t: t.repeat_interleave(2, -1)[..., ::2]):
-            check_sample(kernels, spec, [change(a) if torch.is_tensor(a) and a.ndim > 1 else a for a in args])
+            changed = [change(a) if torch.is_tensor(a) and a.ndim > 1 else a for a in args]
+            check_sample(kernels, spec, case, changed)

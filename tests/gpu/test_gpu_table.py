@@ -60,7 +60,7 @@ def run(table: ModuleType, folder: Path, *options: str) -> tuple[int, dict[str, 
     return status, report, (folder / "gpu_table.md").read_text()
 
 
-# --- the table ------------------------------------------------------------------------------------------------
+# The table
 
 
 def test_every_row_of_every_family(table, tmp_path) -> None:
@@ -210,7 +210,7 @@ def test_an_interrupt_leaves_the_table(tmp_path) -> None:
     assert page in log.read_text()
 
 
-# --- the clock ------------------------------------------------------------------------------------------------
+# The clock
 
 
 class MadeUpGpu:
@@ -285,7 +285,7 @@ def test_a_host_that_stumbles_is_waited_for_longer(table, gpu) -> None:
     assert (timing.device, timing.waits) == pytest.approx((50e-6, False))
 
 
-# --- T1 -------------------------------------------------------------------------------------------------------
+# T1
 
 
 @pytest.mark.parametrize(("network", "status"), [("resnet18,none", 1), ("resnet50", 0)])

@@ -124,7 +124,7 @@ def _export():
     return args, dynamic, other
 
 
-# --- gram_: the same samples, added to moments that are there already ------------------------------------------
+# Gram_: the same samples, added to moments that are there already
 
 
 def _in_place(case: Case, decay: float) -> Case:
@@ -176,7 +176,7 @@ def _bound_(*args):
     return [*(n + r for n, r in zip(new, rounding, strict=True)), 0]
 
 
-# --- linear_gram -----------------------------------------------------------------------------------------------
+# Linear_gram
 
 
 def _layer_case(name, rows, inputs, width, activation="relu", *, bias=True, targets=0, classes=0, weights=False,

@@ -201,6 +201,11 @@ def _export():
     return args, ({0: rows}, {0: rows}, None, None, None, None, {0: rows}), other
 
 
+UNSERVED = (  # the primal side, a free bias, dense penalties, more than one head: torch ops around gram and ridge_solve
+    "primal classes", "dual dense", "primal dense", "dual free", "primal free", "dual diagonal", "primal diagonal",
+    "dual diagonal free", "no bias primal", "sum", "batch", "batch primal", "one feature", "no rows", "no batch",
+    "dead columns, small lambda", "larger", "larger primal",
+)  # fmt: skip
 SPECS = [
     OpSpec(
         PROXIMAL_STEP,
@@ -210,8 +215,15 @@ SPECS = [
         differentiable=(0, 1, 2, 3, 4, 5, 6, 7),
         grad_outputs=4,
         export_dynamic=_export,
+        unserved={"triton": UNSERVED},
     ),
     OpSpec(
-        PROXIMAL_STEP_, CASES, _in_place(_oracle), _in_place(_bound), mutates=(2, 3), export_dynamic=_export
+        PROXIMAL_STEP_,
+        CASES,
+        _in_place(_oracle),
+        _in_place(_bound),
+        mutates=(2, 3),
+        export_dynamic=_export,
+        unserved={"triton": UNSERVED},
     ),
 ]

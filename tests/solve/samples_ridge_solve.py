@@ -95,6 +95,15 @@ SOLVE_CASES = [
 ]
 
 
+EMPTY = ("no sides", "order 0", "no batch")
 SPECS = [
-    OpSpec(RIDGE_SOLVE, SOLVE_CASES, _solve_oracle, _solve_bound, differentiable=(1, 2, 3), grad_outputs=1),
+    OpSpec(
+        RIDGE_SOLVE,
+        SOLVE_CASES,
+        _solve_oracle,
+        _solve_bound,
+        differentiable=(1, 2, 3),
+        grad_outputs=1,
+        unserved={"native": EMPTY, "triton": (*EMPTY, "order 130", "order 130 alone")},
+    ),
 ]

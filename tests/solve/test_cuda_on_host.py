@@ -24,7 +24,7 @@ def test_samples_of_the_contract(
     ("spec", "case", "dtype"), [p for p in SAMPLES if p.values[2] in (torch.float32, torch.float64)]
 )
 def test_cupys_launcher_passes_the_samples_of_the_contract(nvrtc, spec, case, dtype) -> None:
-    check_sample(nvrtc, spec, case.make(dtype))
+    check_sample(nvrtc, spec, case, case.make(dtype))
 
 
 def system(order: int, sides: int, batch: int, dtype: torch.dtype, condition: float = 10.0):

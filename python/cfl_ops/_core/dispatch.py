@@ -113,7 +113,7 @@ def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable
         return fallback
     for kernel in _kernels(op, device_type, forced):
         if forced in (None, kernel.backend) and _GPU_BACKENDS[kernel.backend]():
-            return kernel.backend, _lazy(kernel, op)
+            return kernel.backend, lazy(kernel, op)
     if registered and forced in (None, "native"):
         return "native", None
     if forced is None or op.helper:
@@ -129,7 +129,12 @@ def _kernels(op: Op, device_type: str, forced: str | None) -> tuple[Kernel, ...]
     return (triton,) if triton and forced == "triton" and triton_interpreted() else ()
 
 
-def _lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
+def fall_back(op: Op, args: tuple[Any, ...]) -> Any:
+    """A call that a kernel left to the op's fallback."""
+    return op.python(*args)
+
+
+def lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
     """A kernel that is imported when it is first called; what it does not do is the fallback's."""
     launcher: Callable[..., Any] | None = None
 
@@ -138,7 +143,7 @@ def _lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
         if launcher is None:
             launcher = kernel.load()
         out = launcher(*args)
-        return op.python(*args) if out is UNSERVED else out
+        return fall_back(op, args) if out is UNSERVED else out
 
     return launch
 

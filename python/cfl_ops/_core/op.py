@@ -135,6 +135,7 @@ def define_op(
     ``core_dims`` may name the tensors alone, ``{"x": 2}``: a new option is a field, and what reads it.
     """
     name = schema.split("(", 1)[0]
+    assert not (composite and cuda), f"{name}: the kernels of a composite op would never be called"
     if arguments is not None:
         python, fake, core_dims = (
             packed(arguments, python),
@@ -155,6 +156,7 @@ def define_op(
         assert [*arguments._fields] == named, f"{name}: {arguments.__name__} is not {named}"  # type: ignore[attr-defined]
     torch.library.register_vmap(qualified, vmap_rule(op.overload, cast("CoreDims", core_dims)), lib=LIB)
     if derivative is not None:
+        derivative = _marking(op, derivative)
         torch.library.register_autograd(
             qualified, derivative.backward, setup_context=derivative.setup_context, lib=LIB
         )
@@ -165,11 +167,10 @@ def define_op(
 
 def packed(arguments: type[tuple[Any, ...]], function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one named tuple as a function of its fields."""
-    make = arguments._make  # type: ignore[attr-defined]
 
     @functools.wraps(function)
     def unpacked(*args: Any) -> Any:
-        return function(make(args))
+        return function(arguments(*args))
 
     return unpacked
 
@@ -179,10 +180,9 @@ def _load_packed(arguments: type[tuple[Any, ...]], kernel: Kernel) -> Callable[.
 
 
 def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative) -> Derivative:
-    make = arguments._make  # type: ignore[attr-defined]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        derivative.setup_context(ctx, make(inputs), output)
+        derivative.setup_context(ctx, arguments(*inputs), output)
 
     return replace(derivative, setup_context=setup_context)
 
@@ -190,10 +190,9 @@ def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative)
 def _named(arguments: type[tuple[Any, ...]], core_dims: Any) -> CoreDims:
     """Core dimensions by name, or a function of the named tuple, as a function of the fields."""
     fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
-    make = arguments._make  # type: ignore[attr-defined]
 
     def of(args: Sequence[Any]) -> Sequence[int | None]:
-        declared = core_dims(make(args)) if callable(core_dims) else core_dims
+        declared = core_dims(arguments(*args)) if callable(core_dims) else core_dims
         return [declared.get(field) for field in fields] if isinstance(declared, Mapping) else declared
 
     return of
@@ -219,22 +218,29 @@ def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
     return dense
 
 
+def _marking(op: Op, derivative: Derivative) -> Derivative:
+    """The derivative, which says which results no gradient passes, in plain autograd and under transforms."""
+    returns = [value.name for value in op.overload._schema.returns]
+    marked = [i for i, name in enumerate(returns) if name in derivative.non_differentiable]
+    if not marked:
+        return derivative
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        derivative.setup_context(ctx, inputs, output)
+        if isinstance(ctx, torch.autograd.function.FunctionCtx):
+            ctx.mark_non_differentiable(*(output[i] for i in marked))
+
+    return replace(derivative, setup_context=setup_context)
+
+
 def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Function]:
     def forward(*args: Any) -> Any:
         return op.overload(*args)
 
-    returns = [value.name for value in op.overload._schema.returns]
-    marked = [i for i, name in enumerate(returns) if name in derivative.non_differentiable]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        derivative.setup_context(ctx, inputs, output)
-        if marked:
-            ctx.mark_non_differentiable(*(output[i] for i in marked))
-
     members = {
         "generate_vmap_rule": True,
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
+        "setup_context": staticmethod(derivative.setup_context),
         "backward": staticmethod(derivative.backward),
     }
     return type(f"{op.name}_function", (torch.autograd.Function,), members)

@@ -29,14 +29,14 @@ _SCHEMAS = (
     "cuda_quantize(Tensor weights, Tensor affine, Tensor info, int levels, Tensor(a!) symbols,"
     " Tensor(b!)? counts) -> ()",
     "cuda_dequantize(Tensor symbols, Tensor affine, Tensor(a!) weights) -> ()",
-    "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) parts, Tensor(b!) arrived, Tensor(c!) gram) -> ()",
-    "cuda_solve_small(Tensor matrices, Tensor rights, float lam, Tensor? shift, float tolerance, bool wide,"
+    "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) workspace, Tensor(b!) arrived, Tensor(c!) gram) -> ()",
+    "cuda_solve_small(Tensor matrices, Tensor rights, float lam, Tensor? shift, float tolerance, bool in_float64,"
     " Tensor? only, Tensor(a!) solutions, Tensor(b!) info, Tensor(c!)? again) -> ()",
     "cuda_solve_tiled(Tensor matrices, Tensor rights, float lam, Tensor? shift, float tolerance, Tensor(a!) work,"
     " Tensor(b!) inverse, Tensor(c!) flags, Tensor(d!) solutions, Tensor(e!)? factors, Tensor(f!) info) -> ()",
     "cuda_small_pinv(Tensor a, float limit, float tolerance, Tensor(a!) results, Tensor(b!) info) -> ()",
     "cuda_cholesky_update(Tensor matrices, Tensor vectors, float scale_l, float scale_v, bool check, bool down,"
-    " float lost, Tensor(a!) out, Tensor(b!) reflectors, Tensor(c!) flags, Tensor(d!) found) -> ()",
+    " float breakdown, Tensor(a!) out, Tensor(b!) reflectors, Tensor(c!) flags, Tensor(d!) found) -> ()",
     "cuda_cholesky_choose(Tensor matrices, Tensor found, bool failed, Tensor(a!) out, Tensor(b!) info) -> ()",
 )
 for _schema in _SCHEMAS:

@@ -18,7 +18,6 @@ GRAM = Constants("exact")
 SOLVE = Constants("solve")
 CHOLESKY = Constants("cholesky")
 
-MOST_BLOCKS = 1 << 20
 OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of device.cuh
 _SYMBOLS = {torch.uint8: "uint8_t", torch.uint16: "uint16_t"}
 _COMPUTED = (("float", "float"), ("float", "double"), ("double", "double"))
@@ -189,7 +188,7 @@ class Nvrtc:
                 *(
                     f"codec_range_kernel<{kind}>",
                     weights.device,
-                    min(MOST_BLOCKS, groups * parts),
+                    min(CODEC.kMostBlocks, groups * parts),
                     0,
                     weights,
                 ),
@@ -199,7 +198,7 @@ class Nvrtc:
             *(
                 f"codec_ends_kernel<{kind}>",
                 weights.device,
-                min(MOST_BLOCKS, -(-groups // CODEC.kWarps)),
+                min(CODEC.kMostBlocks, -(-groups // CODEC.kWarps)),
                 0,
             ),
             *(ends, bad, np.int64(groups), np.int64(parts), np.int32(levels), minimum, maximum, info, affine),
@@ -235,7 +234,7 @@ class Nvrtc:
             return
         parts = -(-size // CODEC.kPart)
         self.launch(
-            *(f"codec_quantize_kernel<{kind}>", weights.device, min(MOST_BLOCKS, groups * parts)),
+            *(f"codec_quantize_kernel<{kind}>", weights.device, min(CODEC.kMostBlocks, groups * parts)),
             4 * levels if counts is not None and levels <= CODEC.kMaxShared else 0,
             *(weights, np.int64(groups), np.int64(size), np.int64(parts), affine, info, np.int32(levels)),
             *(symbols, counts),
@@ -249,29 +248,29 @@ class Nvrtc:
                 f"codec_dequantize_kernel<{_SYMBOLS[symbols.dtype]}, {_FLOATS[weights.dtype]}>",
                 *(
                     symbols.device,
-                    min(MOST_BLOCKS, -(-n // (CODEC.kSpan * CODEC.kWarps))),
+                    min(CODEC.kMostBlocks, -(-n // (CODEC.kSpan * CODEC.kWarps))),
                     0,
                 ),
                 *(symbols, np.int64(n), np.int64(symbols.shape[1]), affine, weights),
             )
 
     def exact_gram(
-        self, x: Tensor, weight: Tensor | None, parts: Tensor, arrived: Tensor, gram: Tensor
+        self, x: Tensor, weight: Tensor | None, workspace: Tensor, arrived: Tensor, gram: Tensor
     ) -> None:
         """X (matrices, rows, columns) of any strides, weight (matrices, rows) float64 or None."""
         np = self.numpy
         batch, rows, cols = x.shape
-        tiles, splits = -(-cols // GRAM.kGramTile), parts.shape[1]
+        tiles, splits = -(-cols // GRAM.kGramTile), workspace.shape[1]
         if batch and cols:
             weight_strides = (0, 0) if weight is None else weight.stride()
             self.launch(
                 f"exact_gram_kernel<{_FLOATS[x.dtype]}>", x.device, tiles * (tiles + 1) // 2 * batch * splits, 0,
                 x, *map(np.int64, (rows, cols, *x.stride())), weight, *map(np.int64, weight_strides),
-                np.int32(splits), np.int64(-(-rows // splits)), parts, arrived, gram,
+                np.int32(splits), np.int64(-(-rows // splits)), workspace, arrived, gram,
             )  # fmt: skip
 
     def solve_small(
-        self, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, tolerance: float, wide: bool,
+        self, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, tolerance: float, in_float64: bool,
         only: Tensor | None, solutions: Tensor, info: Tensor, again: Tensor | None,
     ) -> None:  # fmt: skip
         """See solve.cuh, here and below."""
@@ -280,8 +279,8 @@ class Nvrtc:
         if batch == 0:
             return
         order = next(o for o in _SMALL_ORDERS if o >= n)
-        element = 8 if wide else matrices.element_size()
-        kind = f"{_FLOATS[matrices.dtype]}, {'double' if wide else _FLOATS[matrices.dtype]}, {order}"
+        element = 8 if in_float64 else matrices.element_size()
+        kind = f"{_FLOATS[matrices.dtype]}, {'double' if in_float64 else _FLOATS[matrices.dtype]}, {order}"
         systems, warps, held = _small_solve(order, element)
         blocks = -(-batch * max(1, -(-columns // SOLVE.kColumnsPerWarp)) // (warps * systems))
         if element != matrices.element_size():
@@ -325,7 +324,7 @@ class Nvrtc:
 
     def cholesky_update(
         self, matrices: Tensor, vectors: Tensor, scale_l: float, scale_v: float, check: bool, down: bool,
-        lost: float, out: Tensor, reflectors: Tensor, flags: Tensor, found: Tensor,
+        breakdown: float, out: Tensor, reflectors: Tensor, flags: Tensor, found: Tensor,
     ) -> None:  # fmt: skip
         """See cholesky.cuh, here and below."""
         np = self.numpy
@@ -338,7 +337,7 @@ class Nvrtc:
                 f"cholesky_update_kernel<{_FLOATS[matrices.dtype]}, {held}>", matrices.device, blocks, 0,
                 np.int64(n), np.int64(rank), matrices, *map(np.int64, matrices.stride()), vectors,
                 *map(np.int64, vectors.stride()), real(scale_l), real(scale_v), np.int32(check), np.int32(down),
-                real(lost), out, reflectors, flags, flags[-1:], found, threads=CHOLESKY.kPanel,
+                real(breakdown), out, reflectors, flags, flags[-1:], found, threads=CHOLESKY.kPanel,
             )  # fmt: skip
 
     def cholesky_choose(

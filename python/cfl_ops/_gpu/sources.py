@@ -33,7 +33,9 @@ def source(family: str) -> str:
 @functools.cache
 def constant(family: str, name: str) -> int:
     """An integer that the headers of a family define, ``constexpr int kSide = 32;``: there and nowhere else."""
-    found = re.search(rf"^constexpr [\w ]+ {name} = ([^;]+);", _text(family), flags=re.MULTILINE)
+    found = re.search(
+        rf"^ *(?:static )?constexpr [\w ]+ {name} = ([^;]+);", _text(family), flags=re.MULTILINE
+    )
     if found is None:
         raise KeyError(f"cfl_ops: csrc/cuda has no constant {name} in the headers of {family}")
     return _value(family, found[1])

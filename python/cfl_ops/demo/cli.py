@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-# --- parsing ------------------------------------------------------------------------------------------------
+# Parsing
 
 
 def _bad(option: str, message: str) -> typer.BadParameter:
@@ -146,7 +146,7 @@ def _given(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# The command
 
 # rich keeps the line ends of a help text, so a paragraph is one line.
 HELP = "\n\n".join(
@@ -377,7 +377,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-# --- training with a live display ---------------------------------------------------------------------------
+# Training with a live display
 
 
 @contextmanager

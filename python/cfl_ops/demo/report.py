@@ -95,7 +95,7 @@ def write(
     return report
 
 
-# --- results.json -------------------------------------------------------------------------------------------
+# Results.json
 
 
 def _results(
@@ -151,7 +151,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# Pictures
 
 
 def _axes(width: float = 5.0, height: float = 3.3) -> Axes:
@@ -295,7 +295,7 @@ def _speed_picture(summary: Summary) -> str:
     return _svg(axes)
 
 
-# --- sample images ------------------------------------------------------------------------------------------
+# Sample images
 
 
 def _samples(runs: Sequence[Run], data: Dataset) -> dict[str, Any] | None:

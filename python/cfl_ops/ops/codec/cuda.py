@@ -122,7 +122,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def _stack_bytes() -> int:
     """The two stacks of lists of a warp (Tile in codec_kernel.cuh)."""
-    return 2 * (CODEC.kTileBytes + 4 * 64)
+    return 2 * (CODEC.kTileBytes + 4 * CODEC.kSlack)
 
 
 def _node_bytes(nodes: int, chunk_log2: int, symbol_bytes: int) -> int:

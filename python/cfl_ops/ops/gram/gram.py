@@ -180,6 +180,14 @@ def as_moments(out: Sequence[Tensor], y: Tensor | None) -> GramMoments:
     return GramMoments._make((out[0], None, None, None, out[4]) if y is None else out[:5])
 
 
+def plain_gram(x: Tensor, y: Tensor | None, acc_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The op without any option, for what is made of it."""
+    out: tuple[Tensor, ...] = GRAM(
+        *GramArguments(x=x, y=y, sample_weight=None, bias_column=False, num_classes=0, acc_dtype=acc_dtype)
+    )
+    return out
+
+
 class GramArguments(NamedTuple):
     """The arguments of the op ``gram``."""
 

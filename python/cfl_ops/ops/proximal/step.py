@@ -13,7 +13,7 @@ from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, core_dims
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
@@ -306,7 +306,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         else:
             pe64, ridge_term = p64 / t.unsqueeze(-2), torch.ones_like(total)
             ones_scale = 1 / t_bias
-        system = GRAM(p.mT, None, None, False, 0, torch.float64)[0] if lam_diag is None else pe64 @ p64.mT
+        system = plain_gram(p.mT, None, torch.float64)[0] if lam_diag is None else pe64 @ p64.mT
         if ones_column:
             system = system + ones_scale[..., None, None] * (sqrt64 @ sqrt64.mT)
         # A row of weight zero has nothing to say; without a penalty its pivot would be zero.
@@ -319,7 +319,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         if ones_column:
             change_bias = ones_scale.unsqueeze(-1) * (sqrt64 * alpha).sum(-2)
     else:  # primal: D x D
-        moments = GRAM(p, q, None, False, 0, torch.float64)
+        moments = plain_gram(p, q, torch.float64)
         system, right = moments[0] + torch.diag_embed(t.expand(*t.shape[:-1], width)), moments[1]
         if ones_column:  # eliminate the column of ones
             pivot = total + t_bias

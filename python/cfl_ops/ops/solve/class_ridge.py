@@ -12,7 +12,7 @@ from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.codes import BAD_CLASS, BAD_PENALTY
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
@@ -157,7 +157,7 @@ def _class_solve_one(args: ClassSolveArguments) -> tuple[Tensor, Tensor]:
     if bool(outside.any()):
         info = torch.full((), BAD_CLASS, dtype=torch.int32, device=x.device)
         return x64.new_full((width, classes), torch.nan), info
-    gram = GRAM(x64, None, None, False, 0, torch.float64)[0]
+    gram = plain_gram(x64, None, torch.float64)[0]
     right = cross.double()
     if kappa == 1.0:
         whole, info = RIDGE_SOLVE(gram, right, lam, None)

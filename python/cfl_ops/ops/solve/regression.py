@@ -10,7 +10,7 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.failures import first_failure
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.gram.gram import plain_gram
 
 
 def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,13 +44,13 @@ def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """X^T X and X^T Y in float64."""
-    gram, cross, *_ = GRAM(x, y, None, False, 0, torch.float64)
+    gram, cross, *_ = plain_gram(x, y, torch.float64)
     return gram, cross
 
 
 def gram_of_rows(x: Tensor) -> Tensor:
     """X X^T in float64."""
-    gram: Tensor = GRAM(x.mT, None, None, False, 0, torch.float64)[0]
+    gram: Tensor = plain_gram(x.mT, None, torch.float64)[0]
     return gram
 
 

@@ -14,7 +14,7 @@ from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
-from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.eigen_ridge import EigenRidge, eigh, shrinkage
 from cfl_ops.ops.solve.regression import (
     centred,
@@ -294,7 +294,7 @@ class KFold:
         rows, dtype = x.shape[-2], x.dtype
         moments = []
         for begin, end in self.pieces:
-            gram, cross, y_sum, squares, *_ = GRAM(x[begin:end], y[begin:end], None, False, 0, torch.float64)
+            gram, cross, y_sum, squares, *_ = plain_gram(x[begin:end], y[begin:end], torch.float64)
             x_sum = x[begin:end].sum(-2, dtype=torch.float64) if bias else y_sum.new_zeros(())
             moments.append((gram, cross, squares, x_sum, y_sum))
         gram, cross, _, x_sum, y_sum = (torch.stack(values).sum(0) for values in zip(*moments, strict=True))

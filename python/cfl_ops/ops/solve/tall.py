@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core.op import define_op
-from cfl_ops.ops.gram.gram import GRAM
+from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.codes import UNRESOLVED
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 
@@ -233,7 +233,7 @@ def _tall_gram_python(t: Tensor, b: Tensor | None, w: Tensor | None) -> tuple[Te
     q = t if w is None else t.double() @ w
     if b is not None and b.dtype != q.dtype:
         q, b = q.double(), b.double()
-    moments = GRAM(q, b, None, False, 0, torch.float64)
+    moments = plain_gram(q, b, torch.float64)
     return moments[0], moments[1]
 
 
