@@ -1,5 +1,8 @@
 """Closed-form learning for PyTorch: Gram matrices, proximal steps, solves and weight codecs as fast ops."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import torch as _torch  # noqa: F401  (the extension needs libtorch in the process)
 
 from cfl_ops._core import dispatch
@@ -57,7 +60,15 @@ from .errors import CorruptDataError, LinAlgError
 
 dispatch.load_backends()
 
-from . import arrays, config, learn
+if TYPE_CHECKING:
+    from cfl_ops import arrays, config, learn
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("arrays", "config", "learn"):
+        raise AttributeError(f"module 'cfl_ops' has no attribute {name!r}")
+    return import_module(f"cfl_ops.{name}")  # when it is first asked for: importing cfl_ops is to be quick
+
 
 __all__ = [
     "CorruptDataError",

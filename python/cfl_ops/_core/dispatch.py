@@ -91,9 +91,10 @@ class _Overrides:
 
     def _put_kernels(self, library: torch.library.Library, forced: str | None) -> None:
         self.forced = forced
+        available = {backend for backend, is_there in _GPU_BACKENDS.items() if is_there()}
         for op in OPS.values():
             for device_type, key in DISPATCH_KEYS.items():
-                backend, kernel = _choose(op, device_type, forced)
+                backend, kernel = _choose(op, device_type, forced, available)
                 self.serving[op.name, device_type] = backend
                 if kernel is not None:
                     guarded = _on_its_device(kernel) if device_type == "cuda" else kernel
@@ -103,7 +104,9 @@ class _Overrides:
 overrides = _Overrides()
 
 
-def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable[..., Any] | None]:
+def _choose(
+    op: Op, device_type: str, forced: str | None, available: set[str]
+) -> tuple[str, Callable[..., Any] | None]:
     """The backend that serves an op on a device, and the kernel to put over the registered one."""
     if op.composite:
         return "composite", None
@@ -112,7 +115,7 @@ def _choose(op: Op, device_type: str, forced: str | None) -> tuple[str, Callable
     if forced == "python":
         return fallback
     for kernel in _kernels(op, device_type, forced):
-        if forced in (None, kernel.backend) and _GPU_BACKENDS[kernel.backend]():
+        if forced in (None, kernel.backend) and kernel.backend in available:
             return kernel.backend, lazy(kernel, op)
     if registered and forced in (None, "native"):
         return "native", None

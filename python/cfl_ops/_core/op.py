@@ -61,7 +61,7 @@ class Op:
     helper: bool = False
     """A step of composite ops: where a forced backend has no kernel for it, its fallback serves."""
     overload: Any = field(init=False)
-    function: type[torch.autograd.Function] | None = None
+    derivative: Derivative | None = None
 
     def __post_init__(self) -> None:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
@@ -70,7 +70,7 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves the first and refuses the second.
-        if self.function is not None and not is_compiling():
+        if self.derivative is not None and not is_compiling():
             if transforming():
                 return self.function.apply(*args)
             if not (torch.is_grad_enabled() and _any_requires_grad(args)):
@@ -78,6 +78,12 @@ class Op:
                 with torch._C._AutoDispatchBelowAutograd():
                     return self.overload(*args)
         return self.overload(*args)
+
+    @functools.cached_property
+    def function(self) -> type[torch.autograd.Function]:
+        """The op under transforms."""
+        assert self.derivative is not None
+        return _make_function(self, self.derivative)
 
     def kernel(self, backend: str) -> Kernel | None:
         """Its GPU kernel of a backend."""
@@ -157,10 +163,8 @@ def define_op(
     torch.library.register_vmap(qualified, vmap_rule(op.overload, cast("CoreDims", core_dims)), lib=LIB)
     if derivative is not None:
         derivative = _marking(op, derivative)
-        torch.library.register_autograd(
-            qualified, derivative.backward, setup_context=derivative.setup_context, lib=LIB
-        )
-        op.function = _make_function(op, derivative)
+        _register_autograd(op, derivative)
+        op.derivative = derivative
     OPS[name] = op
     return op
 
@@ -231,6 +235,20 @@ def _marking(op: Op, derivative: Derivative) -> Derivative:
             ctx.mark_non_differentiable(*(output[i] for i in marked))
 
     return replace(derivative, setup_context=setup_context)
+
+
+def _register_autograd(op: Op, derivative: Derivative) -> None:
+    """As torch.library.register_autograd, which takes a millisecond an op: here the first call pays it."""
+    kernel: Callable[..., Any] | None = None
+
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal kernel
+        if kernel is None:
+            info = torch._library.autograd.Info(derivative.backward, derivative.setup_context)
+            kernel = torch._library.autograd.make_autograd_impl(op.overload, info)
+        return kernel(keyset, *args, **kwargs)
+
+    LIB.impl(op.name, autograd, "Autograd", with_keyset=True)
 
 
 def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Function]:

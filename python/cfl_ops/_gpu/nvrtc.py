@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops._gpu.sources import Constants, source
+from cfl_ops._gpu.sources import RANKS, Constants, source
 
 CODEC = Constants("codec")
 GRAM = Constants("exact")
@@ -22,8 +22,6 @@ OPTIONS = ("-std=c++20", "-diag-suppress=177")  # a family does not use all of d
 _SYMBOLS = {torch.uint8: "uint8_t", torch.uint16: "uint16_t"}
 _COMPUTED = (("float", "float"), ("float", "double"), ("double", "double"))
 _SMALL_ORDERS = (8, 16, 32, 64)
-RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
-"""Of cholesky_update: a warp holds a row's part of so many vectors in each lane."""
 _FLOATS = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "float", torch.float64: "double"}
 
 

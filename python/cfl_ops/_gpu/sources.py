@@ -6,6 +6,8 @@ import functools
 import re
 from pathlib import Path
 
+import torch
+
 HEADERS = {
     "codec": ("device", "codec_kernel"),
     "exact": ("device", "gram_kernel"),
@@ -13,6 +15,10 @@ HEADERS = {
     "cholesky": ("device", "linalg", "cholesky_kernel"),
 }
 """The headers of a family, by the first word of its kernels' names."""
+
+
+RANKS = {torch.float32: (1, 4, 16, 32), torch.float64: (1, 4, 16)}
+"""Of cholesky_update: a warp holds a row's part of so many vectors in each lane."""
 
 
 @functools.cache

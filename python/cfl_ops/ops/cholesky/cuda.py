@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops._gpu.nvrtc import RANKS
-from cfl_ops._gpu.sources import Constants
+from cfl_ops._gpu.sources import RANKS, Constants
 from cfl_ops.ops.cholesky.codes import BREAKDOWN_EPS
 
 CHOLESKY = Constants("cholesky")

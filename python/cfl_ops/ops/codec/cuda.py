@@ -17,7 +17,6 @@ from torch import Tensor
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu.sources import Constants
 from cfl_ops.ops.codec import codes
-from cfl_ops.ops.codec import host as _host  # noqa: F401  (defines the ops host_*)
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, from_bytes, prefix, symbol_dtype
 
@@ -26,7 +25,14 @@ if TYPE_CHECKING:
 
 CODEC = Constants("codec")
 
-_ops = torch.ops.cfl_ops
+
+@functools.cache
+def _ops() -> Any:
+    """The ops ``host_*``, which are defined when a GPU first needs them."""
+    from cfl_ops.ops.codec import host  # noqa: F401
+
+    return torch.ops.cfl_ops
+
 
 MAX_NODES, MAX_CHUNK_LOG2 = 1024, 15
 STATIC_SHARED = 5 << 10
@@ -85,10 +91,10 @@ def _parse(payload: Tensor, raw: Tensor | None, start: int, count: int) -> tuple
     size = payload.numel()
     if raw is None:
         raw = to_host(payload[: prefix(size)])
-    facts, tree = _ops.host_parse(raw, size, start, count)
+    facts, tree = _ops().host_parse(raw, size, start, count)
     if int(facts[0]) < 0:  # a header longer than most
         raw = to_host(payload[: -int(facts[0])])
-        facts, tree = _ops.host_parse(raw, size, start, count)
+        facts, tree = _ops().host_parse(raw, size, start, count)
     return facts.tolist(), tree, raw
 
 
@@ -245,7 +251,7 @@ def huffman_encode(
     n, chunk = flat.numel(), 1 << chunk_log2
     if n == 0 or chunk_log2 > MAX_CHUNK_LOG2:
         return reference.encode(symbols, tuple(shape), chunk_log2, reserve)
-    tree, lengths, facts = _ops.host_code(*_counts(kernels, flat))
+    tree, lengths, facts = _ops().host_code(*_counts(kernels, flat))
     alphabet, nodes, leaves, longest, bits, counted = facts.tolist()
     shared = encode_shared(nodes, chunk_log2, alphabet, symbol_bytes)
     room = _shared_memory(device) - shared
@@ -272,7 +278,7 @@ def huffman_encode(
     out = torch.empty(front + int(table[:, 0].sum()), dtype=torch.uint8, device=device)
     sizes = entries[:, 0].to(torch.int64)
     kernels.gather(slots, entries, sizes.cumsum(0) - sizes, out[front:])
-    head = _ops.host_head(table, lengths, list(shape), symbol_bytes, chunk_log2, n, alphabet, reserve)
+    head = _ops().host_head(table, lengths, list(shape), symbol_bytes, chunk_log2, n, alphabet, reserve)
     out[:front] = to_device(head, device)
     return out
 
