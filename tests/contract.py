@@ -50,12 +50,13 @@ class OpSpec:
     export_dynamic: Callable[[], tuple[Sequence[Any], Any, Sequence[Any]]] | None = None
     """Sample arguments, their dynamic_shapes, and other arguments to run the exported program on."""
     tags: frozenset[str] = field(default_factory=frozenset)
-    unserved: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The names of the cases that a GPU backend leaves to the fallback: all others it serves itself."""
+    unserved: Mapping[str, Sequence[str | torch.dtype]] = field(default_factory=dict)
+    """The cases, by their names, and the dtypes that a GPU backend leaves to the fallback: the rest it serves."""
 
-    def leaves(self, case: Case, backend: str) -> bool:
+    def leaves(self, case: Case, backend: str, dtype: torch.dtype | None = None) -> bool:
         """Whether a GPU backend leaves the case to the fallback."""
-        return case.name in self.unserved.get(backend, ())
+        left = self.unserved.get(backend, ())
+        return case.name in left or dtype in left
 
 
 SPECS: list[OpSpec] = []

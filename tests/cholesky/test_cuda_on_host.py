@@ -39,7 +39,7 @@ def test_cholesky_update_at_every_size(
     root = torch.randn(2, order, 2 * order + 2, dtype=torch.float64)
     L = torch.linalg.cholesky(root @ root.mT).to(dtype)
     V = 0.3 * torch.randn(2, order, rank, dtype=torch.float64).to(dtype)
-    check_sample(kernels, spec, [L, V, alpha, 0.9])
+    check_sample(kernels, spec, None, [L, V, alpha, 0.9])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

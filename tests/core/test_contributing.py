@@ -68,14 +68,14 @@ def test_every_block_names_its_file(page: Path) -> None:
 
 
 @pytest.mark.parametrize("forced", [None, "python"])
-def test_the_contract(spec: contract.OpSpec, forced: str | None) -> None:
+def test_the_contract(spec: contract.OpSpec, forced: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What test_contract.py asks of every op, of this one."""
     backend = "python"  # which serves, asked for or not
     with cfl_ops.config.use_backend(forced):
         assert cfl_ops.config.backend_of("scaled_sum", "cpu") == backend
         for case in spec.cases:
             for dtype in case.dtypes:
-                table.test_oracle(spec, case, dtype, backend)
+                table.test_oracle(spec, case, dtype, backend, monkeypatch)
             table.test_strides(spec, case, backend)
             table.test_opcheck(spec, case, backend)
             table.test_vmap(spec, case, backend)

@@ -201,7 +201,9 @@ def _export():
     return args, ({0: rows}, {0: rows}, None, None, None, None, {0: rows}), other
 
 
-UNSERVED = (  # the primal side, a free bias, dense penalties, more than one head: torch ops around gram and ridge_solve
+UNSERVED = (
+    torch.float64,
+    # The primal side, a free bias, penalties by feature, more than one head: torch ops around gram and ridge_solve.
     "primal classes", "dual dense", "primal dense", "dual free", "primal free", "dual diagonal", "primal diagonal",
     "dual diagonal free", "no bias primal", "sum", "batch", "batch primal", "one feature", "no rows", "no batch",
     "dead columns, small lambda", "larger", "larger primal",

@@ -184,6 +184,7 @@ def _load_packed(arguments: type[tuple[Any, ...]], kernel: Kernel) -> Callable[.
 
 
 def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative) -> Derivative:
+    """The derivative, whose inputs come as one named tuple."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         derivative.setup_context(ctx, arguments(*inputs), output)
