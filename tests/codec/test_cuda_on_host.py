@@ -16,7 +16,7 @@ from cfl_ops.ops.codec import (
     cuda,
     host,
 )
-from cfl_ops.ops.codec.blob import DecompressArguments
+from cfl_ops.ops.codec.arguments import DecompressArguments
 from cfl_ops.ops.codec.huffman import HUFFMAN_DECODE, HUFFMAN_ENCODE
 from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.ops.codec import codes, cuda
+from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
@@ -333,37 +333,6 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
         index,
         values,
     )
-
-
-class QuantizeEncodeArguments(NamedTuple):
-    """The arguments of the op behind :func:`compress`."""
-
-    w: Tensor
-    minimum: Tensor
-    maximum: Tensor
-    bits: int
-    shape: Sequence[int]
-    chunk_log2: int
-    reserve: int
-    """Bytes of zero before the payload, for the header of a blob."""
-
-
-class DecompressArguments(NamedTuple):
-    """The arguments of the op behind :func:`decompress`."""
-
-    payload: Tensor
-    minimum: Tensor
-    maximum: Tensor
-    bits: int
-    group_size: int
-    out: Tensor
-    start: int
-
-    def in_range(self) -> bool:
-        """Whether there is a range for every weight that is asked for."""
-        count = self.out.numel()
-        last = (self.start + count - 1) // self.group_size if count else -1
-        return self.start >= 0 and last < self.minimum.numel()
 
 
 def _quantize_encode_python(args: QuantizeEncodeArguments) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch import Tensor
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu.sources import Constants
 from cfl_ops.ops.codec import codes
+from cfl_ops.ops.codec.arguments import DecompressArguments
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, from_bytes, prefix, symbol_dtype
-
-if TYPE_CHECKING:
-    from cfl_ops.ops.codec.blob import DecompressArguments
 
 CODEC = Constants("codec")
 
