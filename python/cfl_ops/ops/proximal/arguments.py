@@ -59,9 +59,10 @@ def check_arguments(
     in_place: bool = False,
 ) -> ProximalArguments:
     """Check the arguments of a public function, and bring them to the form the ops take."""
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
-    checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
-    checks.choice(op, "method", method, METHODS)
+    if reduction != "mean" or fit_bias != "penalized" or method != "auto":  # all but the defaults
+        checks.choice(op, "reduction", reduction, REDUCTIONS)
+        checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
+        checks.choice(op, "method", method, METHODS)
     plain = lam_diag is None and sample_weight is None and _plain(features, target, weight, bias)
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
