@@ -1,4 +1,4 @@
-"""The CUDA kernels of cholesky_update, emulated (see tests/gpu/on_host.py)."""
+"""The CUDA kernels of cholesky_update, emulated: beyond what tests/gpu/test_contract_on_host.py asks."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ import torch
 from cfl_ops.ops.cholesky import cuda
 
 from tests import contract
-from tests.gpu.on_host import check_sample, check_samples, samples
-
-SAMPLES = samples("cholesky_update", "cholesky_update_")
-
-
-@pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize(("spec", "case", "dtype"), SAMPLES)
-def test_samples_of_the_contract(
-    kernels, spec, case, dtype, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CFL_ON_HOST_ORDER", order)
-    check_samples(kernels, spec, case, dtype, order)
-
-
-@pytest.mark.parametrize(
-    ("spec", "case", "dtype"), [p for p in SAMPLES if p.values[2] in (torch.float32, torch.float64)]
-)
-def test_cupys_launcher_passes_the_samples_of_the_contract(nvrtc, spec, case, dtype) -> None:
-    check_sample(nvrtc, spec, case, case.make(dtype))
+from tests.gpu.on_host import check_sample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

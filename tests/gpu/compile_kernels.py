@@ -147,7 +147,7 @@ def main_loop(cubin: bytes) -> dict[str, int]:
 
 def cases() -> list[tuple[str, Callable[[], Any]]]:
     """Calls of every op that has a Triton launcher, at sizes that reach each of its tuning rules."""
-    gram, gram_ = OPS["gram"].launcher("triton"), OPS["gram_"].launcher("triton")
+    gram = OPS["gram"].launcher("triton")  # gram_ launches what gram does
     update, solve = OPS["cholesky_update"].launcher("triton"), OPS["ridge_solve"].launcher("triton")
     out: list[tuple[str, Callable[[], Any]]] = []
 
@@ -195,7 +195,6 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         for order, columns in ((5, 1), (16, 3), (32, 10), (64, 64)):
             a, b = torch.eye(order, dtype=dtype).repeat(3, 1, 1), torch.zeros(3, order, columns, dtype=dtype)
             add(f"ridge_solve {order}, {columns}", lambda a=a, b=b: solve(a, b, torch.zeros(()), None))
-    del gram_  # launches what gram does
     proximal = OPS["proximal_step"].launcher("triton")
     for dtype in (torch.float32, torch.bfloat16):
         for rows, width, targets in ((16, 64, 10), (32, 512, 100), (128, 2048, 1000)):

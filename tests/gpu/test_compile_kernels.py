@@ -196,6 +196,13 @@ def test_every_kernel_of_the_sources_is_among_the_names(family: str) -> None:
     assert written == {re.sub(r"^cfl::cuda::|<.*", "", name) for name in nvrtc.names(family)}
 
 
+def test_finiteness_is_not_asked_by_a_difference() -> None:
+    """Compilers fuse x - x with the product that x is, and what is left is its rounding error, not 0."""
+    for path in [*(ROOT / "triton_kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").iterdir()]:
+        code = re.sub(r"(#|//).*", "", path.read_text())
+        assert not re.search(r"\b(\w+) - \1\b", code), path.name
+
+
 def test_constants_are_read_from_the_sources() -> None:
     """Each that the launchers ask for is there, and so are expressions."""
     asked: set[tuple[str, str]] = set()

@@ -188,24 +188,20 @@ def test_results_do_not_depend_on_the_rule(multiprocessors: int, monkeypatch: py
         torch.testing.assert_close(weighted.gram.double(), want_weighted, rtol=1e-5, atol=1e-4)
 
 
+SPLITS = {
+    "how": "planes", "TILE": 32, "TILE_N": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 2, "resident": 1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e13])
 def test_the_float16_plane_of_tf32_products_has_their_digits_at_any_scale(scale: float) -> None:
     if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x = torch.randn(200, 40) * torch.logspace(-4, 4, 40) * scale
     x[:, 7] = 0
-    use = {
-        "how": "planes",
-        "TILE": 32,
-        "TILE_N": 32,
-        "DEPTH": 16,
-        "num_warps": 4,
-        "num_stages": 2,
-        "resident": 1,
-    }
     torch.set_float32_matmul_precision("high")
     try:
-        with cfl_ops.config.use_backend("triton"), tuning.force("gram", use):
+        with cfl_ops.config.use_backend("triton"), tuning.force("gram", SPLITS):
             got = cfl_ops.gram(x).gram
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -220,16 +216,7 @@ def test_planes_propagate_infinities_and_nans_to_their_own_columns() -> None:
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
     x = torch.rand(100, 20) + 0.5
     x[3, 4], x[5, 6] = torch.inf, torch.nan
-    use = {
-        "how": "planes",
-        "TILE": 32,
-        "TILE_N": 32,
-        "DEPTH": 16,
-        "num_warps": 4,
-        "num_stages": 2,
-        "resident": 1,
-    }
-    with cfl_ops.config.use_backend("triton"), tuning.force("gram", use):
+    with cfl_ops.config.use_backend("triton"), tuning.force("gram", SPLITS):
         got = cfl_ops.gram(x).gram
     want = x.mT @ x
     assert torch.equal(got.isnan(), want.isnan())

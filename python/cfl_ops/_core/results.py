@@ -10,6 +10,12 @@ import torch
 T = TypeVar("T", bound=type)
 
 
+def public(cls: T) -> T:
+    """A class that says that it is ``cfl_ops``'s own, wherever in the package it is defined."""
+    cls.__module__ = "cfl_ops"
+    return cls
+
+
 def result_type(module: str) -> Callable[[T], T]:
     """A named tuple that ``torch.load`` reads, wherever in the package it is defined: pickles name ``cfl_ops``.
 
@@ -17,14 +23,7 @@ def result_type(module: str) -> Callable[[T], T]:
     """
 
     def register(cls: T) -> T:
-        cls.__module__ = "cfl_ops"
         torch.serialization.add_safe_globals([cls, (cls, f"cfl_ops.{module}.{cls.__name__}")])
-        return cls
+        return public(cls)
 
     return register
-
-
-def public(cls: T) -> T:
-    """A class that says that it is ``cfl_ops``'s own, wherever in the package it is defined."""
-    cls.__module__ = "cfl_ops"
-    return cls

@@ -250,9 +250,8 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     rows, width = features.shape[-2:]
     dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
     phi, old = features.to(dtype), weight.to(dtype)
-    lam = on_device(
-        lam, phi
-    )  # a 0-d condition of torch.where on the host would be copied, which synchronises
+    # Not left on the host: a 0-d condition of torch.where would be copied, which synchronises.
+    lam = on_device(lam, phi)
     ridge = None if ridge is None else on_device(ridge, phi)
     classes = not target.is_floating_point()
 
