@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from cfl_ops._core.failures import check_number
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STRIDED = torch.strided
 
@@ -93,11 +95,50 @@ def coefficient(op: str, name: str, value: float | Tensor, device: torch.device)
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {type(value).__name__}")
-    if not is_compiling() and (math.isnan(value) or value < 0 or math.isinf(value)):
-        raise ValueError(f"cfl_ops.{op}: {name} must be finite and not negative, but got {value}")
     if is_compiling() or _tracing():
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
+        number = number_in_graph(value)
+        if not (_known(value >= 0) and _known(value < math.inf)):
+            good = (number >= 0) & number.isfinite()
+            check_number(f"{op}: {name} must be finite and not negative", good, number, [number])
+        return number
+    if not 0 <= value < math.inf:
+        raise ValueError(f"cfl_ops.{op}: {name} must be finite and not negative, but got {value}")
     return _number(float(value))
+
+
+def positive(op: str, name: str, value: float, results: list[Tensor]) -> None:
+    """``value`` is finite and above 0. ``results`` is what a graph makes of it, and hands on."""
+    wanted = f"{op}: {name} must be finite and positive"
+    if not is_compiling():
+        if not 0 < value < math.inf:
+            raise ValueError(f"cfl_ops.{wanted}, but got {value}")
+    elif not (_known(value > 0) and _known(value < math.inf)):
+        number = number_in_graph(value)
+        check_number(wanted, (number > 0) & number.isfinite(), number, results)
+
+
+def outside(value: float, least: float) -> bool:
+    """Whether a number is below ``least``, NaN or Inf.
+
+    In a graph a number may be an input, of which nothing is asked here (an answer would be true of this value only):
+    the op that takes it checks it when it is run.
+    """
+    if not is_compiling():
+        return not least <= value < math.inf
+    return _known(value < least) or _known(value == math.inf) or _known(value != value)  # noqa: PLR0124  # NaN
+
+
+def _known(condition: bool) -> bool:
+    """Whether a condition on a number holds for all values that it may have in a graph."""
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
+
+
+def number_in_graph(value: float) -> Tensor:
+    """A number, which may be an input of the graph, as a float64 tensor.
+
+    torch.compile makes one graph for all values of a number that is multiplied; with torch.tensor it would not.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 _tracing = torch._C._len_torch_dispatch_stack

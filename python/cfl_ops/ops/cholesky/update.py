@@ -207,9 +207,9 @@ def _arguments(
             pass
         elif isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
             raise TypeError(f"cfl_ops.{op}: {name} must be a number, but got {type(value).__name__}")
-        if not torch.compiler.is_compiling() and not math.isfinite(value):
+        if checks.outside(abs(value), 0):
             raise ValueError(f"cfl_ops.{op}: {name} must be finite, but got {value}")
-    if decay < 0:
+    if checks.outside(decay, 0):
         raise ValueError(f"cfl_ops.{op}: decay must not be negative, but got {decay}")
     if V.dtype != L.dtype:
         if torch.promote_types(V.dtype, L.dtype) != L.dtype:

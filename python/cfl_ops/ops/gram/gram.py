@@ -70,9 +70,8 @@ class GramMoments(NamedTuple):
 
     def decay(self, rho: float | Tensor) -> GramMoments:
         """All moments times ``rho``: older rows count less (exponential forgetting)."""
-        if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-            raise ValueError(f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}")
-        return GramMoments._make(None if field is None else field * rho for field in self)
+        factor = checks.coefficient("GramMoments.decay", "rho", rho, self.gram.device)
+        return GramMoments._make(None if field is None else field * factor for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
@@ -325,7 +324,7 @@ def _new_rows(
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
+    if checks.outside(decay, 0):
         raise ValueError(f"cfl_ops.gram_: decay must be finite and not negative, but got {decay}")
     checks.floating("gram_", "x", x, 2)
     order, width = m.gram.shape[-1], x.shape[-1]

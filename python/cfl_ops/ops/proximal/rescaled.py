@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops.ops.proximal.step import ProximalStep, proximal_step, raise_if_failed
+from cfl_ops.ops.proximal.arguments import check_arguments
+from cfl_ops.ops.proximal.step import PROXIMAL_STEP, ProximalStep, raise_if_failed
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -63,9 +65,6 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    for name, value in (("kappa", kappa), ("target_scale", target_scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"cfl_ops.{op}: {name} must be finite and positive, but got {value}")
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")
@@ -75,17 +74,22 @@ def rescaled_proximal_step(
             f"cfl_ops.{op}: features must have 2 dimensions, but got shape {tuple(features.shape)}"
         )
     checks.floating(op, "weight", weight, 2)
-    # The plain step on targets of size M checks the rest of the arguments and the data.
-    scaled_bias = None if bias is None else bias / target_scale
-    plain = proximal_step(
-        features, labels, weight / target_scale, scaled_bias, lam=lam, ridge=ridge, reduction=reduction
+    # The plain step on targets of size 1 checks the rest of the arguments and the data.
+    scaled_weight, scaled_bias = weight / target_scale, None if bias is None else bias / target_scale
+    arguments = check_arguments(
+        op, features, labels, scaled_weight, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
     )
+    own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
+    for name, value in (("kappa", kappa), ("target_scale", target_scale)):
+        checks.positive(op, name, value, [own, scaled_weight])
+    *plain, info = PROXIMAL_STEP(*arguments)
+    raise_if_failed(info, [own, *plain], features, labels, weight)
     if kappa == 1.0 or features.shape[0] == 0:
         return ProximalStep(
-            plain.weight * target_scale,
-            None if plain.bias is None else plain.bias * target_scale,
-            plain.loss * target_scale**2,
-            plain.grad_features * target_scale**2,
+            plain[0] * target_scale,
+            None if bias is None else plain[1] * target_scale,
+            plain[2] * target_scale**2,
+            plain[3] * target_scale**2,
         )
 
     rows, width = features.shape
@@ -94,10 +98,12 @@ def rescaled_proximal_step(
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
         old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
-    mu = scale * torch.as_tensor(lam, dtype=torch.float64, device=phi.device)
-    t = mu + scale * torch.as_tensor(ridge, dtype=torch.float64, device=phi.device)
+    mu, beta = (
+        scale * on_device(checks.coefficient(op, name, value, phi.device), phi)
+        for name, value in (("lam", lam), ("ridge", ridge))
+    )
+    t = mu + beta
     anchor = old * (mu / t)
-    own = torch.nn.functional.one_hot(labels, weight.shape[0]).to(phi.dtype)
     same_class = labels.unsqueeze(-1) == labels.unsqueeze(-2)
     residual = target_scale * own - phi @ anchor.mT
 
@@ -131,7 +137,7 @@ def rescaled_proximal_step(
     new = anchor + change
     final = target_scale * own - phi @ new.mT
     weighted = (1 + (kappa - 1) * own) * final
-    dtype = plain.loss.dtype
+    dtype = plain[2].dtype
     return ProximalStep(
         new[:, :width].to(weight.dtype),
         None if bias is None else new[:, width].to(bias.dtype),

@@ -107,9 +107,6 @@ def _arguments(
         raise TypeError(f"cfl_ops.{op}: y must be int64 class indices, but got {y.dtype}")
     checks.size(op, "y", y, 0, x.shape[0], "the rows of x")
     checks.same_device(op, "x", x, y=y, weight=weight)
-    for name, value in (("kappa", kappa), ("scale", scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"cfl_ops.{op}: {name} must be positive and finite, but got {value}")
     pulled = isinstance(prox, Tensor) or prox != 0
     if pulled and weight is None:
         raise ValueError(f"cfl_ops.{op}: weight must be given where prox is not 0")
@@ -122,6 +119,8 @@ def _arguments(
     )
     x64 = x.double()
     own = _own_class(y, num_classes)
+    for name, value in (("kappa", kappa), ("scale", scale)):
+        checks.positive(op, name, value, [own])
     cross = (kappa * scale) * (x64.mT @ own)
     total = penalty.to(x.device, torch.float64)
     if pulled and weight is not None:

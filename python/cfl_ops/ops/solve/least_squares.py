@@ -287,12 +287,13 @@ def _general_pinv(a: Tensor, cut: Callable[[Tensor], Tensor] | None) -> tuple[Te
     result = factors.pinv()
     if underdetermined(a):
         result = result.mT
-    if a.dtype == torch.float64 and factors.basis is None:
-        # One Newton step mends the Gram's squared condition.
+
+    def newton() -> Tensor:
         if underdetermined(a):
-            result = result + result @ (identity(rows, a) - a @ result)
-        else:
-            result = result + (identity(cols, a) - result @ a) @ result
+            return result @ (identity(rows, a) - a @ result)
+        return (identity(cols, a) - result @ a) @ result
+
+    result = factors.refined(result, newton)
     return _nan_where(factors.info != 0, result, a.dtype).contiguous(), factors.rank, factors.info
 
 

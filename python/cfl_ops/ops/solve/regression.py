@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.failures import first_failure
+from cfl_ops._core.failures import check_info, first_failure
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
+from cfl_ops.ops.solve.codes import BAD_PENALTY
 
 
 def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,14 +29,22 @@ def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_penalties(op: str, lams: Any, device: torch.device) -> Tensor:
     """The penalties of a path as a 1-d float64 tensor."""
-    values = torch.as_tensor(lams, dtype=torch.float64, device=device)
+    values = _one_tensor(lams).to(device, torch.float64)
     if values.ndim != 1 or values.numel() == 0:
         raise ValueError(
             f"cfl_ops.{op}: lams must be a sequence of at least one number, but got shape {tuple(values.shape)}"
         )
-    if not torch.compiler.is_compiling() and not bool(((values >= 0) & values.isfinite()).all()):
-        raise ValueError(f"cfl_ops.{op}: lams must be finite and not negative, but got {values.tolist()}")
+    bad = ~((values >= 0) & values.isfinite()).all()
+    check_info(op, bad.to(torch.int32) * BAD_PENALTY, [values], [values.detach()])
     return values
+
+
+def _one_tensor(lams: Any) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return torch.as_tensor(lams, dtype=torch.float64)
+    if isinstance(lams, Tensor):
+        return lams.clone()  # the check writes to it, as far as the compiler knows
+    return torch.stack([checks.number_in_graph(lam) for lam in lams])
 
 
 def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
@@ -70,7 +80,11 @@ def intercept(weight: Tensor, x_mean: Tensor, y_mean: Tensor) -> Tensor:
     return (y_mean - x_mean @ weight.double()).squeeze(-2)
 
 
-def not_finite(op: str, info: Tensor) -> Exception:
-    """The error where the data are not finite."""
+def regression_error(op: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
+    """The error where the penalties are refused, or the data not finite."""
+    if info.ndim == 0 and int(info) == BAD_PENALTY:
+        return ValueError(
+            f"cfl_ops.{op}: lams must be finite and not negative, but got {context[0].tolist()}"
+        )
     error: Exception = LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
     return error

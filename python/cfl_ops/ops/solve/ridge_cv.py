@@ -21,7 +21,7 @@ from cfl_ops.ops.solve.regression import (
     check_data,
     check_penalties,
     intercept,
-    not_finite,
+    regression_error,
     result_dtype,
 )
 
@@ -411,4 +411,4 @@ RIDGE_CV = define_op(
 
 @error_message("ridge_cv")
 def _ridge_cv_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("ridge_cv", info)
+    return regression_error("ridge_cv", info, context)
