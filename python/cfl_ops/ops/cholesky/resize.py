@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -138,6 +139,7 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
+    order = operator.index(order)  # the graph is made for the rows that are deleted
     given = [index] if isinstance(index, int) else list(index)
     for i in given:
         if isinstance(i, bool) or not isinstance(i, int):
@@ -146,7 +148,7 @@ def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int
             )
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")
-    wanted = sorted(i % order for i in given)
+    wanted = sorted(operator.index(i) % order for i in given)
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"cfl_ops.{op}: index must not repeat, but got {index!r}")
     return wanted

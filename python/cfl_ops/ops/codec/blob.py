@@ -41,7 +41,6 @@ from cfl_ops.ops.codec.quantize import (
     from_bins,
     probe,
     quantize_ex,
-    refuse_nonfinite,
     to_bins,
 )
 from cfl_ops.ops.codec.reference import payload as reference
@@ -130,11 +129,11 @@ def compress(
         # The symbols of a chunk are encoded while they are in the cache.
         if minimum is None or maximum is None:
             minimum, maximum, _, info = WEIGHT_RANGE(w.reshape(-1), 0, 1)
-            refuse_nonfinite("compress", info)
+            check_info("compress", info, [minimum, maximum], [])
         group_size = w.numel()
     else:
         q, info = quantize_ex(w, bits, per=per, block_size=block_size)
-        refuse_nonfinite("compress", info)
+        check_info("compress", info, [q.symbols], [])
         minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
 
     low, high = _raw_bytes(minimum), _raw_bytes(maximum)

@@ -96,7 +96,7 @@ def ridge_cv(
     """
     args = _arguments(x, y, lams, cv, per_target, bias)
     weight, intercepts, lam, scores, info = RIDGE_CV(*args)
-    check_info("ridge_cv", info, [weight, scores], [args.x])
+    check_info("ridge_cv", info, [weight, intercepts, lam, scores], [args.x])
     dtype = result_dtype(x, y)
     return RidgeCVResult(weight.to(dtype), intercepts.to(dtype) if bias else None, lam, scores)
 
