@@ -106,15 +106,17 @@ def coefficient(op: str, name: str, value: float | Tensor, device: torch.device)
     return _number(float(value))
 
 
-def positive(op: str, name: str, value: float, results: list[Tensor]) -> None:
-    """``value`` is finite and above 0. ``results`` is what a graph makes of it, and hands on."""
+def positive(op: str, name: str, value: float, results: list[Tensor]) -> float | Tensor:
+    """``value``, finite and above 0; in a graph as a tensor. ``results`` is what the graph hands on."""
     wanted = f"{op}: {name} must be finite and positive"
     if not is_compiling():
         if not 0 < value < math.inf:
             raise ValueError(f"cfl_ops.{wanted}, but got {value}")
-    elif not (_known(value > 0) and _known(value < math.inf)):
-        number = number_in_graph(value)
+        return value
+    number = number_in_graph(value)
+    if not (_known(value > 0) and _known(value < math.inf)):
         check_number(wanted, (number > 0) & number.isfinite(), number, results)
+    return number
 
 
 def outside(value: float, least: float) -> bool:
@@ -125,7 +127,7 @@ def outside(value: float, least: float) -> bool:
     """
     if not is_compiling():
         return not least <= value < math.inf
-    return _known(value < least) or _known(value == math.inf) or _known(value != value)  # noqa: PLR0124  # NaN
+    return _known(value < least) or _known(value == math.inf) or _known(value != value)  # the last: NaN
 
 
 def _known(condition: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cfl_ops._core.batching import CoreDims, vmap_rule
 
@@ -70,7 +70,12 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves the first and refuses the second.
-        if self.derivative is not None and not is_compiling():
+        if self.derivative is not None and is_compiling():
+            if (
+                not is_dynamo_compiling() and transforming()
+            ):  # a derivative made with torch.func, while it is traced
+                return self.function.apply(*args)
+        elif self.derivative is not None:
             if transforming():
                 return self.function.apply(*args)
             if not (torch.is_grad_enabled() and _any_requires_grad(args)):

@@ -170,7 +170,7 @@ def gram_(
     new = _new_rows(m, x, y, sample_weight, decay)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
-    refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
+    refuse_bad_rows(info, [field for field in m if field is not None], new, a.target_sum)
     return m
 
 

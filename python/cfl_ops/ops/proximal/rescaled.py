@@ -78,18 +78,19 @@ def rescaled_proximal_step(
     scaled_weight, scaled_bias = weight / target_scale, None if bias is None else bias / target_scale
     arguments = check_arguments(
         op, features, labels, scaled_weight, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
-    )
+    )  # fmt: skip
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
-    for name, value in (("kappa", kappa), ("target_scale", target_scale)):
-        checks.positive(op, name, value, [own, scaled_weight])
+    plain_loss = kappa == 1.0
+    own_weight = checks.positive(op, "kappa", kappa, [own, scaled_weight])
+    size = checks.positive(op, "target_scale", target_scale, [own, scaled_weight])
     *plain, info = PROXIMAL_STEP(*arguments)
     raise_if_failed(info, [own, *plain], features, labels, weight)
-    if kappa == 1.0 or features.shape[0] == 0:
+    if plain_loss or features.shape[0] == 0:
         return ProximalStep(
-            plain[0] * target_scale,
-            None if bias is None else plain[1] * target_scale,
-            plain[2] * target_scale**2,
-            plain[3] * target_scale**2,
+            plain[0] * size,
+            None if bias is None else plain[1] * size,
+            plain[2] * size**2,
+            plain[3] * size**2,
         )
 
     rows, width = features.shape
@@ -98,14 +99,11 @@ def rescaled_proximal_step(
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
         old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
-    mu, beta = (
-        scale * on_device(checks.coefficient(op, name, value, phi.device), phi)
-        for name, value in (("lam", lam), ("ridge", ridge))
-    )
-    t = mu + beta
+    mu = scale * on_device(arguments.lam, phi)
+    t = mu if arguments.ridge is None else mu + scale * on_device(arguments.ridge, phi)
     anchor = old * (mu / t)
     same_class = labels.unsqueeze(-1) == labels.unsqueeze(-2)
-    residual = target_scale * own - phi @ anchor.mT
+    residual = size * own - phi @ anchor.mT
 
     if rows <= phi.shape[-1]:
         # (Phi Phi^T + t diag(1 / s_k)) a_k = r_k, where 1 / s_k is 1 / kappa on the rows of class k, else 1.
@@ -114,7 +112,7 @@ def rescaled_proximal_step(
         factor, info = torch.linalg.cholesky_ex(shared)
         inverse = torch.cholesky_inverse(factor)
         alpha = torch.cholesky_solve(residual, factor)
-        shift = t * (1 / kappa - 1)
+        shift = t * (1 / own_weight - 1)
         inner = (
             torch.where(same_class, inverse, 0.0)
             + torch.eye(rows, dtype=phi.dtype, device=phi.device) / shift
@@ -127,16 +125,16 @@ def rescaled_proximal_step(
         shared = phi.mT @ phi
         shared.diagonal().add_(t)
         factor, info = torch.linalg.cholesky_ex(shared)
-        delta = torch.cholesky_solve(phi.mT @ ((1 + (kappa - 1) * own) * residual), factor)
+        delta = torch.cholesky_solve(phi.mT @ ((1 + (own_weight - 1) * own) * residual), factor)
         through = torch.cholesky_solve(phi.mT, factor)
         inner = torch.where(same_class, phi @ through, 0.0)
-        inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (kappa - 1)
+        inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (own_weight - 1)
         z = torch.linalg.solve(inner, (phi @ delta).gather(-1, labels.unsqueeze(-1)))
         change = (delta - through @ (own * z)).mT
     raise_if_failed(info, [change], features, labels, weight)
     new = anchor + change
-    final = target_scale * own - phi @ new.mT
-    weighted = (1 + (kappa - 1) * own) * final
+    final = size * own - phi @ new.mT
+    weighted = (1 + (own_weight - 1) * own) * final
     dtype = plain[2].dtype
     return ProximalStep(
         new[:, :width].to(weight.dtype),

@@ -15,9 +15,9 @@ from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import transforming
 from cfl_ops._core.results import public
 from cfl_ops.ops.solve.graph_factors import graph_factors
-from cfl_ops.ops.solve.least_squares import cutoff, not_finite, pinv_arguments
+from cfl_ops.ops.solve.least_squares import factored, matrix_error, pinv_arguments
 from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
-from cfl_ops.ops.solve.tall import factor_any, minimum_norm, underdetermined
+from cfl_ops.ops.solve.tall import minimum_norm, underdetermined
 
 __all__ = ["Factorization", "factorize"]
 
@@ -128,11 +128,11 @@ def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization
     if is_compiling() or transforming():
         factors = graph_factors(a, relative)
     else:
-        factors = factor_any(a, cutoff(a, relative, None))
+        factors = factored(a, relative, None)
     check_info("factorize", factors.info, [factors.left, factors.right, factors.rank], [a])
     return Factorization(a, factors.rank, factors)
 
 
 @error_message("factorize")
 def _factorize_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("factorize", info, context[0])
+    return matrix_error("factorize", info, context[0])

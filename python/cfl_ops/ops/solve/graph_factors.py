@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core.op import define_op
-from cfl_ops.ops.solve.least_squares import cutoff
-from cfl_ops.ops.solve.tall import Factors, factor_any, underdetermined
+from cfl_ops.ops.solve.least_squares import factored
+from cfl_ops.ops.solve.tall import Factors, underdetermined
 
 
 def graph_factors(a: Tensor, rtol: Tensor | None) -> Factors:
@@ -25,7 +25,7 @@ def _has_basis(a: Tensor, rtol: Tensor | None) -> bool:
 
 
 def _factors_python(a: Tensor, rtol: Tensor | None) -> tuple[Tensor, ...]:
-    factors = factor_any(a, cutoff(a, rtol, None))
+    factors = factored(a, rtol, None)
     t, left, right, basis, rank, info, *_ = factors
     if not _has_basis(a, rtol):
         basis = left.new_empty(*left.shape[:-2], 0, left.shape[-1])
