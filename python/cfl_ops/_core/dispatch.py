@@ -145,6 +145,7 @@ def lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
         nonlocal launcher
         if launcher is None:
             launcher = kernel.load()
+        op.rule(args)
         out = launcher(*args)
         return fall_back(op, args) if out is UNSERVED else out
 

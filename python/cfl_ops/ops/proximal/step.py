@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
-from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, core_dims
+from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, check_options, shapes
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
@@ -430,7 +431,8 @@ PROXIMAL_STEP = define_op(
     arguments=ProximalArguments,
     python=_fallback,
     fake=_fake,
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step"),
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
@@ -440,7 +442,9 @@ PROXIMAL_STEP_ = define_op(
     arguments=ProximalArguments,
     python=_fallback_in_place,
     fake=lambda arguments: _fake(arguments)[2:],
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step_"),
+    as_data=("features",),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step_"),),
 )
 
