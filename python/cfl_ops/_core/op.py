@@ -102,6 +102,12 @@ class Op:
         self.bump_versions(args)
         return out
 
+    def check(self, args: Sequence[Any]) -> None:
+        """Raise what a call would raise for these arguments, whatever their data."""
+        self.rule(args)
+        if self.written:
+            self.refuse_gradients(args)
+
     def bump_versions(self, args: Sequence[Any]) -> None:
         """Tell autograd what was written: a backward pass that needs what was there before then raises."""
         torch._C._increment_version([args[i] for i in self.written if args[i] is not None])
@@ -286,7 +292,18 @@ def _guarded(rule: Rule, python: Callable[..., Any]) -> Callable[..., Any]:
             return out.contiguous()
         return out if out is None else tuple(value.contiguous() for value in out)
 
-    return _checked(rule, without_autocast(dense))
+    return _checked(rule, without_autocast(below_autograd(dense) if rule.written else dense))
+
+
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python kernel of an op in place: what it writes with torch ops is the op's to tell autograd."""
+
+    @functools.wraps(function)
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(*args)
+
+    return below
 
 
 def _refusing(name: str, reason: str) -> Callable[[Any], NoReturn]:

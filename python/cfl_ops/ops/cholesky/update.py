@@ -92,8 +92,9 @@ def cholesky_update_ex(
 def cholesky_update_(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float = 1.0) -> Tensor:
     """As :func:`cholesky_update`, in place: only the lower triangle of ``L`` is read and written.
 
-    Where it raises, ``L`` is unchanged (in a batch, the elements that did not fail are updated). Takes no
-    part in autograd.
+    Where it raises, ``L`` is unchanged; in a batch, the elements that did not fail are updated, and the
+    exception's ``info`` is 0 for these (see :func:`cholesky_update_ex`). Takes no part in autograd: neither ``L`` nor
+    ``V`` may require grad, but under ``torch.no_grad()``.
 
     Returns:
         ``L``.

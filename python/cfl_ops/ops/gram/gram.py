@@ -159,7 +159,7 @@ def gram_(
         ``m``.
 
     Raises:
-        What :func:`gram` raises; ``m`` is then unchanged.
+        What :func:`gram` raises; ``m`` is then unchanged, all of a batch.
 
     Example:
         >>> import torch, cfl_ops
@@ -234,16 +234,15 @@ class GramInPlaceArguments(NamedTuple):
         )
 
     def add(self, new: Sequence[Tensor]) -> Tensor:
-        """Moments <- decay * moments + the results of ``gram`` for the new rows, unless their info says that
-        these are bad; returns that info.
+        """Moments <- decay * moments + the results of ``gram`` for the new rows, all of the batch or, if their info
+        says that some are bad, none; returns that info.
         """
         info = new[5]
-        good = info == 0
-        for old, fresh, dims in zip(self[:5], new, trailing(MOMENT_SHAPES).values(), strict=False):
-            keep = good[(...,) + (None,) * dims]
+        good = (info == 0).all()
+        for old, fresh in zip(self[:5], new, strict=False):
             # 0 forgets, whatever was there.
             kept = old * self.decay if self.decay != 0 else torch.zeros_like(old)
-            old.copy_(torch.where(keep, kept + fresh, old))
+            old.copy_(torch.where(good, kept + fresh, old))
         return info
 
 

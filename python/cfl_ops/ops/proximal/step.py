@@ -168,7 +168,8 @@ def proximal_step_(
     """As :func:`proximal_step`, with ``weight`` and ``bias`` updated in place.
 
     Returns:
-        ``(loss, grad_features)``. When it raises, weight and bias are unchanged. Takes no part in autograd.
+        ``(loss, grad_features)``. When it raises, weight and bias are unchanged, all of a batch. Takes no part
+        in autograd: features may require grad and get none (``grad_features`` is theirs), nothing else may.
 
     Example:
         >>> import torch, cfl_ops
@@ -182,8 +183,23 @@ def proximal_step_(
         "proximal_step_", features, target, weight, bias, lam, ridge, lam_diag, reduction, sample_weight,
         fit_bias, method, in_place=True,
     )  # fmt: skip
+    if weight.ndim > 2:
+        return _all_or_none_(arguments)
     loss, grad_features, info = PROXIMAL_STEP_(*arguments)
     raise_if_failed(info, [loss, grad_features], arguments.features, arguments.target, weight)
+    return loss, grad_features
+
+
+def _all_or_none_(arguments: ProximalArguments) -> tuple[Tensor, Tensor]:
+    """The step in place on a batch of heads, of which none is changed where one fails."""
+    if not torch.compiler.is_compiling():
+        PROXIMAL_STEP_.check(arguments)
+    with torch.no_grad():
+        weight, bias, loss, grad_features, info = PROXIMAL_STEP(*arguments)
+        raise_if_failed(info, [weight, bias], arguments.features, arguments.target, arguments.weight)
+        arguments.weight.copy_(weight)
+        if arguments.bias is not None:
+            arguments.bias.copy_(bias)
     return loss, grad_features
 
 
