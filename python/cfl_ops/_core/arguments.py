@@ -199,7 +199,8 @@ def has_memory(value: Tensor) -> bool:
 
 def shares_within(value: Tensor) -> bool:
     """Whether two elements of a tensor are one."""
-    return _self_overlap(*_dense_dims(value))
+    sizes, strides = _dense_dims(value)
+    return _self_overlap(sizes, strides)
 
 
 def _dense_dims(value: Tensor) -> tuple[list[int], list[int]]:
@@ -216,7 +217,7 @@ def _self_overlap(sizes: list[int], strides: list[int]) -> bool:
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if stride <= reach:
             places = _places(sizes, strides)
-            return places.unique().numel() < places.numel()
+            return int(places.unique().numel()) < int(places.numel())
         reach += (size - 1) * stride
     return False
 
