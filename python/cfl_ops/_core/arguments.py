@@ -108,9 +108,8 @@ class Rule:
                 )
         if self.check is not None:
             self.check(*args)
-        for position in self.written:
-            if args[position] is not None:
-                self._check_writable(position, args)
+        if self.written:
+            self._check_writable(args)
 
     def _refuse_dtype(self, field: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         got = value.dtype if value.layout is torch.strided else f"layout {value.layout}"
@@ -127,21 +126,27 @@ class Rule:
             f"cfl_ops.{self.name}: {field} must have shape (..., {wanted}), but got {tuple(value.shape)}"
         )
 
-    def _check_writable(self, position: int, args: Sequence[Any]) -> None:
-        value: Tensor = args[position]
-        if not has_memory(value):
-            return
-        if shares_within(value):
-            raise ValueError(
-                f"cfl_ops.{self.name}: {self.fields[position]} must not share memory between its elements to be "
-                f"updated in place, but got shape {tuple(value.shape)} with strides {value.stride()}"
-            )
-        for place, other in enumerate(args):
-            if place != position and isinstance(other, Tensor) and shares_memory(value, other):
+    def _check_writable(self, args: Sequence[Any]) -> None:
+        """What is written to shares no memory: neither its own elements with each other nor with an argument."""
+        spans = [extent(value) if isinstance(value, Tensor) else None for value in args]
+        for position in self.written:
+            span = spans[position]
+            if span is None:
+                continue
+            if not args[position].is_contiguous() and shares_within(args[position]):
                 raise ValueError(
-                    f"cfl_ops.{self.name}: {self.fields[position]}, which is updated in place, must not share "
-                    f"memory with {self.fields[place]}"
+                    f"cfl_ops.{self.name}: {self.fields[position]} must not share memory between its elements to "
+                    f"be updated in place, but got shape {tuple(args[position].shape)} with strides "
+                    f"{args[position].stride()}"
                 )
+            for place, other in enumerate(spans):
+                if other is None or place == position or span[1] <= other[0] or other[1] <= span[0]:
+                    continue
+                if shares_memory(args[position], args[place]):
+                    raise ValueError(
+                        f"cfl_ops.{self.name}: {self.fields[position]}, which is updated in place, must not share "
+                        f"memory with {self.fields[place]}"
+                    )
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -187,14 +192,21 @@ def same_dtype(op: str, name: str, value: Tensor | None, of: str, dtype: torch.d
 # --- which tensors share memory
 
 
-def has_memory(value: Tensor) -> bool:
-    """Whether there is memory to ask about: not of what a compiler or a transform stands in for a tensor."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and not value.is_meta
-        and value.numel() > 0
-        and (not torch._C._functorch.is_functorch_wrapped_tensor(value))
-    )
+def extent(value: Tensor) -> tuple[int, int] | None:
+    """Its addresses, first and past the last; None where a compiler or a transform stands in for a tensor."""
+    if type(value) not in _WITH_MEMORY or value.is_meta or not value.numel():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    begin = value.data_ptr()
+    if value.is_contiguous():
+        return begin, begin + value.numel() * value.element_size()
+    sizes, strides = _dense_dims(value)
+    last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    return begin, begin + (1 + last) * value.element_size()
+
+
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 
 def shares_within(value: Tensor) -> bool:
@@ -232,16 +244,10 @@ def _places(sizes: list[int], strides: list[int]) -> Tensor:
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of one is an element of the other."""
-    if not has_memory(b) or a.device != b.device:
-        return False
+    """Whether an element of one is an element of the other, of two tensors whose extents overlap."""
     begin_a, begin_b = a.data_ptr(), b.data_ptr()
     bytes_a, bytes_b = a.element_size(), b.element_size()
     (sizes_a, strides_a), (sizes_b, strides_b) = _dense_dims(a), _dense_dims(b)
-    end_a = begin_a + bytes_a * (1 + sum((n - 1) * s for n, s in zip(sizes_a, strides_a, strict=True)))
-    end_b = begin_b + bytes_b * (1 + sum((n - 1) * s for n, s in zip(sizes_b, strides_b, strict=True)))
-    if end_a <= begin_b or end_b <= begin_a:
-        return False
     if bytes_a != bytes_b or (begin_a - begin_b) % bytes_a:
         return True
     # Two parts of the rows of one matrix, as a head and its bias in [W b].
