@@ -98,16 +98,17 @@ struct View {
     }
     return true;
   }
-  uintptr_t begin() const {
+  // Addresses of the first element and of the end of the last one; twice 0 where there is none.
+  std::pair<int64_t, int64_t> span() const {
+    int64_t last = 0;
+    for (int64_t i = 0; i < ndim; ++i) {
+      if (sizes[i] == 0) return {0, 0};
+      last += (sizes[i] - 1) * strides[i];
+    }
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-    return reinterpret_cast<uintptr_t>(data);
-  }
-  // Bytes from the first element to the end of the last one.
-  int64_t extent() const {
-    int64_t last = 0;
-    for (int64_t i = 0; i < ndim; ++i) last += (sizes[i] - 1) * strides[i];
-    return (last + 1) * element;
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+    return {begin, begin + (last + 1) * element};
   }
 };
 
@@ -115,8 +116,11 @@ struct View {
 // arithmetic; what is left element by element.
 class Memory {
  public:
-  static bool shares_within(const View& v) {
-    if (v.dense() || v.empty()) return false;
+  using Span = std::pair<int64_t, int64_t>;
+
+  static bool shares_within(const View& v, Span span) {
+    const int64_t bytes = span.second - span.first;
+    if (bytes == 0 || v.dense()) return false;
     std::array<int64_t, 64> order;
     int64_t dims = 0;
     for (int64_t i = 0; i < v.ndim; ++i) {
@@ -134,8 +138,8 @@ class Memory {
     }
     if (nested) return false;
     const Elements elements(v);
-    if (elements.count > v.extent() / v.element) return true;
-    std::vector<bool> seen(static_cast<size_t>(v.extent()));
+    if (elements.count > bytes / v.element) return true;
+    std::vector<bool> seen(static_cast<size_t>(bytes));
     return elements.any([&](int64_t at) {
       const bool twice = seen[at];
       seen[at] = true;
@@ -143,17 +147,16 @@ class Memory {
     });
   }
 
-  static bool shared(const View& a, const View& b) {
-    if (a.empty() || b.empty()) return false;
-    const auto a0 = static_cast<int64_t>(a.begin()), b0 = static_cast<int64_t>(b.begin());
-    const int64_t a1 = a0 + a.extent(), b1 = b0 + b.extent();
-    if (a1 <= b0 || b1 <= a0) return false;
+  // Of arguments whose spans meet.
+  static bool shared(const View& a, Span of_a, const View& b, Span of_b) {
+    const auto [a0, a1] = of_a;
+    const auto [b0, b1] = of_b;
     for (int64_t i = 0; i < a.ndim; ++i) {
       if (a.sizes[i] > 1 && interleaved(a, b, b0 - a0, a.strides[i] * a.element)) return false;
     }
-    const Elements of_a(a), of_b(b);
+    const Elements in_a(a), in_b(b);
     // So many would take long; as they meet themselves so often, they hardly miss one another.
-    if (of_a.count > a1 - a0 || of_b.count > b1 - b0) return true;
+    if (in_a.count > a1 - a0 || in_b.count > b1 - b0) return true;
     const int64_t first = std::max(a0, b0), size = std::min(a1, b1) - first;
     std::vector<bool> taken(static_cast<size_t>(size));
     auto bytes = [&](const Elements& elements, int64_t start, int64_t width, auto see) {
@@ -165,11 +168,11 @@ class Memory {
         return false;
       });
     };
-    bytes(of_a, a0, a.element, [&](int64_t place) {
+    bytes(in_a, a0, a.element, [&](int64_t place) {
       taken[place] = true;
       return false;
     });
-    return bytes(of_b, b0, b.element, [&](int64_t place) { return bool(taken[place]); });
+    return bytes(in_b, b0, b.element, [&](int64_t place) { return bool(taken[place]); });
   }
 
  private:
@@ -257,20 +260,26 @@ class Checked {
 
   // After all tensors: what is written shares no memory with itself or another argument.
   void apart() const {
+    std::array<Memory::Span, kMostTensors> spans;
+    for (int i = 0; i < count_; ++i) spans[i] = views_[i].span();
     for (int i = 0; i < count_; ++i) {
-      if (!views_[i].written) continue;
-      if (Memory::shares_within(views_[i])) {
-        fail(views_[i].name,
+      const View& view = views_[i];
+      if (!view.written) continue;
+      if (Memory::shares_within(view, spans[i])) {
+        fail(view.name,
              "must not share memory between its elements, as it is written to, but got shape ",
-             shape(views_[i]), " with strides ", list(views_[i].strides, views_[i].ndim));
+             shape(view), " with strides ", list(view.strides, view.ndim));
       }
       for (int j = 0; j < count_; ++j) {
-        if (j == i || (j < i && views_[j].written)) continue;
-        if (Memory::shared(views_[i], views_[j])) {
-          fail(views_[i].name,
-               "must not share memory with another argument, as it is written to, but got views of "
-               "the memory of ",
-               views_[j].name);
+        if (spans[i].second <= spans[j].first || spans[j].second <= spans[i].first || i == j) {
+          continue;
+        }
+        if (Memory::shared(view, spans[i], views_[j], spans[j])) {
+          fail(
+              view.name,
+              "must not share memory with another argument, as it is written to, but got a view of "
+              "that of ",
+              views_[j].name);
         }
       }
     }

@@ -270,7 +270,9 @@ Tensor gram_op_(const Tensor& gram, const Tensor& cross, const Tensor& target_su
   check.apart();
   const Tensor given[] = {gram, cross, target_sum, target_sq, count};
   Tensor dense[5];
-  for (int i = 0; i < 5; ++i) dense[i] = torch::stable::contiguous(given[i]);
+  for (int i = 0; i < 5; ++i) {
+    dense[i] = given[i].is_contiguous() ? given[i] : torch::stable::contiguous(given[i]);
+  }
   const Outputs out{dense[0], dense[1], dense[2], dense[3], dense[4]};
   Tensor info = accumulate(x, y, sample_weight, num_classes, out, decay, /*fresh=*/false);
   for (int i = 0; i < 5; ++i) {  // what was refused came back as it was
