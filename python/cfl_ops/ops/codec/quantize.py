@@ -144,7 +144,10 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"cfl_ops.dequantize: q must be a QuantizedTensor, but got {type(q).__name__}")
-    bits, group_size = check_bits("dequantize", q.bits), integer("dequantize", "q.group_size", q.group_size, 0)
+    bits, group_size = (
+        check_bits("dequantize", q.bits),
+        integer("dequantize", "q.group_size", q.group_size, 0),
+    )
     checks.tensor("dequantize", "q.symbols", q.symbols, 0)
     if q.symbols.dtype != symbol_dtype(bits):
         raise TypeError(
