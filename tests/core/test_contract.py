@@ -303,7 +303,7 @@ def wrong_calls(spec: contract.OpSpec, args: Sequence[Any]) -> Iterator[tuple[st
     for i, kind in enumerate(types):
         if kind == "float":
             yield "NaN", fields[i], but(i, float("nan"))
-        elif kind == "int" and fields[i] != "start":
+        elif kind == "int" and fields[i] not in ("start", "acc_dtype"):
             yield "negative", fields[i], but(i, -1)
         elif kind == "str":
             yield "unknown", fields[i], but(i, "nonsense")
