@@ -183,6 +183,11 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
     checks.same_device(op, "the encoded bytes", payload, out=out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"cfl_ops.{op}: out requires grad, but no gradient passes decoding: give out.detach(), or use "
+            "torch.no_grad()"
+        )
     if not torch.compiler.is_compiling() and _overlap(out, payload):
         raise ValueError(f"cfl_ops.{op}: out must not share memory with the encoded bytes")
 
