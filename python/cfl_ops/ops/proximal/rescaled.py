@@ -63,9 +63,8 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    for name, value in (("kappa", kappa), ("target_scale", target_scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"cfl_ops.{op}: {name} must be finite and positive, but got {value}")
+    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
+    target_scale = checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")

@@ -126,14 +126,18 @@ def _arguments(
         )
     data, targets = (value.detach() for value in check_data("ridge_cv", x, y))
     penalties = check_penalties("ridge_cv", lams, x.device)
-    rows, kind, folds = x.shape[-2], str(cv), 0
-    if isinstance(cv, int) and not isinstance(cv, bool):
-        kind, folds = "folds", cv
+    per_target = checks.flag("ridge_cv", "per_target", per_target)
+    bias = checks.flag("ridge_cv", "bias", bias)
+    rows, kind, folds = x.shape[-2], "folds", 0
+    if not isinstance(cv, str):
+        folds = checks.integer("ridge_cv", "cv", cv)
         if not 2 <= folds <= rows:
             raise ValueError(
                 f"cfl_ops.ridge_cv: cv must be from 2 to the number of rows ({rows}), but got {cv}"
             )
-    elif cv not in ("loo", "gcv"):
+    elif cv in ("loo", "gcv"):
+        kind = cv
+    else:
         raise ValueError(f"cfl_ops.ridge_cv: cv must be 'loo', 'gcv' or a number of folds, but got {cv!r}")
     if rows < 2:
         raise ValueError(f"cfl_ops.ridge_cv: x must have at least 2 rows, but got {rows}")
