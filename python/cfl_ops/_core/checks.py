@@ -116,10 +116,10 @@ def integer(op: str, name: str, value: Any, least: int | None = None, most: int 
 
 
 def numbers(op: str, name: str, values: Any) -> list[float]:
-    """A sequence of numbers, or an array of one dimension, as a list of them."""
+    """A sequence of numbers that are finite and >= 0, or an array of one dimension, as a list of them."""
     if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise TypeError(f"cfl_ops.{op}: {name} must be a sequence of numbers, but got {_shown(values)}")
-    return [number(op, f"{name}[{i}]", value, NOT_NEGATIVE) for i, value in enumerate(values)]
+    return [number(op, name, value, NOT_NEGATIVE) for value in values]
 
 
 def flag(op: str, name: str, value: Any) -> bool:
@@ -184,12 +184,8 @@ def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     if type(value) is float and not is_compiling() and 0 <= value < math.inf and not _tracing():
         return _number(value)  # the common case
     if isinstance(value, Tensor):
-        if value.dtype not in FLOATS:
-            if value.dtype is torch.bool or value.is_complex() or value.is_quantized:
-                raise TypeError(f"cfl_ops.{op}: {name} must be a tensor of real numbers, but got {value.dtype}")
-            value = value.double()
+        value = real_tensor(op, name, value)
         if value.ndim > 0:
-            tensor(op, name, value, 0)
             same_device(op, "the features", torch.empty(0, device=device), **{name: value})
         return value
     if isinstance(value, bool | str) or value is None:
@@ -201,8 +197,20 @@ def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def penalty(op: str, name: str, value: Any) -> float | Tensor:
-    """A tensor, which the op checks, or a number that is finite and >= 0."""
-    return value if isinstance(value, Tensor) else number(op, name, value, NOT_NEGATIVE)
+    """A tensor, whose data the op checks, or a number that is finite and >= 0."""
+    if isinstance(value, Tensor):
+        return real_tensor(op, name, value)
+    return number(op, name, value, NOT_NEGATIVE)
+
+
+def real_tensor(op: str, name: str, value: Tensor) -> Tensor:
+    """A strided tensor of real numbers: integers become float64."""
+    if value.dtype in FLOATS and value.layout is STRIDED:
+        return value
+    tensor(op, name, value, 0)
+    if value.dtype is torch.bool or value.dtype.is_floating_point or value.is_complex() or value.is_quantized:
+        raise TypeError(f"cfl_ops.{op}: {name} must be a tensor of real numbers, but got {value.dtype}")
+    return value.double()
 
 
 def is_zero(value: Any) -> bool:

@@ -8,9 +8,20 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def in_inference_mode() -> bool:
+    """Whether what is made now is made in inference mode (of which the compiler, that cannot trace it, knows)."""
+    return not is_compiling() and torch.is_inference_mode_enabled()
+
+
+def from_inference_mode(tensor: Tensor) -> bool:
+    """Whether a tensor was made in inference mode."""
+    return not is_compiling() and tensor.is_inference()
 
 
 def makes_state(function: Callable[P, R]) -> Callable[P, R]:
@@ -21,7 +32,7 @@ def makes_state(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
+        if not in_inference_mode():
             with torch.no_grad():
                 return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():  # leaving inference mode lets gradients in
@@ -33,13 +44,13 @@ def makes_state(function: Callable[P, R]) -> Callable[P, R]:
 @makes_state
 def normal(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if from_inference_mode(tensor) else tensor
 
 
 class StateModule(nn.Module):
     """A module whose own parameters and buffers are set by its methods, not by an optimiser.
 
-    A state_dict that does not fit (a shape, integers for floating point, in strict mode a missing name) leaves
+    A state_dict that does not fit (a shape, integers for floating point, in strict mode a name too few or too many) leaves
     them as they were. Those that were made in inference mode, by a load or a move, become normal ones.
     """
 
@@ -52,7 +63,7 @@ class StateModule(nn.Module):
     def _make_normal(self) -> None:
         """Before the state is written to."""
         for store, name, value in self._stores():
-            if value.is_inference():
+            if from_inference_mode(value):
                 copy = normal(value.detach())
                 store[name] = nn.Parameter(copy, value.requires_grad) if store is self._parameters else copy
 
@@ -68,7 +79,8 @@ class StateModule(nn.Module):
     ) -> None:
         self._make_normal()
         before = [(store, name, value, value.detach().clone()) for store, name, value in self._stores()]
-        known = len(error_msgs), len(missing_keys)
+        failures = (error_msgs, missing_keys, unexpected_keys) if strict else (error_msgs,)
+        known = sum(map(len, failures))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -76,7 +88,7 @@ class StateModule(nn.Module):
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.is_floating_point() != value.is_floating_point():
                 error_msgs.append(f"{prefix}{name} must be of the kind of {value.dtype}, but got {given.dtype}.")
-        if len(error_msgs) > known[0] or (strict and len(missing_keys) > known[1]):
+        if sum(map(len, failures)) > known:
             for store, name, value, content in before:
                 with torch.no_grad():
                     value.copy_(content)

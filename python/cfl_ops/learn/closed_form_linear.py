@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cfl_ops._core import checks
 from cfl_ops._core.deferred import DeferredCheck
-from cfl_ops._core.state import StateModule, makes_state
+from cfl_ops._core.state import StateModule, from_inference_mode, in_inference_mode, makes_state
 from cfl_ops.ops.proximal.step import proximal_step_, proximal_step_ex_
 
 __all__ = ["ClosedFormLinear"]
@@ -147,7 +147,7 @@ class ClosedFormLinear(StateModule):
             shape: ``features.backward(grad_features)``.
 
         """
-        if torch.is_inference_mode_enabled():
+        if in_inference_mode():
             return self._update_as_state(features, target, sample_weight)
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
@@ -182,9 +182,15 @@ class ClosedFormLinear(StateModule):
         if self.method == "ridge":
             lam, ridge = 0.0, lam + ridge
         self.check()
-        if self.weight.is_inference():
+        weight: Tensor | None = self._parameters.get("weight")
+        if weight is not None and from_inference_mode(weight):
             self._make_normal()
-        weight = self.weight
+            weight = self._parameters["weight"]
+        if weight is None:
+            raise RuntimeError(
+                f"cfl_ops.{NAME}: weight must be a parameter of the head, which a step sets, but it is computed from "
+                "others (torch.nn.utils.parametrize, prune)"
+            )
         arguments = (rows, target, weight, self.bias)
         options: dict[str, Any] = {
             "lam": lam, "ridge": ridge, "reduction": self.reduction, "fit_bias": self.fit_bias,

@@ -143,7 +143,8 @@ class Ridge(_LinearModel):
         """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
         alpha = checks.number("learn.Ridge", "alpha", self.alpha, checks.NOT_NEGATIVE)
         x, target, foreign = self._validated(X, y)
-        result = ridge(x, _columns(target), alpha, bias=bool(self.fit_intercept))
+        bias = checks.flag("learn.Ridge", "fit_intercept", self.fit_intercept)
+        result = ridge(x, _columns(target), alpha, bias=bias)
         weight, intercept = result if isinstance(result, tuple) else (result, None)
         self._store(weight, intercept, target, foreign)
         return self
@@ -198,8 +199,8 @@ class RidgeCV(_LinearModel):
             _columns(target),
             torch.tensor(checks.numbers("learn.RidgeCV", "alphas", alphas), dtype=torch.float64),
             cv="loo" if self.cv is None else self.cv,
-            per_target=bool(self.alpha_per_target),
-            bias=bool(self.fit_intercept),
+            per_target=checks.flag("learn.RidgeCV", "alpha_per_target", self.alpha_per_target),
+            bias=checks.flag("learn.RidgeCV", "fit_intercept", self.fit_intercept),
         )
         self._store(result.weight, result.intercept, target, foreign)
         scores = result.scores

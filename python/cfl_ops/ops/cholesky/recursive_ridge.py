@@ -205,6 +205,7 @@ class RecursiveRidge(PreciseModule):
         checks.floating("RecursiveRidge.predict", "x", x, 1)
         checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
         mean = (x.double() @ self.wide_weight.mT).to(x.dtype)
+        return_variance = checks.flag("RecursiveRidge.predict", "return_variance", return_variance)
         if not return_variance:
             return mean
         rows = x.reshape(-1, self.features).to(self.factor.dtype)

@@ -166,6 +166,7 @@ class GramAccumulator:
             self.
 
         """
+        progress = checks.flag("GramAccumulator.fit", "progress", progress)
         checkpoint_every = checks.integer("GramAccumulator.fit", "checkpoint_every", checkpoint_every, 1)
         skip = 0
         if checkpoint is not None and Path(checkpoint).exists():

@@ -69,9 +69,21 @@ class GramMoments(NamedTuple):
         )
 
     def decay(self, rho: float | Tensor) -> GramMoments:
-        """All moments times ``rho``: older rows count less (exponential forgetting)."""
-        rho = checks.penalty("GramMoments.decay", "rho", rho)
-        return GramMoments._make(None if field is None else field * rho for field in self)
+        """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
+        op = "GramMoments.decay"
+        factor = checks.penalty(op, "rho", rho)
+        if not isinstance(factor, Tensor):
+            return GramMoments._make(None if field is None else field * factor for field in self)
+        if factor.ndim and factor.shape != self.count.shape:
+            raise ValueError(
+                f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
+                f"but got shape {tuple(factor.shape)}"
+            )
+        factors = [factor[(...,) + (None,) * dims] if factor.ndim else factor for dims in MOMENT_DIMS.values()]
+        return GramMoments._make(
+            None if field is None else field * each.to(field.dtype)
+            for field, each in zip(self, factors, strict=True)
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""

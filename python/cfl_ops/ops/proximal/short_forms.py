@@ -85,6 +85,7 @@ def ridge_step(
         outputs = target.shape[-1]
     dtype = features.dtype if features.dtype == torch.float64 else torch.float32
     weight = features.new_zeros(*features.shape[:-2], outputs, features.shape[-1], dtype=dtype)
+    lam = checks.coefficient("ridge_step", "lam", lam, features.device)
     with_bias = checks.flag("ridge_step", "bias", bias)
     zero_bias = weight.new_zeros(weight.shape[:-1]) if with_bias else None
     return step_or_raise(check_arguments(
