@@ -14,6 +14,7 @@ from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
+from cfl_ops.ops.codec.arguments import integer
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse, symbol_dtype
@@ -37,6 +38,9 @@ def huffman_encode(symbols: Tensor) -> Tensor:
     Returns:
         A 1-d uint8 tensor on the device of ``symbols``.
 
+    Raises:
+        TypeError, ValueError: other symbols, more than 64 dimensions, or more than 2^40 symbols.
+
     Example:
         >>> import torch, cfl_ops
         >>> symbols = torch.arange(1000).remainder(3).to(torch.uint8)
@@ -46,6 +50,7 @@ def huffman_encode(symbols: Tensor) -> Tensor:
 
     """
     _check_symbols("huffman_encode", "symbols", symbols)
+    check_shape("huffman_encode", "symbols", symbols, codes.MAX_SYMBOLS)
     payload: Tensor = HUFFMAN_ENCODE(symbols, list(symbols.shape), CHUNK_LOG2, 0)
     return payload
 
@@ -60,14 +65,18 @@ def huffman_decode(
     Args:
         payload: 1-d uint8.
         out: a contiguous tensor of the symbols' dtype to write into, of as many elements as are asked for;
-            with it the call is free of data-dependent shapes (torch.compile with fullgraph).
+            with it the call is free of data-dependent shapes (torch.compile with fullgraph). It shares no
+            memory with the payload.
         start: decode only the elements from here on (of the flattened tensor), as a 1-d tensor: only the
             chunks that hold them are read and checked.
         stop: and up to here.
 
     Raises:
-        CorruptDataError: a byte is wrong, missing or too many. ``out`` may then be partly written.
+        CorruptDataError: a byte is wrong, missing or too many. Where a chunk is damaged, any element of ``out``
+            may have been overwritten.
         IndexError: start and stop do not fit the payload.
+        TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header (all that
+            stands before the chunks), ``out`` is as it was.
 
     Example:
         >>> import torch, cfl_ops
@@ -130,6 +139,8 @@ def read_header(op: str, payload: Tensor, raw: Tensor | None = None) -> Header:
         payload = cuda.with_first_bytes(payload, raw)
     if code:
         raise corrupt(op, f"the payload {codes.WORDS[code]}")
+    if numel == 0 and not codes.shape_fits(shape):  # else its product is numel, which is checked
+        raise corrupt(op, f"the payload {codes.WORDS[codes.BAD_HEADER]}")
     return Header(payload, symbol_bytes, numel, shape)
 
 
@@ -137,6 +148,20 @@ def _check_symbols(op: str, name: str, value: Any) -> None:
     checks.tensor(op, name, value, 0)
     if value.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"cfl_ops.{op}: {name} must be uint8 or uint16, but got {value.dtype}")
+
+
+def check_shape(op: str, name: str, value: Tensor, most: int) -> None:
+    """The format holds the shape, and no more than ``most`` elements."""
+    if value.ndim > codes.MAX_DIMS:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have at most {codes.MAX_DIMS} dimensions, but got {value.ndim}"
+        )
+    if torch.compiler.is_compiling():
+        return  # sizes may be symbolic, and a guard on them would recompile
+    if value.numel() > most or not codes.shape_fits(value.shape):
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have at most {most} elements, but got shape {tuple(value.shape)}"
+        )
 
 
 def check_payload(op: str, name: str, payload: Any) -> None:
@@ -155,10 +180,23 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
     checks.same_device(op, "the encoded bytes", payload, out=out)
+    if not torch.compiler.is_compiling() and _overlap(out, payload):
+        raise ValueError(f"cfl_ops.{op}: out must not share memory with the encoded bytes")
+
+
+def _overlap(out: Tensor, payload: Tensor) -> bool:
+    """Whether a contiguous tensor and a 1-d tensor of bytes have memory in common."""
+    if out.numel() == 0 or payload.numel() == 0:
+        return False
+    mine, theirs = out.data_ptr(), payload.data_ptr()
+    span = (payload.numel() - 1) * payload.stride(0) + 1
+    return mine < theirs + span and theirs < mine + out.numel() * out.element_size()
 
 
 def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int, int]:
-    first, last = 0 if start is None else start, numel if stop is None else stop
+    """The first element that is asked for, and how many."""
+    first = 0 if start is None else integer(op, "start", start)
+    last = numel if stop is None else integer(op, "stop", stop)
     if not 0 <= first <= last <= numel:
         raise IndexError(
             f"cfl_ops.{op}: start and stop must be ordered and within the {numel} elements, "
