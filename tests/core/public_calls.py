@@ -62,7 +62,9 @@ def accumulate(x: Any = X, y: Any = Y, sample_weight: Any = S, **options: Any) -
 
 def accumulate_fit(**options: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return cfl_ops.GramAccumulator().fit([(X, Y)] * 3, checkpoint=Path(folder) / "c.pt", **options).moments
+        return (
+            cfl_ops.GramAccumulator().fit([(X, Y)] * 3, checkpoint=Path(folder) / "c.pt", **options).moments
+        )
 
 
 def accumulate_fit_file(**options: Any) -> Any:
@@ -252,9 +254,11 @@ def documented() -> dict[str, inspect.Signature]:
     for prefix, module in (("", cfl_ops), ("learn.", learn), ("config.", config)):
         for name in module.__all__:
             item = getattr(module, name)
-            if isinstance(item, type) and f"{prefix}{name}" in CALLS:
-                found[prefix + name] = inspect.signature(item)
-            elif inspect.isfunction(item) and prefix != "config.":
+            if (
+                f"{prefix}{name}" in CALLS
+                if isinstance(item, type)
+                else inspect.isfunction(item) and prefix != "config."
+            ):
                 found[prefix + name] = inspect.signature(item)
     for name in CALLS:
         if "." in name and name not in found:

@@ -48,11 +48,12 @@ def leaves(out: Any) -> list[Any]:
 def assert_equal(got: Any, want: Any) -> None:
     assert len(leaves(got)) == len(leaves(want))
     for a, b in zip(leaves(got), leaves(want), strict=True):
+        assert type(a) is type(b)
         if isinstance(b, Tensor):
             assert a.dtype == b.dtype
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
         else:
-            assert a == b and type(a) is type(b)
+            assert a == b
 
 
 def forms(kind: str, value: Any) -> list[Any]:
@@ -64,7 +65,11 @@ def forms(kind: str, value: Any) -> list[Any]:
     if kind == "numbers":
         return [np.array(value), np.float32(value), torch.tensor(value, dtype=torch.float64), tuple(value),
                 [np.float32(v) for v in value], [torch.tensor(v) for v in value]]  # fmt: skip
-    whole = [int(value), np.int64(value), np.array(int(value)), torch.tensor(int(value))] if value % 1 == 0 else []
+    whole = (
+        [int(value), np.int64(value), np.array(int(value)), torch.tensor(int(value))]
+        if value % 1 == 0
+        else []
+    )
     return [np.float64(value), np.float32(value), np.float16(value), np.array(value), torch.tensor(value),
             np.array(value, np.float32), torch.tensor(value, dtype=torch.float64), Fraction(value), *whole]  # fmt: skip
 
@@ -97,7 +102,9 @@ def test_numbers(function: str, parameter: str, kind: str) -> None:
     want = call()
     for form in forms(kind, value):
         assert_equal(call(**{parameter: form}), want)
-    changed = {"flag": lambda: not value, "numbers": lambda: [v + 1 for v in value]}.get(kind, lambda: value + 1)()
+    changed = {"flag": lambda: not value, "numbers": lambda: [v + 1 for v in value]}.get(
+        kind, lambda: value + 1
+    )()
     if (function, parameter) not in UNSEEN:
         try:
             other = call(**{parameter: changed})

@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STRIDED = torch.strided
+MOST = 2**63 - 1
 
 
 def tensor(op: str, name: str, value: Any, min_ndim: int) -> None:
@@ -102,14 +103,17 @@ def number(op: str, name: str, value: Any, wanted: Range = FINITE) -> float:
 
 
 def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """An integer from ``least`` to ``most``; integers come from where numbers do, see :func:`number`."""
+    """An integer from ``least`` to ``most`` (with ``least`` alone, to what an op can be given).
+
+    Integers come from where numbers do, see :func:`number`.
+    """
     if type(value) is not int:
         value = _integer(op, name, value)
-    if (least is not None and value < least) or (most is not None and value > most):
-        if least is None or most is None:
-            wanted = f"at most {most}" if least is None else f"at least {least}"
+    if least is not None and not least <= value <= (MOST if most is None else most):
+        if most is not None:
+            wanted = f"an integer from {least} to {most}"
         else:
-            wanted = f"from {least} to {most}"
+            wanted = f"at least {least}" if value < least else "less than 2^63"
         raise ValueError(f"cfl_ops.{op}: {name} must be {wanted}, but got {value}")
     out: int = value
     return out
@@ -169,9 +173,7 @@ def _shown(value: Any) -> str:
 def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """``value`` is one of ``allowed``."""
     if not isinstance(value, str):
-        raise TypeError(
-            f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {_shown(value)}"
-        )
+        raise TypeError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {_shown(value)}")
     if value not in allowed:
         raise ValueError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {value!r}")
 
@@ -194,6 +196,16 @@ def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     if is_compiling() or _tracing():
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     return _number(float(value))
+
+
+def one_coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """A :func:`coefficient` of a function that takes no batches: one number, in a tensor without dimensions."""
+    out = coefficient(op, name, value, device)
+    if out.ndim:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must be a number or a 0-d tensor, but got shape {tuple(out.shape)}"
+        )
+    return out
 
 
 def penalty(op: str, name: str, value: Any) -> float | Tensor:

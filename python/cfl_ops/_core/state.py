@@ -50,8 +50,8 @@ def normal(tensor: Tensor) -> Tensor:
 class StateModule(nn.Module):
     """A module whose own parameters and buffers are set by its methods, not by an optimiser.
 
-    A state_dict that does not fit (a shape, integers for floating point, in strict mode a name too few or too many) leaves
-    them as they were. Those that were made in inference mode, by a load or a move, become normal ones.
+    A state_dict that does not fit (a shape, integers for floating point, in strict mode a name too few or too
+    many) leaves them as they were. Those that were made in inference mode, by a load or a move, become normal.
     """
 
     def _stores(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -87,7 +87,9 @@ class StateModule(nn.Module):
         for _, name, value, _ in before:
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.is_floating_point() != value.is_floating_point():
-                error_msgs.append(f"{prefix}{name} must be of the kind of {value.dtype}, but got {given.dtype}.")
+                error_msgs.append(
+                    f"{prefix}{name} must be of the kind of {value.dtype}, but got {given.dtype}."
+                )
         if sum(map(len, failures)) > known:
             for store, name, value, content in before:
                 with torch.no_grad():

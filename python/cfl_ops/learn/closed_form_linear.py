@@ -31,6 +31,14 @@ INITS = {
 }
 
 
+def _as_rows(value: Tensor, core: int) -> Tensor:
+    """All dimensions but the last ``core`` as one; a reshape that changes nothing would cost 2 us."""
+    leading = value.ndim - core
+    if leading == 1:
+        return value
+    return value.unsqueeze(0) if leading < 1 else value.flatten(0, leading - 1)
+
+
 class ClosedFormLinear(StateModule):
     r"""``nn.Linear`` whose weight and bias are set by a closed-form step on each batch.
 
@@ -45,8 +53,9 @@ class ClosedFormLinear(StateModule):
 
     The parameters have ``requires_grad=False``, so an optimiser passes over them, and the state_dict is that
     of ``nn.Linear``; one that does not fit leaves them as they were. As those of ``nn.Linear`` they follow
-    ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype. A head that was made under
-    :func:`torch.inference_mode` can be updated outside it. lam and the other options are plain attributes: change ``head.lam`` for a schedule.
+    ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype. A head that was made
+    under :func:`torch.inference_mode` can be updated outside it. lam and the other options are plain attributes:
+    change ``head.lam`` for a schedule.
 
     Args:
         in_features: D, the width of the features.
@@ -165,14 +174,10 @@ class ClosedFormLinear(StateModule):
     ) -> tuple[Tensor, Tensor]:
         checks.floating(NAME, "features", features, 1)
         checks.size(NAME, "features", features, -1, self.in_features, "the head's in_features")
-        checks.tensor(NAME, "target", target, 0)
-        # A reshape that changes nothing costs 2 us, too.
-        rows = features.detach()
-        if rows.ndim != 2:
-            rows = rows.reshape(-1, self.in_features)
-        target_shape = () if target.dtype == torch.int64 else target.shape[-1:]
-        if target.ndim != 1 + len(target_shape):
-            target = target.reshape(-1, *target_shape)
+        if not isinstance(target, Tensor):
+            checks.tensor(NAME, "target", target, 0)
+        rows = _as_rows(features.detach(), 1)
+        target = _as_rows(target, 0 if target.dtype == torch.int64 else 1)
         lam, ridge = self.lam, self.ridge
         if self.relative or self.method == "ridge":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)

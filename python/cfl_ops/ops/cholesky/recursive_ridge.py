@@ -94,7 +94,10 @@ class RecursiveRidge(PreciseModule):
     ) -> None:
         super().__init__()
         op = "RecursiveRidge"
-        features, targets = checks.integer(op, "features", features, 0), checks.integer(op, "targets", targets, 0)
+        features, targets = (
+            checks.integer(op, "features", features, 0),
+            checks.integer(op, "targets", targets, 0),
+        )
         alpha = checks.number(op, "alpha", alpha, checks.POSITIVE)
         noise = checks.number(op, "noise", noise, checks.POSITIVE)
         forgetting = checks.number(op, "forgetting", forgetting, checks.SHARE)
@@ -247,6 +250,10 @@ class RecursiveRidge(PreciseModule):
             sqrt_weight = None
         else:
             checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
+            if sample_weight.ndim != 1:
+                raise ValueError(
+                    f"cfl_ops.{op}: sample_weight must have shape (B,), but got {tuple(sample_weight.shape)}"
+                )
             if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
                 raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
             sqrt_weight = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()

@@ -194,9 +194,7 @@ def _or_raise(result: tuple[Tensor, Tensor], alpha: float) -> Tensor:
     return out
 
 
-def _arguments(
-    op: str, L: Tensor, V: Tensor, in_place: bool
-) -> tuple[Tensor, Tensor]:
+def _arguments(op: str, L: Tensor, V: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Check the arguments; L and V with one batch shape and in one dtype."""
     check_factor(op, "L", L)
     checks.floating(op, "V", V, 2)

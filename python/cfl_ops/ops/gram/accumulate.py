@@ -265,8 +265,12 @@ class GramAccumulator:
         recent = self._checked(op, "recent", state["recent"], self._recent)
         total = self._checked(op, "total", state["total"], recent)
         carry = self._checked(op, "carry", state["carry"], recent)
-        if (total is None) != (carry is None) or (total is not None and (recent is None or not self.compensated)):
-            raise ValueError(f"cfl_ops.{op}: total and carry must be there both, or neither, beside recent sums")
+        if (total is None) != (carry is None) or (
+            total is not None and (recent is None or not self.compensated)
+        ):
+            raise ValueError(
+                f"cfl_ops.{op}: total and carry must be there both, or neither, beside recent sums"
+            )
         self.batches, self.rows = batches, rows
         self._recent = None if recent is None else GramMoments._make(recent)
         self._total, self._carry = total, carry

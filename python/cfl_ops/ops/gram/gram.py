@@ -79,7 +79,9 @@ class GramMoments(NamedTuple):
                 f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
                 f"but got shape {tuple(factor.shape)}"
             )
-        factors = [factor[(...,) + (None,) * dims] if factor.ndim else factor for dims in MOMENT_DIMS.values()]
+        factors = [
+            factor[(...,) + (None,) * dims] if factor.ndim else factor for dims in MOMENT_DIMS.values()
+        ]
         return GramMoments._make(
             None if field is None else field * each.to(field.dtype)
             for field, each in zip(self, factors, strict=True)
@@ -331,9 +333,7 @@ def gram_arguments(
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _new_rows(
-    m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None
-) -> GramArguments:
+def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")

@@ -67,7 +67,11 @@ def check_arguments(
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
     lam = checks.coefficient(op, "lam", lam, features.device)
-    beta = None if type(ridge) is float and ridge == 0 else checks.coefficient(op, "ridge", ridge, features.device)
+    beta = (
+        None
+        if type(ridge) is float and ridge == 0
+        else checks.coefficient(op, "ridge", ridge, features.device)
+    )
     arguments = ProximalArguments._make(
         (features, target, weight, bias, lam, beta, lam_diag, sample_weight, reduction, fit_bias, method)
     )

@@ -113,12 +113,14 @@ def _arguments(
     pulled = not checks.is_zero(prox)
     if pulled and weight is None:
         raise ValueError(f"cfl_ops.{op}: weight must be given where prox is not 0")
+    if weight is not None:
+        checks.floating(op, "weight", weight, 2)
     if weight is not None and tuple(weight.shape) != (x.shape[-1], num_classes):
         raise ValueError(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
     penalty, pull = (
-        checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
+        checks.one_coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
     )
     x64 = x.double()
     own = _own_class(y, num_classes)

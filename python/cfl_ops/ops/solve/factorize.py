@@ -37,7 +37,11 @@ class Factorization:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles, which name no class of the package but this one."""
-        return {"a": self.a, "rank": self.rank, "factors": None if self._factors is None else tuple(self._factors)}
+        return {
+            "a": self.a,
+            "rank": self.rank,
+            "factors": None if self._factors is None else tuple(self._factors),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What :meth:`__getstate__` returned."""

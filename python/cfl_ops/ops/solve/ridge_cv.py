@@ -319,7 +319,7 @@ class KFold:
             values, vectors = self.eigen[fold]
             left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
             # In the working precision, scaled so that nothing overflows that the weights would not.
-            top = values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
+            top = values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)  # without columns there is none
             scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
             factors = [(top * shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()]
             variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
@@ -372,7 +372,7 @@ def _held(
     gram, cross, squares, x_sum, y_sum = moments
     count, width, dtype = rows.shape[0], rows.shape[1], rows.dtype
     zero = torch.zeros(y.shape[-1], dtype=torch.float64, device=y.device)
-    if count > width + width // 4:
+    if count > width + width // 4 and width:
         if means is not None:
             x_mean, y_mean = means
             gram = gram - torch.outer(x_sum, x_mean) - torch.outer(x_mean, x_sum - count * x_mean)
