@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops._core.op import NAMESPACE, OPS, UNSERVED, Kernel, Op
+from cfl_ops._core.op import NAMESPACE, OPS, UNSERVED, Kernel, Op, below_autograd
 
 BACKENDS = ("python", "triton", "native", "nvrtc")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -184,7 +184,8 @@ def lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         nonlocal launcher
         if launcher is None:
-            launcher = kernel.load()
+            launcher = below_autograd(kernel.load()) if op.written else kernel.load()
+        op.rule(args)
         out = launcher(*args)
         return fall_back(op, args) if out is UNSERVED else out
 

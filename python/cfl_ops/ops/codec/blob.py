@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
@@ -25,13 +26,15 @@ from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
     DATA_DEPENDENT,
     HUFFMAN_ENCODE,
+    NO_VMAP,
+    check_contiguous,
+    check_encoded,
     check_out,
     check_payload,
     check_shape,
     corrupt,
     decode_error,
     encoded_fake,
-    no_vmap,
     read_header,
     span,
 )
@@ -379,13 +382,34 @@ def _decompress_python(args: DecompressArguments) -> Tensor:
     return codes.info(codes.GOOD, payload.device)
 
 
+def _check_quantize_encode(args: QuantizeEncodeArguments) -> None:
+    op, groups = "quantize_encode", args.w.shape[:-1].numel()
+    within(op, "bits", args.bits, 1, 16)
+    check_encoded(op, args.w, args.shape, args.chunk_log2, args.reserve)
+    for name, value in (("minimum", args.minimum), ("maximum", args.maximum)):
+        same_dtype(op, name, value, "w", args.w.dtype)
+        within(op, f"the number of {name}", value.numel(), groups, groups)
+
+
+def _check_decompress(args: DecompressArguments) -> None:
+    op, groups = "decompress_", args.minimum.numel()
+    within(op, "bits", args.bits, 1, 16)
+    within(op, "group_size", args.group_size, 1)
+    within(op, "the number of maximum", args.maximum.numel(), groups, groups)
+    for name, value in (("minimum", args.minimum), ("maximum", args.maximum)):
+        same_dtype(op, name, value, "out", args.out.dtype)
+    check_contiguous(op, "out", args.out)
+
+
 QUANTIZE_ENCODE = define_op(
     "quantize_encode(Tensor w, Tensor minimum, Tensor maximum, int bits, SymInt[] shape, int chunk_log2,"
     " SymInt reserve) -> Tensor",
     arguments=QuantizeEncodeArguments,
     python=_quantize_encode_python,
     fake=lambda args: encoded_fake(args.w),
-    core_dims=no_vmap("quantize_encode"),
+    shapes={"w": "N", "minimum": "...", "maximum": "..."},
+    check=_check_quantize_encode,
+    no_vmap=NO_VMAP,
     tags=DATA_DEPENDENT,
 )
 
@@ -395,7 +419,9 @@ DECOMPRESS = define_op(
     arguments=DecompressArguments,
     python=_decompress_python,
     fake=lambda args: args.payload.new_empty((), dtype=torch.int64),
-    core_dims=no_vmap("decompress"),
+    shapes={"payload": "uint8 ...", "minimum": "...", "maximum": "...", "out": "..."},
+    check=_check_decompress,
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.decompress_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )

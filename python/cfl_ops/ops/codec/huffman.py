@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
@@ -204,15 +207,24 @@ def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int,
     return first, last - first
 
 
-def no_vmap(name: str) -> Callable[[Any], NoReturn]:
-    """The core dimensions of an op that has no vmap rule: an error."""
+NO_VMAP = "the sizes of encoded bytes depend on the data, so vmap cannot stack them"
 
-    def core_dims(args: Any) -> NoReturn:
-        raise RuntimeError(
-            f"cfl_ops.{name}: the sizes of encoded bytes depend on the data, so vmap cannot stack them"
-        )
 
-    return core_dims
+def check_encoded(op: str, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> None:
+    """Raise for what is wrong with the arguments of an op that encodes."""
+    within(op, "chunk_log2", chunk_log2, codes.MIN_CHUNK_LOG2, codes.MAX_CHUNK_LOG2)
+    within(op, "reserve", reserve, 0, codes.MAX_RESERVE)
+    within(op, "the dimensions of shape", len(shape), 0, codes.MAX_DIMS)
+    if any(isinstance(extent, torch.SymInt) for extent in shape):
+        return
+    if min(shape, default=0) < 0 or math.prod(shape) != symbols.numel():
+        raise ValueError(f"cfl_ops.{op}: shape must hold {symbols.numel()} elements, but got {tuple(shape)}")
+
+
+def check_contiguous(op: str, name: str, value: Tensor) -> None:
+    """Raise unless the elements of ``value`` lie one after the other."""
+    if not value.is_contiguous():
+        raise ValueError(f"cfl_ops.{op}: {name} must be contiguous, but got strides {value.stride()}")
 
 
 def _huffman_encode_python(symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> Tensor:
@@ -253,7 +265,9 @@ HUFFMAN_ENCODE = define_op(
     "huffman_encode(Tensor symbols, SymInt[] shape, int chunk_log2, SymInt reserve) -> Tensor",
     python=_huffman_encode_python,
     fake=lambda symbols, shape, chunk_log2, reserve: encoded_fake(symbols),
-    core_dims=no_vmap("huffman_encode"),
+    shapes={"symbols": "symbols ..."},
+    check=functools.partial(check_encoded, "huffman_encode"),
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_encode),
     tags=DATA_DEPENDENT,
 )
@@ -262,14 +276,17 @@ PAYLOAD_HEADER = define_op(
     "payload_header(Tensor payload) -> Tensor",
     python=_payload_header_python,
     fake=lambda payload: payload.new_empty(5 + codes.MAX_DIMS, dtype=torch.int64),
-    core_dims=no_vmap("payload_header"),
+    shapes={"payload": "uint8 ..."},
+    no_vmap=NO_VMAP,
 )
 
 HUFFMAN_DECODE = define_op(
     "huffman_decode_(Tensor payload, Tensor(a!) out, SymInt start) -> Tensor info",
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
-    core_dims=no_vmap("huffman_decode"),
+    shapes={"payload": "uint8 ...", "out": "symbols ..."},
+    check=lambda payload, out, start: check_contiguous("huffman_decode_", "out", out),
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_decode_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
@@ -381,12 +382,23 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, 
     return None, grad_minimum, (grad64 * t).sum(-1).sum_to_size(high).to(grad.dtype), None
 
 
+def _check_weight_range(w: Tensor, bits: int, every: int) -> None:
+    within("weight_range", "bits", bits, 0, 16)
+    within("weight_range", "every", every, 1)
+
+
+def _check_dequantize(symbols: Tensor, minimum: Tensor, maximum: Tensor, bits: int) -> None:
+    within("dequantize", "bits", bits, 1, 16)
+    same_dtype("dequantize", "maximum", maximum, "minimum", minimum.dtype)
+
+
 QUANTIZE = define_op(
     "quantize(Tensor w, int bits, bool histogram)"
     " -> (Tensor symbols, Tensor minimum, Tensor maximum, Tensor histogram, Tensor info)",
     python=_quantize_python,
     fake=_quantize_fake,
-    core_dims=(1, None, None),
+    shapes={"w": "N"},
+    check=lambda w, bits, histogram: within("quantize", "bits", bits, 1, 16),
     cuda=cuda_cpp(cuda.quantize),
 )
 
@@ -395,7 +407,8 @@ WEIGHT_RANGE = define_op(
     " -> (Tensor minimum, Tensor maximum, Tensor histogram, Tensor info)",
     python=_weight_range_python,
     fake=_weight_range_fake,
-    core_dims=(1, None, None),
+    shapes={"w": "N"},
+    check=_check_weight_range,
     cuda=cuda_cpp(cuda.weight_range),
 )
 
@@ -403,7 +416,8 @@ DEQUANTIZE = define_op(
     "dequantize(Tensor symbols, Tensor minimum, Tensor maximum, int bits) -> Tensor",
     python=from_bins,
     fake=_dequantize_fake,
-    core_dims=(1, 0, 0, None),
+    shapes={"symbols": "symbols N", "minimum": "", "maximum": ""},
+    check=_check_dequantize,
     cuda=cuda_cpp(cuda.dequantize),
     derivative=Derivative(_dequantize_setup_context, _dequantize_backward),
 )
