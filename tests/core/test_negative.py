@@ -1,4 +1,4 @@
-"""Inputs and written arguments with the negative bit (``z.conj().imag``) give what plain ones give, on every backend."""
+"""Tensors with the negative bit (``z.conj().imag``), read or written, give what plain ones give, on every backend."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def test_public_functions(call: Call, backend: str | None) -> None:
     with cfl_ops.config.use_backend(backend):
         tensors = {name: value for name, value in call.arguments.items() if isinstance(value, Tensor)}
         out, _ = call()
-        for parts in (lambda v: v, negative, lambda v: torch.complex(v, v).real if v.is_floating_point() else v):
+        for parts in (
+            lambda v: v,
+            negative,
+            lambda v: torch.complex(v, v).real if v.is_floating_point() else v,
+        ):
             given = {
                 name: (dense if name == "out" else parts)(value.clone())  # which must be contiguous
                 for name, value in tensors.items()
@@ -65,7 +69,10 @@ def assert_close(got: Any, want: Any) -> None:
     """Strides may choose another order of additions."""
     from torch.utils import _pytree as pytree
 
-    a, b = ([v.resolve_neg() if isinstance(v, Tensor) else v for v in pytree.tree_leaves(tree)] for tree in (got, want))
+    a, b = (
+        [v.resolve_neg() if isinstance(v, Tensor) else v for v in pytree.tree_leaves(tree)]
+        for tree in (got, want)
+    )
     if any(isinstance(v, Tensor) and v.is_floating_point() for v in b):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     else:

@@ -145,7 +145,7 @@ def _real(op: str, name: str, value: Any) -> Any:
     try:
         return float(found)
     except OverflowError:
-        return math.inf if found > 0 else -math.inf
+        return math.inf  # an integer or fraction beyond all floats
 
 
 def _integer(op: str, name: str, value: Any) -> Any:
@@ -186,10 +186,10 @@ def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     if type(value) is float and not is_compiling() and 0 <= value < math.inf and not _tracing():
         return _number(value)  # the common case
     if isinstance(value, Tensor):
-        value = real_tensor(op, name, value)
-        if value.ndim > 0:
-            same_device(op, "the features", torch.empty(0, device=device), **{name: value})
-        return value
+        given = real_tensor(op, name, value)
+        if given.ndim > 0:
+            same_device(op, "the features", torch.empty(0, device=device), **{name: given})
+        return given
     if isinstance(value, bool | str) or value is None:
         raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {_shown(value)}")
     value = number(op, name, value, NOT_NEGATIVE)
@@ -222,7 +222,8 @@ def real_tensor(op: str, name: str, value: Tensor) -> Tensor:
     tensor(op, name, value, 0)
     if value.dtype is torch.bool or value.dtype.is_floating_point or value.is_complex() or value.is_quantized:
         raise TypeError(f"cfl_ops.{op}: {name} must be a tensor of real numbers, but got {value.dtype}")
-    return value.double()
+    out: Tensor = value.double()
+    return out
 
 
 def is_zero(value: Any) -> bool:

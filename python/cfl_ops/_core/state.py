@@ -107,7 +107,7 @@ class PreciseModule(StateModule):
             out = fn(tensor)
             return out if out.dtype == tensor.dtype else tensor.to(out.device)
 
-        super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

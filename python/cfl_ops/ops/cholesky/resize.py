@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +139,9 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
-    several = getattr(index, "ndim", None) != 0 and isinstance(index, Iterable) and not isinstance(index, str)
-    given = [checks.integer(op, "index", i) for i in (index if several else [index])]
+    one = getattr(index, "ndim", None) == 0 or isinstance(index, str) or not isinstance(index, Iterable)
+    several: Iterable[Any] = [index] if one else index  # type: ignore[assignment]
+    given = [checks.integer(op, "index", i) for i in several]
     for i in given:
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops._core.results import public
-from cfl_ops._core.state import makes_state
-from cfl_ops.ops.gram.gram import MOMENT_DIMS, GramMoments, gram, gram_
+from cfl_ops._core.state import from_inference_mode, makes_state
+from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
 
 __all__ = ["GramAccumulator"]
 
@@ -96,6 +96,8 @@ class GramAccumulator:
 
         When it raises, the accumulator is as it was.
         """
+        if self._recent is not None and from_inference_mode(self._recent.gram):  # a copy that was made there
+            self.load_state_dict(self.state_dict())
         if self._recent is None:
             self._recent = gram(
                 x, y, bias_column=self.bias_column, sample_weight=sample_weight,
@@ -281,19 +283,20 @@ class GramAccumulator:
         """Copies of the five sums of a state, which have the shapes of ``like``; or None, where there are none."""
         if fields is None:
             return None
-        if not isinstance(fields, list | tuple) or len(fields) != len(MOMENT_DIMS):
-            raise ValueError(f"cfl_ops.{op}: {name} must be a list of {', '.join(MOMENT_DIMS)}")
+        if not isinstance(fields, list | tuple) or len(fields) != len(GramMoments._fields):
+            raise ValueError(f"cfl_ops.{op}: {name} must be a list of {', '.join(GramMoments._fields)}")
         first = fields[0]
         checks.floating(op, f"{name}[0] (gram)", first, 2)
         if self.acc_dtype not in (None, first.dtype) or first.dtype not in (torch.float32, torch.float64):
             wanted = self.acc_dtype or "torch.float32 or torch.float64"
             raise TypeError(f"cfl_ops.{op}: {name}[0] (gram) must be {wanted}, but got {first.dtype}")
-        batch, order, targets = first.shape[:-2], first.shape[-1], ()
+        batch, order = first.shape[:-2], first.shape[-1]
+        targets: tuple[int, ...] = ()
         if fields[1] is not None:
             checks.tensor(op, f"{name}[1] (cross)", fields[1], 2)
-            targets = fields[1].shape[-1:] if self.num_classes is None else (self.num_classes,)
+            targets = (fields[1].shape[-1] if self.num_classes is None else self.num_classes,)
         shapes = ((order, order), (order, *targets), targets, targets, ())
-        for i, (field, value, shape) in enumerate(zip(MOMENT_DIMS, fields, shapes, strict=True)):
+        for i, (field, value, shape) in enumerate(zip(GramMoments._fields, fields, shapes, strict=True)):
             label = f"{name}[{i}] ({field})"
             if value is None and fields[1] is None and field in ("cross", "target_sum", "target_sq"):
                 continue

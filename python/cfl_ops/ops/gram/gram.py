@@ -80,13 +80,12 @@ class GramMoments(NamedTuple):
                 f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
                 f"but got shape {tuple(factor.shape)}"
             )
-        factors = [
-            factor[(...,) + (None,) * dims] if factor.ndim else factor for dims in MOMENT_DIMS.values()
-        ]
-        return GramMoments._make(
-            None if field is None else field * each.to(field.dtype)
-            for field, each in zip(self, factors, strict=True)
-        )
+
+        def decayed(field: Tensor) -> Tensor:
+            rows = field.ndim - factor.ndim if factor.ndim else 0
+            return field * factor.to(field.dtype)[(...,) + (None,) * rows]
+
+        return GramMoments._make(None if field is None else decayed(field) for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""

@@ -320,7 +320,9 @@ class KFold:
             values, vectors = self.eigen[fold]
             left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
             # In the working precision, scaled so that nothing overflows that the weights would not.
-            top = values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)  # without columns there is none
+            top = (
+                values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
+            )  # without columns there is none
             scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
             factors = [(top * shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()]
             variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
