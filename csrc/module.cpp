@@ -37,6 +37,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of cfl_ops.";
+  cfl::cpu::isa();  // raises for a CFL_OPS_ISA that there is not
+  py::list names;
+  for (const char* name : cfl::cpu::kIsaNames) names.append(name);
+  m.attr("isa_names") = py::tuple(names);
   m.def("build_info", &build_info, "How this extension was built and what it found, as a dict.");
   m.def(
       "poison_fresh_memory", [](bool on) { cfl::poison_fresh_memory = on; },

@@ -10,10 +10,7 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.arguments import one_of, trailing
 from cfl_ops._core.batching import expand_batch
-
-REDUCTIONS = ("mean", "sum")
-BIAS_FITS = ("penalized", "free")
-METHODS = ("auto", "cholesky", "cg")
+from cfl_ops.ops.proximal.codes import AUTO, BIAS_FITS, MEAN, METHODS, PENALIZED, REDUCTIONS
 
 
 class ProximalArguments(NamedTuple):
@@ -27,9 +24,10 @@ class ProximalArguments(NamedTuple):
     ridge: Tensor | None
     lam_diag: Tensor | None
     sample_weight: Tensor | None
-    reduction: str
-    fit_bias: str
-    method: str
+    reduction: int
+    """Of codes.py, as the next two."""
+    fit_bias: int
+    method: int
 
 
 OPTIONS = 3
@@ -45,9 +43,9 @@ def shapes(arguments: ProximalArguments) -> dict[str, str]:
 
 def check_options(op: str, arguments: ProximalArguments) -> None:
     """Raise for an option that is none."""
-    one_of(op, "reduction", arguments.reduction, REDUCTIONS)
-    one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS)
-    one_of(op, "method", arguments.method, METHODS)
+    one_of(op, "reduction", arguments.reduction, REDUCTIONS.values())
+    one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS.values())
+    one_of(op, "method", arguments.method, METHODS.values())
 
 
 def check_arguments(
@@ -67,10 +65,12 @@ def check_arguments(
     in_place: bool = False,
 ) -> ProximalArguments:
     """Check the arguments of a public function, and bring them to the form the ops take."""
+    options = (MEAN, PENALIZED, AUTO)
     if reduction != "mean" or fit_bias != "penalized" or method != "auto":  # all but the defaults
-        checks.choice(op, "reduction", reduction, REDUCTIONS)
-        checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
-        checks.choice(op, "method", method, METHODS)
+        checks.choice(op, "reduction", reduction, tuple(REDUCTIONS))
+        checks.choice(op, "fit_bias", fit_bias, tuple(BIAS_FITS))
+        checks.choice(op, "method", method, tuple(METHODS))
+        options = (REDUCTIONS[reduction], BIAS_FITS[fit_bias], METHODS[method])
     plain = lam_diag is None and sample_weight is None and _plain(features, target, weight, bias)
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
@@ -81,7 +81,7 @@ def check_arguments(
         else checks.coefficient(op, "ridge", ridge, features.device)
     )
     arguments = ProximalArguments._make(
-        (features, target, weight, bias, lam, beta, lam_diag, sample_weight, reduction, fit_bias, method)
+        (features, target, weight, bias, lam, beta, lam_diag, sample_weight, *options)
     )
     if plain and lam.ndim == 0 and (beta is None or beta.ndim == 0):
         return arguments

@@ -16,7 +16,15 @@ from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, check_options, shapes
-from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
+from cfl_ops.ops.proximal.codes import (
+    BAD_FEATURES,
+    BAD_PENALTY,
+    BAD_SAMPLE_WEIGHT,
+    BAD_TARGET,
+    BAD_WEIGHT,
+    FREE,
+    MEAN,
+)
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
 
@@ -281,7 +289,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         sqrt_s = sample_weight.to(dtype).sqrt().unsqueeze(-1)
     empty = total == 0
     safe_total = torch.where(empty, 1.0, total)
-    scale = safe_total if reduction == "mean" else torch.ones_like(total)
+    scale = safe_total if reduction == MEAN else torch.ones_like(total)
 
     # Penalties in sum convention: mu pulls to the old head, t (mu and the ridge) is what the system sees.
     mu_bias = scale * lam
@@ -292,7 +300,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         mu, t = mu + extra, t + extra
     shrink = torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
     anchor = old * shrink.unsqueeze(-2).to(dtype)
-    free = fit_bias == "free"
+    free = fit_bias == FREE
     if bias is not None:
         shrink_bias = torch.where(t_bias > 0, mu_bias / torch.where(t_bias > 0, t_bias, 1.0), 1.0)
         anchor_bias = bias.to(dtype) if free else bias.to(dtype) * shrink_bias.unsqueeze(-1).to(dtype)
@@ -440,7 +448,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _REST = (
     "Tensor lam, Tensor? ridge, Tensor? lam_diag, Tensor? sample_weight, "
-    "str reduction, str fit_bias, str method"
+    "int reduction, int fit_bias, int method"
 )
 
 PROXIMAL_STEP = define_op(
