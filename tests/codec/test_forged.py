@@ -131,7 +131,7 @@ def test_out_is_as_it_was_after_errors_of_header_and_arguments(backend: str) -> 
             (data, {"start": 5, "stop": 3}, IndexError),
             (data, {"start": 41}, IndexError),
             (data, {"stop": 10}, ValueError),
-            (data, {"start": True}, ValueError),
+            (data, {"start": True}, TypeError),
             (data[:-1], {}, CorruptDataError),
         ]
         calls += [(bad, {}, CorruptDataError) for bad in list(flips(data))[: 8 * before]]
@@ -210,7 +210,7 @@ def test_what_is_no_integer_is_refused(bad: Any) -> None:
         ("stop", lambda: cfl_ops.huffman_decode(payload, stop=bad)),
         ("min_numel", lambda: cfl_ops.compress_state_dict({"w": w}, min_numel=bad)),
     ):
-        with pytest.raises(ValueError, match=f"{name} must be an integer"):
+        with pytest.raises(TypeError, match=f"{name} must be an integer"):
             call()
 
 
@@ -236,7 +236,7 @@ def test_numbers_without_sense_are_refused_at_once() -> None:
         (r"fraction must be in \(0, 1\], but got 0", {"fraction": 0}),
         ("per must be one of tensor, row, block, but got 'all'", {"per": "all"}),
         ("block_size must be given with per='block', and only then", {"block_size": 3}),
-        (r"block_size must be an integer from 1 to 2\^63 - 1", {"per": "block", "block_size": 2**63}),
+        (r"block_size must be less than 2\^63", {"per": "block", "block_size": 2**63}),
     ):
         with pytest.raises(ValueError, match=f"cfl_ops.compress: {message}"):
             cfl_ops.compress(empty, **options)  # type: ignore[arg-type]

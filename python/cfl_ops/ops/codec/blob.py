@@ -20,7 +20,7 @@ from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
-from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments, real
+from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
@@ -113,7 +113,8 @@ def compress(
     """
     checks.floating("compress", "w", w, 0)
     checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
-    floor, probe_bits = real("compress", "floor", floor), check_bits("compress", probe_bits, "probe_bits")
+    floor = checks.number("compress", "floor", floor)
+    probe_bits = check_bits("compress", probe_bits, "probe_bits")
     fraction = check_fraction("compress", fraction)
     bits = None if bits is None else check_bits("compress", bits)
     block_size = check_groups("compress", w, per, block_size)

@@ -153,7 +153,7 @@ def _arguments(
         (rows.x, weight, bias, rows.y, rows.sample_weight),
         [dims[field] for field in LinearGramArguments._fields[:5]],
     )
-    options = (activation, bias_column, rows.num_classes, rows.acc_dtype)
+    options = (activation, rows.bias_column, rows.num_classes, rows.acc_dtype)
     return LinearGramArguments._make((*tensors, *options))
 
 

@@ -75,8 +75,11 @@ def check_arguments(
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
     lam = checks.coefficient(op, "lam", lam, features.device)
-    no_ridge = isinstance(ridge, (float, int)) and ridge == 0
-    beta = None if no_ridge else checks.coefficient(op, "ridge", ridge, features.device)
+    beta = (
+        None
+        if type(ridge) is float and ridge == 0
+        else checks.coefficient(op, "ridge", ridge, features.device)
+    )
     arguments = ProximalArguments._make(
         (features, target, weight, bias, lam, beta, lam_diag, sample_weight, *options)
     )
