@@ -41,8 +41,9 @@ class TensorRule(NamedTuple):
 def tensor_rule(text: str) -> TensorRule:
     """From ``"float64 B D"``: dtypes by a word of DTYPES (else any of FLOATS), then the sizes, or ``...``."""
     words = text.split()
-    dtypes = DTYPES[words.pop(0)] if words and words[0] in DTYPES else FLOATS
-    return TensorRule(dtypes, None if words == ["..."] else tuple(words))
+    dtypes = DTYPES.get(words[0]) if words else None
+    sizes = words if dtypes is None else words[1:]
+    return TensorRule(dtypes or FLOATS, None if sizes == ["..."] else tuple(sizes))
 
 
 def trailing(shapes: Mapping[str, str]) -> dict[str, int]:

@@ -349,8 +349,19 @@ def _register_writing(op: Op) -> None:
         op.bump_versions(args)
         return out
 
+    def negative(*args: Any) -> Any:
+        # torch's own kernel for the negative bit (z.conj().imag) takes one written argument, which is returned.
+        plain = [arg.resolve_neg() if isinstance(arg, Tensor) else arg for arg in args]
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            out = op.overload(*plain)
+            for i in op.written:
+                if plain[i] is not args[i]:
+                    args[i].copy_(plain[i])
+        return out
+
     LIB.impl(op.name, autograd, "Autograd", with_keyset=True)
     LIB.impl(op.name, views, "ADInplaceOrView", with_keyset=True)
+    LIB.impl(op.name, negative, "Negative")
 
 
 def _register_autograd(op: Op, derivative: Derivative) -> None:

@@ -277,7 +277,10 @@ def row_shapes(num_classes: int) -> dict[str, str]:
 
 def row_dims(num_classes: int) -> dict[str, int]:
     """How many of their trailing dimensions the ops work on."""
-    return trailing(row_shapes(num_classes))
+    return _CLASS_DIMS if num_classes else _DENSE_DIMS
+
+
+_DENSE_DIMS, _CLASS_DIMS = trailing(row_shapes(0)), trailing(row_shapes(1))
 
 
 def check_rows(a: GramArguments, op: str = "gram") -> None:

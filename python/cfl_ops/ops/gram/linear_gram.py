@@ -110,7 +110,11 @@ class LinearGramArguments(NamedTuple):
 
 
 def _shapes(a: GramArguments | LinearGramArguments) -> dict[str, str]:
-    return row_shapes(a.num_classes) | {"x": "B C", "weight": "D C", "bias": "D"}
+    return row_shapes(a.num_classes) | _LAYER
+
+
+_LAYER = {"x": "B C", "weight": "D C", "bias": "D"}
+_LAYER_DIMS = trailing(_LAYER)
 
 
 def _check(a: LinearGramArguments) -> None:
@@ -148,7 +152,7 @@ def _arguments(
     if rows.x.dtype != x.dtype:  # promoted together with y
         weight, bias = weight.to(rows.x.dtype), None if bias is None else bias.to(rows.x.dtype)
     checks.broadcastable(op, x=rows.x.shape[:-2], weight=weight.shape[:-2])
-    dims = trailing(_shapes(rows))
+    dims = row_dims(rows.num_classes) | _LAYER_DIMS
     tensors = expand_batch(
         (rows.x, weight, bias, rows.y, rows.sample_weight),
         [dims[field] for field in LinearGramArguments._fields[:5]],
