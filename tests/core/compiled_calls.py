@@ -24,6 +24,8 @@ class Call:
     make: Callable[[int], Sequence[Tensor]]
     exact: bool = True
     """False where the graph may round in another way than eager."""
+    slow: bool = False
+    """For ``make test-slow``: a variant of another call."""
     model: Callable[[], Any] | None = None
     """Makes what the function takes before the tensors, and updates."""
 
@@ -140,16 +142,16 @@ CALLS = [
     Call("dequantize", quantized, lambda rows: data(rows)[:1]),
     Call("estimate_entropy", cfl_ops.estimate_entropy, lambda rows: data(rows)[:1]),
     Call("factorize", factorized, data, exact=False),
-    Call("factorize: float64", factorized, wide_data, exact=False),
-    Call("factorize: batch", factorized, many, exact=False),
+    Call("factorize: float64", factorized, wide_data, exact=False, slow=True),
+    Call("factorize: batch", factorized, many, exact=False, slow=True),
     Call("factorize: float64 batch of mixed rank", factorized, mixed, exact=False),
-    Call("factorize: rtol", lambda a, b: factorized(a, b, rtol=1e-3), data, exact=False),
-    Call("factorize: many columns", factorized, lambda rows: (randn(70 + rows, 66), randn(70 + rows, 2)), exact=False),
+    Call("factorize: rtol", lambda a, b: factorized(a, b, rtol=1e-3), data, exact=False, slow=True),
+    Call("factorize: many columns", factorized, lambda rows: (randn(70 + rows, 66), randn(70 + rows, 2)), exact=False, slow=True),
     Call("gram", lambda x, y: cfl_ops.gram(x, y, bias_column=True), data),
     Call(
         "gram: classes and weights",
         lambda x, y, s: cfl_ops.gram(x, y, num_classes=3, sample_weight=s),
-        lambda rows: (randn(rows, 4), labels(rows), torch.rand(rows)),
+        lambda rows: (randn(rows, 4), labels(rows), torch.rand(rows)), slow=True,
     ),
     Call("gram_", add_moments, lambda rows: (*cfl_ops.gram(*data(6)), *data(rows))),
     Call("huffman_decode", cfl_ops.huffman_decode, lambda rows: (
@@ -160,8 +162,8 @@ CALLS = [
         *data(rows), randn(6, 4)
     )),
     Call("lstsq", cfl_ops.lstsq, data),
-    Call("lstsq: rtol", lambda a, b: cfl_ops.lstsq(a, b, rtol=1e-3), data),
-    Call("lstsq: float64 batch of mixed rank", cfl_ops.lstsq, mixed),
+    Call("lstsq: rtol", lambda a, b: cfl_ops.lstsq(a, b, rtol=1e-3), data, slow=True),
+    Call("lstsq: float64 batch of mixed rank", cfl_ops.lstsq, mixed, slow=True),
     Call("lstsq_ex", cfl_ops.lstsq_ex, data),
     Call("pinv", cfl_ops.pinv, lambda rows: data(rows)[:1]),
     Call("pinv: batch", lambda a: cfl_ops.pinv(a, atol=1e-3), lambda rows: many(rows)[:1]),
@@ -182,11 +184,11 @@ CALLS = [
     Call(
         "rescaled_proximal_step",
         lambda *args: cfl_ops.rescaled_proximal_step(*args, lam=0.5, kappa=2.0, target_scale=3.0),
-        step,
+        lambda rows: (randn(rows, 40), labels(rows), randn(3, 40), randn(3)),
         exact=False,
     ),
     Call("ridge", lambda x, y: cfl_ops.ridge(x, y, 0.5, bias=True), data),
-    Call("ridge: 0", lambda x, y: cfl_ops.ridge(x, y, 0.0), data),
+    Call("ridge: 0", lambda x, y: cfl_ops.ridge(x, y, 0.0), data, slow=True),
     Call("ridge: tensor", lambda x, y, lam: cfl_ops.ridge(x, y, lam), lambda rows: (*data(rows), lam)),
     Call("ridge_cv", lambda x, y: cfl_ops.ridge_cv(x, y, [0.5, 1.0], bias=True), data),
     Call("ridge_cv: folds", lambda x, y: cfl_ops.ridge_cv(x, y, lams, cv=3, per_target=False)[2:], data),
@@ -204,7 +206,7 @@ CALLS = [
     Call("RecursiveRidge.update", learn, data, exact=False, model=lambda: cfl_ops.RecursiveRidge(
         4, 2, process_noise=0.1
     )),
-    Call("RecursiveRidge.update: weights", learn, lambda rows: (*data(rows), torch.rand(rows)), exact=False,
+    Call("RecursiveRidge.update: weights", learn, lambda rows: (*data(rows), torch.rand(rows)), exact=False, slow=True,
          model=recursive_ridge),
     Call("learn.ClosedFormLinear.update", head, lambda rows: step(rows)[:2], model=closed_form(check="next")),
     Call("learn.ClosedFormLinear.update: relative", head, lambda rows: step(rows)[:2], exact=False,

@@ -35,7 +35,7 @@ def check_info(name: str, info: Tensor, results: Sequence[Tensor], context: Sequ
         torch.ops.cfl_ops.raise_if_.default(name, list(results), info, list(context))
     elif info.is_cpu and info.ndim == 0:  # one problem on a CPU: this look is all that its call pays
         if info.item() != 0:
-            raise _failure(name, info, context)
+            raise _explained(name, info, context)
     else:
         _raise_if(name, results, info, context)
 
@@ -44,19 +44,17 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
     if capturing(info):
         return  # a captured graph cannot synchronise: use the _ex form there
     if any_failed(info):
-        raise _failure(name, info, context)
+        raise _explained(name, info, context)
 
 
-def check_number(wanted: str, good: Tensor, number: Tensor, results: Sequence[Tensor]) -> None:
-    """Raise ``wanted`` unless a number that came into a graph is ``good``; ``results`` as those of check_info."""
-    check_info(wanted, (~good).to(torch.int32), results, [number.clone()])
-
-
-def _failure(name: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
-    explain = _EXPLAIN.get(name)
-    if explain is None:  # check_number's
-        return ValueError(f"cfl_ops.{name}, but got {context[0].item()}")
-    return explain(info, context)
+def _explained(name: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
+    """The exception, which has the info too: of a batch it says which elements failed."""
+    if name in _EXPLAIN:
+        error = _EXPLAIN[name](info, context)
+    else:  # of a number of a graph, see checks.py: the name says all but the number
+        error = ValueError(f"cfl_ops.{name}, but got {context[0].item()}")
+    error.info = info  # type: ignore[attr-defined]
+    return error
 
 
 def capturing(info: Tensor) -> bool:

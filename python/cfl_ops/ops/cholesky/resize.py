@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,13 +140,11 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
-    order = operator.index(order)  # the graph is made for the rows that are deleted
-    given = [index] if isinstance(index, int) else list(index)
+    one = getattr(index, "ndim", None) == 0 or isinstance(index, str) or not isinstance(index, Iterable)
+    several: Iterable[Any] = [index] if one else index  # type: ignore[assignment]
+    order = operator.index(order)  # a graph is made for the rows that are deleted
+    given = [checks.integer(op, "index", i) for i in several]
     for i in given:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(
-                f"cfl_ops.{op}: index must be an integer or a sequence of them, but got {index!r}"
-            )
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")
     wanted = sorted(operator.index(i) % order for i in given)

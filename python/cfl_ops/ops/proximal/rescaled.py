@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops.ops.proximal.arguments import check_arguments
@@ -65,45 +66,59 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
+    plain_loss = kappa == 1
+    if not is_compiling():  # in a graph they are checked below, once there is something to tie the checks to
+        checks.number(op, "kappa", kappa, checks.POSITIVE)
+        checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")
     checks.floating(op, "features", features, 2)
-    if features.ndim != 2:
-        raise ValueError(
-            f"cfl_ops.{op}: features must have 2 dimensions, but got shape {tuple(features.shape)}"
-        )
     checks.floating(op, "weight", weight, 2)
-    # The plain step on targets of size 1 checks the rest of the arguments and the data.
-    scaled_weight, scaled_bias = weight / target_scale, None if bias is None else bias / target_scale
-    arguments = check_arguments(
-        op, features, labels, scaled_weight, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
-    )  # fmt: skip
+    if bias is not None:
+        checks.floating(op, "bias", bias, 1)
+    for name, value, dims in (
+        ("features", features, 2),
+        ("labels", labels, 1),
+        ("weight", weight, 2),
+        ("bias", bias, 1),
+    ):
+        if value is not None and value.ndim != dims:  # no batches
+            raise ValueError(
+                f"cfl_ops.{op}: {name} must have {dims} dimension{'s' * (dims > 1)}, but got shape {tuple(value.shape)}"
+            )
+    lam = checks.one_coefficient(op, "lam", lam, features.device)
+    ridge = checks.one_coefficient(op, "ridge", ridge, features.device)
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
-    plain_loss = kappa == 1.0
-    own_weight = checks.positive(op, "kappa", kappa, [own, scaled_weight])
-    size = checks.positive(op, "target_scale", target_scale, [own, scaled_weight])
+    old = weight.clone()
+    kappa = checks.scalar(op, "kappa", kappa, checks.POSITIVE, [own, old])
+    target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
+    # The plain step on targets of size 1 checks the rest of the arguments and the data.
+    scaled_bias = None if bias is None else bias / target_scale
+    arguments = check_arguments(
+        op, features, labels, old / target_scale, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
+    )  # fmt: skip
     *plain, info = PROXIMAL_STEP(*arguments)
     raise_if_failed(info, [own, *plain], features, labels, weight)
     if plain_loss or features.shape[0] == 0:
         return ProximalStep(
-            plain[0] * size,
-            None if bias is None else plain[1] * size,
-            plain[2] * size**2,
-            plain[3] * size**2,
+            plain[0] * target_scale,
+            None if bias is None else plain[1] * target_scale,
+            (plain[2] * target_scale**2).to(plain[2].dtype),
+            plain[3] * target_scale**2,
         )
 
     rows, width = features.shape
-    phi, old = features.double(), weight.double()
+    phi, old = features.double(), old.double()
     if bias is not None:
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
         old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
-    mu = scale * on_device(arguments.lam, phi)
-    t = mu if arguments.ridge is None else mu + scale * on_device(arguments.ridge, phi)
+    mu = scale * on_device(lam, phi)
+    t = mu + scale * on_device(ridge, phi)
     anchor = old * (mu / t)
     same_class = labels.unsqueeze(-1) == labels.unsqueeze(-2)
-    residual = size * own - phi @ anchor.mT
+    residual = target_scale * own - phi @ anchor.mT
 
     if rows <= phi.shape[-1]:
         # (Phi Phi^T + t diag(1 / s_k)) a_k = r_k, where 1 / s_k is 1 / kappa on the rows of class k, else 1.
@@ -112,7 +127,7 @@ def rescaled_proximal_step(
         factor, info = torch.linalg.cholesky_ex(shared)
         inverse = torch.cholesky_inverse(factor)
         alpha = torch.cholesky_solve(residual, factor)
-        shift = t * (1 / own_weight - 1)
+        shift = t * (1 / kappa - 1)
         inner = (
             torch.where(same_class, inverse, 0.0)
             + torch.eye(rows, dtype=phi.dtype, device=phi.device) / shift
@@ -125,16 +140,16 @@ def rescaled_proximal_step(
         shared = phi.mT @ phi
         shared.diagonal().add_(t)
         factor, info = torch.linalg.cholesky_ex(shared)
-        delta = torch.cholesky_solve(phi.mT @ ((1 + (own_weight - 1) * own) * residual), factor)
+        delta = torch.cholesky_solve(phi.mT @ ((1 + (kappa - 1) * own) * residual), factor)
         through = torch.cholesky_solve(phi.mT, factor)
         inner = torch.where(same_class, phi @ through, 0.0)
-        inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (own_weight - 1)
+        inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (kappa - 1)
         z = torch.linalg.solve(inner, (phi @ delta).gather(-1, labels.unsqueeze(-1)))
         change = (delta - through @ (own * z)).mT
     raise_if_failed(info, [change], features, labels, weight)
     new = anchor + change
-    final = size * own - phi @ new.mT
-    weighted = (1 + (own_weight - 1) * own) * final
+    final = target_scale * own - phi @ new.mT
+    weighted = (1 + (kappa - 1) * own) * final
     dtype = plain[2].dtype
     return ProximalStep(
         new[:, :width].to(weight.dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import transforming
 from cfl_ops._core.results import public
+from cfl_ops._core.state import makes_state, normal
 from cfl_ops.ops.solve.graph_factors import graph_factors
 from cfl_ops.ops.solve.least_squares import factored, matrix_error, pinv_arguments
 from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
@@ -28,13 +30,28 @@ class Factorization:
     """A factored matrix ``a (..., M, N)``: solves, its rank, condition and determinant from one factorisation.
 
     Made by :func:`factorize`. Holds no graph: use :func:`lstsq` or :func:`pinv` for gradients in ``a``; a
-    solve is differentiable in its right side.
+    solve is differentiable in its right side. ``torch.load(weights_only=True)`` reads what ``torch.save`` wrote.
     """
 
     a: Tensor
     rank: Tensor
     """``(...)`` int64: the numerical rank, by the rule of :func:`lstsq`."""
     _factors: _Factors | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which name no class of the package but this one."""
+        return {
+            "a": self.a,
+            "rank": self.rank,
+            "factors": None if self._factors is None else tuple(self._factors),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What :meth:`__getstate__` returned."""
+        factors = state["factors"]
+        self.__dict__.update(
+            a=state["a"], rank=state["rank"], _factors=None if factors is None else _Factors(*factors)
+        )
 
     def solve(self, b: Tensor) -> Tensor:
         """The minimum-norm least-squares solution ``(..., N, K)`` for ``b (..., M, K)``."""
@@ -62,7 +79,7 @@ class Factorization:
 
     @cached_property
     def _singular_values(self) -> Tensor:
-        return self._decompose()
+        return makes_state(self._decompose)()
 
     def _decompose(self) -> Tensor:
         f = self._factors
@@ -97,6 +114,9 @@ class Factorization:
         return torch.where(self.rank < values.shape[-1], -torch.inf, total) if square else total
 
 
+torch.serialization.add_safe_globals([Factorization])
+
+
 def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization:
     """Factor ``a (..., M, N)`` once, for many right sides.
 
@@ -120,8 +140,13 @@ def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization
         >>> f.solve(torch.ones(2, 1)).squeeze(-1), int(f.rank), float(f.condition)
         (tensor([0.5000, 2.0000]), 2, 4.0)
     """
+    # What is computed of the detached matrix has no graph, and the regions of makes_state cannot be exported.
+    return _factorize(a, rtol) if is_compiling() else makes_state(_factorize)(a, rtol)
+
+
+def _factorize(a: Tensor, rtol: float | Tensor | None) -> Factorization:
     a, relative, _ = pinv_arguments("factorize", a, rtol, None)
-    a = a.detach()
+    a = a.detach() if is_compiling() else normal(a.detach())
     batch = a.shape[:-2]
     if a.numel() == 0:
         return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)

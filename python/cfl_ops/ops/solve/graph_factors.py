@@ -52,6 +52,6 @@ FACTORS = define_op(
     "(Tensor left, Tensor right, Tensor basis, Tensor rank, Tensor info, Tensor by_gram)",
     python=_factors_python,
     fake=_factors_fake,
-    core_dims=(2, 0),
+    shapes={"a": "M N", "rtol": ""},
     composite=True,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, first_failure
@@ -29,22 +30,20 @@ def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_penalties(op: str, lams: Any, device: torch.device) -> Tensor:
     """The penalties of a path as a 1-d float64 tensor."""
-    values = _one_tensor(lams).to(device, torch.float64)
+    if isinstance(lams, Tensor):
+        given = checks.real_tensor(op, "lams", lams)
+        # In a graph what is checked is written to, as far as the compiler knows.
+        values = given.to(device, torch.float64, copy=is_compiling())
+    else:
+        values = checks.numbers(op, "lams", lams).to(device)
     if values.ndim != 1 or values.numel() == 0:
         raise ValueError(
             f"cfl_ops.{op}: lams must be a sequence of at least one number, but got shape {tuple(values.shape)}"
         )
-    bad = ~((values >= 0) & values.isfinite()).all()
-    check_info(op, bad.to(torch.int32) * BAD_PENALTY, [values], [values.detach()])
-    return values
-
-
-def _one_tensor(lams: Any) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return torch.as_tensor(lams, dtype=torch.float64)
     if isinstance(lams, Tensor):
-        return lams.clone()  # the check writes to it, as far as the compiler knows
-    return torch.stack([checks.number_in_graph(lam) for lam in lams])
+        bad = ~((values >= 0) & values.isfinite()).all()
+        check_info(op, bad.to(torch.int32) * BAD_PENALTY, [values], [values.detach()])
+    return values
 
 
 def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
