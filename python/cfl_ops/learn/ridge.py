@@ -127,6 +127,8 @@ class Ridge(_LinearModel):
         intercept_: a number, or ``(K,)``; 0.0 without an intercept.
         n_features_in_: D.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: scikit-learn's checks look at the data.
+
     Example:
         >>> import numpy as np
         >>> from cfl_ops.learn import Ridge
@@ -166,6 +168,8 @@ class RidgeCV(_LinearModel):
         alpha_: the chosen penalty: a number, or ``(K,)`` with ``alpha_per_target`` and targets ``(B, K)``.
         best_score_: minus the mean squared error there, in the form of ``alpha_``.
         scores_: ``(len(alphas), K)``: the mean squared errors.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: as :class:`Ridge`.
 
     Example:
         >>> import numpy as np

@@ -157,6 +157,8 @@ class RecursiveRidge(PreciseModule):
             The errors of the predictions before the update, ``y - W x``, of the shape of y (0 in rows of
             weight 0).
 
+        Not under ``fullgraph=True`` nor ``torch.export`` with a window: which rows leave depends on how many came.
+
         Raises:
             TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, or a
                 negative weight. The state is then unchanged.

@@ -100,6 +100,8 @@ def compress(
     Raises:
         TypeError, ValueError: bad arguments, or NaN or Inf weights.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: the bytes are written on the host.
+
     Example:
         >>> import torch, cfl_ops
         >>> w = torch.randn(1000, 50)
@@ -194,6 +196,8 @@ def decompress(
         IndexError: start and stop do not fit.
         TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header and its
             tables (and of any byte of a blob that is stored as it is), ``out`` is as it was.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: the bytes are read on the host.
 
     Example:
         >>> import torch, cfl_ops

@@ -79,8 +79,9 @@ class Factorization:
 
     @cached_property
     def _singular_values(self) -> Tensor:
-        return makes_state(self._decompose)()
+        return self._decompose()
 
+    @makes_state
     def _decompose(self) -> Tensor:
         f = self._factors
         if f is None:
@@ -140,13 +141,13 @@ def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization
         >>> f.solve(torch.ones(2, 1)).squeeze(-1), int(f.rank), float(f.condition)
         (tensor([0.5000, 2.0000]), 2, 4.0)
     """
-    # What is computed of the detached matrix has no graph, and the regions of makes_state cannot be exported.
-    return _factorize(a, rtol) if is_compiling() else makes_state(_factorize)(a, rtol)
+    return _factorize(a, rtol)
 
 
+@makes_state
 def _factorize(a: Tensor, rtol: float | Tensor | None) -> Factorization:
     a, relative, _ = pinv_arguments("factorize", a, rtol, None)
-    a = a.detach() if is_compiling() else normal(a.detach())
+    a = normal(a.detach())
     batch = a.shape[:-2]
     if a.numel() == 0:
         return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)

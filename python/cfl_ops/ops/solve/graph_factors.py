@@ -11,7 +11,7 @@ from cfl_ops.ops.solve.tall import Factors, underdetermined
 
 
 def graph_factors(a: Tensor, rtol: Tensor | None) -> Factors:
-    """The factors of ``a``, which is not empty, where no graph may depend on what it holds."""
+    """The factors of ``a``, which is not empty, for a graph, which cannot depend on what it holds."""
     left, right, basis, rank, info, by_gram = FACTORS(a, rtol)
     t = a.mT if underdetermined(a) else a
     if not _has_basis(a, rtol):
@@ -25,6 +25,8 @@ def _has_basis(a: Tensor, rtol: Tensor | None) -> bool:
 
 
 def _factors_python(a: Tensor, rtol: Tensor | None) -> tuple[Tensor, ...]:
+    if a.numel() == 0:
+        return tuple(torch.zeros_like(value) for value in _factors_fake(a, rtol))
     factors = factored(a, rtol, None)
     t, left, right, basis, rank, info, *_ = factors
     if not _has_basis(a, rtol):
