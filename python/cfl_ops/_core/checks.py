@@ -106,7 +106,7 @@ def number(op: str, name: str, value: Any, wanted: Range = FINITE) -> float:
     return out
 
 
-def scalar(op: str, name: str, value: Any, wanted: Range, results: Sequence[Tensor]) -> float | Tensor:
+def scalar(op: str, name: str, value: Any, wanted: Range, results: Sequence[Tensor]) -> Any:
     """A :func:`number` that torch ops are given; in a graph a 0-d float64 tensor, checked when the graph is run.
 
     ``results`` is what the graph goes on with: nothing else would keep the compiler from dropping the check.
