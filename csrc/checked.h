@@ -68,7 +68,8 @@ inline int64_t times(int64_t a, int64_t b) {
   return result;
 }
 
-// A size that several arguments share; the first that has it says what it is.
+// A size that several arguments share; the first that has it says what it is, where it is not
+// given.
 struct Size {
   const char* name;
   int64_t value = -1;
@@ -285,12 +286,10 @@ class Checked {
     }
   }
 
-  void contiguous(const char* name) const {
-    const View& view = *std::find_if(views_.begin(), views_.begin() + count_,
-                                     [&](const View& v) { return v.name == name; });
-    if (view.dense() || view.empty()) return;
-    fail(name, "must be contiguous, but got shape ", shape(view), " with strides ",
-         list(view.strides, view.ndim));
+  // The argument asked for last is contiguous, or all of them.
+  void contiguous() const { contiguous(views_[count_ - 1]); }
+  void all_contiguous() const {
+    std::for_each(views_.begin(), views_.begin() + count_, [&](const View& v) { contiguous(v); });
   }
   Dtypes dtype(const char* name, torch::headeronly::ScalarType value, Dtypes dtypes) const {
     using torch::stable::detail::from, torch::stable::detail::to;
@@ -327,6 +326,12 @@ class Checked {
   }
 
  private:
+  void contiguous(const View& view) const {
+    if (view.dense() || view.empty()) return;
+    fail(view.name, "must be contiguous, but got shape ", shape(view), " with strides ",
+         list(view.strides, view.ndim));
+  }
+
   [[noreturn]] void must_be(const char* name, Dtypes dtypes, int32_t code) const {
     fail(name, "must be ", words(dtypes), ", but got ", words(one_dtype(code)));
   }
@@ -390,8 +395,10 @@ class Checked {
         dim.size->value = size;
         dim.size->argument = name;
       } else if (size != dim.size->value) {
+        const bool shared = dim.size->argument != nullptr;
         fail(name, "must have size ", dim.size->value, " in dimension ", at - 1 - view.ndim, " (",
-             dim.size->name, " of ", dim.size->argument, "), but got shape ", shape(view));
+             dim.size->name, shared ? " of " : "", shared ? dim.size->argument : "",
+             "), but got shape ", shape(view));
       }
     }
   }
