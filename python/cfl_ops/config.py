@@ -24,7 +24,8 @@ def get_backend() -> str | None:
 def set_backend(backend: str | None) -> None:
     """Force one backend for every op of this process, or None to choose automatically.
 
-    The environment variable ``CFL_OPS_BACKEND`` does the same at import.
+    The environment variable ``CFL_OPS_BACKEND`` does the same at import. With ``python`` there, the compiled
+    extension is not even loaded, until another backend (or None) is set: a broken one is no obstacle.
 
     Args:
         backend: ``"python"``, ``"triton"``, ``"native"``, ``"nvrtc"`` (the CUDA C++ kernels compiled at run
@@ -34,6 +35,7 @@ def set_backend(backend: str | None) -> None:
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is not installed.
+        ImportError: the compiled extension cannot be loaded.
 
     """
     dispatch.overrides.install(backend)
@@ -80,9 +82,10 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": get_backend() or "automatic",
     }
-    if dispatch.extension_available():
-        extension = importlib.import_module("cfl_ops._C")
-        report["extension"] = dict(extension.build_info())
+    if dispatch.extension_loaded():
+        report["extension"] = dict(importlib.import_module(dispatch.EXTENSION).build_info())
+    elif dispatch.extension_available():
+        report["extension"] = {"not loaded:": "the backend python was asked for"}
     else:
         report["extension"] = None
     if dispatch.triton_available():
@@ -102,6 +105,8 @@ def _cuda_source() -> str:
     """Where the CUDA C++ kernels come from."""
     if dispatch.native_available():
         return "compiled with the extension"
+    if dispatch.extension_available() and not dispatch.extension_loaded():
+        return "not loaded"
     if dispatch.nvrtc_available():
         return "compiled at run time by CuPy's NVRTC"
     return "none: the extension has none, and cupy is not installed"

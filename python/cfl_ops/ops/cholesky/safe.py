@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
@@ -220,7 +221,8 @@ SAFE = define_op(
     "safe_cholesky(Tensor a, float max_jitter) -> (Tensor L, Tensor jitter, Tensor info)",
     python=_safe_python,
     fake=_safe_fake,
-    core_dims=(2, None),
+    shapes={"a": "full D D"},
+    check=lambda a, max_jitter: finite("safe_cholesky", "max_jitter", max_jitter, 0),
     derivative=Derivative(_safe_setup_context, _safe_backward, ("jitter", "info")),
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import DTYPES, finite, one_of, same_dtype, trailing, within
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
@@ -158,7 +159,7 @@ def gram_(
         ``m``.
 
     Raises:
-        What :func:`gram` raises; ``m`` is then unchanged.
+        What :func:`gram` raises; ``m`` is then unchanged, all of a batch.
 
     Example:
         >>> import torch, cfl_ops
@@ -233,16 +234,15 @@ class GramInPlaceArguments(NamedTuple):
         )
 
     def add(self, new: Sequence[Tensor]) -> Tensor:
-        """Moments <- decay * moments + the results of ``gram`` for the new rows, unless their info says that
-        these are bad; returns that info.
+        """Moments <- decay * moments + the results of ``gram`` for the new rows, all of the batch or, if their info
+        says that some are bad, none; returns that info.
         """
         info = new[5]
-        good = info == 0
-        for old, fresh, dims in zip(self[:5], new, MOMENT_DIMS.values(), strict=False):
-            keep = good[(...,) + (None,) * dims]
+        good = (info == 0).all()
+        for old, fresh in zip(self[:5], new, strict=False):
             # 0 forgets, whatever was there.
             kept = old * self.decay if self.decay != 0 else torch.zeros_like(old)
-            old.copy_(torch.where(keep, kept + fresh, old))
+            old.copy_(torch.where(good, kept + fresh, old))
         return info
 
 
@@ -252,12 +252,46 @@ def in_place(moments: Sequence[Tensor], new: GramArguments, decay: float) -> Gra
     return GramInPlaceArguments._make((*moments, x, y, sample_weight, num_classes, decay))
 
 
-MOMENT_DIMS = {"gram": 2, "cross": 2, "target_sum": 1, "target_sq": 1, "count": 0}
+MOMENT_SHAPES = {
+    "gram": "full D' D'", "cross": "full D' K", "target_sum": "full K", "target_sq": "full K", "count": "float64",
+}  # fmt: skip
+
+
+def row_shapes(num_classes: int) -> dict[str, str]:
+    """The shapes of what has the rows' dimension, as the ops take it."""
+    return {"x": "B D", "y": "int64 B" if num_classes else "B K", "sample_weight": "B"}
 
 
 def row_dims(num_classes: int) -> dict[str, int]:
-    """The core dimensions of what has the rows' dimension, as the ops take it."""
-    return {"x": 2, "y": 1 if num_classes else 2, "sample_weight": 1}
+    """How many of their trailing dimensions the ops work on."""
+    return trailing(row_shapes(num_classes))
+
+
+def check_rows(a: GramArguments, op: str = "gram") -> None:
+    """Raise for what is wrong with the options of the rows."""
+    within(op, "num_classes", a.num_classes, 0)
+    if a.num_classes and a.y is None:
+        raise ValueError(f"cfl_ops.{op}: num_classes is {a.num_classes}, but y is not given")
+    if a.y is not None and not a.num_classes:
+        same_dtype(op, "y", a.y, "x", a.x.dtype)
+    one_of(op, "acc_dtype", a.acc_dtype, DTYPES["full"])
+    if a.x.dtype == torch.float64:
+        one_of(op, "acc_dtype", a.acc_dtype, (torch.float64,))
+
+
+def _check_moments(a: GramInPlaceArguments) -> None:
+    """Raise for what is wrong with the moments and the decay."""
+    finite("gram_", "decay", a.decay, 0)
+    check_rows(a.new_rows, "gram_")
+    for name, value in zip(MOMENT_SHAPES, a[:4], strict=False):
+        same_dtype("gram_", name, value, "gram", a.gram.dtype)
+    order, width, targets = a.gram.shape[-1], a.x.shape[-1], a.new_rows.targets
+    if order != width and order != width + 1:
+        raise ValueError(f"cfl_ops.gram_: gram must be of order {width} or {width + 1}, but it is of {order}")
+    if a.cross.shape[-1] != targets:
+        raise ValueError(
+            f"cfl_ops.gram_: cross must have {targets} columns as y has, but it has {a.cross.shape[-1]}"
+        )
 
 
 def gram_arguments(
@@ -490,7 +524,8 @@ GRAM = define_op(
     arguments=GramArguments,
     python=gram_fallback,
     fake=lambda a: gram_results(a, a.x.new_empty),
-    core_dims=lambda a: row_dims(a.num_classes),
+    shapes=lambda a: row_shapes(a.num_classes),
+    check=check_rows,
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.gram:gram"),),
 )
@@ -501,7 +536,8 @@ GRAM_ = define_op(
     arguments=GramInPlaceArguments,
     python=lambda a: a.add(gram_fallback(a.new_rows)),
     fake=lambda a: a.gram.new_empty(a.gram.shape[:-2], dtype=torch.int32),
-    core_dims=lambda a: MOMENT_DIMS | row_dims(a.num_classes),
+    shapes=lambda a: MOMENT_SHAPES | row_shapes(a.num_classes),
+    check=_check_moments,
     cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )
 
@@ -517,7 +553,7 @@ EXACT_GRAM = define_op(
     "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
     python=_exact_gram_fallback,
     fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
-    core_dims=(2, 1),
+    shapes={"x": "B D", "sample_weight": "float64 B"},
     cuda=cuda_cpp(cuda.exact_gram),
     helper=True,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import one_of, trailing
 from cfl_ops._core.batching import expand_batch
 from cfl_ops.ops.proximal.codes import AUTO, BIAS_FITS, MEAN, METHODS, PENALIZED, REDUCTIONS
 
@@ -33,11 +34,18 @@ OPTIONS = 3
 """The last fields, which are no tensors."""
 
 
-def core_dims(arguments: ProximalArguments) -> dict[str, int]:
-    """How many trailing dimensions of each tensor the ops work on."""
-    target = 2 if arguments.target.is_floating_point() else 1
-    return {"features": 2, "target": target, "weight": 2, "bias": 1, "lam": 0, "ridge": 0, "lam_diag": 1,
-            "sample_weight": 1}  # fmt: skip
+def shapes(arguments: ProximalArguments) -> dict[str, str]:
+    """What each tensor of the ops must be."""
+    target = "B K" if arguments.target.is_floating_point() else "int64 B"
+    return {"features": "B D", "target": target, "weight": "K D", "bias": "K", "lam": "", "ridge": "",
+            "lam_diag": "D", "sample_weight": "B"}  # fmt: skip
+
+
+def check_options(op: str, arguments: ProximalArguments) -> None:
+    """Raise for an option that is none."""
+    one_of(op, "reduction", arguments.reduction, REDUCTIONS.values())
+    one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS.values())
+    one_of(op, "method", arguments.method, METHODS.values())
 
 
 def check_arguments(
@@ -150,7 +158,7 @@ def _check_tensors(
 
 def _expand(op: str, arguments: ProximalArguments, in_place: bool) -> ProximalArguments:
     """All arguments with the common batch shape, which those that are written to must have already."""
-    dims = core_dims(arguments)
+    dims = trailing(shapes(arguments))
     batches = {
         name: value.shape[: value.ndim - dims[name]]
         for name, value in zip(arguments._fields, arguments, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
-from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, core_dims
+from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, check_options, shapes
 from cfl_ops.ops.proximal.codes import (
     BAD_FEATURES,
     BAD_PENALTY,
@@ -175,7 +176,8 @@ def proximal_step_(
     """As :func:`proximal_step`, with ``weight`` and ``bias`` updated in place.
 
     Returns:
-        ``(loss, grad_features)``. When it raises, weight and bias are unchanged. Takes no part in autograd.
+        ``(loss, grad_features)``. When it raises, weight and bias are unchanged, all of a batch. Takes no part
+        in autograd: features may require grad and get none (``grad_features`` is theirs), nothing else may.
 
     Example:
         >>> import torch, cfl_ops
@@ -189,8 +191,23 @@ def proximal_step_(
         "proximal_step_", features, target, weight, bias, lam, ridge, lam_diag, reduction, sample_weight,
         fit_bias, method, in_place=True,
     )  # fmt: skip
+    if weight.ndim > 2:
+        return _all_or_none_(arguments)
     loss, grad_features, info = PROXIMAL_STEP_(*arguments)
     raise_if_failed(info, [loss, grad_features], arguments.features, arguments.target, weight)
+    return loss, grad_features
+
+
+def _all_or_none_(arguments: ProximalArguments) -> tuple[Tensor, Tensor]:
+    """The step in place on a batch of heads, of which none is changed where one fails."""
+    if not torch.compiler.is_compiling():
+        PROXIMAL_STEP_.check(arguments)
+    with torch.no_grad():
+        weight, bias, loss, grad_features, info = PROXIMAL_STEP(*arguments)
+        raise_if_failed(info, [weight, bias], arguments.features, arguments.target, arguments.weight)
+        arguments.weight.copy_(weight)
+        if arguments.bias is not None:
+            arguments.bias.copy_(bias)
     return loss, grad_features
 
 
@@ -438,7 +455,8 @@ PROXIMAL_STEP = define_op(
     arguments=ProximalArguments,
     python=_fallback,
     fake=_fake,
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step"),
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
@@ -448,7 +466,9 @@ PROXIMAL_STEP_ = define_op(
     arguments=ProximalArguments,
     python=_fallback_in_place,
     fake=lambda arguments: _fake(arguments)[2:],
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step_"),
+    as_data=("features",),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step_"),),
 )
 

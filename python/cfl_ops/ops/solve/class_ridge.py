@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.errors import LinAlgError
@@ -218,7 +219,8 @@ CLASS_SOLVE = define_op(
     arguments=ClassSolveArguments,
     python=_class_solve_python,
     fake=_class_solve_fake,
-    core_dims={"x": 2, "y": 1, "cross": 2, "lam": 0},
+    shapes={"x": "B D", "y": "int64 B", "cross": "D K", "lam": ""},
+    check=lambda args: finite("class_solve", "kappa", args.kappa, 0),
     derivative=Derivative(_class_solve_setup_context, _class_solve_backward),
     composite=True,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import one_of, same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
@@ -398,13 +399,23 @@ def _ridge_cv_fake(args: RidgeCVArguments) -> tuple[Tensor, ...]:
     )
 
 
+def _check(args: RidgeCVArguments) -> None:
+    rows, folded = args.x.shape[-2], args.kind == "folds"
+    one_of("ridge_cv", "kind", args.kind, ("loo", "gcv", "folds"))
+    within("ridge_cv", "folds", args.folds, 2 if folded else 0, rows if folded else 0)
+    within("ridge_cv", "the rows of x", rows, 2)
+    within("ridge_cv", "the number of lams", args.lams.shape[-1], 1)
+    same_dtype("ridge_cv", "y", args.y, "x", args.x.dtype)
+
+
 RIDGE_CV = define_op(
     "ridge_cv(Tensor x, Tensor y, Tensor lams, str kind, int folds, bool per_target, bool bias) -> "
     "(Tensor weight, Tensor intercept, Tensor lam, Tensor scores, Tensor info)",
     arguments=RidgeCVArguments,
     python=_ridge_cv_python,
     fake=_ridge_cv_fake,
-    core_dims={"x": 2, "y": 2, "lams": 1},
+    shapes={"x": "full B D", "y": "full B K", "lams": "float64 L"},
+    check=_check,
     composite=True,
 )
 
