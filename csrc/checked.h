@@ -99,17 +99,23 @@ struct View {
     }
     return true;
   }
-  // Addresses of the first element and of the end of the last one; twice 0 where there is none.
-  std::pair<int64_t, int64_t> span() const {
+  // Bytes from the first element to the end of the last one; 0 where there is none.
+  int64_t extent() const {
     int64_t last = 0;
     for (int64_t i = 0; i < ndim; ++i) {
-      if (sizes[i] == 0) return {0, 0};
+      if (sizes[i] == 0) return 0;
       last += (sizes[i] - 1) * strides[i];
     }
+    return (last + 1) * element;
+  }
+  // Addresses of the first element and of the end of the last one; twice 0 where there is none.
+  std::pair<int64_t, int64_t> span() const {
+    const int64_t bytes = extent();
+    if (bytes == 0) return {0, 0};
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
     const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
-    return {begin, begin + (last + 1) * element};
+    return {begin, begin + bytes};
   }
 };
 
@@ -356,6 +362,15 @@ class Checked {
     view.element = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
     if (!dtypes.has(dtype)) must_be(name, dtypes, dtype);
     if (view.ndim > 64) fail(name, "must have at most 64 dimensions, but got ", view.ndim);
+    // A storage can be resized under its tensors.
+    int64_t held, offset;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(view.handle, &held));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(view.handle, &offset));
+    const int64_t bytes = view.extent();
+    if (bytes > 0 && offset * view.element + bytes > held) {
+      fail(name, "must have memory for its shape ", shape(view), ", but its storage holds ", held,
+           " bytes");
+    }
     const bool cpu = device == aoti_torch_device_type_cpu();
     int32_t index = -1;
     if (!cpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(view.handle, &index));
