@@ -67,10 +67,13 @@ class Rule:
         name: str,
         fields: Sequence[str],
         shapes: Callable[[Sequence[Any]], Mapping[str, str]],
+        required: Sequence[int],
         written: Sequence[int],
         check: Callable[..., None] | None,
     ) -> None:
+        """``required`` are the positions of the tensors that the schema does not call optional."""
         self.name, self.fields, self.shapes, self.written, self.check = name, fields, shapes, written, check
+        self.required = required
         self._plans: dict[int, tuple[Mapping[str, str], list[Any]]] = {}
 
     def __call__(self, args: Sequence[Any]) -> None:
@@ -78,6 +81,7 @@ class Rule:
 
         Most calls are right, and told to be with few questions.
         """
+        self._check_given(args)
         shapes = self.shapes(args)
         if not self._obeyed(args, shapes):
             self.refuse_tensors(args, shapes)
@@ -85,6 +89,14 @@ class Rule:
             self.check(*args)
         if self.written:
             self._check_writable(args)
+
+    def _check_given(self, args: Sequence[Any]) -> None:
+        """torch's dispatcher takes None for any tensor."""
+        for position in self.required:
+            if args[position] is None:
+                raise TypeError(
+                    f"cfl_ops.{self.name}: {self.fields[position]} must be a tensor, but got None"
+                )
 
     def _obeyed(self, args: Sequence[Any], shapes: Mapping[str, str]) -> bool:
         """Whether the tensors are as declared, of sizes that are numbers."""
@@ -163,6 +175,7 @@ class Rule:
 
     def symbolic(self, args: Sequence[Any]) -> None:
         """As the call, where sizes may be symbols of a compiler."""
+        self._check_given(args)
         self.refuse_tensors(args, self.shapes(args))
         if self.check is not None:
             self.check(*args)

@@ -231,7 +231,8 @@ def define_op(
     def shapes_of(args: Sequence[Any]) -> Mapping[str, str]:
         return shapes(*args) if callable(shapes) else shapes
 
-    rule = Rule(name, fields, shapes_of, written, check)
+    required = [i for i, argument in enumerate(declared) if str(argument.type) == "Tensor"]
+    rule = Rule(name, fields, shapes_of, required, written, check)
     python = _guarded(rule, python)
     op = Op(
         name, python, tuple(cuda), composite, helper, tuple(written), tuple(map(fields.index, as_data)), rule
