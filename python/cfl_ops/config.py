@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfl_ops._core import dispatch
+from cfl_ops._core import checks, dispatch
 from cfl_ops._core.op import OPS
 
 __all__ = ["backend_of", "get_backend", "info", "plan_proximal", "set_backend", "show", "use_backend"]
@@ -143,6 +143,10 @@ def plan_proximal(rows: int, width: int, targets: int) -> dict[str, Any]:
         >>> plan["side"], plan["cg_iterations"]
         ('dual', 0)
     """
+    rows, width, targets = (
+        checks.integer("config.plan_proximal", name, value, 0)
+        for name, value in (("rows", rows), ("width", width), ("targets", targets))
+    )
     small, large = min(rows, width), max(rows, width)
     direct = small * small * large / 2 + small**3 / 6 + small * small * targets
     iteration = 2.0 * rows * width * max(targets, 32)  # fewer right sides are bound by reading the features

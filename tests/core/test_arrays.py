@@ -214,6 +214,16 @@ def test_arrays_of_any_layout_are_read_and_never_written(name: str, layout: Any,
             assert same(bad, before)
 
 
+def test_strides_that_are_no_multiples_of_elements_are_copied() -> None:
+    records = np.zeros(5, dtype=[("before", "f8"), ("value", "c16")])
+    records["value"] = np.arange(5) * 1j
+    values = records["value"]
+    assert values.flags.aligned
+    assert values.strides == (24,)
+    blobs = cfl_ops.arrays.compress_state_dict({"w": values})
+    assert np.array_equal(cfl_ops.arrays.decompress_state_dict(blobs)["w"], values)
+
+
 def test_memory_maps_and_broadcasts_are_read_where_they_are_and_never_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "w.npy", rng.normal(size=(2, 5)))

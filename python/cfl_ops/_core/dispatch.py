@@ -27,7 +27,7 @@ from cfl_ops._core.op import NAMESPACE, OPS, UNSERVED, Kernel, Op, below_autogra
 BACKENDS = ("python", "triton", "native", "nvrtc")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "amx")
-"""What CFL_OPS_ISA may be: isa_name of csrc/cpu/gram_kernel.cpp, which reads it."""
+"""What CFL_OPS_ISA may be: kIsaNames of csrc/cpu/gram_kernel.h, whose reader the Python fallback does without."""
 
 EXTENSION = "cfl_ops._C"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.autocast import without_autocast
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops.errors import LinAlgError
@@ -110,6 +112,7 @@ def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
     return out
 
 
+@without_autocast
 def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     check_factor(op, "L", L)
     check_factor(op, "corner", corner)
@@ -138,12 +141,10 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
-    given = [index] if isinstance(index, int) else list(index)
+    one = getattr(index, "ndim", None) == 0 or isinstance(index, str) or not isinstance(index, Iterable)
+    several: Iterable[Any] = [index] if one else index  # type: ignore[assignment]
+    given = [checks.integer(op, "index", i) for i in several]
     for i in given:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(
-                f"cfl_ops.{op}: index must be an integer or a sequence of them, but got {index!r}"
-            )
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")
     wanted = sorted(i % order for i in given)

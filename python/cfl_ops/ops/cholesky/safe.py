@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops._core import checks
 from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
@@ -132,8 +133,7 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
     check_factor(op, "a", a)
-    if not 0 <= max_jitter < math.inf:
-        raise ValueError(f"cfl_ops.{op}: max_jitter must be finite and not negative, but got {max_jitter}")
+    max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
 

@@ -181,7 +181,9 @@ def _update(
     op: str, L: Tensor, V: Tensor, alpha: float, decay: float, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What all forms do: the new factor (in place: L itself) and info."""
-    L, V = _arguments(op, L, V, alpha, decay, in_place)
+    alpha = checks.number(op, "alpha", alpha)
+    decay = checks.number(op, "decay", decay, checks.NOT_NEGATIVE)
+    L, V = _arguments(op, L, V, in_place)
     if in_place:
         return L, UPDATE_(L, V, alpha, decay)
     out: tuple[Tensor, Tensor] = UPDATE(L, V, alpha, decay)
@@ -195,9 +197,7 @@ def _or_raise(result: tuple[Tensor, Tensor], alpha: float) -> Tensor:
     return out
 
 
-def _arguments(
-    op: str, L: Tensor, V: Tensor, alpha: float, decay: float, in_place: bool
-) -> tuple[Tensor, Tensor]:
+def _arguments(op: str, L: Tensor, V: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Check the arguments; L and V with one batch shape and in one dtype."""
     check_factor(op, "L", L)
     checks.floating(op, "V", V, 2)
@@ -205,15 +205,6 @@ def _arguments(
         checks.size(op, "V", V, -2, L.shape[-1], "the order of L")
     if V.device != L.device:
         checks.same_device(op, "L", L, V=V)
-    for name, value in (("alpha", alpha), ("decay", decay)):
-        if type(value) is float or torch.compiler.is_compiling():
-            pass
-        elif isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"cfl_ops.{op}: {name} must be a number, but got {type(value).__name__}")
-        if not torch.compiler.is_compiling() and not math.isfinite(value):
-            raise ValueError(f"cfl_ops.{op}: {name} must be finite, but got {value}")
-    if decay < 0:
-        raise ValueError(f"cfl_ops.{op}: decay must not be negative, but got {decay}")
     if V.dtype != L.dtype:
         if torch.promote_types(V.dtype, L.dtype) != L.dtype:
             raise TypeError(f"cfl_ops.{op}: V must not be wider than L ({L.dtype}), but got {V.dtype}")
@@ -226,20 +217,7 @@ def _arguments(
                 f"but got shape {tuple(L.shape)}"
             )
         L, V = expand_batch((L, V), (2, 2), batch)
-    if in_place:
-        _check_writable(op, L)
     return L, V
-
-
-def _check_writable(op: str, L: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(L.stride(), L.shape, strict=True)):
-        raise ValueError(
-            f"cfl_ops.{op}: L must not share memory between its elements to be updated in place (it is expanded)"
-        )
-    if L.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"cfl_ops.{op}: L must not require grad, for an update in place takes no part in autograd"
-        )
 
 
 def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:

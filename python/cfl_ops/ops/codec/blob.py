@@ -20,7 +20,7 @@ from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
-from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments, real
+from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
@@ -113,7 +113,8 @@ def compress(
     """
     checks.floating("compress", "w", w, 0)
     checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
-    floor, probe_bits = real("compress", "floor", floor), check_bits("compress", probe_bits, "probe_bits")
+    floor = checks.number("compress", "floor", floor)
+    probe_bits = check_bits("compress", probe_bits, "probe_bits")
     fraction = check_fraction("compress", fraction)
     bits = None if bits is None else check_bits("compress", bits)
     block_size = check_groups("compress", w, per, block_size)
@@ -183,7 +184,7 @@ def decompress(
     Args:
         blob: 1-d uint8.
         out: a contiguous tensor of the weights' dtype, of as many elements as are asked for, which shares no
-            memory with the blob.
+            memory with the blob, and requires no grad (or is written under ``torch.no_grad()``).
         start: only the elements from here on (of the flattened tensor), as a 1-d tensor: only their chunks
             are read.
         stop: and up to here.
@@ -299,7 +300,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     else:
         table_bytes = 2 * groups * element + exceptions * (8 + element)
     head = _BLOB_BYTES + table_bytes
-    if head > size or (kind == _RAW and (ndim > codes.MAX_DIMS or head + groups != size)):
+    if head > size or (kind == _RAW and head + groups != size):
         raise _contradiction(op)
     table = as_bytes((near if head <= near.numel() else blob)[_BLOB_BYTES:head])
     if zlib.crc32(table, zlib.crc32(fixed[: _BLOB.size])) != checksum:
@@ -307,14 +308,13 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     data = blob[head:]
     if kind == _RAW:
         shape = struct.unpack(f"<{ndim}Q", table)
-        numel = math.prod(shape)
-        if numel * element != groups or not codes.shape_fits(shape):
+        if not codes.shape_fits(shape) or math.prod(shape) * element != groups:
             raise _contradiction(op)
         if zlib.crc32(as_bytes(data)) != data_crc:
             raise corrupt(op, "the data of the blob are damaged (checksum)")
         if dtype == torch.bool and bool((data > 1).any()):
             raise corrupt(op, "the data of the blob are neither true nor false")
-        return _Blob(shape, numel, dtype, data, True)
+        return _Blob(shape, math.prod(shape), dtype, data, True)
 
     header = read_header(op, data, None if near is blob or head >= near.numel() else near[head:])
     if not 1 <= bits <= 16 or code > 3 or header.symbol_bytes != (1 if bits <= 8 else 2):

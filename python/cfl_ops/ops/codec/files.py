@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec.arguments import integer
 from cfl_ops.ops.codec.blob import compress, decompress, store_raw
 from cfl_ops.ops.codec.huffman import corrupt
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
@@ -47,7 +46,7 @@ def compress_state_dict(
 
     """
     op, out = "compress_state_dict", {}
-    min_numel = integer(op, "min_numel", min_numel, 0)
+    min_numel = checks.integer(op, "min_numel", min_numel, 0)
     for name, value in state_dict.items():
         where = f"state_dict[{name!r}]"
         checks.tensor(op, where, value, 0)

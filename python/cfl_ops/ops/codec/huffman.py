@@ -17,7 +17,6 @@ from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
-from cfl_ops.ops.codec.arguments import integer
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse, symbol_dtype
@@ -183,6 +182,11 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
     checks.same_device(op, "the encoded bytes", payload, out=out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"cfl_ops.{op}: out requires grad, but no gradient passes decoding: give out.detach(), or use "
+            "torch.no_grad()"
+        )
     if not torch.compiler.is_compiling() and _overlap(out, payload):
         raise ValueError(f"cfl_ops.{op}: out must not share memory with the encoded bytes")
 
@@ -198,8 +202,8 @@ def _overlap(out: Tensor, payload: Tensor) -> bool:
 
 def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int, int]:
     """The first element that is asked for, and how many."""
-    first = 0 if start is None else integer(op, "start", start)
-    last = numel if stop is None else integer(op, "stop", stop)
+    first = 0 if start is None else checks.integer(op, "start", start)
+    last = numel if stop is None else checks.integer(op, "stop", stop)
     if not 0 <= first <= last <= numel:
         raise IndexError(
             f"cfl_ops.{op}: start and stop must be ordered and within the {numel} elements, "

@@ -21,7 +21,6 @@ from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.ops.codec import cuda
-from cfl_ops.ops.codec.arguments import integer, real
 from cfl_ops.ops.codec.reference.header import symbol_dtype
 
 __all__ = [
@@ -107,6 +106,7 @@ def quantize_ex(
     """
     checks.floating("quantize", "w", w, 0)
     bits = check_bits("quantize", bits)
+    histogram = checks.flag("quantize", "histogram", histogram)
     block_size = check_groups("quantize", w, per, block_size)
     w = w.detach()
     if per == "row":
@@ -147,7 +147,7 @@ def dequantize(q: QuantizedTensor) -> Tensor:
         raise TypeError(f"cfl_ops.dequantize: q must be a QuantizedTensor, but got {type(q).__name__}")
     bits, group_size = (
         check_bits("dequantize", q.bits),
-        integer("dequantize", "q.group_size", q.group_size, 0),
+        checks.integer("dequantize", "q.group_size", q.group_size, 0),
     )
     checks.tensor("dequantize", "q.symbols", q.symbols, 0)
     if q.symbols.dtype != symbol_dtype(bits):
@@ -212,21 +212,19 @@ def allocate_bits(entropy: float | Tensor, *, floor: float = 6) -> int:
         9
 
     """
-    found, kept = real("allocate_bits", "entropy", entropy), real("allocate_bits", "floor", floor)
+    found = checks.number("allocate_bits", "entropy", entropy)
+    kept = checks.number("allocate_bits", "floor", floor)
     return min(16, max(1, math.floor(found + kept + 0.5)))
 
 
 def check_bits(op: str, bits: Any, name: str = "bits") -> int:
     """The bits of a symbol, as an int."""
-    return integer(op, name, bits, 1, 16)
+    return checks.integer(op, name, bits, 1, 16)
 
 
 def check_fraction(op: str, fraction: Any) -> float:
     """The part of the weights that a sample holds, as a float."""
-    number = real(op, "fraction", fraction)
-    if not 0 < number <= 1:
-        raise ValueError(f"cfl_ops.{op}: fraction must be in (0, 1], but got {fraction}")
-    return number
+    return checks.number(op, "fraction", fraction, checks.SHARE)
 
 
 def check_groups(op: str, w: Tensor, per: Any, block_size: Any) -> int | None:
@@ -236,7 +234,7 @@ def check_groups(op: str, w: Tensor, per: Any, block_size: Any) -> int | None:
         raise ValueError(f"cfl_ops.{op}: w must have at least 1 dimension for per='row', but got shape ()")
     if (per == "block") != (block_size is not None):
         raise ValueError(f"cfl_ops.{op}: block_size must be given with per='block', and only then")
-    return None if block_size is None else integer(op, "block_size", block_size, 1)
+    return None if block_size is None else checks.integer(op, "block_size", block_size, 1)
 
 
 def probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:

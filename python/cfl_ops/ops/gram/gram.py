@@ -70,10 +70,22 @@ class GramMoments(NamedTuple):
         )
 
     def decay(self, rho: float | Tensor) -> GramMoments:
-        """All moments times ``rho``: older rows count less (exponential forgetting)."""
-        if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-            raise ValueError(f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}")
-        return GramMoments._make(None if field is None else field * rho for field in self)
+        """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
+        op = "GramMoments.decay"
+        factor = checks.penalty(op, "rho", rho)
+        if not isinstance(factor, Tensor):
+            return GramMoments._make(None if field is None else field * factor for field in self)
+        if factor.ndim and factor.shape != self.count.shape:
+            raise ValueError(
+                f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
+                f"but got shape {tuple(factor.shape)}"
+            )
+
+        def decayed(field: Tensor) -> Tensor:
+            rows = field.ndim - factor.ndim if factor.ndim else 0
+            return field * factor.to(field.dtype)[(...,) + (None,) * rows]
+
+        return GramMoments._make(None if field is None else decayed(field) for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
@@ -169,7 +181,8 @@ def gram_(
                 [2., 2.]])
 
     """
-    new = _new_rows(m, x, y, sample_weight, decay)
+    decay = checks.number("gram_", "decay", decay, checks.NOT_NEGATIVE)
+    new = _new_rows(m, x, y, sample_weight)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
     refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
@@ -257,14 +270,20 @@ MOMENT_SHAPES = {
 }  # fmt: skip
 
 
+_DENSE = {"x": "B D", "y": "B K", "sample_weight": "B"}
+_CLASSES = _DENSE | {"y": "int64 B"}
+_DENSE_DIMS, _CLASS_DIMS = trailing(_DENSE), trailing(_CLASSES)
+_ADD_DENSE, _ADD_CLASSES = MOMENT_SHAPES | _DENSE, MOMENT_SHAPES | _CLASSES
+
+
 def row_shapes(num_classes: int) -> dict[str, str]:
-    """The shapes of what has the rows' dimension, as the ops take it."""
-    return {"x": "B D", "y": "int64 B" if num_classes else "B K", "sample_weight": "B"}
+    """What each tensor that has the rows' dimension must be, as the ops take it."""
+    return _CLASSES if num_classes else _DENSE
 
 
 def row_dims(num_classes: int) -> dict[str, int]:
     """How many of their trailing dimensions the ops work on."""
-    return trailing(row_shapes(num_classes))
+    return _CLASS_DIMS if num_classes else _DENSE_DIMS
 
 
 def check_rows(a: GramArguments, op: str = "gram") -> None:
@@ -305,6 +324,7 @@ def gram_arguments(
 ) -> GramArguments:
     """Check the rows that ``gram``, ``gram_`` and ``linear_gram`` take, and bring them to the form of the op."""
     checks.floating(op, "x", x, 2)
+    bias_column = checks.flag(op, "bias_column", bias_column)
     if acc_dtype is None:
         acc_dtype = x.dtype
         if acc_dtype in HALVES:
@@ -323,8 +343,7 @@ def gram_arguments(
     if num_classes is not None:
         if y is None:
             raise ValueError(f"cfl_ops.{op}: num_classes is given, but y is not")
-        if num_classes < 1:
-            raise ValueError(f"cfl_ops.{op}: num_classes must be at least 1, but got {num_classes}")
+        num_classes = checks.integer(op, "num_classes", num_classes, 1)
         checks.tensor(op, "y", y, 1)
         if y.dtype != torch.int64:
             raise TypeError(
@@ -353,14 +372,10 @@ def gram_arguments(
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _new_rows(
-    m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None, decay: float
-) -> GramArguments:
+def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
-        raise ValueError(f"cfl_ops.gram_: decay must be finite and not negative, but got {decay}")
     checks.floating("gram_", "x", x, 2)
     order, width = m.gram.shape[-1], x.shape[-1]
     if order not in (width, width + 1):
@@ -536,7 +551,7 @@ GRAM_ = define_op(
     arguments=GramInPlaceArguments,
     python=lambda a: a.add(gram_fallback(a.new_rows)),
     fake=lambda a: a.gram.new_empty(a.gram.shape[:-2], dtype=torch.int32),
-    shapes=lambda a: MOMENT_SHAPES | row_shapes(a.num_classes),
+    shapes=lambda a: _ADD_CLASSES if a.num_classes else _ADD_DENSE,
     check=_check_moments,
     cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )

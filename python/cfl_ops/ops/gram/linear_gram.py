@@ -110,7 +110,12 @@ class LinearGramArguments(NamedTuple):
 
 
 def _shapes(a: GramArguments | LinearGramArguments) -> dict[str, str]:
-    return row_shapes(a.num_classes) | {"x": "B C", "weight": "D C", "bias": "D"}
+    return _CLASSES if a.num_classes else _DENSE
+
+
+_LAYER = {"x": "B C", "weight": "D C", "bias": "D"}
+_LAYER_DIMS = trailing(_LAYER)
+_DENSE, _CLASSES = row_shapes(0) | _LAYER, row_shapes(1) | _LAYER
 
 
 def _check(a: LinearGramArguments) -> None:
@@ -148,12 +153,12 @@ def _arguments(
     if rows.x.dtype != x.dtype:  # promoted together with y
         weight, bias = weight.to(rows.x.dtype), None if bias is None else bias.to(rows.x.dtype)
     checks.broadcastable(op, x=rows.x.shape[:-2], weight=weight.shape[:-2])
-    dims = trailing(_shapes(rows))
+    dims = row_dims(rows.num_classes) | _LAYER_DIMS
     tensors = expand_batch(
         (rows.x, weight, bias, rows.y, rows.sample_weight),
         [dims[field] for field in LinearGramArguments._fields[:5]],
     )
-    options = (activation, bias_column, rows.num_classes, rows.acc_dtype)
+    options = (activation, rows.bias_column, rows.num_classes, rows.acc_dtype)
     return LinearGramArguments._make((*tensors, *options))
 
 

@@ -34,11 +34,15 @@ OPTIONS = 3
 """The last fields, which are no tensors."""
 
 
+_SHAPES = {"features": "B D", "target": "B K", "weight": "K D", "bias": "K", "lam": "", "ridge": "", "lam_diag": "D",
+           "sample_weight": "B"}  # fmt: skip
+_CLASS_SHAPES = _SHAPES | {"target": "int64 B"}
+_DIMS, _CLASS_DIMS = trailing(_SHAPES), trailing(_CLASS_SHAPES)
+
+
 def shapes(arguments: ProximalArguments) -> dict[str, str]:
     """What each tensor of the ops must be."""
-    target = "B K" if arguments.target.is_floating_point() else "int64 B"
-    return {"features": "B D", "target": target, "weight": "K D", "bias": "K", "lam": "", "ridge": "",
-            "lam_diag": "D", "sample_weight": "B"}  # fmt: skip
+    return _SHAPES if arguments.target.is_floating_point() else _CLASS_SHAPES
 
 
 def check_options(op: str, arguments: ProximalArguments) -> None:
@@ -75,8 +79,11 @@ def check_arguments(
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
     lam = checks.coefficient(op, "lam", lam, features.device)
-    no_ridge = isinstance(ridge, (float, int)) and ridge == 0
-    beta = None if no_ridge else checks.coefficient(op, "ridge", ridge, features.device)
+    beta = (
+        None
+        if type(ridge) is float and ridge == 0
+        else checks.coefficient(op, "ridge", ridge, features.device)
+    )
     arguments = ProximalArguments._make(
         (features, target, weight, bias, lam, beta, lam_diag, sample_weight, *options)
     )
@@ -158,7 +165,7 @@ def _check_tensors(
 
 def _expand(op: str, arguments: ProximalArguments, in_place: bool) -> ProximalArguments:
     """All arguments with the common batch shape, which those that are written to must have already."""
-    dims = trailing(shapes(arguments))
+    dims = _DIMS if arguments.target.is_floating_point() else _CLASS_DIMS
     batches = {
         name: value.shape[: value.ndim - dims[name]]
         for name, value in zip(arguments._fields, arguments, strict=True)

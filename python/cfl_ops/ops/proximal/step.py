@@ -311,7 +311,9 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     if classes:
         outside = (target < 0) | (target >= weight.shape[-2])
         label = torch.where(outside, 0, target).unsqueeze(-1)
-        residual = (-prediction).scatter_add(-1, label, torch.ones_like(prediction[..., :1]))
+        residual = -prediction
+        if weight.shape[-2]:  # without classes every index is outside
+            residual = residual.scatter_add(-1, label, torch.ones_like(prediction[..., :1]))
     else:
         residual = target.to(dtype) - prediction
 

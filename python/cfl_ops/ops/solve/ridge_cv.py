@@ -127,14 +127,18 @@ def _arguments(
         )
     data, targets = (value.detach() for value in check_data("ridge_cv", x, y))
     penalties = check_penalties("ridge_cv", lams, x.device)
-    rows, kind, folds = x.shape[-2], str(cv), 0
-    if isinstance(cv, int) and not isinstance(cv, bool):
-        kind, folds = "folds", cv
+    per_target = checks.flag("ridge_cv", "per_target", per_target)
+    bias = checks.flag("ridge_cv", "bias", bias)
+    rows, kind, folds = x.shape[-2], "folds", 0
+    if not isinstance(cv, str):
+        folds = checks.integer("ridge_cv", "cv", cv)
         if not 2 <= folds <= rows:
             raise ValueError(
                 f"cfl_ops.ridge_cv: cv must be from 2 to the number of rows ({rows}), but got {cv}"
             )
-    elif cv not in ("loo", "gcv"):
+    elif cv in ("loo", "gcv"):
+        kind = cv
+    else:
         raise ValueError(f"cfl_ops.ridge_cv: cv must be 'loo', 'gcv' or a number of folds, but got {cv!r}")
     if rows < 2:
         raise ValueError(f"cfl_ops.ridge_cv: x must have at least 2 rows, but got {rows}")
@@ -316,7 +320,9 @@ class KFold:
             values, vectors = self.eigen[fold]
             left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
             # In the working precision, scaled so that nothing overflows that the weights would not.
-            top = values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
+            top = (
+                values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
+            )  # without columns there is none
             scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
             factors = [(top * shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()]
             variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
@@ -369,7 +375,7 @@ def _held(
     gram, cross, squares, x_sum, y_sum = moments
     count, width, dtype = rows.shape[0], rows.shape[1], rows.dtype
     zero = torch.zeros(y.shape[-1], dtype=torch.float64, device=y.device)
-    if count > width + width // 4:
+    if count > width + width // 4 and width:
         if means is not None:
             x_mean, y_mean = means
             gram = gram - torch.outer(x_sum, x_mean) - torch.outer(x_mean, x_sum - count * x_mean)
