@@ -2,5 +2,5 @@
 
 ``targets`` says what is called, ``mutate`` makes a call of a seed and a number, ``guarded`` gives its tensors memory,
 ``worker`` makes the calls in fresh processes, ``run`` gives them out and reports. guard_malloc.c puts what the ops
-allocate themselves at guard pages as well.
+allocate themselves at guard pages as well. ``memory`` looks for bytes that an op keeps of each call.
 """

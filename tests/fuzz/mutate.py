@@ -21,17 +21,19 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.bool),
     *(torch.complex64, torch.complex128, torch.complex32),
 )
-INTS = (-1, 0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 255, 2**15, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63 - 1,
-        -(2**63), 10**9)  # fmt: skip
-FLOATS = (float("nan"), float("inf"), float("-inf"), -1.0, 0.0, -0.0, 0.5, 1.0, 2.0, 1e-320, 1e-30, 1e30, 1e308, -1e308)
+INTS = (-1, 0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 255, 2**15, 2**16, 10**9, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62,
+        2**63 - 1, -(2**63))  # fmt: skip
+FLOATS = (float("nan"), float("inf"), float("-inf"), -1.0, 0.0, -0.0, 0.5, 1.0, 2.0, 1e-320, 1e-30, 1e30, 1e308,
+          -1e308)  # fmt: skip
 WORDS = ("", "junk", "loo", "folds", "mean", "sum", "none", "penalized", "free", "auto", "gram", "woodbury", "dual",
          "primal", "relu", "gelu", "identity", "tanh", "tensor", "row", "block", "refuse", "keep", "\0", "ä" * 3,
          "x" * 5000)  # fmt: skip
 MODES = ("plain",) * 6 + ("no_grad", "no_grad", "inference_mode", "requires_grad")
-VALID_LAYOUTS = ("dense", "dense", "dense", "column-major", "offset", "every other", "padded rows")
-WRITTEN_LAYOUTS = VALID_LAYOUTS[:-2]
+VALID_LAYOUTS = ("dense", "dense", "dense", "offset", "column-major", "every other", "padded rows")
+WRITTEN_LAYOUTS = VALID_LAYOUTS[:4]
 """Not every op writes to any strides."""
-OTHER_LAYOUTS = ("every other", "padded rows", "overlapping", "expanded", "negative bit", "conjugate bit", "meta", "sparse", "sparse_csr", "mkldnn")
+OTHER_LAYOUTS = ("column-major", "every other", "padded rows", "overlapping", "expanded", "negative bit",
+                 "conjugate bit", "meta", "sparse", "sparse_csr", "mkldnn")  # fmt: skip
 MOST_ELEMENTS = 1 << 17
 
 
@@ -61,9 +63,7 @@ class Call:
         return not self.count
 
 
-def make_call(
-    targets: Sequence[Target], seed: int, index: int, keep: Sequence[int] | None = None
-) -> Call:
+def make_call(targets: Sequence[Target], seed: int, index: int, keep: Sequence[int] | None = None) -> Call:
     """The call of a number; ``keep`` are the steps to take, all by default."""
     rng = random.Random(f"{seed}:{index}")
     target = rng.choice(targets)
@@ -128,7 +128,7 @@ def _shape(rng: random.Random, call: Call, position: int) -> str:
         if rng.random() < 0.1:
             shape = [1] * 65 + shape
         slot.value = torch.randint(0, 3, shape, generator=_generator(rng)).to(t.dtype)
-        return f"made anew {shape}"
+        return f"made anew {_sizes(shape)}"
     dim = rng.randrange(t.ndim)
     kind = rng.choice(("size", "size", "size", "size", "drop", "add", "add", "permute", "0-d", "empty"))
     if kind == "size":
@@ -241,7 +241,19 @@ def _scalar(rng: random.Random, call: Call, position: int) -> str:
     slot, kind = call.slots[position], call.target.kinds[position]
     value = slot.value
     if kind == "any" and rng.random() < 0.25:  # public functions take any object at all
-        fresh: tuple[Any, ...] = (None, "junk", True, [], [1, -2], torch.ones(()), torch.ones(3), 1j, 2**70, -1, 0.5)
+        fresh: tuple[Any, ...] = (
+            None,
+            "junk",
+            True,
+            [],
+            [1, -2],
+            torch.ones(()),
+            torch.ones(3),
+            1j,
+            2**70,
+            -1,
+            0.5,
+        )
         slot.value = rng.choice(fresh)
     elif isinstance(value, bool):
         slot.value = not value
@@ -303,9 +315,8 @@ def realize(call: Call) -> Placed:
             _share(placed, i, *slot.alias, slot)
     if call.mode == "requires_grad":
         for i in call.target.differentiable:
-            arg = placed.args[i]
-            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype.itemsize > 1 and i in placed.regions:
-                placed.args[i] = arg.detach().requires_grad_()
+            if i in placed.regions and placed.args[i].dtype in (torch.float32, torch.float64):
+                placed.args[i] = placed.args[i].detach().requires_grad_()
     for region in placed.regions.values():
         region.remember()
     return placed
@@ -317,7 +328,9 @@ def _place(slot: Slot) -> tuple[Tensor, Region | None]:
         return t.to("meta"), None
     if layout in ("sparse", "sparse_csr", "mkldnn"):
         try:
-            return {"sparse": t.to_sparse, "sparse_csr": t.to_sparse_csr, "mkldnn": t.to_mkldnn}[layout](), None
+            return {"sparse": t.to_sparse, "sparse_csr": t.to_sparse_csr, "mkldnn": t.to_mkldnn}[
+                layout
+            ](), None
         except Exception:
             layout = "dense"  # torch makes none of this dtype or shape
     if t.ndim == 0:
@@ -348,18 +361,26 @@ def _place(slot: Slot) -> tuple[Tensor, Region | None]:
             return one.expand(t.shape), region
     if layout == "overlapping" and t.numel():
         flat, region = place(
-            t.reshape(-1)[: 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))], [1], at_end=slot.at_end
+            t.reshape(-1)[: 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))],
+            [1],
+            at_end=slot.at_end,
         )
         return flat.as_strided(t.shape, strides), region
     return place(t, strides, offset, at_end=slot.at_end)
 
 
-_COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128, torch.float16: torch.complex32}
+_COMPLEX_OF = {
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+    torch.float16: torch.complex32,
+}
 
 
 def _share(placed: Placed, position: int, other: int, how: str, slot: Slot) -> None:
     source = placed.args[other]
-    if other not in placed.regions or not isinstance(source, Tensor):  # it is an alias, None, or has no memory
+    if other not in placed.regions or not isinstance(
+        source, Tensor
+    ):  # it is an alias, None, or has no memory
         placed.args[position] = source if isinstance(source, Tensor) else slot.value
         return
     placed.regions[position] = placed.regions[other]
@@ -369,7 +390,9 @@ def _share(placed: Placed, position: int, other: int, how: str, slot: Slot) -> N
     if how == "the same tensor" or source.is_neg() or source.is_conj() or needed > room:
         placed.args[position] = source
     elif how == "the same memory":
-        placed.args[position] = source.detach().as_strided(source.shape, source.stride(), source.storage_offset())
+        placed.args[position] = source.detach().as_strided(
+            source.shape, source.stride(), source.storage_offset()
+        )
     else:
         placed.args[position] = source.detach().as_strided(shape, dense_strides(shape), room - needed)
 
@@ -386,17 +409,25 @@ def describe(call: Call) -> Iterator[str]:
     placed.free()
 
 
+def _sizes(sizes: Sequence[int]) -> str:
+    return (
+        str(list(sizes))
+        if len(sizes) < 9
+        else f"[{sizes[0]}, {sizes[1]}, ... {len(sizes)} of them, {sizes[-1]}]"
+    )
+
+
 def _brief(value: Any) -> str:
     if not isinstance(value, Tensor):
-        text = repr(value)
+        text = repr([_brief(v) for v in value] if isinstance(value, list) and len(value) < 9 else value)
         return text if len(text) < 120 else f"{text[:100]}... ({len(text)} characters)"
-    text = f"{str(value.dtype)[6:]}{list(value.shape)}"
+    text = f"{str(value.dtype)[6:]}{_sizes(value.shape)}"
     if value.layout != torch.strided:
         return f"{text} {value.layout}"
     if value.is_meta:
         return f"{text} meta"
     if not value.is_contiguous():
-        text += f" strides {list(value.stride())}"
+        text += f" strides {_sizes(value.stride())}"
     bits = [name for name, on in (("neg", value.is_neg()), ("conj", value.is_conj())) if on]
     if 0 < value.numel() <= 6 and value.dtype.itemsize > 1:
         text += f" = {value.tolist()}"

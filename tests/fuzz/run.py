@@ -19,18 +19,22 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tests.fuzz.targets import Target
 
 HERE = Path(__file__).parent
 BACKENDS = ("native", "python", "triton")
 BATCH = {"native": 500, "python": 250, "triton": 10}
-TRITON_SHARE = 200
+TRITON_SHARE = 400
 """One call in so many goes to Triton's interpreter, which takes a second for each."""
 CPU_LIMIT = {"native": 10.0, "python": 10.0, "triton": 120.0}
 """Seconds of CPU time for a call."""
@@ -52,7 +56,7 @@ def guard_library(folder: Path) -> Path | None:
 class Server:
     """A process of tests.fuzz.worker, and what it says."""
 
-    def __init__(self, folder: Path, number: int, library: Path | None, command: Sequence[str]) -> None:
+    def __init__(self, folder: Path, number: int, library: Path | None) -> None:
         self.errors = folder / f"stderr{number}.txt"
         environment = os.environ | {
             "TRITON_INTERPRET": "1",
@@ -62,7 +66,7 @@ class Server:
         if library is not None:
             environment["LD_PRELOAD"] = str(library)
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tests.fuzz.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors.open("wb"),
@@ -107,23 +111,22 @@ class Server:
             elif "pid" in message:
                 pid = message["pid"]
             elif "exit" in message:
-                if message["exit"] != 0:
+                if message["exit"] > 0:
+                    raise RuntimeError(f"the worker failed:\n{self.errors.read_text()[-3000:]}")
+                if message["exit"] < 0:
                     yield {"index": index, "ok": False, "died": self._death(message["exit"], hung, before)}
                 return
             elif "ok" in message:
                 yield message
             else:
                 index = message["index"]
-                if message.get("skipped"):
-                    yield message
 
     def _death(self, code: int, hung: bool, before: int) -> str:
         with self.errors.open("rb") as file:
             file.seek(before)
             text = file.read().decode(errors="replace")
-        what = "hang" if hung or code == -signal.SIGPROF else "crash" if code < 0 else "the worker's own error"
-        name = signal.Signals(-code).name if code < 0 else f"exit {code}"
-        return f"{what} ({'no answer' if hung else name})\n{_traceback(text)}"
+        what = "hang" if hung or code == -signal.SIGPROF else "crash"
+        return f"{what} ({'no answer' if hung else signal.Signals(-code).name})\n{_traceback(text)}"
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -139,7 +142,9 @@ class Server:
 def _traceback(text: str) -> str:
     """What was printed, without the frames that every call has."""
     dull = ("/fuzz/worker.py", "Extension modules", "<frozen runpy>")
-    return "\n".join(line for line in text.splitlines() if line.strip() and not any(d in line for d in dull))[:1500]
+    return "\n".join(line for line in text.splitlines() if line.strip() and not any(d in line for d in dull))[
+        :1500
+    ]
 
 
 @dataclass
@@ -163,6 +168,10 @@ class Report:
     accepted: int = 0
     failures: list[Failure] = field(default_factory=list)
     outcomes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
+    unclear: list[tuple[str, str, int, str]] = field(default_factory=list)
+    """Backend, public function, call and error, where that does not say whose it is."""
+    shared: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Calls by op and backend."""
     seconds: float = 0.0
 
     def disagreements(self) -> Iterator[tuple[str, int, str, str]]:
@@ -179,35 +188,52 @@ class Report:
                 yield a["op"], index, "results differ", f"native {a['results']}, python {b['results']}"
 
 
+def _kind(outcome: dict[str, Any]) -> str | None:
+    if "died" in outcome:
+        return outcome["died"].split("\n", 1)[0]
+    return outcome.get("failure")
+
+
 class Run:
-    def __init__(self, options: argparse.Namespace) -> None:
+    """Batches in a queue, and workers that make them."""
+
+    def __init__(self, options: argparse.Namespace, sabotage: bool = False) -> None:
         self.options = options
+        self.sabotage = sabotage
+        """Calls that it must notice instead of those of ops, for its own tests."""
         self.report = Report()
         self.lock = threading.Lock()
         self.jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.queued = 0
         self.examples: Counter[tuple[str, str, str]] = Counter()
         self.problem: BaseException | None = None
 
-    def job(self, backend: str, start: int, stop: int, **more: Any) -> dict[str, Any]:
-        o = self.options
-        limit = o.limit or CPU_LIMIT[backend]
-        job = {"seed": o.seed, "public": o.public, "op": o.op, "backend": backend, "limit": limit}
-        return job | {"start": start, "stop": stop} | more
+    def targets(self, backend: str) -> Sequence[Target]:
+        from tests.fuzz.targets import targets
 
-    def plan(self) -> int:
-        """Queues the batches; returns how many calls they make."""
-        o, total = self.options, 0
-        backends = BACKENDS if o.backend == "all" else (o.backend,)
-        share = o.calls // TRITON_SHARE if len(backends) > 1 else 0
-        counts = {b: share if b == "triton" and len(backends) > 1 else (o.calls - share) // min(len(backends), 2)
-                  for b in backends}  # fmt: skip
-        for start in range(0, max(counts.values()), max(BATCH.values())):
-            for backend, count in counts.items():
-                end = min(start + max(BATCH.values()), count)
-                for at in range(start, end, BATCH[backend]):
-                    self.jobs.put(self.job(backend, at, min(at + BATCH[backend], end)))
-                total += max(end - start, 0)
-        return total
+        return targets(backend, self.options.public, self.options.op)
+
+    def job(self, backend: str, start: int, stop: int, keep: Sequence[int] | None = None) -> dict[str, Any]:
+        o = self.options
+        job = {"seed": o.seed, "public": o.public, "op": o.op, "backend": backend, "sabotage": self.sabotage}
+        return job | {"limit": o.limit or CPU_LIMIT[backend], "start": start, "stop": stop, "keep": keep}
+
+    def queue(self, backend: str, start: int, stop: int, keep: Sequence[int] | None = None) -> None:
+        self.jobs.put(self.job(backend, start, stop, keep))
+        self.queued += stop - start
+
+    def queue_all(self) -> None:
+        """The calls that were asked for; native and Python get the same ones."""
+        o = self.options
+        if o.backend == "all":
+            triton = o.calls // TRITON_SHARE
+            half = (o.calls - triton) // 2
+            counts = {"native": half, "python": half, "triton": triton}
+        else:
+            counts = {o.backend: o.calls}
+        for backend, count in counts.items():
+            for start in range(0, count, BATCH[backend]):
+                self.queue(backend, start, min(start + BATCH[backend], count))
 
     def work(self, server: Server, bar: Any) -> None:
         try:
@@ -223,24 +249,26 @@ class Run:
     def batch(self, server: Server, job: dict[str, Any], bar: Any) -> None:
         start = job["start"]
         while start < job["stop"]:
-            first, start = start, job["stop"]
+            first, start, failed = start, job["stop"], []
             for outcome in server.run(job | {"start": first}):
                 self.take(job["backend"], outcome, bar)
+                if _kind(outcome) is not None:
+                    failed.append(outcome)
                 if "died" in outcome:
-                    self.examine(server, job["backend"], outcome, first)
-                    start = max(outcome["index"], first) + 1
-                elif "failure" in outcome:
-                    kind = outcome["failure"]
-                    text = outcome.get("error", "it returned")
-                    self.add(Failure(outcome["op"], job["backend"], outcome["index"], kind, text))
+                    start = outcome["index"] + 1
+            for outcome in failed:
+                self.examine(server, job["backend"], outcome, first)
 
     def take(self, backend: str, outcome: dict[str, Any], bar: Any) -> None:
         with self.lock:
             bar.update()
-            if outcome.get("skipped"):
-                return
             self.report.calls += 1
             self.report.accepted += outcome["ok"]
+            if outcome.get("shared"):
+                self.report.shared[outcome["op"], backend].append(outcome["index"])
+            error = outcome.get("error", "")
+            if outcome.get("op", "").startswith("public.") and error and ": cfl_ops" not in error:
+                self.report.unclear.append((backend, outcome["op"], outcome["index"], error))
             if self.options.backend == "all":
                 self.report.outcomes[backend][outcome["index"]] = outcome
 
@@ -249,31 +277,33 @@ class Run:
             self.report.failures.append(failure)
 
     def examine(self, server: Server, backend: str, outcome: dict[str, Any], first: int) -> None:
-        """A death: does the call do it alone, and with fewer steps?"""
+        """A failure: is it one in a process of its own, and with fewer steps?"""
         from tests.fuzz.mutate import make_call
-        from tests.fuzz.targets import targets
 
-        index, text = outcome["index"], outcome["died"]
-        call = make_call(targets(self.options.public, self.options.op), self.options.seed, max(index, 0))
-        kind = text.split("\n", 1)[0]
+        index, kind = outcome["index"], _kind(outcome)
+        text = outcome["died"] if "died" in outcome else outcome.get("error", "it returned")
+        if self.sabotage:
+            self.add(Failure("", backend, index, kind, text))
+            return
+        call = make_call(self.targets(backend), self.options.seed, index)
         failure = Failure(call.target.name, backend, index, kind, text, first=first)
         with self.lock:
             self.examples[failure.op, backend, kind] += 1
-            more = self.examples[failure.op, backend, kind] > MOST_EXAMPLES
-        if not more and "crash" in kind and not self.options.sabotage:
-            failure.alone = self.dies(server, backend, index, None)
-            if failure.alone and call.count > 1:
-                keep = list(range(call.count))
-                for step in range(call.count):
-                    fewer = [k for k in keep if k != step]
-                    if self.dies(server, backend, index, fewer):
-                        keep = fewer
-                if len(keep) < call.count:
-                    failure.keep = keep
+            known = self.examples[failure.op, backend, kind] > MOST_EXAMPLES
+        if not known and not kind.startswith("hang"):  # that would take as long again
+            failure.alone = self.again(server, backend, index, None) == kind
+            keep = list(range(call.count))
+            for step in range(call.count) if failure.alone and call.count > 1 else ():
+                fewer = [k for k in keep if k != step]
+                if self.again(server, backend, index, fewer) == kind:
+                    keep = fewer
+            failure.keep = keep if len(keep) < call.count else None
         self.add(failure)
 
-    def dies(self, server: Server, backend: str, index: int, keep: list[int] | None) -> bool:
-        return any("died" in outcome for outcome in server.run(self.job(backend, index, index + 1, keep=keep)))
+    def again(self, server: Server, backend: str, index: int, keep: list[int] | None) -> str | None:
+        """The kind of failure that the call is in a process of its own."""
+        kinds = [_kind(outcome) for outcome in server.run(self.job(backend, index, index + 1, keep))]
+        return kinds[-1] if kinds else None
 
     def how(self, failure: Failure) -> str:
         """The command that makes the call again."""
@@ -286,19 +316,18 @@ class Run:
         return f"python -m tests.fuzz.run --backend {failure.backend}{op}{public} --reproduce {where}"
 
     def go(self) -> Report:
-        from tests.fuzz.targets import targets
-
-        targets(self.options.public, self.options.op)  # before threads ask for them
+        for backend in BACKENDS:
+            self.targets(backend)  # before threads ask for them
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fuzz") as name:
             folder = Path(name)
             library = guard_library(folder)
             if library is None:
                 print("no C compiler: only the arguments lie at guard pages", file=sys.stderr)
-            total = self.plan()
-            command = self.options.worker or [sys.executable, "-m", "tests.fuzz.worker"]
-            servers = [Server(folder, i, library, command) for i in range(self.options.workers)]
-            with tqdm(total=total, desc="fuzz", unit=" calls", disable=self.options.quiet, smoothing=0.05) as bar:
+            servers = [Server(folder, i, library) for i in range(self.options.workers)]
+            with tqdm(
+                total=self.queued, desc="fuzz", unit=" calls", disable=self.options.quiet, smoothing=0.05
+            ) as bar:
                 threads = [threading.Thread(target=self.work, args=(server, bar)) for server in servers]
                 for thread in threads:
                     thread.start()
@@ -314,7 +343,6 @@ class Run:
     def lines(self) -> Iterator[str]:
         """The report."""
         from tests.fuzz.mutate import describe, make_call
-        from tests.fuzz.targets import targets
 
         r, o = self.report, self.options
         groups: dict[tuple[str, str, str], list[Failure]] = defaultdict(list)
@@ -323,17 +351,31 @@ class Run:
         yield (f"{r.calls} calls ({r.accepted} returned) in {r.seconds:.0f} s, seed {o.seed}: "
                f"{len(r.failures)} failures of {len(groups)} kinds")  # fmt: skip
         for (op, backend, kind), failures in sorted(groups.items()):
-            simple = min(failures, key=lambda f: (not f.alone, len(f.keep) if f.keep is not None else 9, f.index))
+            simple = min(
+                failures, key=lambda f: (not f.alone, len(f.keep) if f.keep is not None else 9, f.index)
+            )
             yield f"\n## {op}, {backend}: {kind} ({len(failures)} times)"
-            if o.sabotage:
+            if self.sabotage:
                 yield simple.text
                 continue
-            call = make_call(targets(o.public, o.op), o.seed, max(simple.index, 0), simple.keep)
+            call = make_call(self.targets(backend), o.seed, simple.index, simple.keep)
             yield from describe(call)
             if not simple.alone:
                 yield f"    not alone: only after the calls from {simple.first} on, in one process"
             yield f"    {self.how(simple)}"
             yield "    | " + simple.text.strip().replace("\n", "\n    | ")
+        unclear = defaultdict(list)
+        for backend, op, index, error in r.unclear:
+            unclear[op, error.split(":")[0]].append((backend, index, error))
+        if unclear:
+            yield f"\n# Errors of public functions that do not begin with cfl_ops: {len(r.unclear)} (no failure)"
+        for (op, _), items in sorted(unclear.items()):
+            backend, index, text = items[0]
+            yield f"- {op} ({len(items)} times), {backend} {o.seed}:{index}: {text[:150]}"
+        if r.shared:
+            yield "\n# Took arguments that share memory with what they write (no failure)"
+        for (op, backend), indices in sorted(r.shared.items()):
+            yield f"- {op}, {backend} ({len(indices)} times), first {o.seed}:{min(indices)}"
         found = defaultdict(list)
         for op, index, what, text in r.disagreements():
             found[op, what].append((index, text))
@@ -347,7 +389,6 @@ class Run:
 def reproduce(options: argparse.Namespace) -> Run:
     """``SEED:INDEX``, ``SEED:FIRST-LAST`` or ``SEED:INDEX/STEPS``."""
     from tests.fuzz.mutate import describe, make_call
-    from tests.fuzz.targets import targets
 
     seed, _, rest = options.reproduce.partition(":")
     calls, _, steps = rest.partition("/")
@@ -357,9 +398,8 @@ def reproduce(options: argparse.Namespace) -> Run:
     run = Run(options)
     start, stop = int(first), int(last or first) + 1
     for backend in ("native", "python") if options.backend == "all" else (options.backend,):
-        run.jobs.put(run.job(backend, start, stop, keep=keep))
-    run.plan = lambda: (stop - start) * 1  # type: ignore[method-assign]
-    print(*describe(make_call(targets(options.public, options.op), options.seed, stop - 1, keep)), sep="\n", flush=True)
+        run.queue(backend, start, stop, keep)
+    print(*describe(make_call(run.targets(backend), options.seed, stop - 1, keep)), sep="\n", flush=True)
     return run
 
 
@@ -370,19 +410,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--op", help="one op (gram), or one public function (public.gram)")
     parser.add_argument("--backend", choices=("all", *BACKENDS), default="all")
-    parser.add_argument("--public", action=argparse.BooleanOptionalAction, default=True, help="public functions too")
+    parser.add_argument(
+        "--public", action=argparse.BooleanOptionalAction, default=True, help="public functions too"
+    )
     parser.add_argument("--limit", type=float, help="seconds of CPU time for a call")
     parser.add_argument("--reproduce", metavar="SEED:INDEX", help="make one call again")
     parser.add_argument("--report", type=Path, help="write the report there as well")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    options.worker, options.sabotage = None, None
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    run = reproduce(options) if options.reproduce else Run(options)
+    for text in ("ComplexHalf", "Sparse", "Casting complex"):  # of torch, about what is asked for
+        warnings.filterwarnings("ignore", text)
+    if options.reproduce:
+        run = reproduce(options)
+    else:
+        run = Run(options)
+        run.queue_all()
     run.go()
     text = "\n".join(run.lines())
     print(text)

@@ -7,7 +7,6 @@ line before the process died names the call that it died of.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -15,6 +14,7 @@ import resource
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from cfl_ops._core import dispatch
 from torch import Tensor
 
+from tests.fuzz import sabotage
 from tests.fuzz.mutate import Call, Placed, make_call, realize
 from tests.fuzz.targets import targets
 
@@ -31,8 +32,7 @@ MOST_MEMORY = 1 << 30
 
 warnings.simplefilter("ignore")
 
-OF_TORCH = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, MemoryError)
-OF_PUBLIC = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)
+EXPECTED = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, MemoryError)
 INTERNAL = (
     "INTERNAL ASSERT",
     "bug to PyTorch",
@@ -62,6 +62,7 @@ def _run(call: Call, placed: Placed, backend: str) -> dict[str, Any]:
         with _mode(call.mode):
             out = call.target.function(backend, *placed.args)
         outcome["results"] = _shapes(out)
+        outcome["shared"] = _writes_to_shared(call, placed)
         if call.mode == "requires_grad":
             _differentiate(out, placed)
         del out
@@ -70,7 +71,7 @@ def _run(call: Call, placed: Placed, backend: str) -> dict[str, Any]:
         outcome = {"ok": False, "error": f"{type(error).__name__}: {message[:300]}"}
         if call.valid:
             failures.append("a valid call raised")
-        if not isinstance(error, OF_PUBLIC if call.target.public else OF_TORCH):
+        if not isinstance(error, EXPECTED):
             failures.append("an exception of an unexpected type")
         if any(text in message for text in INTERNAL):
             failures.append("a message from the inside")
@@ -83,10 +84,11 @@ def _run(call: Call, placed: Placed, backend: str) -> dict[str, Any]:
 
 def _differentiate(out: Any, placed: Placed) -> None:
     """The derivative must not end the process; whether it is right the contract table asks."""
-    outputs = [t for t in ((out,) if isinstance(out, Tensor) else out) if isinstance(t, Tensor) and t.requires_grad]
+    values = out if isinstance(out, (tuple, list)) else (out,)
+    outputs = [t for t in values if isinstance(t, Tensor) and t.requires_grad]
     inputs = [arg for arg in placed.args if isinstance(arg, Tensor) and arg.requires_grad]
     if outputs and inputs:
-        with contextlib.suppress(*OF_TORCH):
+        with contextlib.suppress(*EXPECTED):
             torch.autograd.grad([t.sum() for t in outputs], inputs, allow_unused=True)
 
 
@@ -106,7 +108,9 @@ def _shapes(out: Any) -> list[str]:
 
 def _changes(call: Call, placed: Placed, returned: bool) -> list[str]:
     """Arguments that were changed and should not have been: all, if it raised; else those that it does not write."""
-    written = {id(placed.regions[i]) for i in call.target.writes if i in placed.regions} if returned else set()
+    written = (
+        {id(placed.regions[i]) for i in call.target.writes if i in placed.regions} if returned else set()
+    )
     return [
         f"{call.target.arguments[i]} was changed" + ("" if returned else ", and the call raised")
         for i, region in placed.regions.items()
@@ -114,71 +118,30 @@ def _changes(call: Call, placed: Placed, returned: bool) -> list[str]:
     ]
 
 
-# For the fuzzer's own tests: what it must notice.
-
-
-def _read_beyond(backend: str, t: Tensor, count: int) -> None:
-    ctypes.string_at(t.data_ptr() + t.numel() * t.element_size(), 1)
-
-
-def _write_beyond_own(backend: str, t: Tensor, count: int) -> None:
-    own = torch.empty(100)
-    ctypes.memset(own.data_ptr() + 400, 0, 113)
-
-
-def _spin(backend: str, t: Tensor, count: int) -> None:
-    while True:
-        pass
-
-
-def _sleep(backend: str, t: Tensor, count: int) -> None:
-    signal.pause()
-
-
-def _write_and_raise(backend: str, t: Tensor, count: int) -> None:
-    t.add_(1)
-    raise ValueError("after a write")
-
-
-def _wrong_type(backend: str, t: Tensor, count: int) -> None:
-    raise SystemError("error return without exception set")
-
-
-SABOTAGE: dict[str, Callable[..., Any]] = {
-    "read_beyond": _read_beyond,
-    "write_beyond_own": _write_beyond_own,
-    "spin": _spin,
-    "sleep": _sleep,
-    "write_and_raise": _write_and_raise,
-    "wrong_type": _wrong_type,
-}
-
-
-def sabotage_call(name: str) -> Call:
-    from tests.fuzz.mutate import Slot
-    from tests.fuzz.targets import Target
-
-    target = Target(name, ("t", "count"), ("Tensor", "int"), (), SABOTAGE[name])
-    return Call(target, "sabotage", "plain", [Slot(torch.ones(7)), Slot(3)], ["sabotage"], 1)
+def _writes_to_shared(call: Call, placed: Placed) -> bool:
+    """Whether it was asked to write to memory that another argument has as well, or that elements share."""
+    owners = Counter(id(region) for region in placed.regions.values())
+    written = [i for i in call.target.writes if i in placed.regions]
+    return any(
+        owners[id(placed.regions[i])] > 1 or call.slots[i].layout in ("overlapping", "expanded")
+        for i in written
+    )
 
 
 def batch(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     """The calls of a job, in this process."""
     faulthandler.enable()
     faulthandler.register(signal.SIGPROF, chain=True)  # a traceback, then death
+    chosen = targets(job["backend"], job["public"], job["op"])
     cfl_ops.config.set_backend(job["backend"])
     mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST_MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    chosen = targets(job["public"], job["op"])
     for index in range(job["start"], job["stop"]):
-        if sabotage := job.get("sabotage"):
-            call = sabotage_call(sabotage)
+        if job["sabotage"]:
+            call = sabotage.call(index)
         else:
-            call = make_call(chosen, job["seed"], index, job.get("keep"))
-        if job["backend"] not in call.target.backends and not (call.target.public or sabotage):
-            tell({"index": index, "skipped": True})
-            continue
+            call = make_call(chosen, job["seed"], index, job["keep"])
         tell({"index": index})
         signal.setitimer(signal.ITIMER_PROF, job["limit"])
         outcome = run_call(call, job["backend"])
@@ -201,7 +164,7 @@ def serve() -> None:
         from cfl_ops import _C
 
         _C.poison_fresh_memory(True)
-    targets()
+    targets("native")
     tell({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)
