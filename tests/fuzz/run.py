@@ -141,7 +141,7 @@ class Server:
 
 def _traceback(text: str) -> str:
     """What was printed, without the frames that every call has."""
-    dull = ("/fuzz/worker.py", "Extension modules", "<frozen runpy>")
+    dull = ("/fuzz/worker.py", "/fuzz/targets.py", "/torch/_", "Extension modules", "<frozen runpy>")
     return "\n".join(line for line in text.splitlines() if line.strip() and not any(d in line for d in dull))[
         :1500
     ]
@@ -226,7 +226,7 @@ class Run:
         """The calls that were asked for; native and Python get the same ones."""
         o = self.options
         if o.backend == "all":
-            triton = o.calls // TRITON_SHARE
+            triton = o.calls // TRITON_SHARE if self.targets("triton") else 0
             half = (o.calls - triton) // 2
             counts = {"native": half, "python": half, "triton": triton}
         else:

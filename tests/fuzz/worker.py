@@ -36,6 +36,7 @@ EXPECTED = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError
 INTERNAL = (
     "INTERNAL ASSERT",
     "bug to PyTorch",
+    "aoti_torch_get_",
     "vector::",
     "basic_string",
     "bad_optional",
