@@ -1,6 +1,8 @@
 // The module cfl_ops._C: importing it registers the kernels; its functions tell how it was built.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/tensor.h"
@@ -9,10 +11,13 @@ namespace py = pybind11;
 
 namespace {
 
+// _core/dispatch.py looks for these words in the file of an extension that cannot be loaded.
+constexpr char kBuiltWith[] = "built with torch " CFL_OPS_TORCH_BUILD;
+
 py::dict build_info() {
   py::dict info;
   info["version"] = CFL_OPS_VERSION;
-  info["built with torch"] = CFL_OPS_TORCH_BUILD;
+  info["built with torch"] = std::string(kBuiltWith).substr(sizeof("built with torch ") - 1);
 #ifdef __clang__
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -32,6 +37,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of cfl_ops.";
+  cfl::cpu::isa();  // raises for a CFL_OPS_ISA that there is not
+  py::list names;
+  for (const char* name : cfl::cpu::kIsaNames) names.append(name);
+  m.attr("isa_names") = py::tuple(names);
   m.def("build_info", &build_info, "How this extension was built and what it found, as a dict.");
   m.def(
       "poison_fresh_memory", [](bool on) { cfl::poison_fresh_memory = on; },

@@ -18,7 +18,7 @@ import triton.language as tl
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
 from cfl_ops._gpu.device import device_of
-from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_TARGET, BAD_WEIGHT
+from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_TARGET, BAD_WEIGHT, MEAN, PENALIZED
 from cfl_ops.ops.solve.system import on_device
 from torch import Tensor
 
@@ -383,7 +383,7 @@ def _served(arguments: ProximalArguments) -> bool:
         and weight.dtype != torch.float64
         and arguments.lam_diag is None
         and arguments.sample_weight is None
-        and (arguments.bias is None or arguments.fit_bias == "penalized")
+        and (arguments.bias is None or arguments.fit_bias == PENALIZED)
     )
 
 
@@ -400,7 +400,7 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     y_strides = (*y.stride(), 0) if classes else y.stride()
     float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
 
-    scale = float(rows) if arguments.reduction == "mean" else 1.0
+    scale = float(rows) if arguments.reduction == MEAN else 1.0
     penalty = on_device(lam, features).expand(batch).reshape(matrices)
     mu = scale * penalty
     t, bad_penalty = mu, ~((penalty >= 0) & penalty.isfinite())

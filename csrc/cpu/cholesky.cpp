@@ -195,18 +195,16 @@ struct Batch {
     T* factors[16];
     const T* vs[16];
     Workspaces& work = workspaces();
-    // Lanes without a matrix work on an identity that nobody reads.
-    std::vector<T> identity, zeros;
+    // Lanes without a matrix work on an identity that nobody reads, and the last matrix's vectors.
+    std::vector<T> identity;
     if (end - begin < k.lanes) {
       identity.assign(D * D, T(0));
       for (int64_t i = 0; i < D; ++i) identity[i * (D + 1)] = T(1);
-      zeros.assign(
-          D * update.rank + (D - 1) * std::abs(v_row) + (update.rank - 1) * std::abs(v_col), T(0));
     }
     for (int64_t m = 0; m < k.lanes; ++m) {
       const bool given = begin + m < end;
       factors[m] = given ? l.at<T>(begin + m) : identity.data();
-      vs[m] = given ? v.at<T>(begin + m) : zeros.data();
+      vs[m] = v.at<T>(given ? begin + m : end - 1);
     }
     GroupArgs<T> args;
     args.order = D;
@@ -292,7 +290,20 @@ void update_any(const Tensor& l, const Tensor& v, double alpha, double decay, co
   }
 }
 
+void check_update(Checked& check, const Tensor& v, Dtypes dtype, Size& order, double alpha,
+                  double decay) {
+  Size rank{"k"};
+  check.tensor("V", v, dtype, {order, rank});
+  check.number("alpha", alpha);
+  check.number("decay", decay, 0);
+}
+
 Tensor cholesky_update_(const Tensor& l, const Tensor& v, double alpha, double decay) {
+  Checked check("cholesky_update_");
+  Size D{"D"};
+  check.written("L", l, kReals, {D, D});
+  check_update(check, v, dtype_of(l), D, alpha, decay);
+  check.apart();
   Tensor info = empty_cpu(batch_shape(l, 2), ScalarType::Int);
   if (unit_strided(l)) {
     update_any(l, v, alpha, decay, info);
@@ -335,6 +346,10 @@ void copy_lower(const Tensor& l, const Tensor& out) {
 
 std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, double alpha,
                                            double decay) {
+  Checked check("cholesky_update");
+  Size D{"D"};
+  check.tensor("L", l, kReals, {D, D});
+  check_update(check, v, dtype_of(l), D, alpha, decay);
   Tensor out = empty_cpu(batch_shape(l, 0), l.scalar_type());
   if (l.scalar_type() == ScalarType::Double) {
     copy_lower<double>(l, out);
@@ -470,6 +485,10 @@ void safe_batch(const Tensor& a, double max_jitter, const Tensor& out, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> safe_cholesky(const Tensor& a, double max_jitter) {
+  Checked check("safe_cholesky");
+  Size D{"D"};
+  check.tensor("a", a, kReals, {D, D});
+  check.number("max_jitter", max_jitter, 0);
   const int64_t dims = a.dim();
   const Tensor rows =
       a.stride(dims - 1) == 1 || a.size(dims - 1) <= 1 ? a : torch::stable::contiguous(a);

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/codec_checks.h"
 #include "cpu/codec_payload.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/tensor.h"
@@ -162,7 +163,12 @@ void write_ranges(Float dtype, const std::vector<Range>& ranges, Tensor& minimum
 // weight.
 std::tuple<Tensor, Tensor, Tensor, Tensor> weight_range_op(const Tensor& strided, int64_t bits,
                                                            int64_t every) {
-  STD_TORCH_CHECK(0 <= bits && bits <= 16 && every >= 1, "cfl_ops.weight_range: bad arguments");
+  Checked check("weight_range");
+  Size columns{"size"};
+  check.tensor("w", strided, kFloats, {columns});
+  check_bits(check, bits, 0);
+  check.integer("every", every, 1);
+  every = std::min(every, std::max<int64_t>(1, columns.value));  // the same sample, and no overflow
   const Tensor w = torch::stable::contiguous(strided);
   const Float dtype = float_kind(w.scalar_type());
   const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
@@ -211,6 +217,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_range_op(const Tensor& strided
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& strided, int64_t bits,
                                                                bool histogram) {
+  Checked check("quantize");
+  Size columns{"size"};
+  check.tensor("w", strided, kFloats, {columns});
+  check_bits(check, bits);
   const Tensor w = torch::stable::contiguous(strided);
   const Float dtype = float_kind(w.scalar_type());
   const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
@@ -306,16 +316,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& str
 
 Tensor dequantize_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
                      int64_t bits) {
+  Checked check("dequantize");
+  Size columns{"size"};
+  check.tensor("symbols", strided, kSymbols, {columns});
+  check.scalar("minimum", minimum_in, kFloats);
+  check.scalar("maximum", maximum_in, dtype_of(minimum_in));
+  check_bits(check, bits);
   const Tensor q = torch::stable::contiguous(strided);
   const Tensor minimum = torch::stable::contiguous(minimum_in),
                maximum = torch::stable::contiguous(maximum_in);
   const Float dtype = float_kind(minimum.scalar_type());
   const int64_t size = q.size(q.dim() - 1), groups = product(batch_shape(q, 1));
   // A 0-d end of the range serves every batch (expand_batch).
-  const bool one_minimum = minimum.numel() == 1, one_maximum = maximum.numel() == 1;
-  STD_TORCH_CHECK(
-      (one_minimum || minimum.numel() == groups) && (one_maximum || maximum.numel() == groups),
-      "cfl_ops.dequantize: the ranges do not fit the symbols");
+  const bool one_minimum = minimum.dim() == 0, one_maximum = maximum.dim() == 0;
   const int bytes = symbol_size(q);
   Tensor w = empty_cpu(batch_shape(q, 1, {size}), minimum.scalar_type());
   const int64_t element = static_cast<int64_t>(w.element_size());
@@ -367,6 +380,9 @@ Symbols symbols_of(const Tensor& contiguous) {
 
 Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int64_t chunk_log2,
                          int64_t reserve) {
+  Checked check("huffman_encode");
+  check.flat("symbols", strided, kSymbols);
+  check_payload_of(check, strided.numel(), shape, chunk_log2, reserve);
   const Tensor symbols = torch::stable::contiguous(strided);
   return encode_to_tensor(symbols_of(symbols), shape, chunk_log2, reserve);
 }
@@ -376,16 +392,20 @@ Tensor huffman_encode_op(const Tensor& strided, std::vector<int64_t> shape, int6
 Tensor quantize_encode_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
                           int64_t bits, std::vector<int64_t> shape, int64_t chunk_log2,
                           int64_t reserve) {
+  Checked check("quantize_encode");
+  Size columns{"size"};
+  check.tensor("w", strided, kFloats, {columns});
+  check.scalar("minimum", minimum_in, dtype_of(strided));
+  check.scalar("maximum", maximum_in, dtype_of(strided));
+  check_bits(check, bits);
+  check_payload_of(check, strided.numel(), shape, chunk_log2, reserve);
   const Tensor w = torch::stable::contiguous(strided);
   const Tensor minimum = torch::stable::contiguous(minimum_in),
                maximum = torch::stable::contiguous(maximum_in);
   const Float dtype = float_kind(w.scalar_type());
   const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
   const int64_t groups = product(batch_shape(w, 1));
-  STD_TORCH_CHECK(1 <= bits && bits <= 16 && minimum.numel() == groups &&
-                      maximum.numel() == groups && minimum.scalar_type() == w.scalar_type() &&
-                      maximum.scalar_type() == w.scalar_type(),
-                  "cfl_ops.quantize_encode: the ranges do not fit the weights");
+  const bool one_minimum = minimum.dim() == 0, one_maximum = maximum.dim() == 0;
   const Kernel* k = kernel();
   const auto* in = static_cast<const uint8_t*>(w.data_ptr());
   std::vector<Affine> affine(groups);
@@ -394,9 +414,9 @@ Tensor quantize_encode_op(const Tensor& strided, const Tensor& minimum_in, const
   symbols.size = bits <= 8 ? 1 : 2;
   symbols.n = w.numel();
   for (int64_t g = 0; g < groups; ++g) {
-    affine[g] =
-        make_affine(dtype, read_float(dtype, minimum.data_ptr(), g),
-                    read_float(dtype, maximum.data_ptr(), g), static_cast<int>(bits), &wide[g]);
+    affine[g] = make_affine(dtype, read_float(dtype, minimum.data_ptr(), one_minimum ? 0 : g),
+                            read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
+                            static_cast<int>(bits), &wide[g]);
   }
   symbols.make = [&](int64_t begin, int64_t count, uint8_t* out) {
     while (count > 0) {
@@ -432,6 +452,8 @@ Tensor info_of(int64_t code) {
 
 // (code, bytes of a symbol, log2 of a chunk, elements, dimensions, 64 extents): see huffman.py.
 Tensor payload_header_op(const Tensor& strided) {
+  Checked check("payload_header");
+  check_bytes(check, "payload", strided);
   const Tensor payload = torch::stable::contiguous(strided);
   Tensor out = empty_cpu({5 + kMaxDims}, ScalarType::Long);
   auto* fields = static_cast<int64_t*>(out.data_ptr());
@@ -448,9 +470,18 @@ Tensor payload_header_op(const Tensor& strided) {
   return out;
 }
 
+// A payload, and the memory to decode it to.
+void check_decoding(Checked& check, const Tensor& payload, const Tensor& out, Dtypes dtypes) {
+  check_bytes(check, "payload", payload);
+  check.flat("out", out, dtypes, true);
+  check.contiguous("out");
+}
+
 Tensor huffman_decode_op(const Tensor& strided, Tensor out, int64_t start) {
+  Checked check("huffman_decode_");
+  check_decoding(check, strided, out, kSymbols);
+  check.apart();
   const Tensor payload = torch::stable::contiguous(strided);
-  STD_TORCH_CHECK(out.is_contiguous(), "cfl_ops.huffman_decode: out must be contiguous");
   return info_of(decode_payload(static_cast<const uint8_t*>(payload.data_ptr()), payload.numel(),
                                 start, out.numel(), out.data_ptr(), symbol_size(out), nullptr,
                                 kernel(), threads()));
@@ -458,12 +489,19 @@ Tensor huffman_decode_op(const Tensor& strided, Tensor out, int64_t start) {
 
 Tensor decompress_op(const Tensor& strided, const Tensor& minimum_in, const Tensor& maximum_in,
                      int64_t bits, int64_t group_size, Tensor out, int64_t start) {
+  Checked check("decompress_");
+  check_decoding(check, strided, out, kFloats);
+  check.flat("minimum", minimum_in, dtype_of(out));
+  check.flat("maximum", maximum_in, dtype_of(out));
+  check.that(minimum_in.numel() == maximum_in.numel(), "maximum", "must have ", minimum_in.numel(),
+             " elements as minimum has, but got ", maximum_in.numel());
+  check_bits(check, bits);
+  check.integer("group_size", group_size, 1);
+  check.apart();
   const Tensor payload = torch::stable::contiguous(strided);
   const Tensor minimum = torch::stable::contiguous(minimum_in),
                maximum = torch::stable::contiguous(maximum_in);
-  STD_TORCH_CHECK(out.is_contiguous(), "cfl_ops.decompress: out must be contiguous");
   const int64_t groups = minimum.numel();
-  STD_TORCH_CHECK(group_size > 0 && maximum.numel() == groups, "cfl_ops.decompress: bad groups");
   if (start < 0 || start > std::numeric_limits<int64_t>::max() - out.numel() ||
       (out.numel() > 0 && (start + out.numel() - 1) / group_size >= groups)) {
     return info_of(kOutOfRange);

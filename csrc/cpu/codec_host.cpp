@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/codec_checks.h"
 #include "cpu/codec_payload.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/tensor.h"
@@ -52,22 +53,37 @@ Tensor pack_tree(const Tree& tree, int64_t alphabet) {
   return tensor_of(words, ScalarType::Int);
 }
 
+// So many symbols of the longest code word have fewer than 2^63 bits.
+constexpr int64_t kMaxCounted = int64_t{1} << 57;
+
 // Counts of a sample, one block in `stride`, to the code. facts: (alphabet, nodes, symbols with a
 // code, longest code word, bits of all counted symbols, their number).
 std::tuple<Tensor, Tensor, Tensor> host_code_op(const Tensor& strided, int64_t stride) {
+  Checked check("host_code");
+  check.flat("counts", strided, kInt64);
+  const int64_t given = strided.numel();
+  check.that(strided.dim() == 1 && given <= max_alphabet(2), "counts",
+             "must be one for each of at most 65536 symbols, but got ", given, " of ",
+             strided.dim(), " dimensions");
+  check.integer("stride", stride, 1);
   const Tensor found = torch::stable::contiguous(strided);
-  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Long, "cfl_ops: counts must be int64");
   int64_t alphabet = found.numel();
   const int64_t* from = data<const int64_t>(found);
   while (alphabet > 0 && stride == 1 && from[alphabet - 1] == 0) --alphabet;
   std::vector<uint64_t> counts(static_cast<size_t>(alphabet));
+  int64_t total = 0;
   for (int64_t s = 0; s < alphabet; ++s) {
-    const int64_t scaled = from[s] * stride;
+    int64_t scaled;
+    const bool good = from[s] >= 0 && !__builtin_mul_overflow(from[s], stride, &scaled) &&
+                      scaled <= kMaxCounted - total;
+    check.that(good, "counts",
+               "must not be negative, and with stride add up to at most 2^57, but got ", from[s]);
+    total += scaled + 1;
     counts[s] = static_cast<uint64_t>(stride > 1 && scaled == 0 ? 1 : scaled);
   }
   const std::vector<uint8_t> lengths = code_lengths(counts);
   CodeTree code;
-  STD_TORCH_CHECK(code.build(lengths), "cfl_ops: no code could be built");
+  check.that(code.build(lengths), "counts", "must be of symbols that a code can be built for");
   int64_t bits = 0, weight = 0, longest = 0;
   for (int64_t s = 0; s < alphabet; ++s) {
     longest = std::max<int64_t>(longest, lengths[s]);
@@ -81,11 +97,21 @@ std::tuple<Tensor, Tensor, Tensor> host_code_op(const Tensor& strided, int64_t s
 }
 
 // All of a payload before its chunks, behind `reserve` zeros. entries: (chunks, 2) int32.
-Tensor host_head_op(const Tensor& strided, const Tensor& table, std::vector<int64_t> shape,
+Tensor host_head_op(const Tensor& strided, const Tensor& table_in, std::vector<int64_t> shape,
                     int64_t symbol_bytes, int64_t chunk_log2, int64_t numel, int64_t alphabet,
                     int64_t reserve) {
+  Checked check("host_head");
+  check.flat("entries", strided, kInt32);
+  check_bytes(check, "table", table_in);
+  check_payload_of(check, numel, shape, chunk_log2, reserve);
+  check.integer("symbol_bytes", symbol_bytes, 1, 2);
+  check.integer("alphabet", alphabet, 0, max_alphabet(symbol_bytes));
+  const int64_t chunks = (numel + (int64_t{1} << chunk_log2) - 1) >> chunk_log2;
+  check.that(strided.dim() == 2 && strided.size(0) == chunks && strided.size(1) == 2, "entries",
+             "must have the shape (", chunks, ", 2), for each chunk its bytes and checksum");
   const Tensor entries = torch::stable::contiguous(strided);
-  const int64_t chunks = entries.size(0), ndim = static_cast<int64_t>(shape.size());
+  const Tensor table = torch::stable::contiguous(table_in);
+  const int64_t ndim = static_cast<int64_t>(shape.size());
   const int64_t before = kHeaderBytes + 8 * ndim, head = before + table.numel() + 8 * chunks;
   Tensor out = empty_cpu({reserve + head}, ScalarType::Byte);
   uint8_t* to = data<uint8_t>(out) + reserve;
@@ -109,6 +135,9 @@ Tensor host_head_op(const Tensor& strided, const Tensor& table, std::vector<int6
 // shape).
 std::tuple<Tensor, Tensor> host_parse_op(const Tensor& strided, int64_t size, int64_t start,
                                          int64_t count) {
+  Checked check("host_parse");
+  check_bytes(check, "raw", strided);
+  check.integer("size", size, 0);
   const Tensor raw = torch::stable::contiguous(strided);
   Header header;
   const uint8_t* from = data<const uint8_t>(raw);

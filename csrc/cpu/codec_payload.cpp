@@ -380,7 +380,7 @@ int64_t parse(const uint8_t* payload, int64_t size, int64_t available, Header* h
   if (total != static_cast<uint64_t>(size)) return kBadLength;
   if ((symbol_size != 1 && symbol_size != 2) || chunk_log2 < kMinChunkLog2 ||
       chunk_log2 > kMaxChunkLog2 || numel > static_cast<uint64_t>(kMaxSymbols) || ndim > kMaxDims ||
-      alphabet > (symbol_size == 1 ? 256u : 65536u) || (numel == 0) != (alphabet == 0)) {
+      alphabet > max_alphabet(symbol_size) || (numel == 0) != (alphabet == 0)) {
     return kBadHeader;
   }
   const int64_t chunks =

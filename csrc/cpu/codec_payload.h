@@ -23,6 +23,7 @@ constexpr int64_t kHeaderBytes = 40;  // before the shape
 constexpr int64_t kMaxSymbols = int64_t{1} << 40;
 constexpr int kMinChunkLog2 = 10, kMaxChunkLog2 = 20;
 constexpr int64_t kMaxDims = 64;
+constexpr int64_t max_alphabet(int64_t symbol_size) { return symbol_size == 1 ? 256 : 65536; }
 constexpr int64_t kCached = 1 << 20;  // outputs of more bytes are written past the caches
 
 // What is wrong with a payload; ops/codec/codes.py has the words. A bad chunk is kBadChunk +

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/gram_kernel.h"
 #include "cpu/tensor.h"
@@ -90,8 +91,9 @@ struct Outputs {
   Tensor gram, cross, target_sum, target_sq, count;  // contiguous
 };
 
-// out <- beta out + the moments of x and y, for every element of the batch; returns info. Where
-// info is not 0 that element of `out` is left as it was, or set to zero where it is fresh memory.
+// out <- beta out + the moments of x and y, for every element of the batch; returns info. Fresh
+// memory is filled in any case, and set to zero where a class is out of range; in place nothing is
+// written unless all of info is 0.
 Tensor accumulate(const Tensor& x, const std::optional<Tensor>& y,
                   std::optional<Tensor> sample_weight, int64_t num_classes, const Outputs& out,
                   double beta, bool fresh) {
@@ -128,7 +130,7 @@ Tensor accumulate(const Tensor& x, const std::optional<Tensor>& y,
     args.weight_stride = sample_weight->stride(sample_weight->dim() - 1);
   }
 
-  auto one = [&](int64_t index, bool inner_parallel) {
+  auto arguments = [&](int64_t index) {
     GramArgs a = args;
     a.x = xs.at(index);
     if (y && num_classes) a.labels = ys.at<int64_t>(index);
@@ -141,36 +143,43 @@ Tensor accumulate(const Tensor& x, const std::optional<Tensor>& y,
     a.cross = output(out.cross, order * a.targets);
     a.target_sum = output(out.target_sum, a.targets);
     a.target_sq = output(out.target_sq, a.targets);
-
-    // In place the data are checked before anything is written: a pass over x costs 1 / D of the
-    // work.
-    double total = static_cast<double>(a.rows);
-    int32_t code = !fresh && exact && !all_finite(a) ? kNotFinite : 0;
+    return a;
+  };
+  auto codes = static_cast<int32_t*>(info.data_ptr());
+  auto check = [&](const GramArgs& a, int64_t index, double* total) {
+    int32_t code = 0;
+    *total = static_cast<double>(a.rows);
     if (sample_weight) {
       const bool good =
           a.weight_dtype == DType::kF32
-              ? scan_weights(a.weight_stride, static_cast<const float*>(a.weight), a.rows, &total)
-              : scan_weights(a.weight_stride, static_cast<const double*>(a.weight), a.rows, &total);
+              ? scan_weights(a.weight_stride, static_cast<const float*>(a.weight), a.rows, total)
+              : scan_weights(a.weight_stride, static_cast<const double*>(a.weight), a.rows, total);
       if (!good) code = kBadWeight;
     }
+    // Fresh results tell by themselves; in place a pass over x costs 1 / D of the work.
+    if (code == 0 && !fresh && exact && !(std::isfinite(*total) && all_finite(a))) {
+      code = kNotFinite;
+    }
     if (a.labels && !labels_in_range(a)) code = kBadClass;
+    codes[index] = code;
+  };
+  auto write = [&](const GramArgs& a, int64_t index, double total, bool inner_parallel) {
     double* count = static_cast<double*>(out.count.data_ptr()) + index;
-    if (fresh && code == kBadClass) {
+    if (codes[index] == kBadClass) {
       std::memset(a.gram, 0, order * order * acc_size);
       std::memset(a.cross, 0, order * a.targets * acc_size);
       std::memset(a.target_sum, 0, a.targets * acc_size);
       std::memset(a.target_sq, 0, a.targets * acc_size);
       *count = 0;
-    } else if (fresh || code == 0) {
-      cfl::cpu::gram(a, inner_parallel ? &cfl::parallel_for : nullptr,
-                     inner_parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
-      *count = beta == 0 ? total : beta * *count + total;
-      if (fresh && exact && code == 0 &&
-          !finite_diagonal(static_cast<const double*>(a.gram), order)) {
-        code = kNotFinite;
-      }
+      return;
     }
-    static_cast<int32_t*>(info.data_ptr())[index] = code;
+    cfl::cpu::gram(a, inner_parallel ? &cfl::parallel_for : nullptr,
+                   inner_parallel ? static_cast<int>(torch::stable::get_num_threads()) : 1);
+    *count = beta == 0 ? total : beta * *count + total;
+    if (fresh && exact && codes[index] == 0 &&
+        !finite_diagonal(static_cast<const double*>(a.gram), order)) {
+      codes[index] = kNotFinite;
+    }
   };
 
   // A region costs tens of microseconds on a loaded machine: less work than that stays on this
@@ -178,20 +187,55 @@ Tensor accumulate(const Tensor& x, const std::optional<Tensor>& y,
   constexpr int64_t kParallelWork = 4'000'000;  // multiply-adds
   const int64_t work = args.rows * order * (order / 2 + args.targets + 1) + 1;
   if (matrices == 1) {
-    one(0, work > kParallelWork);
-  } else {
-    // One region for the whole batch: a matrix to a thread.
-    const int64_t grain = std::max<int64_t>(1, kParallelWork / work);
+    const GramArgs a = arguments(0);
+    double total;
+    check(a, 0, &total);
+    if (fresh || codes[0] == 0) write(a, 0, total, work > kParallelWork);
+    return info;
+  }
+  std::vector<double> totals(static_cast<size_t>(matrices));
+  // One region for the whole batch: a matrix to a thread.
+  auto for_each = [&](int64_t of_one, const auto& visit) {
+    const int64_t grain = std::max<int64_t>(1, kParallelWork / of_one);
     torch::stable::parallel_for(0, matrices, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) one(i, false);
+      for (int64_t i = begin; i < end; ++i) visit(i);
     });
+  };
+  for_each(args.rows * args.cols + 1,
+           [&](int64_t i) { check(arguments(i), i, &totals[static_cast<size_t>(i)]); });
+  if (fresh || std::all_of(codes, codes + matrices, [](int32_t code) { return code == 0; })) {
+    for_each(work,
+             [&](int64_t i) { write(arguments(i), i, totals[static_cast<size_t>(i)], false); });
   }
   return info;
+}
+
+// The rows that gram and gram_ take; K is the width of the targets, 0 without them.
+void check_rows(Checked& check, const Tensor& x, const std::optional<Tensor>& y,
+                const std::optional<Tensor>& sample_weight, int64_t num_classes, Dtypes acc,
+                Size& D, Size& K) {
+  Size B{"B"};
+  check.tensor("x", x, kFloats, {B, D});
+  if (num_classes) {
+    check.that(y.has_value(), "y",
+               "must be class indices where num_classes is not 0, but got None");
+    check.tensor("y", y, kInt64, {B});
+  } else {
+    check.tensor("y", y, dtype_of(x), {B, K});
+  }
+  check.tensor("sample_weight", sample_weight, kFloats, {B});
+  check.that(acc.codes == kFloat64.codes || dtype_of(x).codes != kFloat64.codes, "x",
+             "must not be wider than the moments (float32), but got float64");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(
     const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& sample_weight,
     bool bias_column, int64_t num_classes, ScalarType acc_dtype) {
+  Checked check("gram");
+  Size D{"D"}, K{"K"};
+  check.integer("num_classes", num_classes, 0);
+  check_rows(check, x, y, sample_weight, num_classes, check.dtype("acc_dtype", acc_dtype, kReals),
+             D, K);
   const int64_t order = x.size(x.dim() - 1) + bias_column;
   const int64_t targets = !y ? 0 : num_classes ? num_classes : y->size(y->dim() - 1);
   const Outputs out{empty_cpu(batch_shape(x, 2, {order, order}), acc_dtype),
@@ -207,12 +251,31 @@ Tensor gram_op_(const Tensor& gram, const Tensor& cross, const Tensor& target_su
                 const Tensor& target_sq, const Tensor& count, const Tensor& x,
                 const std::optional<Tensor>& y, const std::optional<Tensor>& sample_weight,
                 int64_t num_classes, double decay) {
+  Checked check("gram_");
+  Size E{"D'"}, D{"D"}, K{"K"};
+  check.written("gram", gram, kReals, {E, E});
+  const Dtypes acc = dtype_of(gram);
+  check.written("cross", cross, acc, {E, K});
+  check.written("target_sum", target_sum, acc, {K});
+  check.written("target_sq", target_sq, acc, {K});
+  check.written("count", count, kFloat64, {});
+  check.integer("num_classes", num_classes, 0);
+  check_rows(check, x, y, sample_weight, num_classes, acc, D, K);
+  check.that(E.value == D.value || E.value == D.value + 1, "x", "must have width ", E.value,
+             " (or ", E.value - 1, " where the moments have a bias column), but got ", D.value);
+  const int64_t targets = !y ? 0 : num_classes ? num_classes : K.value;
+  check.that(K.value == targets, "cross", "must have ", targets,
+             " columns, as many as there are targets, but got ", K.value);
+  check.number("decay", decay, 0);
+  check.apart();
   const Tensor given[] = {gram, cross, target_sum, target_sq, count};
   Tensor dense[5];
-  for (int i = 0; i < 5; ++i) dense[i] = torch::stable::contiguous(given[i]);
+  for (int i = 0; i < 5; ++i) {
+    dense[i] = given[i].is_contiguous() ? given[i] : torch::stable::contiguous(given[i]);
+  }
   const Outputs out{dense[0], dense[1], dense[2], dense[3], dense[4]};
   Tensor info = accumulate(x, y, sample_weight, num_classes, out, decay, /*fresh=*/false);
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < 5; ++i) {  // what was refused came back as it was
     if (!given[i].is_contiguous()) {
       Tensor target = given[i];
       torch::stable::copy_(target, dense[i]);

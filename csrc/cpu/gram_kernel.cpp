@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "gram_kernel_isa.h"
@@ -60,12 +62,14 @@ Isa detect() {
 
 Isa initial() {
   const char* asked = std::getenv("CFL_OPS_ISA");
-  if (asked) {
-    for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
-      if (std::strcmp(asked, isa_name(isa)) == 0) return std::min(isa, best_isa());
-    }
+  if (!asked || !*asked) return best_isa();
+  std::string names;
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (std::strcmp(asked, isa_name(isa)) == 0) return std::min(isa, best_isa());
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  return best_isa();
+  throw std::invalid_argument("cfl_ops: CFL_OPS_ISA must be one of " + names + ", but got '" +
+                              asked + "'");
 }
 
 std::atomic<Isa>& current() {
@@ -137,19 +141,7 @@ void run_parts(int64_t begin, int64_t end, void* ctx) {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kGeneric:
-      return "generic";
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAmx:
-      return "amx";
-  }
-  return "";
-}
+const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 Isa best_isa() {
   static const Isa best = detect();

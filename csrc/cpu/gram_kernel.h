@@ -62,8 +62,10 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain,
 int64_t gram(const GramArgs& args, ParallelFor parallel_for = nullptr, int num_threads = 1);
 
 // The instruction set in use: the best that the machine and the build have, unless the environment
-// variable CFL_OPS_ISA (generic, avx2, avx512, amx; read once) or set_isa asks for a lower one.
+// variable CFL_OPS_ISA (one of kIsaNames, read once; anything else raises) or set_isa asks for a
+// lower one.
 Isa isa();
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "amx"};  // in the order of Isa
 Isa best_isa();
 void set_isa(Isa isa);  // clamped to best_isa(); not to be called while gram() runs
 const char* isa_name(Isa isa);

@@ -79,15 +79,17 @@ struct Inputs {
 
   Inputs(const Tensor& t_in, const std::optional<Tensor>& b_in, const std::optional<Tensor>& w_in)
       : t(t_in) {
-    const auto served = [](ScalarType type) {
-      return type == ScalarType::Float || type == ScalarType::Double;
+    const auto is_wide = [](const Tensor& tensor) {
+      return tensor.scalar_type() == ScalarType::Double;
     };
-    if (!served(t.scalar_type())) t = torch::stable::to(t, ScalarType::Float);
+    const bool wide = is_wide(t) || (b_in && is_wide(*b_in));
+    const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+    if (t.scalar_type() != dtype) t = torch::stable::to(t, dtype);
     const int64_t ndim = t.dim();
     rows = t.size(ndim - 2);
     batch = product(batch_shape(t, 2));
     args.s = t.size(ndim - 1);
-    args.wide = t.scalar_type() == ScalarType::Double;
+    args.wide = wide;
     args.t_row_stride = t.stride(ndim - 2);
     args.t_col_stride = t.stride(ndim - 1);
     ts = Batched(t, 2);
@@ -127,6 +129,11 @@ struct Inputs {
 
 std::tuple<Tensor, Tensor> tall_gram(const Tensor& t, const std::optional<Tensor>& b,
                                      const std::optional<Tensor>& w) {
+  Checked check("tall_gram");
+  Size m{"m"}, order{"s"}, k_size{"k"};
+  check.tensor("t", t, kFloats, {m, order});
+  check.tensor("b", b, kFloats, {m, k_size});
+  check.tensor("w", w, kFloat64, {order, order});
   const Inputs in(t, b, w);
   const int64_t s = in.args.s, k = in.args.k;
   Tensor gram = empty_cpu(batch_shape(t, 2, {s, s}), ScalarType::Double);
@@ -265,6 +272,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tall_factor(const Tensor& t,
                                                                const std::optional<Tensor>& b,
                                                                double well_conditioned,
                                                                double shift, double kept) {
+  Checked check("tall_factor");
+  Size m{"m"}, order{"s"}, k_size{"k"};
+  check.tensor("t", t, kFloats, {m, order});
+  check.tensor("b", b, kFloats, {m, k_size});
+  check.number("well_conditioned", well_conditioned, 0);
+  check.number("shift", shift, 0);
+  check.number("kept", kept, 0);
   const Inputs in(t, b, std::nullopt);
   const int64_t s = in.args.s, k = in.args.k;
   Tensor left = empty_cpu(batch_shape(t, 2, {s, s}), ScalarType::Double);

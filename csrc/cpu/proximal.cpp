@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -29,6 +28,16 @@ enum Info : int32_t {
   kBadWeight = -3,
   kBadPenalty = -4,
   kBadSampleWeight = -5,
+};
+
+// The options as the ops take them: the numbers of python/cfl_ops/ops/proximal/codes.py.
+enum Reduction : int64_t { kMean, kSum };
+enum BiasFit : int64_t { kPenalized, kFree };
+enum Method : int64_t { kAuto, kCholesky, kConjugateGradients };
+struct Options {
+  Reduction reduction;
+  BiasFit fit_bias;
+  Method method;
 };
 
 // Whether a float32 solution has 5 digits. The spread of the pivots estimates the condition number
@@ -94,7 +103,7 @@ struct Problem {
   const T* lam_diag;  // (width) contiguous, or null
   double lam, ridge;
   bool mean, free_bias;
-  std::string method;
+  Method method;
   T* grad;      // (rows, width) contiguous
   double loss;  // out
 };
@@ -309,10 +318,10 @@ double iteration_work(int64_t rows, int64_t width, int64_t k) {
 
 // How many conjugate-gradient iterations to try before the direct solve; 0 for none. "auto" risks a
 // quarter of the direct solve, and only where that buys enough iterations to have a chance.
-int64_t cg_budget(const std::string& method, int64_t rows, int64_t width, int64_t k) {
-  if (method == "cholesky") return 0;
+int64_t cg_budget(Method method, int64_t rows, int64_t width, int64_t k) {
+  if (method == kCholesky) return 0;
   const double ratio = direct_work(rows, width, k) / iteration_work(rows, width, k);
-  if (method == "cg") return std::max<int64_t>(200, static_cast<int64_t>(2 * ratio));
+  if (method == kConjugateGradients) return std::max<int64_t>(200, static_cast<int64_t>(2 * ratio));
   const auto budget = static_cast<int64_t>(ratio / 4);
   return budget >= kLeastIterations ? budget : 0;
 }
@@ -916,17 +925,16 @@ template <class T>
 void run(const Tensor& features, const Tensor& target, const Tensor& weight,
          const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
          const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
-         const std::string& method, bool mean, bool free_bias, const Tensor& loss,
-         const Tensor& grad, const Tensor& info) {
+         Options options, const Tensor& loss, const Tensor& grad, const Tensor& info) {
   constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
   const int64_t ndim = features.dim();
   Problem<T> base{};
   base.rows = features.size(ndim - 2);
   base.width = features.size(ndim - 1);
   base.targets = weight.size(weight.dim() - 2);
-  base.mean = mean;
-  base.method = method;
-  base.free_bias = free_bias;
+  base.mean = options.reduction == kMean;
+  base.method = options.method;
+  base.free_bias = options.fit_bias == kFree;
   const Tensor phi = prepared(features, kType, 2, false);
   base.phi_stride = base.rows > 1 ? std::max(phi.stride(ndim - 2), base.width) : base.width;
   const bool classes = target.scalar_type() == ScalarType::Long;
@@ -979,15 +987,14 @@ using InPlace = std::tuple<Tensor, Tensor, Tensor>;
 InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weight,
                 const std::optional<Tensor>& bias, const Tensor& lam,
                 const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
-                const std::optional<Tensor>& sample_weight, const std::string& reduction,
-                const std::string& fit_bias, const std::string& method) {
+                const std::optional<Tensor>& sample_weight, Options options) {
   const ScalarType dtype = weight.scalar_type();
   Tensor loss = empty_cpu(batch_shape(features, 2), dtype);
   Tensor grad = like(features, dtype);
   Tensor info = empty_cpu(batch_shape(features, 2), ScalarType::Int);
   auto go = dtype == ScalarType::Double ? &run<double> : &run<float>;
-  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, method,
-     reduction == "mean", fit_bias == "free", loss, grad, info);
+  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options, loss, grad,
+     info);
   if (features.scalar_type() != dtype) grad = torch::stable::to(grad, features.scalar_type());
   return {loss, grad, info};
 }
@@ -999,17 +1006,50 @@ Tensor working_copy(const Tensor& tensor, ScalarType dtype) {
   return copy;
 }
 
+Options checked(const char* op, bool in_place, const Tensor& features, const Tensor& target,
+                const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lam,
+                const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
+                const std::optional<Tensor>& sample_weight, int64_t reduction, int64_t fit_bias,
+                int64_t method) {
+  Checked check(op);
+  Size B{"B"}, D{"D"}, K{"K"};
+  check.tensor("features", features, kFloats, {B, D});
+  if (in_place) {
+    check.written("weight", weight, kFloats, {K, D});
+    check.written("bias", bias, kFloats, {K});
+  } else {
+    check.tensor("weight", weight, kFloats, {K, D});
+    check.tensor("bias", bias, kFloats, {K});
+  }
+  if (dtype_of(target).codes == kInt64.codes) {
+    check.tensor("target", target, kInt64, {B});
+  } else {
+    check.tensor("target", target, kFloats | kInt64, {B, K});
+  }
+  check.scalar("lam", lam, kFloats);
+  check.scalar("ridge", ridge, kFloats);
+  check.tensor("lam_diag", lam_diag, kFloats, {D});
+  check.tensor("sample_weight", sample_weight, kFloats, {B});
+  check.integer("reduction", reduction, kMean, kSum);
+  check.integer("fit_bias", fit_bias, kPenalized, kFree);
+  check.integer("method", method, kAuto, kConjugateGradients);
+  if (in_place) check.apart();
+  return {Reduction(reduction), BiasFit(fit_bias), Method(method)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
     const Tensor& features, const Tensor& target, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
     const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
-    std::string reduction, std::string fit_bias, std::string method) {
+    int64_t reduction, int64_t fit_bias, int64_t method) {
+  const Options options = checked("proximal_step", false, features, target, weight, bias, lam,
+                                  ridge, lam_diag, sample_weight, reduction, fit_bias, method);
   const ScalarType dtype = compute_dtype(features, weight);
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
-  auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
-                                    sample_weight, reduction, fit_bias, method);
+  auto [loss, grad, info] =
+      step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight, options);
   if (weight.scalar_type() != dtype)
     new_weight = torch::stable::to(new_weight, weight.scalar_type());
   if (bias && bias->scalar_type() != dtype)
@@ -1021,19 +1061,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
 InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tensor& weight,
                        const std::optional<Tensor>& bias, const Tensor& lam,
                        const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
-                       const std::optional<Tensor>& sample_weight, std::string reduction,
-                       std::string fit_bias, std::string method) {
+                       const std::optional<Tensor>& sample_weight, int64_t reduction,
+                       int64_t fit_bias, int64_t method) {
+  const Options options = checked("proximal_step_", true, features, target, weight, bias, lam,
+                                  ridge, lam_diag, sample_weight, reduction, fit_bias, method);
   const ScalarType dtype = compute_dtype(features, weight);
   auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
   if (direct(weight) && (!bias || direct(*bias))) {
-    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction,
-                   fit_bias, method);
+    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options);
   }
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
-  auto result = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight,
-                        reduction, fit_bias, method);
+  auto result =
+      step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight, options);
   Tensor out = weight;
   torch::stable::copy_(out, new_weight);
   if (bias) {

@@ -312,8 +312,7 @@ void solve(const Systems<T>& s) {
   const int64_t lanes = kernel<T>().lanes;
   // A group costs about as much as two systems through LAPACK, or one where the calls are what
   // costs.
-  const bool side_by_side = s.n <= kSmall && (s.batch >= 3 || s.n <= 16);
-  if (side_by_side || !blas_available()) {
+  if (s.n <= kSmall && (s.batch >= 3 || s.n <= 16)) {
     const int64_t groups = (s.batch + lanes - 1) / lanes;
     const int64_t work = std::max<int64_t>(1, s.n * s.n * (s.n / 3 + 2 * s.k) * lanes / 4);
     torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 100000 / work),
@@ -374,6 +373,12 @@ void run(const Tensor& gram, const Tensor& cross, const Tensor& lam,
 
 std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, const Tensor& lam,
                                        const std::optional<Tensor>& lam_diag) {
+  Checked check("ridge_solve");
+  Size D{"D"}, K{"K"};
+  check.tensor("gram", gram, kFloats, {D, D});
+  check.tensor("cross", cross, kFloats, {D, K});
+  check.scalar("lam", lam, kFloats);
+  check.tensor("lam_diag", lam_diag, kFloats, {D});
   auto is = [&](ScalarType dtype) {
     return gram.scalar_type() == dtype || cross.scalar_type() == dtype;
   };
@@ -393,7 +398,11 @@ std::tuple<Tensor, Tensor> ridge_solve(const Tensor& gram, const Tensor& cross, 
 
 // P of a batch of small matrices of full rank, and info: 1 where another path has to do it.
 std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
-  const int64_t ndim = a.dim(), rows = a.size(ndim - 2), cols = a.size(ndim - 1);
+  Checked check("small_pinv");
+  Size m{"m"}, n{"n"};
+  check.tensor("a", a, kFloats, {m, n});
+  check.that(limit > 0, "limit", "must be positive, but got ", limit);
+  const int64_t rows = m.value, cols = n.value;
   const bool is_double = a.scalar_type() == ScalarType::Double;
   Tensor in = is_double ? a : in_dtype(a, ScalarType::Float);
   if (!dense(in, false)) in = torch::stable::contiguous(in);
@@ -444,6 +453,7 @@ std::tuple<Tensor, Tensor> small_pinv(const Tensor& a, double limit) {
 }  // namespace cfl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
-  m.impl("ridge_solve", TORCH_BOX(&cfl::cpu::ridge_solve));
   m.impl("small_pinv", TORCH_BOX(&cfl::cpu::small_pinv));
+  if (!cfl::cpu::blas_available()) return;  // the Python fallback serves instead
+  m.impl("ridge_solve", TORCH_BOX(&cfl::cpu::ridge_solve));
 }

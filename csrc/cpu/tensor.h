@@ -11,6 +11,8 @@
 #include <initializer_list>
 #include <vector>
 
+#include "checked.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,7 +20,6 @@
 namespace cfl {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Tests set this: fresh outputs are filled with NaN (all bits one), so that an element which no
 // kernel wrote shows.
@@ -48,12 +49,16 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   int64_t numel = 1;
   for (int64_t i = ndim - 1; i >= 0; --i) {
     strides[i] = numel;
-    numel *= sizes[i] > 0 ? sizes[i] : 1;
+    numel = times(numel, sizes[i] > 0 ? sizes[i] : 1);
   }
   AtenTensorHandle handle = nullptr;
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides.data(), shim_dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(ndim, sizes, strides.data(), shim_dtype,
+                                                        aoti_torch_device_type_cpu(), 0, &handle);
+  if (error) {
+    throw std::runtime_error("cfl_ops: no memory for a result of " + std::to_string(numel) +
+                             " elements");
+  }
   Tensor result(handle);
   advise_huge_pages(result.data_ptr(), result.numel() * result.element_size());
   if (poison_fresh_memory && result.numel() > 0) {
@@ -106,7 +111,7 @@ class Batched {
 
 inline int64_t product(const std::vector<int64_t>& shape) {
   int64_t result = 1;
-  for (int64_t size : shape) result *= size;
+  for (int64_t size : shape) result = times(result, size);
   return result;
 }
 

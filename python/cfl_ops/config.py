@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfl_ops._core import dispatch
+from cfl_ops._core import checks, dispatch
 from cfl_ops._core.op import OPS
 
 __all__ = ["backend_of", "get_backend", "info", "plan_proximal", "set_backend", "show", "use_backend"]
@@ -24,7 +24,8 @@ def get_backend() -> str | None:
 def set_backend(backend: str | None) -> None:
     """Force one backend for every op of this process, or None to choose automatically.
 
-    The environment variable ``CFL_OPS_BACKEND`` does the same at import.
+    The environment variable ``CFL_OPS_BACKEND`` does the same at import. With ``python`` there, the compiled
+    extension is not even loaded, until another backend (or None) is set: a broken one is no obstacle.
 
     Args:
         backend: ``"python"``, ``"triton"``, ``"native"``, ``"nvrtc"`` (the CUDA C++ kernels compiled at run
@@ -34,6 +35,7 @@ def set_backend(backend: str | None) -> None:
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is not installed.
+        ImportError: the compiled extension cannot be loaded.
 
     """
     dispatch.overrides.install(backend)
@@ -80,9 +82,10 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": get_backend() or "automatic",
     }
-    if dispatch.extension_available():
-        extension = importlib.import_module("cfl_ops._C")
-        report["extension"] = dict(extension.build_info())
+    if dispatch.extension_loaded():
+        report["extension"] = dict(importlib.import_module(dispatch.EXTENSION).build_info())
+    elif dispatch.extension_available():
+        report["extension"] = {"not loaded:": "the backend python was asked for"}
     else:
         report["extension"] = None
     if dispatch.triton_available():
@@ -102,6 +105,8 @@ def _cuda_source() -> str:
     """Where the CUDA C++ kernels come from."""
     if dispatch.native_available():
         return "compiled with the extension"
+    if dispatch.extension_available() and not dispatch.extension_loaded():
+        return "not loaded"
     if dispatch.nvrtc_available():
         return "compiled at run time by CuPy's NVRTC"
     return "none: the extension has none, and cupy is not installed"
@@ -138,6 +143,10 @@ def plan_proximal(rows: int, width: int, targets: int) -> dict[str, Any]:
         >>> plan["side"], plan["cg_iterations"]
         ('dual', 0)
     """
+    rows, width, targets = (
+        checks.integer("config.plan_proximal", name, value, 0)
+        for name, value in (("rows", rows), ("width", width), ("targets", targets))
+    )
     small, large = min(rows, width), max(rows, width)
     direct = small * small * large / 2 + small**3 / 6 + small * small * targets
     iteration = 2.0 * rows * width * max(targets, 32)  # fewer right sides are bound by reading the features

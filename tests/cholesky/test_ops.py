@@ -163,7 +163,7 @@ def test_bad_arguments() -> None:
         cfl_ops.cholesky_update(L.half(), V.half())
     with pytest.raises(TypeError, match="wider"):
         cfl_ops.cholesky_update(L, V.double())
-    with pytest.raises(ValueError, match="decay must not be negative"):
+    with pytest.raises(ValueError, match="decay must be finite and not negative"):
         cfl_ops.cholesky_update(L, V, decay=-1.0)
     with pytest.raises(ValueError, match="alpha must be finite"):
         cfl_ops.cholesky_update(L, V, float("nan"))

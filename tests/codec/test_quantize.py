@@ -191,10 +191,14 @@ def test_argument_errors_name_the_argument() -> None:
         (lambda: cfl_ops.quantize(w.int()), TypeError, "quantize: w must be float16"),
         (lambda: cfl_ops.quantize(w, 0), ValueError, "bits must be an integer from 1 to 16, but got 0"),
         (lambda: cfl_ops.quantize(w, 17), ValueError, "but got 17"),
-        (lambda: cfl_ops.quantize(w, 8.0), ValueError, "but got 8.0"),  # type: ignore[arg-type]
+        (lambda: cfl_ops.quantize(w, 8.0), TypeError, "but got float 8.0"),  # type: ignore[arg-type]
         (lambda: cfl_ops.quantize(w, per="column"), ValueError, "per must be one of"),
         (lambda: cfl_ops.quantize(w, block_size=3), ValueError, "block_size must be given with"),
-        (lambda: cfl_ops.quantize(w, per="block", block_size=0), ValueError, "positive integer, but got 0"),
+        (
+            lambda: cfl_ops.quantize(w, per="block", block_size=0),
+            ValueError,
+            "block_size must be at least 1, but got 0",
+        ),
         (lambda: cfl_ops.quantize(w.sum(), per="row"), ValueError, "at least 1 dimension"),
         (lambda: cfl_ops.estimate_entropy(w, fraction=0.0), ValueError, r"fraction must be in \(0, 1\]"),
         (lambda: cfl_ops.dequantize(w), TypeError, "q must be a QuantizedTensor"),  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,10 +19,11 @@ from cfl_ops._core.op import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = ("CFL_OPS_BACKEND", "CFL_OPS_ISA", "TRITON_INTERPRET")
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("CFL_OPS_BACKEND", "TRITON_INTERPRET")}
+    clean = {k: v for k, v in os.environ.items() if k not in SETTINGS}
     return subprocess.run(
         [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True, check=False
     )
@@ -97,6 +100,115 @@ def test_every_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.Monk
 def test_an_unknown_backend_raises_at_import() -> None:
     error = run("import cfl_ops", CFL_OPS_BACKEND="cuda").stderr
     assert "backend must be one of python, triton, native, nvrtc, but got 'cuda'" in error
+
+
+FAKE = """
+import importlib.util, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {file!r}) if name == "cfl_ops._C" else None
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def broken_extension(folder: Path, kind: str) -> str:
+    """Code that puts a broken extension in the place of ours."""
+    file = folder / "_C.so"
+    if kind == "no library":
+        file.write_bytes(b"\x7fELF, built with torch 2.99.0+cu999\0 and cut off")
+    else:
+        compiler = shutil.which("cc") or pytest.skip("no C compiler")
+        source = folder / "module.c"
+        source.write_text(
+            "extern int gone_in_this_torch(void); int value(void) { return gone_in_this_torch(); }\n"
+            "void *PyInit__C(void) { return (void *)(long)value(); }\n"
+        )
+        subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-z,now", "-o", file, source], check=True)
+    return FAKE.format(file=str(file))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [("no library", "ELF|too short"), ("another torch's", "undefined symbol: gone_in_this_torch")],
+)
+def test_a_broken_extension_says_what_to_do(tmp_path: Path, kind: str, cause: str) -> None:
+    fake = broken_extension(tmp_path, kind)
+    error = run(fake + "import cfl_ops").stderr
+    assert re.search(cause, error)
+    assert "The above exception was the direct cause of" in error
+    assert "ImportError: cfl_ops: the compiled extension cfl_ops._C cannot be loaded" in error
+    assert "--force-reinstall" in error
+    assert "CFL_OPS_BACKEND=python" in error
+    built = "torch 2.99.0+cu999" if kind == "no library" else "a torch of unknown version"
+    assert f"built with {built}, and this is torch {torch.__version__}" in error
+    # The way round it works, and a choice that needs the extension leaves things as they are.
+    code = """
+import torch, cfl_ops
+before = cfl_ops.gram(torch.ones(3, 2)).gram
+cfl_ops.config.show()
+for backend in (None, "native"):
+    try:
+        cfl_ops.config.set_backend(backend)
+    except ImportError as error:
+        print("refused:", type(error.__cause__).__name__)
+print(cfl_ops.config.get_backend(), bool((cfl_ops.gram(torch.ones(3, 2)).gram == before).all()))
+"""
+    done = run(fake + code, CFL_OPS_BACKEND="python")
+    assert done.stdout.splitlines()[-3:] == ["refused: ImportError", "refused: ImportError", "python True"], (
+        done.stderr
+    )
+    assert "not loaded: the backend python was asked for" in done.stdout
+
+
+def test_the_extension_is_loaded_when_it_is_first_wanted() -> None:
+    if not dispatch.extension_available():
+        pytest.skip("the extension is not installed")
+    code = """
+import sys, cfl_ops
+def say(): print("cfl_ops._C" in sys.modules, cfl_ops.config.backend_of("gram", "cpu"))
+say()
+with cfl_ops.config.use_backend(None): say()
+say()
+cfl_ops.config.set_backend("native"); say()
+"""
+    assert run(code, CFL_OPS_BACKEND="python").stdout.splitlines() == [
+        "False python",
+        "True native",
+        "True python",
+        "True native",
+    ]
+
+
+def test_the_build_says_its_torch_where_a_broken_one_is_asked() -> None:
+    """The words that the hint above is read from stand in the real extension's file too."""
+    if not dispatch.extension_available():
+        pytest.skip("the extension is not installed")
+    from cfl_ops import _C
+
+    assert dispatch._built_with() == f"torch {_C.build_info()['built with torch']}"
+
+
+def test_an_unknown_instruction_set_raises_at_import() -> None:
+    for backend in ("", "python"):
+        error = run("import cfl_ops", CFL_OPS_ISA="avx-512", CFL_OPS_BACKEND=backend).stderr
+        assert (
+            "ValueError: cfl_ops: CFL_OPS_ISA must be one of generic, avx2, avx512, amx, but got 'avx-512'"
+            in error
+        )
+
+
+def test_instruction_sets_are_those_of_the_source_and_a_better_one_than_there_is_gives_the_best() -> None:
+    header = (ROOT / "csrc" / "cpu" / "gram_kernel.h").read_text()
+    (names,) = re.findall(r"kIsaNames\[\] = \{(.*?)\};", header)
+    assert tuple(re.findall(r'"(\w+)"', names)) == dispatch.INSTRUCTION_SETS
+    if not dispatch.extension_available():
+        pytest.skip("the extension is not installed")
+    from cfl_ops import _C
+
+    for asked, name in enumerate(dispatch.INSTRUCTION_SETS):
+        code = "from cfl_ops import _C; print(_C.build_info()['ISA'])"
+        used = dispatch.INSTRUCTION_SETS[min(asked, _C.best_isa())]
+        assert run(code, CFL_OPS_ISA=name).stdout.strip() == used
 
 
 def test_import_needs_torch_alone() -> None:

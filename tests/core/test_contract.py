@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import cfl_ops
 import pytest
 import torch
 from cfl_ops._core import dispatch
+from cfl_ops._core.arguments import tensor_rule
 
 from tests import contract
 
@@ -103,6 +107,24 @@ def test_opcheck(spec: contract.OpSpec, case: contract.Case, backend: str) -> No
     torch.library.opcheck(spec.op.overload, tuple(args))
 
 
+def differentiable_function(
+    spec: contract.OpSpec, case: contract.Case
+) -> tuple[Any, tuple[torch.Tensor, ...], list[Any], list[int]]:
+    """The op as a function of its differentiable float64 arguments alone, these, all arguments, their positions."""
+    args = list(case.make(torch.float64))
+    positions = [
+        i for i in spec.differentiable if isinstance(args[i], torch.Tensor) and args[i].is_floating_point()
+    ]
+
+    def function(*varied: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = list(args)
+        for i, value in zip(positions, varied, strict=True):
+            inputs[i] = value
+        return contract.as_tuple(spec.op(*inputs))[: spec.grad_outputs]
+
+    return function, tuple(args[i] for i in positions), args, positions
+
+
 @pytest.mark.parametrize("spec", BY_OP)
 def test_gradients(spec: contract.OpSpec, backend: str) -> None:
     """First and second derivatives in float64 against finite differences."""
@@ -112,26 +134,202 @@ def test_gradients(spec: contract.OpSpec, backend: str) -> None:
     cases = [case for case in spec.cases if case.gradcheck]
     assert cases, f"{spec.op.name} is differentiable but lists no sample for gradcheck"
     for case in cases:
-        args = list(case.make(torch.float64))
-        positions = [
-            i
-            for i in spec.differentiable
-            if isinstance(args[i], torch.Tensor) and args[i].is_floating_point()
-        ]
-        tensors = [args[i].detach().clone().requires_grad_() for i in positions]
-
-        def function(*varied: torch.Tensor, args=args, positions=positions) -> tuple[torch.Tensor, ...]:
-            inputs = list(args)
-            for i, value in zip(positions, varied, strict=True):
-                inputs[i] = value
-            return contract.as_tuple(spec.op(*inputs))[: spec.grad_outputs]
-
+        function, values, args, positions = differentiable_function(spec, case)
+        tensors = [value.detach().clone().requires_grad_() for value in values]
         results = contract.as_tuple(spec.op(*args[: positions[0]], tensors[0], *args[positions[0] + 1 :]))
         passes = spec.grad_outputs if spec.grad_outputs is not None else len(results)
         assert [r.requires_grad for r in results] == [i < passes for i in range(len(results))]
         # fast_mode compares along random directions: of all derivatives at once, and in seconds.
         assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("spec", BY_OP)
+def test_forward_mode(spec: contract.OpSpec, backend: str) -> None:
+    """jvp against finite differences, and Hessians by every order of forward and reverse mode against each other."""
+    if not spec.differentiable:
+        pytest.skip(f"{spec.op.name} takes no part in autograd")
+    if backend == "triton":
+        pytest.skip("the formulas are Python's on every backend")
+    skip_unless_served(spec, backend, torch.float64)
+    for case in [case for case in spec.cases if case.gradcheck][:2]:
+        function, values, *_ = differentiable_function(spec, case)
+        leaves = [value.detach().clone().requires_grad_() for value in values]
+        assert torch.autograd.gradcheck(
+            function, leaves, fast_mode=True, check_forward_ad=True, check_backward_ad=False
+        )
+        torch.manual_seed(0)
+        along = torch.randn_like(values[0])
+
+        def loss(t: torch.Tensor, function=function, values=values, along=along) -> torch.Tensor:
+            outputs = function(values[0] + t * along, *values[1:])
+            return sum((out.cos() + out.pow(3)).sum() for out in outputs)
+
+        at, grad, forward = torch.zeros((), dtype=torch.float64), torch.func.grad, torch.func.jacfwd
+        want = grad(grad(loss))(at)
+        scale = max(1.0, float(want.abs()))
+        for second in (forward(grad(loss)), grad(forward(loss)), forward(forward(loss))):
+            torch.testing.assert_close(second(at), want, rtol=0, atol=1e-9 * scale)
+        torch.testing.assert_close(torch.func.hessian(loss)(at), want, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("spec", BY_OP)
+def test_autocast(spec: contract.OpSpec, backend: str) -> None:
+    """Autocast changes nothing: values and gradients are those without it."""
+    if backend == "triton":
+        pytest.skip("on a CPU autocast is asked about the CPU's kernels")
+    skip_unless_served(spec, backend)
+    for case in spec.cases:
+        if torch.float32 not in case.dtypes:
+            continue
+        args = case.make(torch.float32)
+        want = contract.results(spec, args)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = contract.results(spec, args)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+        if not (spec.differentiable and case.gradcheck):
+            continue
+        gradients = []
+        for enabled in (False, True):
+            leaves = contract.clone_args(args)
+            wanted = [leaves[i] for i in spec.differentiable if isinstance(leaves[i], torch.Tensor)]
+            wanted = [leaf.requires_grad_() for leaf in wanted if leaf.is_floating_point()]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                outputs = contract.as_tuple(spec.op(*leaves))[: spec.grad_outputs]
+                total = sum(out.sum() for out in outputs)
+                gradients.append(torch.autograd.grad(total, wanted, allow_unused=True))
+        for g, w in zip(*gradients, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0)
+
+
+MUTATING = [pytest.param(spec, id=spec.op.name) for spec in SPECS if spec.mutates]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["op", "overload"])
+@pytest.mark.parametrize("spec", MUTATING)
+def test_written_arguments_are_known_to_autograd(spec: contract.OpSpec, raw: bool, backend: str) -> None:
+    """Versions count up, for views and in inference mode too; a derivative that would be lost is refused."""
+    skip_unless_served(spec, backend)
+    call = spec.op.overload if raw else spec.op
+    case = spec.cases[0]
+    dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
+    for inference in (False, True):
+        args = contract.clone_args(case.make(dtype))
+        bases = {i: torch.stack([args[i], args[i]]) for i in spec.mutates if args[i] is not None}
+        for i, base in bases.items():
+            args[i] = base[0]
+        with torch.inference_mode(inference):
+            call(*args)
+        assert all(base._version == 1 and args[i]._version == 1 for i, base in bases.items())
+    with torch.inference_mode():
+        args = contract.clone_args(case.make(dtype))
+    call(*args)  # what was made in inference mode may be written to outside of it
+
+    for i, value in enumerate(case.make(dtype)):
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            continue
+        args = contract.clone_args(case.make(dtype))
+        before = contract.clone_args(args)
+        args[i] = args[i].requires_grad_()
+        if i not in spec.op.as_data:
+            with pytest.raises(RuntimeError, match=r"requires grad, but an update in place"):
+                call(*args)
+            for arg, copy in zip(args, before, strict=True):
+                if isinstance(arg, torch.Tensor):
+                    torch.testing.assert_close(arg.detach(), copy, rtol=0, atol=0, equal_nan=True)
+            with pytest.raises(RuntimeError, match=r"requires grad, but an update in place"):
+                torch.func.jvp(
+                    lambda v, i=i, args=args: (call(*args[:i], v, *args[i + 1 :]), v)[1],
+                    (before[i],),
+                    (before[i],),
+                )
+        with torch.no_grad():
+            call(*args)
+
+    for i in [i for i in spec.mutates if args[i] is not None and args[i].is_floating_point()]:
+        args = contract.clone_args(case.make(dtype))
+        product = (torch.ones_like(args[i], requires_grad=True) * args[i]).sum()
+        call(*args)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def wrong_calls(spec: contract.OpSpec, args: Sequence[Any]) -> Iterator[tuple[str, str, list[Any]]]:
+    """What is wrong, with which argument, and the arguments: each must be refused by every backend."""
+    fields = [argument.name for argument in spec.op.overload._schema.arguments]
+    types = [str(argument.type) for argument in spec.op.overload._schema.arguments]
+    rules = {field: tensor_rule(text) for field, text in spec.op.rule.shapes(args).items()}
+    given = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor)]
+    names = [name for i in given for name in rules[fields[i]].sizes or ()]
+
+    def but(i: int, value: Any) -> list[Any]:
+        changed = contract.clone_args(args)
+        changed[i] = value
+        return changed
+
+    for i in given:
+        value, field, sizes = args[i], fields[i], rules[fields[i]].sizes
+        yield "dtype", field, but(i, torch.ones(value.shape, dtype=torch.complex64))
+        yield "bool", field, but(i, torch.ones(value.shape, dtype=torch.bool))
+        yield "layout", field, but(i, torch.ones(max(value.shape, default=1)).to_sparse())
+        if sizes is None:
+            continue
+        if sizes:
+            yield "dimensions", field, but(i, value.flatten()[0] if value.numel() else value.new_zeros(()))
+        shared = [other for other in given if other != i and rules[fields[other]].sizes]
+        if sizes and shared:
+            yield "batch", field, but(i, value.unsqueeze(0).expand(3, *value.shape).clone())
+        for dim, size_name in enumerate(reversed(sizes), 1):
+            if names.count(size_name) > 1:
+                yield (
+                    f"size {size_name}",
+                    field,
+                    but(i, torch.cat([value, value.narrow(-dim, 0, 1)], -dim))
+                    if value.shape[-dim]
+                    else but(
+                        i, value.new_zeros(*value.shape[:-dim], 1, *value.shape[len(value.shape) - dim + 1 :])
+                    ),
+                )
+    for i in spec.op.written:
+        value = args[i]
+        if value is None or value.numel() < 2:
+            continue
+        flat = value.flatten()[:1].clone()
+        yield "expanded", fields[i], but(i, flat.expand(value.numel()).view(value.shape))
+        for j in given:
+            if j != i and args[j].shape == value.shape and args[j].dtype == value.dtype:
+                changed = contract.clone_args(args)
+                changed[j] = changed[i]
+                yield "shared memory", fields[i], changed
+    for i, kind in enumerate(types):
+        if kind == "float":
+            yield "NaN", fields[i], but(i, float("nan"))
+        elif kind == "int" and fields[i] not in ("start", "acc_dtype"):
+            yield "negative", fields[i], but(i, -1)
+        elif kind == "str":
+            yield "unknown", fields[i], but(i, "nonsense")
+
+
+@pytest.mark.parametrize("spec", BY_OP)
+def test_wrong_arguments_are_refused(spec: contract.OpSpec, backend: str) -> None:
+    """By an exception that names op and argument, before anything is changed; nothing crashes."""
+    skip_unless_served(spec, backend)
+    seen = set()
+    for case in spec.cases[:3]:
+        dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
+        for kind, field, args in wrong_calls(spec, case.make(dtype)):
+            before = [copy.clone() if isinstance(copy, torch.Tensor) else copy for copy in args]
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                spec.op(*args)
+            seen.add(kind)
+            assert f"cfl_ops.{spec.op.name}: " in str(caught.value), (kind, field, str(caught.value))
+            if kind in ("dtype", "bool", "layout", "expanded", "NaN", "unknown"):
+                assert field in str(caught.value), (kind, field, str(caught.value))
+            for arg, copy in zip(args, before, strict=True):
+                if isinstance(arg, torch.Tensor) and arg.layout is torch.strided:
+                    torch.testing.assert_close(arg, copy, rtol=0, atol=0, equal_nan=True)
+    assert seen
 
 
 @pytest.mark.parametrize(("spec", "case"), CASES)

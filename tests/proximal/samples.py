@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.ops.proximal.codes import AUTO, FREE, MEAN, PENALIZED, SUM
 from cfl_ops.ops.proximal.step import PROXIMAL_STEP, PROXIMAL_STEP_
 from torch import Tensor
 
@@ -12,7 +13,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _case(name, rows, width, targets=3, *, lam=0.5, ridge=None, classes=False, weights=False, bias=True,
-          free=False, diag=False, batch=(), scale=1.0, relu=False, edit=None, reduction="mean",
+          free=False, diag=False, batch=(), scale=1.0, relu=False, edit=None, reduction=MEAN,
           gradcheck=False, dtypes=None):  # fmt: skip
     def make(dtype: torch.dtype):
         generator = torch.Generator().manual_seed(rows * 1000 + width)
@@ -43,8 +44,8 @@ def _case(name, rows, width, targets=3, *, lam=0.5, ridge=None, classes=False, w
             (randn(*batch, width).abs() + 0.1).to(dtype) if diag else None,
             None if weight is None else weight.to(dtype),
             reduction,
-            "free" if free else "penalized",
-            "auto",
+            FREE if free else PENALIZED,
+            AUTO,
         ]
 
     extra = {} if dtypes is None else {"dtypes": dtypes}
@@ -57,7 +58,7 @@ def _system(features, target, weight, bias, lam, ridge, lam_diag, sample_weight,
     batch, rows, width = phi.shape[:-2], *phi.shape[-2:]
     s = torch.ones(*batch, rows, dtype=torch.float64) if sample_weight is None else sample_weight.double()
     total = s.sum(-1)
-    scale = total if reduction == "mean" else torch.ones_like(total)
+    scale = total if reduction == MEAN else torch.ones_like(total)
     mu = (scale * lam).unsqueeze(-1).expand(*batch, width).clone()
     rho = scale * (0.0 if ridge is None else ridge)
     if lam_diag is not None:
@@ -68,8 +69,8 @@ def _system(features, target, weight, bias, lam, ridge, lam_diag, sample_weight,
         phi = torch.cat([phi, torch.ones(*batch, rows, 1, dtype=torch.float64)], -1)
         old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
         zero = torch.zeros_like(total)
-        mu = torch.cat([mu, (zero if fit_bias == "free" else scale * lam).unsqueeze(-1)], -1)
-        t = torch.cat([t, (zero if fit_bias == "free" else scale * lam + rho).unsqueeze(-1)], -1)
+        mu = torch.cat([mu, (zero if fit_bias == FREE else scale * lam).unsqueeze(-1)], -1)
+        t = torch.cat([t, (zero if fit_bias == FREE else scale * lam + rho).unsqueeze(-1)], -1)
     y = target.double() if target.is_floating_point() else None
     if y is None:
         y = torch.nn.functional.one_hot(target, weight.shape[-2]).double()
@@ -166,8 +167,8 @@ CASES = [
     _case("primal diagonal", 16, 4, diag=True, ridge=0.2, gradcheck=True),
     _case("dual diagonal free", 6, 11, diag=True, free=True),
     _case("no bias", 5, 9, bias=False),
-    _case("no bias primal", 15, 9, bias=False, reduction="sum"),
-    _case("sum", 10, 14, reduction="sum", ridge=0.5, weights=True),
+    _case("no bias primal", 15, 9, bias=False, reduction=SUM),
+    _case("sum", 10, 14, reduction=SUM, ridge=0.5, weights=True),
     _case("batch", 6, 10, batch=(2, 3), weights=True),
     _case("batch primal", 12, 5, batch=(3,), classes=True),
     _case("one row", 1, 8),

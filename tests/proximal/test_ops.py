@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 
 import cfl_ops
 import pytest
@@ -284,14 +283,6 @@ def test_step_saves_with_weights_only() -> None:
     torch.save(step, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=True).weight, step.weight)
-
-
-def test_forward_mode_is_refused_rather_than_silently_zero() -> None:
-    features, target, weight, _ = problem()
-    with pytest.raises(NotImplementedError, match=re.escape("jvp")):
-        torch.func.jvp(
-            lambda f: cfl_ops.proximal_step(f, target, weight, lam=0.5).loss, (features,), (features,)
-        )
 
 
 def test_func_grad_and_vmap_of_it() -> None:

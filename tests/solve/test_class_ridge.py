@@ -29,5 +29,5 @@ def test_class_ridge_bad_arguments() -> None:
         cfl_ops.class_ridge(torch.ones(4, 2), y, 0.0, num_classes=4, kappa=2.0)
     with pytest.raises(ValueError, match="weight must be given"):
         cfl_ops.class_ridge(x, y, 1.0, num_classes=4, prox=1.0)
-    with pytest.raises(ValueError, match="kappa must be positive"):
+    with pytest.raises(ValueError, match="kappa must be finite and positive"):
         cfl_ops.class_ridge(x, y, 1.0, num_classes=4, kappa=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CoreDims = Sequence[int | None] | Callable[[Sequence[Any]], Sequence[int | None]]
+CoreDims = Callable[[Sequence[Any]], Sequence[int | None]]
 
 
 def expand_batch(
@@ -35,9 +35,11 @@ def expand_batch(
     return [expand(arg, core) for arg, core in zip(args, core_dims, strict=True)]
 
 
-def vmap_rule(overload: Any, declared: CoreDims) -> Callable[..., tuple[Any, Any]]:
+def vmap_rule(op: Callable[..., Any], schema: Any, declared: CoreDims) -> Callable[..., tuple[Any, Any]]:
+    """How ``op`` is called for all mapped calls at once; it may be under further transforms."""
+
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        core_dims = declared(args) if callable(declared) else declared
+        core_dims = declared(args)
         batch_ndim = max(
             arg.ndim - core - (dim is not None)
             for arg, core, dim in zip(args, core_dims, in_dims, strict=True)
@@ -53,14 +55,14 @@ def vmap_rule(overload: Any, declared: CoreDims) -> Callable[..., tuple[Any, Any
 
         moved = [front(*item) for item in zip(args, core_dims, in_dims, strict=True)]
         expanded = expand_batch(moved, core_dims)
-        for argument, before, after in zip(overload._schema.arguments, moved, expanded, strict=True):
+        for argument, before, after in zip(schema.arguments, moved, expanded, strict=True):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and before is not None and before.shape != after.shape:
                 raise RuntimeError(
-                    f"{overload._schema.name.replace('::', '.')}: vmap cannot update {argument.name} in "
+                    f"{schema.name.replace('::', '.')}: vmap cannot update {argument.name} in "
                     "place, which is shared by the mapped calls"
                 )
-        out = overload(*expanded)
+        out = op(*expanded)
         if out is None:
             return None, None
         return (out, 0) if isinstance(out, Tensor) else (out, tuple(0 for _ in out))

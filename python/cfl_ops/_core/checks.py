@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.compiler import is_compiling
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STRIDED = torch.strided
+MOST = 2**63 - 1
 
 
 def tensor(op: str, name: str, value: Any, min_ndim: int) -> None:
@@ -72,32 +75,160 @@ def broadcastable(op: str, **batches: torch.Size) -> torch.Size:
         raise ValueError(f"cfl_ops.{op}: the batch dimensions do not broadcast: {listing}") from None
 
 
+class Range(NamedTuple):
+    """Which numbers an argument takes: in words, and as a question."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+# Comparisons alone, which a compiled graph with a symbolic number can ask too; NaN is in none of them.
+FINITE = Range("finite", lambda value: -math.inf < value < math.inf)
+NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
+POSITIVE = Range("finite and positive", lambda value: 0 < value < math.inf)
+SHARE = Range("in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def number(op: str, name: str, value: Any, wanted: Range = FINITE) -> float:
+    """A real number as a float (an int stays one): Python's, NumPy's, or the one in an array or tensor without
+    dimensions, which is read (that synchronises a GPU). No bool, string, None, nor what requires a gradient.
+    """
+    kind = type(value)
+    if kind is not float and kind is not int:
+        value = _real(op, name, value)
+    if not wanted.holds(value):
+        raise ValueError(f"cfl_ops.{op}: {name} must be {wanted.words}, but got {value}")
+    out: float = value
+    return out
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """An integer from ``least`` to ``most`` (with ``least`` alone, to what an op can be given).
+
+    Integers come from where numbers do, see :func:`number`.
+    """
+    if type(value) is not int:
+        value = _integer(op, name, value)
+    if least is not None and not least <= value <= (MOST if most is None else most):
+        if most is not None:
+            wanted = f"an integer from {least} to {most}"
+        else:
+            wanted = f"at least {least}" if value < least else "less than 2^63"
+        raise ValueError(f"cfl_ops.{op}: {name} must be {wanted}, but got {value}")
+    out: int = value
+    return out
+
+
+def numbers(op: str, name: str, values: Any) -> list[float]:
+    """A sequence of numbers that are finite and >= 0, or an array of one dimension, as a list of them."""
+    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"cfl_ops.{op}: {name} must be a sequence of numbers, but got {_shown(values)}")
+    return [number(op, name, value, NOT_NEGATIVE) for value in values]
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    """True or False: Python's, NumPy's, or the one in an array or tensor without dimensions."""
+    if value is True or value is False:
+        return value
+    found = _scalar(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"cfl_ops.{op}: {name} must be True or False, but got {_shown(value)}")
+    return found
+
+
+def _real(op: str, name: str, value: Any) -> Any:
+    found = _scalar(value)
+    if isinstance(found, bool) or not isinstance(found, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"cfl_ops.{op}: {name} must be a number, but got {_shown(value)}")
+    if not isinstance(found, Real):
+        return found
+    try:
+        return float(found)
+    except OverflowError:
+        return math.inf  # an integer or fraction beyond all floats
+
+
+def _integer(op: str, name: str, value: Any) -> Any:
+    found = _scalar(value)
+    if isinstance(found, bool) or not isinstance(found, Integral | torch.SymInt):
+        raise TypeError(f"cfl_ops.{op}: {name} must be an integer, but got {_shown(value)}")
+    return int(found) if isinstance(found, Integral) else found
+
+
+def _scalar(value: Any) -> Any:
+    """What an array or tensor without dimensions holds (NumPy's numbers are such, too); else the value."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value  # as a number it would lose its gradient
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _shown(value: Any) -> str:
+    """The value of a kind that is refused, for a message: its type, and what tells it from one that is not."""
+    if isinstance(value, Tensor):
+        grad = " that requires grad" if value.requires_grad else ""
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}{grad}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, str | float) else type(value).__name__
+
+
 def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """``value`` is one of ``allowed``."""
+    if not isinstance(value, str):
+        raise TypeError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {_shown(value)}")
     if value not in allowed:
         raise ValueError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {value!r}")
 
 
-def coefficient(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A penalty as a float64 tensor: a number must be finite and >= 0; a tensor is checked by the op.
+def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """A penalty as a tensor: a number must be finite and >= 0, and becomes float64; a tensor is checked by the op.
 
     A number becomes a CPU tensor, so that a schedule does not recompile and no GPU copy is made.
     """
     if type(value) is float and not is_compiling() and 0 <= value < math.inf and not _tracing():
         return _number(value)  # the common case
     if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"cfl_ops.{op}: {name} must be a floating-point tensor, but got {value.dtype}")
-        if value.ndim > 0:
-            same_device(op, "the features", torch.empty(0, device=device), **{name: value})
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {type(value).__name__}")
-    if not is_compiling() and (math.isnan(value) or value < 0 or math.isinf(value)):
-        raise ValueError(f"cfl_ops.{op}: {name} must be finite and not negative, but got {value}")
+        given = real_tensor(op, name, value)
+        if given.ndim > 0:
+            same_device(op, "the features", torch.empty(0, device=device), **{name: given})
+        return given
+    if isinstance(value, bool | str) or value is None:
+        raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {_shown(value)}")
+    value = number(op, name, value, NOT_NEGATIVE)
     if is_compiling() or _tracing():
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     return _number(float(value))
+
+
+def one_coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """A :func:`coefficient` of a function that takes no batches: one number, in a tensor without dimensions."""
+    out = coefficient(op, name, value, device)
+    if out.ndim:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must be a number or a 0-d tensor, but got shape {tuple(out.shape)}"
+        )
+    return out
+
+
+def penalty(op: str, name: str, value: Any) -> float | Tensor:
+    """A tensor, whose data the op checks, or a number that is finite and >= 0."""
+    if isinstance(value, Tensor):
+        return real_tensor(op, name, value)
+    return number(op, name, value, NOT_NEGATIVE)
+
+
+def real_tensor(op: str, name: str, value: Tensor) -> Tensor:
+    """A strided tensor of real numbers: integers become float64."""
+    if value.dtype in FLOATS and value.layout is STRIDED:
+        return value
+    tensor(op, name, value, 0)
+    if value.dtype is torch.bool or value.dtype.is_floating_point or value.is_complex() or value.is_quantized:
+        raise TypeError(f"cfl_ops.{op}: {name} must be a tensor of real numbers, but got {value.dtype}")
+    out: Tensor = value.double()
+    return out
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a penalty is the number 0: a tensor, whose data no check reads, is not."""
+    return (type(value) is float or not isinstance(value, Tensor | bool)) and bool(value == 0)
 
 
 _tracing = torch._C._len_torch_dispatch_stack

@@ -12,25 +12,61 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cfl_ops._core.op import NAMESPACE, OPS, UNSERVED, Kernel, Op
+from cfl_ops._core.op import NAMESPACE, OPS, UNSERVED, Kernel, Op, below_autograd
 
 BACKENDS = ("python", "triton", "native", "nvrtc")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "amx")
+"""What CFL_OPS_ISA may be: kIsaNames of csrc/cpu/gram_kernel.h, whose reader the Python fallback does without."""
 
-_registered: set[tuple[str, str]] = set()
-"""The ops and device types that the extension has kernels for."""
+EXTENSION = "cfl_ops._C"
 
 
 def extension_available() -> bool:
     """Whether the compiled extension is installed (a broken one is loud when it is imported)."""
-    return importlib.util.find_spec("cfl_ops._C") is not None
+    return importlib.util.find_spec(EXTENSION) is not None
+
+
+def extension_loaded() -> bool:
+    """Whether it is in the process, which it is not while the Python fallback was all that was asked for."""
+    return EXTENSION in sys.modules
+
+
+def _load_extension() -> None:
+    """Import the extension if it is installed: that registers its kernels."""
+    if not extension_available():
+        return
+    try:
+        importlib.import_module(EXTENSION)
+    except Exception as error:  # of the dynamic linker, or of what the extension does as it is loaded
+        raise ImportError(
+            f"cfl_ops: the compiled extension {EXTENSION} cannot be loaded: {error}\n"
+            f"It was built with {_built_with()}, and this is torch {torch.__version__}. Build it again against "
+            "this torch, with pip install --no-build-isolation --force-reinstall --no-deps and the folder or archive "
+            "of cfl_ops, or set CFL_OPS_BACKEND=python to go on without it, with the slower Python fallback.",
+            name=EXTENSION,
+        ) from error
+
+
+def _built_with() -> str:
+    """The torch that the extension was built with, as it stands in its file (csrc/module.cpp)."""
+    spec = importlib.util.find_spec(EXTENSION)
+    try:
+        data = Path(spec.origin).read_bytes() if spec and spec.origin else b""
+    except OSError:
+        data = b""
+    found = re.search(rb"built with (torch [0-9][\w.+-]*)\0", data)
+    return found[1].decode() if found else "a torch of unknown version"
 
 
 def triton_available() -> bool:
@@ -81,6 +117,8 @@ class _Overrides:
             available, missing = _NEEDS[forced]
             if not available():
                 raise RuntimeError(f"cfl_ops: the backend {forced!r} was asked for, but {missing}")
+        if forced != "python":
+            _load_extension()  # now, since what it registers is overridden by what is put in place after it
         if self.library is not None:
             self.library._destroy()
         self.library = torch.library.Library(NAMESPACE, "IMPL")
@@ -110,7 +148,9 @@ def _choose(
     """The backend that serves an op on a device, and the kernel to put over the registered one."""
     if op.composite:
         return "composite", None
-    registered = (op.name, device_type) in _registered
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::{op.name}", DISPATCH_KEYS[device_type]
+    )  # by the extension: nothing of ours is in place yet
     fallback = ("python", op.python if registered else None)
     if forced == "python":
         return fallback
@@ -144,7 +184,8 @@ def lazy(kernel: Kernel, op: Op) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         nonlocal launcher
         if launcher is None:
-            launcher = kernel.load()
+            launcher = below_autograd(kernel.load()) if op.written else kernel.load()
+        op.rule(args)
         out = launcher(*args)
         return fall_back(op, args) if out is UNSERVED else out
 
@@ -179,11 +220,13 @@ def _refuse(op: Op, device_type: str, forced: str) -> Callable[..., Any]:
 
 
 def load_backends() -> None:
-    """Load the extension and put the chosen kernels in place. Called once, after all ops are defined."""
-    if extension_available():
-        importlib.import_module("cfl_ops._C")
-        for name in OPS:
-            for device_type, key in DISPATCH_KEYS.items():
-                if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
-                    _registered.add((name, device_type))
+    """Put the kernels in place that the environment chooses. Called once, after all ops are defined.
+
+    The extension is loaded first, unless the Python fallback is forced: then a broken one is no obstacle.
+    """
+    asked = os.environ.get("CFL_OPS_ISA")
+    if asked and asked not in INSTRUCTION_SETS:
+        raise ValueError(
+            f"cfl_ops: CFL_OPS_ISA must be one of {', '.join(INSTRUCTION_SETS)}, but got {asked!r}"
+        )
     overrides.install(os.environ.get("CFL_OPS_BACKEND") or None)

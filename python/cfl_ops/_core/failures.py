@@ -35,7 +35,7 @@ def check_info(name: str, info: Tensor, results: Sequence[Tensor], context: Sequ
         torch.ops.cfl_ops.raise_if_.default(name, list(results), info, list(context))
     elif info.is_cpu and info.ndim == 0:  # one problem on a CPU: this look is all that its call pays
         if info.item() != 0:
-            raise _EXPLAIN[name](info, context)
+            raise _explained(name, info, context)
     else:
         _raise_if(name, results, info, context)
 
@@ -44,7 +44,14 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
     if capturing(info):
         return  # a captured graph cannot synchronise: use the _ex form there
     if any_failed(info):
-        raise _EXPLAIN[name](info, context)
+        raise _explained(name, info, context)
+
+
+def _explained(name: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
+    """The exception, which has the info too: of a batch it says which elements failed."""
+    error = _EXPLAIN[name](info, context)
+    error.info = info  # type: ignore[attr-defined]
+    return error
 
 
 def capturing(info: Tensor) -> bool:

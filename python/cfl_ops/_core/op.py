@@ -10,14 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cfl_ops._core.batching import CoreDims, vmap_rule
+from cfl_ops._core.arguments import Rule, Shapes, core_dims
+from cfl_ops._core.autocast import without_autocast
+from cfl_ops._core.batching import vmap_rule
+from cfl_ops._core.forward_mode import jvp_of, save_for_forward
 
 NAMESPACE = "cfl_ops"
 LIB = torch.library.Library(NAMESPACE, "DEF")
@@ -60,16 +63,25 @@ class Op:
     """Made of other ops, which obey the choice of backend; it runs under every one of them itself."""
     helper: bool = False
     """A step of composite ops: where a forced backend has no kernel for it, its fallback serves."""
+    written: tuple[int, ...] = ()
+    """The positions of the arguments that it writes to."""
+    as_data: tuple[int, ...] = ()
+    """The positions of those that an op in place takes as data: they may require a gradient, and get none."""
+    rule: Callable[[Sequence[Any]], None] = field(default=lambda args: None, repr=False)
+    """Raises for arguments that are not as declared."""
     overload: Any = field(init=False)
     derivative: Derivative | None = None
+    vmap: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *args: Any) -> Any:
+        if self.written:
+            return self._write(args)
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
-        # takes over, which serves the first and refuses the second.
+        # takes over, which serves both.
         if self.derivative is not None and not is_compiling():
             if transforming():
                 return self.function.apply(*args)
@@ -78,6 +90,40 @@ class Op:
                 with torch._C._AutoDispatchBelowAutograd():
                     return self.overload(*args)
         return self.overload(*args)
+
+    def _write(self, args: tuple[Any, ...]) -> Any:
+        """The call of an op in place: what the kernels under autograd's keys do, without the way through them."""
+        if is_compiling() or transforming():
+            return self.overload(*args)
+        if torch.is_grad_enabled():
+            self.refuse_gradients(args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            out = self.overload(*args)
+        self.bump_versions(args)
+        return out
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raise what a call would raise for these arguments, whatever their data."""
+        self.rule(args)
+        if self.written:
+            self.refuse_gradients(args)
+
+    def bump_versions(self, args: Sequence[Any]) -> None:
+        """Tell autograd what was written: a backward pass that needs what was there before then raises."""
+        torch._C._increment_version([args[i] for i in self.written if args[i] is not None])
+
+    def refuse_gradients(self, args: Sequence[Any]) -> None:
+        """Raise where a derivative would be lost: an op in place takes no part in autograd."""
+        enabled, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+        for position, arg in enumerate(args):
+            if not isinstance(arg, Tensor) or position in self.as_data:
+                continue
+            if (enabled and arg.requires_grad) or (forward and _has_tangent(arg)):
+                name = self.overload._schema.arguments[position].name
+                raise RuntimeError(
+                    f"cfl_ops.{self.name}: {name} requires grad, but an update in place takes no part in autograd: "
+                    "use the form without an underscore, detach(), or torch.no_grad()"
+                )
 
     @functools.cached_property
     def function(self) -> type[torch.autograd.Function]:
@@ -95,6 +141,10 @@ class Op:
         if kernel is None:
             raise RuntimeError(f"cfl_ops.{self.name}: has no {backend} kernel for a GPU")
         return kernel.load()
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def _any_requires_grad(args: Sequence[Any]) -> bool:
@@ -121,50 +171,70 @@ def define_op(
     arguments: type[tuple[Any, ...]] | None = None,
     python: Callable[..., Any],
     fake: Callable[..., Any],
-    core_dims: CoreDims | Mapping[str, int] | Callable[[Any], Any],
+    shapes: Shapes,
+    check: Callable[..., None] | None = None,
     derivative: Derivative | None = None,
     cuda: Sequence[Kernel] = (),
     composite: bool = False,
     helper: bool = False,
+    as_data: Sequence[str] = (),
+    no_vmap: str | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> Op:
     """Define an op and everything that the compiler and the transforms need to know of it.
 
-    ``core_dims`` gives, for each argument of the schema, how many trailing dimensions the op itself
-    works on (None for what is not a tensor); or it is a function of the arguments that does. All
-    dimensions before them are batch dimensions, equal for all arguments when the op is called (see
-    expand_batch); so one vmap rule serves every op: move the mapped dimension to the front of the batch
-    dimensions and expand. ``cuda`` lists its GPU kernels, the one to prefer first (see _gpu/launch.py).
+    ``shapes`` gives, for each tensor of the schema, its dtypes and the names of the trailing sizes that the
+    op itself works on, ``{"x": "B D", "y": "int64 B"}`` (see arguments.py); or it is a function of the
+    arguments that does. All dimensions before them are batch dimensions, equal for all arguments when the op
+    is called (see expand_batch). ``check`` raises for all else that is wrong: numbers out of their range,
+    dtypes that do not go together. Both are asked wherever Python serves the op; the bindings of the
+    extension ask the same in C++ (csrc/checked.h). One vmap rule serves every op: move the mapped dimension
+    to the front of the batch dimensions and expand; ``no_vmap`` says why it cannot. ``cuda`` lists its GPU
+    kernels, the one to prefer first (see _gpu/launch.py).
+
+    An op whose schema marks arguments as written takes no part in autograd: it raises where an argument
+    requires grad (but those of ``as_data``), and counts up the versions of what it writes.
 
     ``arguments`` is a named tuple whose fields are the schema's arguments. With it ``python``, ``fake``,
-    ``core_dims`` and the launchers take one such tuple, ``setup_context`` takes one as its inputs, and
-    ``core_dims`` may name the tensors alone, ``{"x": 2}``: a new option is a field, and what reads it.
+    ``shapes``, ``check`` and the launchers take one such tuple, and ``setup_context`` takes one as its
+    inputs: a new option is a field, and what reads it.
     """
     name = schema.split("(", 1)[0]
     assert not (composite and cuda), f"{name}: the kernels of a composite op would never be called"
     if arguments is not None:
-        python, fake, core_dims = (
-            packed(arguments, python),
-            packed(arguments, fake),
-            _named(arguments, core_dims),
-        )
+        python, fake = packed(arguments, python), packed(arguments, fake)
+        shapes = packed(arguments, shapes) if callable(shapes) else shapes
+        check = None if check is None else packed(arguments, check)
         cuda = [kernel._replace(load=functools.partial(_load_packed, arguments, kernel)) for kernel in cuda]
         if derivative is not None:
             derivative = _packed_derivative(arguments, derivative)
-    python = _contiguous_results(python)
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    declared = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    fields = [argument.name for argument in declared]
+    if arguments is not None:
+        assert [*arguments._fields] == fields, f"{name}: {arguments.__name__} is not {fields}"  # type: ignore[attr-defined]
+    written = [i for i, a in enumerate(declared) if a.alias_info is not None and a.alias_info.is_write]
+
+    def shapes_of(args: Sequence[Any]) -> Mapping[str, str]:
+        return shapes(*args) if callable(shapes) else shapes
+
+    rule = Rule(name, fields, shapes_of, written, check)
+    python = _guarded(rule, python)
+    op = Op(
+        name, python, tuple(cuda), composite, helper, tuple(written), tuple(map(fields.index, as_data)), rule
+    )
     LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=LIB)
-    op = Op(name, python, tuple(cuda), composite, helper)
-    if arguments is not None:
-        named = [argument.name for argument in op.overload._schema.arguments]
-        assert [*arguments._fields] == named, f"{name}: {arguments.__name__} is not {named}"  # type: ignore[attr-defined]
-    torch.library.register_vmap(qualified, vmap_rule(op.overload, cast("CoreDims", core_dims)), lib=LIB)
+    torch.library.register_fake(qualified, _checked(rule, fake), lib=LIB)
+    dims = _refusing(name, no_vmap) if no_vmap else lambda args: core_dims(fields, shapes_of(args))
+    op.vmap = vmap_rule(op, op.overload._schema, dims)
+    torch.library.register_vmap(qualified, op.vmap, lib=LIB)
     if derivative is not None:
         derivative = _marking(op, derivative)
         _register_autograd(op, derivative)
         op.derivative = derivative
+    if written:
+        _register_writing(op)
     OPS[name] = op
     return op
 
@@ -192,17 +262,6 @@ def _packed_derivative(arguments: type[tuple[Any, ...]], derivative: Derivative)
     return replace(derivative, setup_context=setup_context)
 
 
-def _named(arguments: type[tuple[Any, ...]], core_dims: Any) -> CoreDims:
-    """Core dimensions by name, or a function of the named tuple, as a function of the fields."""
-    fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
-
-    def of(args: Sequence[Any]) -> Sequence[int | None]:
-        declared = core_dims(arguments(*args)) if callable(core_dims) else core_dims
-        return [declared.get(field) for field in fields] if isinstance(declared, Mapping) else declared
-
-    return of
-
-
 def gradients(arguments: type[tuple[Any, ...]], **named: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a derivative returns: the gradients of some arguments, and None for the others."""
     fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
@@ -210,8 +269,21 @@ def gradients(arguments: type[tuple[Any, ...]], **named: Tensor | None) -> tuple
     return tuple(named.get(field) for field in fields)
 
 
-def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
-    """A fallback whose results have the strides that fakes promise, whatever torch ops left behind."""
+def _checked(rule: Rule, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of arguments that are as declared."""
+
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        rule(args)
+        return function(*args)
+
+    return checked
+
+
+def _guarded(rule: Rule, python: Callable[..., Any]) -> Callable[..., Any]:
+    """A fallback that is given what the op declares, computes in the dtypes of its arguments, and whose results
+    have the strides that fakes promise, whatever torch ops left behind.
+    """
 
     @functools.wraps(python)
     def dense(*args: Any) -> Any:
@@ -220,22 +292,76 @@ def _contiguous_results(python: Callable[..., Any]) -> Callable[..., Any]:
             return out.contiguous()
         return out if out is None else tuple(value.contiguous() for value in out)
 
-    return dense
+    return _checked(rule, without_autocast(below_autograd(dense) if rule.written else dense))
+
+
+def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python kernel of an op in place: what it writes with torch ops is the op's to tell autograd."""
+
+    @functools.wraps(function)
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(*args)
+
+    return below
+
+
+def _refusing(name: str, reason: str) -> Callable[[Any], NoReturn]:
+    """The core dimensions of an op that has no vmap rule: an error."""
+
+    def dims(args: Any) -> NoReturn:
+        raise RuntimeError(f"cfl_ops.{name.rstrip('_')}: {reason}")
+
+    return dims
 
 
 def _marking(op: Op, derivative: Derivative) -> Derivative:
     """The derivative, which says which results no gradient passes, in plain autograd and under transforms."""
-    returns = [value.name for value in op.overload._schema.returns]
-    marked = [i for i, name in enumerate(returns) if name in derivative.non_differentiable]
+    marked = [i for i, passes in enumerate(_differentiable(op, derivative)) if not passes]
+    backward = without_autocast(derivative.backward)
     if not marked:
-        return derivative
+        return replace(derivative, backward=backward)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         derivative.setup_context(ctx, inputs, output)
         if isinstance(ctx, torch.autograd.function.FunctionCtx):
             ctx.mark_non_differentiable(*(output[i] for i in marked))
 
-    return replace(derivative, setup_context=setup_context)
+    return replace(derivative, setup_context=setup_context, backward=backward)
+
+
+def _differentiable(op: Op, derivative: Derivative) -> list[bool]:
+    """For each result whether gradients pass it."""
+    return [value.name not in derivative.non_differentiable for value in op.overload._schema.returns]
+
+
+def _register_writing(op: Op) -> None:
+    """What torch's own ops in place do above their kernels, for calls that come through the dispatcher."""
+    below_autograd = torch._C._after_autograd_keyset
+    below_views = torch._C._after_ADInplaceOrView_keyset
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        op.refuse_gradients(args)
+        return op.overload.redispatch(keyset & below_autograd, *args)
+
+    def views(keyset: Any, *args: Any) -> Any:
+        out = op.overload.redispatch(keyset & below_views, *args)
+        op.bump_versions(args)
+        return out
+
+    def negative(*args: Any) -> Any:
+        # torch's own kernel for the negative bit (z.conj().imag) takes one written argument, which is returned.
+        plain = [arg.resolve_neg() if isinstance(arg, Tensor) else arg for arg in args]
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            out = op.overload(*plain)
+            for i in op.written:
+                if plain[i] is not args[i]:
+                    args[i].copy_(plain[i])
+        return out
+
+    LIB.impl(op.name, autograd, "Autograd", with_keyset=True)
+    LIB.impl(op.name, views, "ADInplaceOrView", with_keyset=True)
+    LIB.impl(op.name, negative, "Negative")
 
 
 def _register_autograd(op: Op, derivative: Derivative) -> None:
@@ -256,10 +382,17 @@ def _make_function(op: Op, derivative: Derivative) -> type[torch.autograd.Functi
     def forward(*args: Any) -> Any:
         return op.overload(*args)
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        derivative.setup_context(ctx, inputs, output)
+        save_for_forward(ctx, inputs, output)
+
+    passing = _differentiable(op, derivative)
+    assert op.vmap is not None, f"{op.name}: no vmap rule"
     members = {
-        "generate_vmap_rule": True,
+        "vmap": staticmethod(op.vmap),
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(derivative.setup_context),
+        "setup_context": staticmethod(setup_context),
         "backward": staticmethod(derivative.backward),
+        "jvp": staticmethod(jvp_of(derivative.setup_context, derivative.backward, passing)),
     }
     return type(f"{op.name}_function", (torch.autograd.Function,), members)

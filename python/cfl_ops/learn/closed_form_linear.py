@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from cfl_ops._core import checks
 from cfl_ops._core.deferred import DeferredCheck
+from cfl_ops._core.state import StateModule, from_inference_mode, in_inference_mode, makes_state
 from cfl_ops.ops.proximal.step import proximal_step_, proximal_step_ex_
 
 __all__ = ["ClosedFormLinear"]
 
 METHODS = ("proximal", "ridge")
 CHECKS = ("now", "next")
+NAME = "learn.ClosedFormLinear"
 STEP_BEFORE = "It was the step before this one that failed; it left the head as it was."
 
 
@@ -29,7 +31,15 @@ INITS = {
 }
 
 
-class ClosedFormLinear(nn.Module):
+def _as_rows(value: Tensor, core: int) -> Tensor:
+    """All dimensions but the last ``core`` as one; a reshape that changes nothing would cost 2 us."""
+    leading = value.ndim - core
+    if leading == 1:
+        return value
+    return value.unsqueeze(0) if leading < 1 else value.flatten(0, leading - 1)
+
+
+class ClosedFormLinear(StateModule):
     r"""``nn.Linear`` whose weight and bias are set by a closed-form step on each batch.
 
     Algorithm 1 of the paper is one forward and one backward through the backbone for each batch, with any
@@ -42,7 +52,10 @@ class ClosedFormLinear(nn.Module):
             optimizer.zero_grad()
 
     The parameters have ``requires_grad=False``, so an optimiser passes over them, and the state_dict is that
-    of ``nn.Linear``. lam and the other options are plain attributes: change ``head.lam`` for a schedule.
+    of ``nn.Linear``; one that does not fit leaves them as they were. As those of ``nn.Linear`` they follow
+    ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype. A head that was made
+    under :func:`torch.inference_mode` can be updated outside it. lam and the other options are plain attributes:
+    change ``head.lam`` for a schedule.
 
     Args:
         in_features: D, the width of the features.
@@ -74,6 +87,7 @@ class ClosedFormLinear(nn.Module):
 
     """
 
+    @makes_state
     def __init__(
         self,
         in_features: int,
@@ -92,18 +106,20 @@ class ClosedFormLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.choice("learn.ClosedFormLinear", "method", method, METHODS)
-        checks.choice("learn.ClosedFormLinear", "init", init, tuple(INITS))
-        checks.choice("learn.ClosedFormLinear", "check", check, CHECKS)
-        self.in_features, self.out_features = in_features, out_features
-        self.lam, self.ridge, self.relative = lam, ridge, relative
+        checks.choice(NAME, "method", method, METHODS)
+        checks.choice(NAME, "init", init, tuple(INITS))
+        checks.choice(NAME, "check", check, CHECKS)
+        self.in_features = checks.integer(NAME, "in_features", in_features, 0)
+        self.out_features = checks.integer(NAME, "out_features", out_features, 0)
+        self.lam, self.ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
+        self.relative = checks.flag(NAME, "relative", relative)
         self.method, self.reduction, self.fit_bias, self.init = method, reduction, fit_bias, init
         self.check_when = check
         self._outcome: DeferredCheck | None = None
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
-        if bias:
+        if checks.flag(NAME, "bias", bias):
             self.bias = nn.Parameter(
                 torch.empty(out_features, device=device, dtype=dtype), requires_grad=False
             )
@@ -140,6 +156,8 @@ class ClosedFormLinear(nn.Module):
             shape: ``features.backward(grad_features)``.
 
         """
+        if in_inference_mode():
+            return self._update_as_state(features, target, sample_weight)
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
         try:
@@ -147,28 +165,37 @@ class ClosedFormLinear(nn.Module):
         finally:
             torch._C._set_grad_enabled(enabled)
 
+    @makes_state
+    def _update_as_state(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self._update(*args)
+
     def _update(
         self, features: Tensor, target: Tensor, sample_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        checks.floating("learn.ClosedFormLinear", "features", features, 1)
-        checks.size(
-            "learn.ClosedFormLinear", "features", features, -1, self.in_features, "the head's in_features"
-        )
-        # A reshape that changes nothing costs 2 us, too.
-        rows = features.detach()
-        if rows.ndim != 2:
-            rows = rows.reshape(-1, self.in_features)
-        target_shape = () if target.dtype == torch.int64 else target.shape[-1:]
-        if target.ndim != 1 + len(target_shape):
-            target = target.reshape(-1, *target_shape)
+        checks.floating(NAME, "features", features, 1)
+        checks.size(NAME, "features", features, -1, self.in_features, "the head's in_features")
+        if not isinstance(target, Tensor):
+            checks.tensor(NAME, "target", target, 0)
+        rows = _as_rows(features.detach(), 1)
+        target = _as_rows(target, 0 if target.dtype == torch.int64 else 1)
         lam, ridge = self.lam, self.ridge
+        if self.relative or self.method == "ridge":  # they are more than passed on, and may have been set
+            lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
             mean_square = rows.double().square().mean() if rows.numel() else torch.tensor(1.0)
             lam, ridge = lam * mean_square, ridge * mean_square
         if self.method == "ridge":
             lam, ridge = 0.0, lam + ridge
         self.check()
-        weight = self.weight
+        weight: Tensor | None = self._parameters.get("weight")
+        if weight is not None and from_inference_mode(weight):
+            self._make_normal()
+            weight = self._parameters["weight"]
+        if weight is None:
+            raise RuntimeError(
+                f"cfl_ops.{NAME}: weight must be a parameter of the head, which a step sets, but it is computed from "
+                "others (torch.nn.utils.parametrize, prune)"
+            )
         arguments = (rows, target, weight, self.bias)
         options: dict[str, Any] = {
             "lam": lam, "ridge": ridge, "reduction": self.reduction, "fit_bias": self.fit_bias,

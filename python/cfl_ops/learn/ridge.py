@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from cfl_ops._core import checks
 from cfl_ops.ops.solve.ridge import ridge
 from cfl_ops.ops.solve.ridge_cv import ridge_cv
 
@@ -141,14 +141,10 @@ class Ridge(_LinearModel):
 
     def fit(self, X: Any, y: Any) -> Ridge:
         """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
-        if (
-            not isinstance(self.alpha, Real)
-            or isinstance(self.alpha, bool)
-            or not 0 <= self.alpha < float("inf")
-        ):
-            raise ValueError(f"Ridge: alpha must be finite and not negative, but got {self.alpha!r}")
+        alpha = checks.number("learn.Ridge", "alpha", self.alpha, checks.NOT_NEGATIVE)
         x, target, foreign = self._validated(X, y)
-        result = ridge(x, _columns(target), float(self.alpha), bias=bool(self.fit_intercept))
+        bias = checks.flag("learn.Ridge", "fit_intercept", self.fit_intercept)
+        result = ridge(x, _columns(target), alpha, bias=bias)
         weight, intercept = result if isinstance(result, tuple) else (result, None)
         self._store(weight, intercept, target, foreign)
         return self
@@ -197,16 +193,14 @@ class RidgeCV(_LinearModel):
         x, target, foreign = self._validated(X, y)
         if x.shape[0] < 2:
             raise ValueError(f"RidgeCV: X must have at least 2 samples, but got n_samples = {x.shape[0]}")
-        cv: str | int = (
-            "loo" if self.cv is None else int(self.cv) if isinstance(self.cv, Integral) else self.cv
-        )
+        alphas = self.alphas if np.ndim(self.alphas) else [self.alphas]
         result = ridge_cv(
             x,
             _columns(target),
-            torch.as_tensor(np.atleast_1d(np.asarray(self.alphas, dtype=np.float64))),
-            cv=cv,
-            per_target=bool(self.alpha_per_target),
-            bias=bool(self.fit_intercept),
+            torch.tensor(checks.numbers("learn.RidgeCV", "alphas", alphas), dtype=torch.float64),
+            cv="loo" if self.cv is None else self.cv,
+            per_target=checks.flag("learn.RidgeCV", "alpha_per_target", self.alpha_per_target),
+            bias=checks.flag("learn.RidgeCV", "fit_intercept", self.fit_intercept),
         )
         self._store(result.weight, result.intercept, target, foreign)
         scores = result.scores

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops._core.results import public
+from cfl_ops._core.state import PreciseModule, makes_state
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky.factor import inverse_by_solves
 from cfl_ops.ops.cholesky.update import cholesky_downdate_ex_, cholesky_update_
@@ -18,7 +19,7 @@ __all__ = ["RecursiveRidge"]
 
 
 @public
-class RecursiveRidge(torch.nn.Module):
+class RecursiveRidge(PreciseModule):
     r"""Recursive least squares with a ridge, which is the full-covariance Kalman filter of a linear head.
 
     .. math::
@@ -49,6 +50,11 @@ class RecursiveRidge(torch.nn.Module):
             halves time and memory where that is good enough.
         device: where the state lives.
 
+    The state keeps its dtypes, on whose precision it depends: ``half()``, ``parent.to(torch.bfloat16)`` and a
+    state_dict of other dtypes do not change them; ``to(device)`` moves it. A state_dict that does not fit leaves
+    it as it was. State that was made under :func:`torch.inference_mode` can be updated outside it, and the other
+    way round.
+
     A call of :meth:`update` with B rows costs ``4 B D^2 + 4 B D K`` FLOPs.
 
     Example:
@@ -72,6 +78,7 @@ class RecursiveRidge(torch.nn.Module):
     seen: Tensor
     """How many rows came so far (those of weight 0 included)."""
 
+    @makes_state
     def __init__(
         self,
         features: int,
@@ -86,23 +93,17 @@ class RecursiveRidge(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("features", features), ("targets", targets)):
-            if size < 0:
-                raise ValueError(f"cfl_ops.RecursiveRidge: {name} must not be negative, but got {size}")
-        for name, value, good in (
-            ("alpha", alpha, alpha > 0),
-            ("noise", noise, noise > 0),
-            ("forgetting", forgetting, 0 < forgetting <= 1),
-            ("process_noise", process_noise, process_noise >= 0),
-        ):
-            if not good or not math.isfinite(value):
-                wanted = {"forgetting": "in (0, 1]", "process_noise": "finite and not negative"}
-                raise ValueError(
-                    f"cfl_ops.RecursiveRidge: {name} must be {wanted.get(name, 'finite and positive')}, "
-                    f"but got {value}"
-                )
-        if window is not None and window < 1:
-            raise ValueError(f"cfl_ops.RecursiveRidge: window must be at least 1, but got {window}")
+        op = "RecursiveRidge"
+        features, targets = (
+            checks.integer(op, "features", features, 0),
+            checks.integer(op, "targets", targets, 0),
+        )
+        alpha = checks.number(op, "alpha", alpha, checks.POSITIVE)
+        noise = checks.number(op, "noise", noise, checks.POSITIVE)
+        forgetting = checks.number(op, "forgetting", forgetting, checks.SHARE)
+        process_noise = checks.number(op, "process_noise", process_noise, checks.NOT_NEGATIVE)
+        if window is not None:
+            window = checks.integer(op, "window", window, 1)
         if window is not None and (forgetting != 1 or process_noise != 0):
             raise ValueError("cfl_ops.RecursiveRidge: window takes neither forgetting nor process_noise")
         if dtype not in (torch.float32, torch.float64):
@@ -118,7 +119,7 @@ class RecursiveRidge(torch.nn.Module):
             "wide_weight", torch.zeros(targets, features, dtype=torch.float64, device=device)
         )
         self.register_buffer("window_rows", torch.zeros(window or 0, row, dtype=dtype, device=device))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=device))
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -137,7 +138,7 @@ class RecursiveRidge(torch.nn.Module):
         """``(D, D)``: the covariance P of every output's weights. Costs ``O(D^3)``."""
         return self.noise * torch.cholesky_inverse(self.factor)
 
-    @torch.no_grad()
+    @makes_state
     def update(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Learn from a block of rows: one time step.
 
@@ -173,7 +174,7 @@ class RecursiveRidge(torch.nn.Module):
         out = error.to(x.dtype)
         return out[0] if single else out
 
-    @torch.no_grad()
+    @makes_state
     def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
         """Forget rows that were learnt before, exactly, by a downdate (with forgetting = 1 and no process noise).
 
@@ -207,6 +208,7 @@ class RecursiveRidge(torch.nn.Module):
         checks.floating("RecursiveRidge.predict", "x", x, 1)
         checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
         mean = (x.double() @ self.wide_weight.mT).to(x.dtype)
+        return_variance = checks.flag("RecursiveRidge.predict", "return_variance", return_variance)
         if not return_variance:
             return mean
         rows = x.reshape(-1, self.features).to(self.factor.dtype)
@@ -228,6 +230,7 @@ class RecursiveRidge(torch.nn.Module):
         The square roots are None where no weights are given.
         """
         op = f"RecursiveRidge.{method}"
+        self._make_normal()
         checks.floating(op, "x", x, 1)
         checks.floating(op, "y", y, 1)
         single = x.ndim == 1
@@ -247,6 +250,10 @@ class RecursiveRidge(torch.nn.Module):
             sqrt_weight = None
         else:
             checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
+            if sample_weight.ndim != 1:
+                raise ValueError(
+                    f"cfl_ops.{op}: sample_weight must have shape (B,), but got {tuple(sample_weight.shape)}"
+                )
             if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
                 raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
             sqrt_weight = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()

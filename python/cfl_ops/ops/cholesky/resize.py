@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,12 +139,10 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
-    given = [index] if isinstance(index, int) else list(index)
+    one = getattr(index, "ndim", None) == 0 or isinstance(index, str) or not isinstance(index, Iterable)
+    several: Iterable[Any] = [index] if one else index  # type: ignore[assignment]
+    given = [checks.integer(op, "index", i) for i in several]
     for i in given:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(
-                f"cfl_ops.{op}: index must be an integer or a sequence of them, but got {index!r}"
-            )
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")
     wanted = sorted(i % order for i in given)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops._core import checks
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
@@ -131,8 +133,7 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
     check_factor(op, "a", a)
-    if not 0 <= max_jitter < math.inf:
-        raise ValueError(f"cfl_ops.{op}: max_jitter must be finite and not negative, but got {max_jitter}")
+    max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
 
@@ -220,7 +221,8 @@ SAFE = define_op(
     "safe_cholesky(Tensor a, float max_jitter) -> (Tensor L, Tensor jitter, Tensor info)",
     python=_safe_python,
     fake=_safe_fake,
-    core_dims=(2, None),
+    shapes={"a": "full D D"},
+    check=lambda a, max_jitter: finite("safe_cholesky", "max_jitter", max_jitter, 0),
     derivative=Derivative(_safe_setup_context, _safe_backward, ("jitter", "info")),
 )
 

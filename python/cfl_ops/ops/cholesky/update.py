@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import finite, same_dtype
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
@@ -90,8 +92,9 @@ def cholesky_update_ex(
 def cholesky_update_(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float = 1.0) -> Tensor:
     """As :func:`cholesky_update`, in place: only the lower triangle of ``L`` is read and written.
 
-    Where it raises, ``L`` is unchanged (in a batch, the elements that did not fail are updated). Takes no
-    part in autograd.
+    Where it raises, ``L`` is unchanged; in a batch, the elements that did not fail are updated, and the
+    exception's ``info`` is 0 for these (see :func:`cholesky_update_ex`). Takes no part in autograd: neither ``L`` nor
+    ``V`` may require grad, but under ``torch.no_grad()``.
 
     Returns:
         ``L``.
@@ -178,7 +181,9 @@ def _update(
     op: str, L: Tensor, V: Tensor, alpha: float, decay: float, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What all forms do: the new factor (in place: L itself) and info."""
-    L, V = _arguments(op, L, V, alpha, decay, in_place)
+    alpha = checks.number(op, "alpha", alpha)
+    decay = checks.number(op, "decay", decay, checks.NOT_NEGATIVE)
+    L, V = _arguments(op, L, V, in_place)
     if in_place:
         return L, UPDATE_(L, V, alpha, decay)
     out: tuple[Tensor, Tensor] = UPDATE(L, V, alpha, decay)
@@ -192,9 +197,7 @@ def _or_raise(result: tuple[Tensor, Tensor], alpha: float) -> Tensor:
     return out
 
 
-def _arguments(
-    op: str, L: Tensor, V: Tensor, alpha: float, decay: float, in_place: bool
-) -> tuple[Tensor, Tensor]:
+def _arguments(op: str, L: Tensor, V: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Check the arguments; L and V with one batch shape and in one dtype."""
     check_factor(op, "L", L)
     checks.floating(op, "V", V, 2)
@@ -202,15 +205,6 @@ def _arguments(
         checks.size(op, "V", V, -2, L.shape[-1], "the order of L")
     if V.device != L.device:
         checks.same_device(op, "L", L, V=V)
-    for name, value in (("alpha", alpha), ("decay", decay)):
-        if type(value) is float or torch.compiler.is_compiling():
-            pass
-        elif isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"cfl_ops.{op}: {name} must be a number, but got {type(value).__name__}")
-        if not torch.compiler.is_compiling() and not math.isfinite(value):
-            raise ValueError(f"cfl_ops.{op}: {name} must be finite, but got {value}")
-    if decay < 0:
-        raise ValueError(f"cfl_ops.{op}: decay must not be negative, but got {decay}")
     if V.dtype != L.dtype:
         if torch.promote_types(V.dtype, L.dtype) != L.dtype:
             raise TypeError(f"cfl_ops.{op}: V must not be wider than L ({L.dtype}), but got {V.dtype}")
@@ -307,11 +301,18 @@ def _update_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[A
     return grad_l, grad_v, None, None
 
 
+def _check(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> None:
+    same_dtype(op, "V", V, "L", L.dtype)
+    finite(op, "alpha", alpha)
+    finite(op, "decay", decay, 0)
+
+
 UPDATE = define_op(
     "cholesky_update(Tensor L, Tensor V, float alpha, float decay) -> (Tensor L, Tensor info)",
     python=_update_python,
     fake=_update_fake,
-    core_dims=(2, 2, None, None),
+    shapes={"L": "full D D", "V": "full D k"},
+    check=functools.partial(_check, "cholesky_update"),
     derivative=Derivative(_update_setup_context, _update_backward),
     cuda=(*cuda_cpp(cuda.cholesky_update), triton("cfl_ops.triton_kernels.cholesky:cholesky_update")),
 )
@@ -319,7 +320,8 @@ UPDATE_ = define_op(
     "cholesky_update_(Tensor(a!) L, Tensor V, float alpha, float decay) -> Tensor info",
     python=_update_python_,
     fake=lambda L, V, alpha, decay: L.new_empty(L.shape[:-2], dtype=torch.int32),
-    core_dims=(2, 2, None, None),
+    shapes={"L": "full D D", "V": "full D k"},
+    check=functools.partial(_check, "cholesky_update_"),
     cuda=(*cuda_cpp(cuda.cholesky_update_), triton("cfl_ops.triton_kernels.cholesky:cholesky_update_")),
 )
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
+from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
 from cfl_ops.ops.codec.arguments import DecompressArguments, QuantizeEncodeArguments
 from cfl_ops.ops.codec.codes import Corrupt
@@ -24,12 +26,15 @@ from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
     DATA_DEPENDENT,
     HUFFMAN_ENCODE,
+    NO_VMAP,
+    check_contiguous,
+    check_encoded,
     check_out,
     check_payload,
+    check_shape,
     corrupt,
     decode_error,
     encoded_fake,
-    no_vmap,
     read_header,
     span,
 )
@@ -37,6 +42,8 @@ from cfl_ops.ops.codec.quantize import (
     WEIGHT_RANGE,
     allocate_bits,
     check_bits,
+    check_fraction,
+    check_groups,
     entropy_of,
     from_bins,
     probe,
@@ -79,7 +86,7 @@ def compress(
     with ``floor=5`` and 3.78 with ``floor=6``.
 
     Args:
-        w: floating-point weights, any shape and strides, up to 2^40 of them.
+        w: floating-point weights of up to 64 dimensions and any strides, up to 2^40 of them.
         floor: c, the bits kept above the entropy.
         probe_bits: M, the bits of the histogram that H is measured on.
         bits: N itself, from 1 to 16, instead of the three above.
@@ -106,11 +113,15 @@ def compress(
     """
     checks.floating("compress", "w", w, 0)
     checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
-    if bits is not None:
-        check_bits("compress", bits)
+    floor = checks.number("compress", "floor", floor)
+    probe_bits = check_bits("compress", probe_bits, "probe_bits")
+    fraction = check_fraction("compress", fraction)
+    bits = None if bits is None else check_bits("compress", bits)
+    block_size = check_groups("compress", w, per, block_size)
+    check_shape("compress", "w", w, codes.MAX_SYMBOLS)
     w = w.detach()
     if w.numel() == 0:
-        return store_raw(w)
+        return store_raw("compress", "w", w)
     index = values = None
     if nonfinite == "keep":
         flat = w.reshape(-1)
@@ -172,14 +183,18 @@ def decompress(
 
     Args:
         blob: 1-d uint8.
-        out: a contiguous tensor of the weights' dtype, of as many elements as are asked for.
+        out: a contiguous tensor of the weights' dtype, of as many elements as are asked for, which shares no
+            memory with the blob, and requires no grad (or is written under ``torch.no_grad()``).
         start: only the elements from here on (of the flattened tensor), as a 1-d tensor: only their chunks
             are read.
         stop: and up to here.
 
     Raises:
-        CorruptDataError: a byte is wrong, missing or too many. ``out`` may then be partly written.
+        CorruptDataError: a byte is wrong, missing or too many. Where a chunk of the payload is damaged, any
+            element of ``out`` may have been overwritten.
         IndexError: start and stop do not fit.
+        TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header and its
+            tables (and of any byte of a blob that is stored as it is), ``out`` is as it was.
 
     Example:
         >>> import torch, cfl_ops
@@ -216,10 +231,11 @@ def decompress(
     return out
 
 
-def store_raw(w: Tensor) -> Tensor:
+def store_raw(op: str, name: str, w: Tensor) -> Tensor:
     """A blob that keeps every bit of the tensor."""
     if w.dtype not in _DTYPES:
-        raise TypeError(f"cfl_ops.compress_state_dict: cannot store a tensor of {w.dtype}")
+        raise TypeError(f"cfl_ops.{op}: {name} must have a dtype that the format knows, but got {w.dtype}")
+    check_shape(op, name, w, 2**63 - 1)
     data = as_bytes(_raw_bytes(w))
     shape = struct.pack(f"<{w.ndim}Q", *w.shape)
     total = _BLOB_BYTES + len(shape) + len(data)
@@ -255,6 +271,10 @@ class _Blob(NamedTuple):
     exceptions: Tensor | None = None
 
 
+def _contradiction(op: str) -> CorruptDataError:
+    return corrupt(op, "the blob has a header that contradicts itself")
+
+
 def _parse_blob(op: str, blob: Tensor) -> _Blob:
     size = blob.numel()
     if size < _BLOB_BYTES:
@@ -281,24 +301,26 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
         table_bytes = 2 * groups * element + exceptions * (8 + element)
     head = _BLOB_BYTES + table_bytes
     if head > size or (kind == _RAW and head + groups != size):
-        raise corrupt(op, "the blob has a header that contradicts itself")
+        raise _contradiction(op)
     table = as_bytes((near if head <= near.numel() else blob)[_BLOB_BYTES:head])
     if zlib.crc32(table, zlib.crc32(fixed[: _BLOB.size])) != checksum:
         raise corrupt(op, "the blob has a damaged header (checksum)")
     data = blob[head:]
     if kind == _RAW:
         shape = struct.unpack(f"<{ndim}Q", table)
-        numel = math.prod(shape)
-        if numel * element != groups or max(shape, default=0) >= 2**63 or ndim > codes.MAX_DIMS:
-            raise corrupt(op, "the blob has a header that contradicts itself")
+        if not codes.shape_fits(shape) or math.prod(shape) * element != groups:
+            raise _contradiction(op)
         if zlib.crc32(as_bytes(data)) != data_crc:
             raise corrupt(op, "the data of the blob are damaged (checksum)")
-        return _Blob(shape, numel, dtype, data, True)
+        if dtype == torch.bool and bool((data > 1).any()):
+            raise corrupt(op, "the data of the blob are neither true nor false")
+        return _Blob(shape, math.prod(shape), dtype, data, True)
 
     header = read_header(op, data, None if near is blob or head >= near.numel() else near[head:])
-    needed = -(-header.numel // group_size) if group_size else 0
-    if not 1 <= bits <= 16 or code > 3 or needed != groups or header.symbol_bytes != (1 if bits <= 8 else 2):
-        raise corrupt(op, "the blob has a header that contradicts itself")
+    if not 1 <= bits <= 16 or code > 3 or header.symbol_bytes != (1 if bits <= 8 else 2):
+        raise _contradiction(op)
+    if not 1 <= group_size < 2**63 or -(-header.numel // group_size) != groups:
+        raise _contradiction(op)
     at = 8 * exceptions
     ranges = from_bytes(table[at : at + 2 * groups * element]).view(dtype)
     minimum, maximum = ranges[:groups], ranges[groups:]
@@ -311,8 +333,9 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if exceptions:
         index = from_bytes(table[:at]).view(torch.int64)
         values = from_bytes(table[at + 2 * groups * element :]).view(dtype)
-        if int(index.min()) < 0 or int(index.max()) >= header.numel:
-            raise corrupt(op, "the blob has a header that contradicts itself")
+        rising = bool((index[1:] > index[:-1]).all())
+        if not rising or int(index[0]) < 0 or int(index[-1]) >= header.numel:
+            raise _contradiction(op)
     if not good:
         raise corrupt(op, "the blob has a range that is not finite or not ordered")
     if cuda.synchronises(blob):
@@ -358,13 +381,34 @@ def _decompress_python(args: DecompressArguments) -> Tensor:
     return codes.info(codes.GOOD, payload.device)
 
 
+def _check_quantize_encode(args: QuantizeEncodeArguments) -> None:
+    op, groups = "quantize_encode", args.w.shape[:-1].numel()
+    within(op, "bits", args.bits, 1, 16)
+    check_encoded(op, args.w, args.shape, args.chunk_log2, args.reserve)
+    for name, value in (("minimum", args.minimum), ("maximum", args.maximum)):
+        same_dtype(op, name, value, "w", args.w.dtype)
+        within(op, f"the number of {name}", value.numel(), groups, groups)
+
+
+def _check_decompress(args: DecompressArguments) -> None:
+    op, groups = "decompress_", args.minimum.numel()
+    within(op, "bits", args.bits, 1, 16)
+    within(op, "group_size", args.group_size, 1)
+    within(op, "the number of maximum", args.maximum.numel(), groups, groups)
+    for name, value in (("minimum", args.minimum), ("maximum", args.maximum)):
+        same_dtype(op, name, value, "out", args.out.dtype)
+    check_contiguous(op, "out", args.out)
+
+
 QUANTIZE_ENCODE = define_op(
     "quantize_encode(Tensor w, Tensor minimum, Tensor maximum, int bits, SymInt[] shape, int chunk_log2,"
     " SymInt reserve) -> Tensor",
     arguments=QuantizeEncodeArguments,
     python=_quantize_encode_python,
     fake=lambda args: encoded_fake(args.w),
-    core_dims=no_vmap("quantize_encode"),
+    shapes={"w": "N", "minimum": "...", "maximum": "..."},
+    check=_check_quantize_encode,
+    no_vmap=NO_VMAP,
     tags=DATA_DEPENDENT,
 )
 
@@ -374,7 +418,9 @@ DECOMPRESS = define_op(
     arguments=DecompressArguments,
     python=_decompress_python,
     fake=lambda args: args.payload.new_empty((), dtype=torch.int64),
-    core_dims=no_vmap("decompress"),
+    shapes={"payload": "uint8 ...", "minimum": "...", "maximum": "...", "out": "..."},
+    check=_check_decompress,
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.decompress_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )

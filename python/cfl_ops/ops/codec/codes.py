@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 MAX_LENGTH, MAX_SYMBOLS, MAX_DIMS = 60, 2**40, 64
+MAX_RESERVE = 2**40
+"""Bytes before a payload: a blob's header with its tables."""
 MIN_CHUNK_LOG2, MAX_CHUNK_LOG2 = 10, 20
 
 # The numbers are those of csrc/cpu/codec_payload.h.
@@ -23,6 +28,11 @@ WORDS = {
     BAD_CODE_TABLE: "has a code table that is not a complete prefix code",
     BAD_CHUNK_SIZES: "has chunk sizes that do not add up to its length",
 }
+
+
+def shape_fits(shape: Sequence[int]) -> bool:
+    """Whether torch can hold a tensor of this shape: the extents that are not 0 give its strides."""
+    return len(shape) <= MAX_DIMS and math.prod(extent or 1 for extent in shape) < 2**63
 
 
 class Corrupt(Exception):

@@ -45,14 +45,16 @@ def compress_state_dict(
         >>> _ = model.load_state_dict(cfl_ops.decompress_state_dict(blobs))
 
     """
-    out = {}
+    op, out = "compress_state_dict", {}
+    min_numel = checks.integer(op, "min_numel", min_numel, 0)
     for name, value in state_dict.items():
-        checks.tensor("compress_state_dict", f"state_dict[{name!r}]", value, 0)
+        where = f"state_dict[{name!r}]"
+        checks.tensor(op, where, value, 0)
         try:
             compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
-            out[name] = compress(value, **options) if compressible else store_raw(value)
+            out[name] = compress(value, **options) if compressible else store_raw(op, where, value)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in state_dict[{name!r}])") from None
+            raise type(error)(f"{error} (in {where})") from None
     return out
 
 

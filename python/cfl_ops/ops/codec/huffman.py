@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
@@ -37,6 +40,9 @@ def huffman_encode(symbols: Tensor) -> Tensor:
     Returns:
         A 1-d uint8 tensor on the device of ``symbols``.
 
+    Raises:
+        TypeError, ValueError: other symbols, more than 64 dimensions, or more than 2^40 symbols.
+
     Example:
         >>> import torch, cfl_ops
         >>> symbols = torch.arange(1000).remainder(3).to(torch.uint8)
@@ -46,6 +52,7 @@ def huffman_encode(symbols: Tensor) -> Tensor:
 
     """
     _check_symbols("huffman_encode", "symbols", symbols)
+    check_shape("huffman_encode", "symbols", symbols, codes.MAX_SYMBOLS)
     payload: Tensor = HUFFMAN_ENCODE(symbols, list(symbols.shape), CHUNK_LOG2, 0)
     return payload
 
@@ -60,14 +67,18 @@ def huffman_decode(
     Args:
         payload: 1-d uint8.
         out: a contiguous tensor of the symbols' dtype to write into, of as many elements as are asked for;
-            with it the call is free of data-dependent shapes (torch.compile with fullgraph).
+            with it the call is free of data-dependent shapes (torch.compile with fullgraph). It shares no
+            memory with the payload.
         start: decode only the elements from here on (of the flattened tensor), as a 1-d tensor: only the
             chunks that hold them are read and checked.
         stop: and up to here.
 
     Raises:
-        CorruptDataError: a byte is wrong, missing or too many. ``out`` may then be partly written.
+        CorruptDataError: a byte is wrong, missing or too many. Where a chunk is damaged, any element of ``out``
+            may have been overwritten.
         IndexError: start and stop do not fit the payload.
+        TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header (all that
+            stands before the chunks), ``out`` is as it was.
 
     Example:
         >>> import torch, cfl_ops
@@ -130,6 +141,8 @@ def read_header(op: str, payload: Tensor, raw: Tensor | None = None) -> Header:
         payload = cuda.with_first_bytes(payload, raw)
     if code:
         raise corrupt(op, f"the payload {codes.WORDS[code]}")
+    if numel == 0 and not codes.shape_fits(shape):  # else its product is numel, which is checked
+        raise corrupt(op, f"the payload {codes.WORDS[codes.BAD_HEADER]}")
     return Header(payload, symbol_bytes, numel, shape)
 
 
@@ -137,6 +150,20 @@ def _check_symbols(op: str, name: str, value: Any) -> None:
     checks.tensor(op, name, value, 0)
     if value.dtype not in (torch.uint8, torch.uint16):
         raise TypeError(f"cfl_ops.{op}: {name} must be uint8 or uint16, but got {value.dtype}")
+
+
+def check_shape(op: str, name: str, value: Tensor, most: int) -> None:
+    """The format holds the shape, and no more than ``most`` elements."""
+    if value.ndim > codes.MAX_DIMS:
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have at most {codes.MAX_DIMS} dimensions, but got {value.ndim}"
+        )
+    if torch.compiler.is_compiling():
+        return  # sizes may be symbolic, and a guard on them would recompile
+    if value.numel() > most or not codes.shape_fits(value.shape):
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must have at most {most} elements, but got shape {tuple(value.shape)}"
+        )
 
 
 def check_payload(op: str, name: str, payload: Any) -> None:
@@ -155,10 +182,28 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
     checks.same_device(op, "the encoded bytes", payload, out=out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"cfl_ops.{op}: out requires grad, but no gradient passes decoding: give out.detach(), or use "
+            "torch.no_grad()"
+        )
+    if not torch.compiler.is_compiling() and _overlap(out, payload):
+        raise ValueError(f"cfl_ops.{op}: out must not share memory with the encoded bytes")
+
+
+def _overlap(out: Tensor, payload: Tensor) -> bool:
+    """Whether a contiguous tensor and a 1-d tensor of bytes have memory in common."""
+    if out.numel() == 0 or payload.numel() == 0:
+        return False
+    mine, theirs = out.data_ptr(), payload.data_ptr()
+    span = (payload.numel() - 1) * payload.stride(0) + 1
+    return mine < theirs + span and theirs < mine + out.numel() * out.element_size()
 
 
 def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int, int]:
-    first, last = 0 if start is None else start, numel if stop is None else stop
+    """The first element that is asked for, and how many."""
+    first = 0 if start is None else checks.integer(op, "start", start)
+    last = numel if stop is None else checks.integer(op, "stop", stop)
     if not 0 <= first <= last <= numel:
         raise IndexError(
             f"cfl_ops.{op}: start and stop must be ordered and within the {numel} elements, "
@@ -167,15 +212,24 @@ def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int,
     return first, last - first
 
 
-def no_vmap(name: str) -> Callable[[Any], NoReturn]:
-    """The core dimensions of an op that has no vmap rule: an error."""
+NO_VMAP = "the sizes of encoded bytes depend on the data, so vmap cannot stack them"
 
-    def core_dims(args: Any) -> NoReturn:
-        raise RuntimeError(
-            f"cfl_ops.{name}: the sizes of encoded bytes depend on the data, so vmap cannot stack them"
-        )
 
-    return core_dims
+def check_encoded(op: str, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> None:
+    """Raise for what is wrong with the arguments of an op that encodes."""
+    within(op, "chunk_log2", chunk_log2, codes.MIN_CHUNK_LOG2, codes.MAX_CHUNK_LOG2)
+    within(op, "reserve", reserve, 0, codes.MAX_RESERVE)
+    within(op, "the dimensions of shape", len(shape), 0, codes.MAX_DIMS)
+    if any(isinstance(extent, torch.SymInt) for extent in shape):
+        return
+    if min(shape, default=0) < 0 or math.prod(shape) != symbols.numel():
+        raise ValueError(f"cfl_ops.{op}: shape must hold {symbols.numel()} elements, but got {tuple(shape)}")
+
+
+def check_contiguous(op: str, name: str, value: Tensor) -> None:
+    """Raise unless the elements of ``value`` lie one after the other."""
+    if not value.is_contiguous():
+        raise ValueError(f"cfl_ops.{op}: {name} must be contiguous, but got strides {value.stride()}")
 
 
 def _huffman_encode_python(symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> Tensor:
@@ -216,7 +270,9 @@ HUFFMAN_ENCODE = define_op(
     "huffman_encode(Tensor symbols, SymInt[] shape, int chunk_log2, SymInt reserve) -> Tensor",
     python=_huffman_encode_python,
     fake=lambda symbols, shape, chunk_log2, reserve: encoded_fake(symbols),
-    core_dims=no_vmap("huffman_encode"),
+    shapes={"symbols": "symbols ..."},
+    check=functools.partial(check_encoded, "huffman_encode"),
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_encode),
     tags=DATA_DEPENDENT,
 )
@@ -225,14 +281,17 @@ PAYLOAD_HEADER = define_op(
     "payload_header(Tensor payload) -> Tensor",
     python=_payload_header_python,
     fake=lambda payload: payload.new_empty(5 + codes.MAX_DIMS, dtype=torch.int64),
-    core_dims=no_vmap("payload_header"),
+    shapes={"payload": "uint8 ..."},
+    no_vmap=NO_VMAP,
 )
 
 HUFFMAN_DECODE = define_op(
     "huffman_decode_(Tensor payload, Tensor(a!) out, SymInt start) -> Tensor info",
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
-    core_dims=no_vmap("huffman_decode"),
+    shapes={"payload": "uint8 ...", "out": "symbols ..."},
+    check=lambda payload, out, start: check_contiguous("huffman_decode_", "out", out),
+    no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_decode_),
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
@@ -104,16 +105,11 @@ def quantize_ex(
         tensor([0, 1])
     """
     checks.floating("quantize", "w", w, 0)
-    check_bits("quantize", bits)
-    checks.choice("quantize", "per", per, ("tensor", "row", "block"))
-    if (per == "block") != (block_size is not None):
-        raise ValueError("cfl_ops.quantize: block_size must be given with per='block', and only then")
+    bits = check_bits("quantize", bits)
+    histogram = checks.flag("quantize", "histogram", histogram)
+    block_size = check_groups("quantize", w, per, block_size)
     w = w.detach()
     if per == "row":
-        if w.ndim == 0:
-            raise ValueError(
-                "cfl_ops.quantize: w must have at least 1 dimension for per='row', but got shape ()"
-            )
         *parts, info = QUANTIZE(w, bits, histogram)
         symbols, group_size = parts[0], w.shape[-1]
     elif per == "tensor":
@@ -121,10 +117,6 @@ def quantize_ex(
         symbols, group_size = parts[0].view(w.shape), w.numel()
     else:
         assert block_size is not None
-        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(
-                f"cfl_ops.quantize: block_size must be a positive integer, but got {block_size!r}"
-            )
         flat, whole = w.reshape(-1), w.numel() // block_size * block_size
         results = [QUANTIZE(flat[:whole].view(-1, block_size), bits, histogram)]
         if whole < w.numel():  # the last block is shorter
@@ -153,33 +145,38 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"cfl_ops.dequantize: q must be a QuantizedTensor, but got {type(q).__name__}")
-    check_bits("dequantize", q.bits)
-    if q.symbols.dtype != symbol_dtype(q.bits):
+    bits, group_size = (
+        check_bits("dequantize", q.bits),
+        checks.integer("dequantize", "q.group_size", q.group_size, 0),
+    )
+    checks.tensor("dequantize", "q.symbols", q.symbols, 0)
+    if q.symbols.dtype != symbol_dtype(bits):
         raise TypeError(
-            f"cfl_ops.dequantize: q.symbols must be {symbol_dtype(q.bits)} for {q.bits} bits, "
+            f"cfl_ops.dequantize: q.symbols must be {symbol_dtype(bits)} for {bits} bits, "
             f"but got {q.symbols.dtype}"
         )
     checks.floating("dequantize", "q.minimum", q.minimum, 0)
+    checks.floating("dequantize", "q.maximum", q.maximum, 0)
     if q.minimum.shape != q.maximum.shape or q.minimum.dtype != q.maximum.dtype:
         raise ValueError("cfl_ops.dequantize: q.minimum and q.maximum must have the same shape and dtype")
     groups, numel = q.minimum.numel(), q.symbols.numel()
-    if numel > groups * q.group_size or (numel and numel <= (groups - 1) * q.group_size):
+    if numel > groups * group_size or (numel and numel <= (groups - 1) * group_size):
         raise ValueError(
-            f"cfl_ops.dequantize: {groups} ranges of {q.group_size} weights do not fit {numel} symbols"
+            f"cfl_ops.dequantize: {groups} ranges of {group_size} weights do not fit {numel} symbols"
         )
     shape = q.symbols.shape
     if q.minimum.ndim == 0:
-        weights: Tensor = DEQUANTIZE(q.symbols.reshape(-1), q.minimum, q.maximum, q.bits)
+        weights: Tensor = DEQUANTIZE(q.symbols.reshape(-1), q.minimum, q.maximum, bits)
         return weights.view(shape)
-    if q.minimum.shape == shape[:-1] and shape[-1] == q.group_size:
-        weights = DEQUANTIZE(q.symbols, q.minimum, q.maximum, q.bits)
+    if q.minimum.shape == shape[:-1] and shape[-1] == group_size:
+        weights = DEQUANTIZE(q.symbols, q.minimum, q.maximum, bits)
         return weights
     flat, low, high = q.symbols.reshape(-1), q.minimum.reshape(-1), q.maximum.reshape(-1)
-    whole = numel // max(q.group_size, 1)
-    cut = whole * q.group_size
-    parts = [DEQUANTIZE(flat[:cut].view(whole, q.group_size), low[:whole], high[:whole], q.bits).flatten()]
+    whole = numel // max(group_size, 1)
+    cut = whole * group_size
+    parts = [DEQUANTIZE(flat[:cut].view(whole, group_size), low[:whole], high[:whole], bits).flatten()]
     if cut < numel:
-        parts.append(DEQUANTIZE(flat[cut:], low[whole], high[whole], q.bits))
+        parts.append(DEQUANTIZE(flat[cut:], low[whole], high[whole], bits))
     return torch.cat(parts).view(shape)
 
 
@@ -202,6 +199,7 @@ def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Ten
 
     """
     checks.floating("estimate_entropy", "w", w, 0)
+    bits, fraction = check_bits("estimate_entropy", bits), check_fraction("estimate_entropy", fraction)
     return entropy_of(probe("estimate_entropy", w, bits, fraction)[2])
 
 
@@ -214,20 +212,34 @@ def allocate_bits(entropy: float | Tensor, *, floor: float = 6) -> int:
         9
 
     """
-    return min(16, max(1, math.floor(float(entropy) + floor + 0.5)))
+    found = checks.number("allocate_bits", "entropy", entropy)
+    kept = checks.number("allocate_bits", "floor", floor)
+    return min(16, max(1, math.floor(found + kept + 0.5)))
 
 
-def check_bits(op: str, bits: Any) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
-        raise ValueError(f"cfl_ops.{op}: bits must be an integer from 1 to 16, but got {bits!r}")
+def check_bits(op: str, bits: Any, name: str = "bits") -> int:
+    """The bits of a symbol, as an int."""
+    return checks.integer(op, name, bits, 1, 16)
+
+
+def check_fraction(op: str, fraction: Any) -> float:
+    """The part of the weights that a sample holds, as a float."""
+    return checks.number(op, "fraction", fraction, checks.SHARE)
+
+
+def check_groups(op: str, w: Tensor, per: Any, block_size: Any) -> int | None:
+    """What shares a range; the weights of a block, where blocks do."""
+    checks.choice(op, "per", per, ("tensor", "row", "block"))
+    if per == "row" and w.ndim == 0:
+        raise ValueError(f"cfl_ops.{op}: w must have at least 1 dimension for per='row', but got shape ()")
+    if (per == "block") != (block_size is not None):
+        raise ValueError(f"cfl_ops.{op}: block_size must be given with per='block', and only then")
+    return None if block_size is None else checks.integer(op, "block_size", block_size, 1)
 
 
 def probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """The range of the weights and the histogram of a sample of them, in one pass."""
-    check_bits(op, bits)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"cfl_ops.{op}: fraction must be in (0, 1], but got {fraction}")
-    every = max(1, round(1 / fraction))
+    every = max(1, round(min(1 / fraction, 2.0**62)))
     minimum, maximum, counts, info = WEIGHT_RANGE(w.detach().reshape(-1), bits, every)
     refuse_nonfinite(op, info)
     return minimum, maximum, counts
@@ -370,12 +382,23 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, 
     return None, grad_minimum, (grad64 * t).sum(-1).sum_to_size(high).to(grad.dtype), None
 
 
+def _check_weight_range(w: Tensor, bits: int, every: int) -> None:
+    within("weight_range", "bits", bits, 0, 16)
+    within("weight_range", "every", every, 1)
+
+
+def _check_dequantize(symbols: Tensor, minimum: Tensor, maximum: Tensor, bits: int) -> None:
+    within("dequantize", "bits", bits, 1, 16)
+    same_dtype("dequantize", "maximum", maximum, "minimum", minimum.dtype)
+
+
 QUANTIZE = define_op(
     "quantize(Tensor w, int bits, bool histogram)"
     " -> (Tensor symbols, Tensor minimum, Tensor maximum, Tensor histogram, Tensor info)",
     python=_quantize_python,
     fake=_quantize_fake,
-    core_dims=(1, None, None),
+    shapes={"w": "N"},
+    check=lambda w, bits, histogram: within("quantize", "bits", bits, 1, 16),
     cuda=cuda_cpp(cuda.quantize),
 )
 
@@ -384,7 +407,8 @@ WEIGHT_RANGE = define_op(
     " -> (Tensor minimum, Tensor maximum, Tensor histogram, Tensor info)",
     python=_weight_range_python,
     fake=_weight_range_fake,
-    core_dims=(1, None, None),
+    shapes={"w": "N"},
+    check=_check_weight_range,
     cuda=cuda_cpp(cuda.weight_range),
 )
 
@@ -392,7 +416,8 @@ DEQUANTIZE = define_op(
     "dequantize(Tensor symbols, Tensor minimum, Tensor maximum, int bits) -> Tensor",
     python=from_bins,
     fake=_dequantize_fake,
-    core_dims=(1, 0, 0, None),
+    shapes={"symbols": "symbols N", "minimum": "", "maximum": ""},
+    check=_check_dequantize,
     cuda=cuda_cpp(cuda.dequantize),
     derivative=Derivative(_dequantize_setup_context, _dequantize_backward),
 )

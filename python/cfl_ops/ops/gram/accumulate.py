@@ -5,14 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfl_ops._core import checks
 from cfl_ops._core.results import public
+from cfl_ops._core.state import from_inference_mode, makes_state
 from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
 
 __all__ = ["GramAccumulator"]
@@ -25,6 +27,9 @@ FOLD_EVERY = 1024
 @public
 class GramAccumulator:
     r"""Streams batches into :class:`GramMoments`.
+
+    The sums take no part in autograd: rows that require a gradient get none. What was made under
+    :func:`torch.inference_mode` can be updated outside it, and the other way round.
 
     Args:
         bias_column: append a feature that is 1.
@@ -60,9 +65,15 @@ class GramAccumulator:
         decay: float = 1.0,
         compensated: bool = False,
     ) -> None:
-        if not 0 <= decay < float("inf"):
-            raise ValueError(
-                f"cfl_ops.GramAccumulator: decay must be finite and not negative, but got {decay}"
+        op = "GramAccumulator"
+        decay = checks.number(op, "decay", decay, checks.NOT_NEGATIVE)
+        bias_column = checks.flag(op, "bias_column", bias_column)
+        compensated = checks.flag(op, "compensated", compensated)
+        if num_classes is not None:
+            num_classes = checks.integer(op, "num_classes", num_classes, 1)
+        if acc_dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(
+                f"cfl_ops.{op}: acc_dtype must be torch.float32 or torch.float64, but got {acc_dtype}"
             )
         if compensated and decay != 1.0:
             raise ValueError("cfl_ops.GramAccumulator: compensated sums do not decay; use one or the other")
@@ -79,11 +90,14 @@ class GramAccumulator:
         self._total: list[Tensor | None] | None = None
         self._carry: list[Tensor | None] | None = None
 
+    @makes_state
     def update(self, x: Tensor, y: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
         """Add a batch: ``x (..., B, D)``, ``y`` and ``sample_weight`` as in :func:`cfl_ops.gram`.
 
         When it raises, the accumulator is as it was.
         """
+        if self._recent is not None and from_inference_mode(self._recent.gram):  # a copy that was made there
+            self.load_state_dict(self.state_dict())
         if self._recent is None:
             self._recent = gram(
                 x, y, bias_column=self.bias_column, sample_weight=sample_weight,
@@ -154,6 +168,8 @@ class GramAccumulator:
             self.
 
         """
+        progress = checks.flag("GramAccumulator.fit", "progress", progress)
+        checkpoint_every = checks.integer("GramAccumulator.fit", "checkpoint_every", checkpoint_every, 1)
         skip = 0
         if checkpoint is not None and Path(checkpoint).exists():
             self.load(checkpoint)
@@ -206,6 +222,8 @@ class GramAccumulator:
             raise ValueError(
                 f"cfl_ops.GramAccumulator.fit_file: y must have {rows} rows as x has, but got {targets.shape[0]}"
             )
+        if batch_rows is not None:
+            batch_rows = checks.integer("GramAccumulator.fit_file", "batch_rows", batch_rows, 1)
         step = batch_rows or max(256, CHUNK_BYTES // max(1, source.shape[1] * source.itemsize))
         chunks = _Chunks(source, targets, rows, step)
         return self.fit(chunks, progress=progress, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
@@ -224,17 +242,79 @@ class GramAccumulator:
             "carry": self._carry,
         }  # fmt: skip
 
+    @makes_state
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, from an accumulator with the same options."""
-        mine = self.state_dict()["options"]
-        if state["options"] != mine:
+        """Restore what :meth:`state_dict` returned, from an accumulator with the same options.
+
+        The sums are copied. An accumulator that holds sums takes those of the same shapes only. Nothing is
+        converted: ``count`` and the sums of a compensated accumulator are float64.
+
+        Raises:
+            TypeError, ValueError: the state is not one, or does not fit. The accumulator is then as it was.
+
+        """
+        op = "GramAccumulator.load_state_dict"
+        mine = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != mine.keys():
+            raise ValueError(f"cfl_ops.{op}: the state must be a dict of {', '.join(mine)}")
+        if state["options"] != mine["options"]:
             raise ValueError(
-                f"cfl_ops.GramAccumulator: the state has other options, {state['options']}, than this "
-                f"accumulator, {mine}"
+                f"cfl_ops.{op}: the state has other options, {state['options']}, than this "
+                f"accumulator, {mine['options']}"
             )
-        self.batches, self.rows = state["batches"], state["rows"]
-        self._recent = None if state["recent"] is None else GramMoments._make(state["recent"])
-        self._total, self._carry = state["total"], state["carry"]
+        batches = checks.integer(op, "batches", state["batches"], 0)
+        rows = checks.integer(op, "rows", state["rows"], 0)
+        recent = self._checked(op, "recent", state["recent"], self._recent)
+        total = self._checked(op, "total", state["total"], recent)
+        carry = self._checked(op, "carry", state["carry"], recent)
+        if (total is None) != (carry is None) or (
+            total is not None and (recent is None or not self.compensated)
+        ):
+            raise ValueError(
+                f"cfl_ops.{op}: total and carry must be there both, or neither, beside recent sums"
+            )
+        self.batches, self.rows = batches, rows
+        self._recent = None if recent is None else GramMoments._make(recent)
+        self._total, self._carry = total, carry
+
+    def _checked(
+        self, op: str, name: str, fields: Any, like: Sequence[Tensor | None] | None
+    ) -> list[Tensor | None] | None:
+        """Copies of the five sums of a state, which have the shapes of ``like``; or None, where there are none."""
+        if fields is None:
+            return None
+        if not isinstance(fields, list | tuple) or len(fields) != len(GramMoments._fields):
+            raise ValueError(f"cfl_ops.{op}: {name} must be a list of {', '.join(GramMoments._fields)}")
+        first = fields[0]
+        checks.floating(op, f"{name}[0] (gram)", first, 2)
+        if self.acc_dtype not in (None, first.dtype) or first.dtype not in (torch.float32, torch.float64):
+            wanted = self.acc_dtype or "torch.float32 or torch.float64"
+            raise TypeError(f"cfl_ops.{op}: {name}[0] (gram) must be {wanted}, but got {first.dtype}")
+        batch, order = first.shape[:-2], first.shape[-1]
+        targets: tuple[int, ...] = ()
+        if fields[1] is not None:
+            checks.tensor(op, f"{name}[1] (cross)", fields[1], 2)
+            targets = (fields[1].shape[-1] if self.num_classes is None else self.num_classes,)
+        shapes = ((order, order), (order, *targets), targets, targets, ())
+        for i, (field, value, shape) in enumerate(zip(GramMoments._fields, fields, shapes, strict=True)):
+            label = f"{name}[{i}] ({field})"
+            if value is None and fields[1] is None and field in ("cross", "target_sum", "target_sq"):
+                continue
+            checks.tensor(op, label, value, 0)
+            dtype = torch.float64 if field == "count" else first.dtype
+            if value.dtype != dtype:
+                raise TypeError(f"cfl_ops.{op}: {label} must be {dtype}, but got {value.dtype}")
+            if value.shape != (*batch, *shape):
+                raise ValueError(
+                    f"cfl_ops.{op}: {label} must have shape {(*batch, *shape)}, but got {tuple(value.shape)}"
+                )
+            checks.same_device(op, f"{name}[0]", first, **{label: value})
+        if like is not None and [_shape(value) for value in fields] != [_shape(value) for value in like]:
+            raise ValueError(
+                f"cfl_ops.{op}: {name} must have the shapes {[_shape(value) for value in like]}, "
+                f"but got {[_shape(value) for value in fields]}"
+            )
+        return [None if value is None else value.detach().clone() for value in fields]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, atomically: to a temporary name first, flushed, then renamed."""
@@ -267,6 +347,10 @@ class GramAccumulator:
             if field is not None:
                 dist.all_reduce(field, group=group)
         return GramMoments._make(fields)
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
 
 
 class _Chunks:

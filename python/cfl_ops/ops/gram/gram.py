@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import DTYPES, finite, one_of, same_dtype, trailing, within
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
@@ -69,10 +70,22 @@ class GramMoments(NamedTuple):
         )
 
     def decay(self, rho: float | Tensor) -> GramMoments:
-        """All moments times ``rho``: older rows count less (exponential forgetting)."""
-        if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-            raise ValueError(f"cfl_ops.GramMoments.decay: rho must be finite and not negative, but got {rho}")
-        return GramMoments._make(None if field is None else field * rho for field in self)
+        """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
+        op = "GramMoments.decay"
+        factor = checks.penalty(op, "rho", rho)
+        if not isinstance(factor, Tensor):
+            return GramMoments._make(None if field is None else field * factor for field in self)
+        if factor.ndim and factor.shape != self.count.shape:
+            raise ValueError(
+                f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
+                f"but got shape {tuple(factor.shape)}"
+            )
+
+        def decayed(field: Tensor) -> Tensor:
+            rows = field.ndim - factor.ndim if factor.ndim else 0
+            return field * factor.to(field.dtype)[(...,) + (None,) * rows]
+
+        return GramMoments._make(None if field is None else decayed(field) for field in self)
 
     def to(self, *args: Any, **kwargs: Any) -> GramMoments:
         """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
@@ -158,7 +171,7 @@ def gram_(
         ``m``.
 
     Raises:
-        What :func:`gram` raises; ``m`` is then unchanged.
+        What :func:`gram` raises; ``m`` is then unchanged, all of a batch.
 
     Example:
         >>> import torch, cfl_ops
@@ -168,7 +181,8 @@ def gram_(
                 [2., 2.]])
 
     """
-    new = _new_rows(m, x, y, sample_weight, decay)
+    decay = checks.number("gram_", "decay", decay, checks.NOT_NEGATIVE)
+    new = _new_rows(m, x, y, sample_weight)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
     refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
@@ -233,16 +247,15 @@ class GramInPlaceArguments(NamedTuple):
         )
 
     def add(self, new: Sequence[Tensor]) -> Tensor:
-        """Moments <- decay * moments + the results of ``gram`` for the new rows, unless their info says that
-        these are bad; returns that info.
+        """Moments <- decay * moments + the results of ``gram`` for the new rows, all of the batch or, if their info
+        says that some are bad, none; returns that info.
         """
         info = new[5]
-        good = info == 0
-        for old, fresh, dims in zip(self[:5], new, MOMENT_DIMS.values(), strict=False):
-            keep = good[(...,) + (None,) * dims]
+        good = (info == 0).all()
+        for old, fresh in zip(self[:5], new, strict=False):
             # 0 forgets, whatever was there.
             kept = old * self.decay if self.decay != 0 else torch.zeros_like(old)
-            old.copy_(torch.where(keep, kept + fresh, old))
+            old.copy_(torch.where(good, kept + fresh, old))
         return info
 
 
@@ -252,12 +265,49 @@ def in_place(moments: Sequence[Tensor], new: GramArguments, decay: float) -> Gra
     return GramInPlaceArguments._make((*moments, x, y, sample_weight, num_classes, decay))
 
 
-MOMENT_DIMS = {"gram": 2, "cross": 2, "target_sum": 1, "target_sq": 1, "count": 0}
+MOMENT_SHAPES = {
+    "gram": "full D' D'", "cross": "full D' K", "target_sum": "full K", "target_sq": "full K", "count": "float64",
+}  # fmt: skip
+
+
+def row_shapes(num_classes: int) -> dict[str, str]:
+    """The shapes of what has the rows' dimension, as the ops take it."""
+    return {"x": "B D", "y": "int64 B" if num_classes else "B K", "sample_weight": "B"}
 
 
 def row_dims(num_classes: int) -> dict[str, int]:
-    """The core dimensions of what has the rows' dimension, as the ops take it."""
-    return {"x": 2, "y": 1 if num_classes else 2, "sample_weight": 1}
+    """How many of their trailing dimensions the ops work on."""
+    return _CLASS_DIMS if num_classes else _DENSE_DIMS
+
+
+_DENSE_DIMS, _CLASS_DIMS = trailing(row_shapes(0)), trailing(row_shapes(1))
+
+
+def check_rows(a: GramArguments, op: str = "gram") -> None:
+    """Raise for what is wrong with the options of the rows."""
+    within(op, "num_classes", a.num_classes, 0)
+    if a.num_classes and a.y is None:
+        raise ValueError(f"cfl_ops.{op}: num_classes is {a.num_classes}, but y is not given")
+    if a.y is not None and not a.num_classes:
+        same_dtype(op, "y", a.y, "x", a.x.dtype)
+    one_of(op, "acc_dtype", a.acc_dtype, DTYPES["full"])
+    if a.x.dtype == torch.float64:
+        one_of(op, "acc_dtype", a.acc_dtype, (torch.float64,))
+
+
+def _check_moments(a: GramInPlaceArguments) -> None:
+    """Raise for what is wrong with the moments and the decay."""
+    finite("gram_", "decay", a.decay, 0)
+    check_rows(a.new_rows, "gram_")
+    for name, value in zip(MOMENT_SHAPES, a[:4], strict=False):
+        same_dtype("gram_", name, value, "gram", a.gram.dtype)
+    order, width, targets = a.gram.shape[-1], a.x.shape[-1], a.new_rows.targets
+    if order != width and order != width + 1:
+        raise ValueError(f"cfl_ops.gram_: gram must be of order {width} or {width + 1}, but it is of {order}")
+    if a.cross.shape[-1] != targets:
+        raise ValueError(
+            f"cfl_ops.gram_: cross must have {targets} columns as y has, but it has {a.cross.shape[-1]}"
+        )
 
 
 def gram_arguments(
@@ -271,6 +321,7 @@ def gram_arguments(
 ) -> GramArguments:
     """Check the rows that ``gram``, ``gram_`` and ``linear_gram`` take, and bring them to the form of the op."""
     checks.floating(op, "x", x, 2)
+    bias_column = checks.flag(op, "bias_column", bias_column)
     if acc_dtype is None:
         acc_dtype = x.dtype
         if acc_dtype in HALVES:
@@ -289,8 +340,7 @@ def gram_arguments(
     if num_classes is not None:
         if y is None:
             raise ValueError(f"cfl_ops.{op}: num_classes is given, but y is not")
-        if num_classes < 1:
-            raise ValueError(f"cfl_ops.{op}: num_classes must be at least 1, but got {num_classes}")
+        num_classes = checks.integer(op, "num_classes", num_classes, 1)
         checks.tensor(op, "y", y, 1)
         if y.dtype != torch.int64:
             raise TypeError(
@@ -319,14 +369,10 @@ def gram_arguments(
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _new_rows(
-    m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None, decay: float
-) -> GramArguments:
+def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= decay < float("inf"):
-        raise ValueError(f"cfl_ops.gram_: decay must be finite and not negative, but got {decay}")
     checks.floating("gram_", "x", x, 2)
     order, width = m.gram.shape[-1], x.shape[-1]
     if order not in (width, width + 1):
@@ -490,7 +536,8 @@ GRAM = define_op(
     arguments=GramArguments,
     python=gram_fallback,
     fake=lambda a: gram_results(a, a.x.new_empty),
-    core_dims=lambda a: row_dims(a.num_classes),
+    shapes=lambda a: row_shapes(a.num_classes),
+    check=check_rows,
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.gram:gram"),),
 )
@@ -501,7 +548,8 @@ GRAM_ = define_op(
     arguments=GramInPlaceArguments,
     python=lambda a: a.add(gram_fallback(a.new_rows)),
     fake=lambda a: a.gram.new_empty(a.gram.shape[:-2], dtype=torch.int32),
-    core_dims=lambda a: MOMENT_DIMS | row_dims(a.num_classes),
+    shapes=lambda a: MOMENT_SHAPES | row_shapes(a.num_classes),
+    check=_check_moments,
     cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )
 
@@ -517,7 +565,7 @@ EXACT_GRAM = define_op(
     "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
     python=_exact_gram_fallback,
     fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
-    core_dims=(2, 1),
+    shapes={"x": "B D", "sample_weight": "float64 B"},
     cuda=cuda_cpp(cuda.exact_gram),
     helper=True,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import one_of, same_dtype, trailing
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.ops.gram.gram import (
@@ -17,12 +18,14 @@ from cfl_ops.ops.gram.gram import (
     GramArguments,
     GramMoments,
     as_moments,
+    check_rows,
     gram_arguments,
     gram_fallback,
     gram_results,
     in_place,
     refuse_bad_rows,
     row_dims,
+    row_shapes,
 )
 
 __all__ = ["linear_gram"]
@@ -106,8 +109,19 @@ class LinearGramArguments(NamedTuple):
     acc_dtype: torch.dtype
 
 
-def _core_dims(a: GramArguments | LinearGramArguments) -> dict[str, int]:
-    return {"weight": 2, "bias": 1} | row_dims(a.num_classes)
+def _shapes(a: GramArguments | LinearGramArguments) -> dict[str, str]:
+    return row_shapes(a.num_classes) | _LAYER
+
+
+_LAYER = {"x": "B C", "weight": "D C", "bias": "D"}
+_LAYER_DIMS = trailing(_LAYER)
+
+
+def _check(a: LinearGramArguments) -> None:
+    one_of("linear_gram", "activation", a.activation, ACTIVATIONS)
+    for name, value in (("weight", a.weight), ("bias", a.bias)):
+        same_dtype("linear_gram", name, value, "x", a.x.dtype)
+    check_rows(_of_features(a, a.x), "linear_gram")
 
 
 def _arguments(
@@ -138,12 +152,12 @@ def _arguments(
     if rows.x.dtype != x.dtype:  # promoted together with y
         weight, bias = weight.to(rows.x.dtype), None if bias is None else bias.to(rows.x.dtype)
     checks.broadcastable(op, x=rows.x.shape[:-2], weight=weight.shape[:-2])
-    core_dims = _core_dims(rows)
+    dims = row_dims(rows.num_classes) | _LAYER_DIMS
     tensors = expand_batch(
         (rows.x, weight, bias, rows.y, rows.sample_weight),
-        [core_dims[field] for field in LinearGramArguments._fields[:5]],
+        [dims[field] for field in LinearGramArguments._fields[:5]],
     )
-    options = (activation, bias_column, rows.num_classes, rows.acc_dtype)
+    options = (activation, rows.bias_column, rows.num_classes, rows.acc_dtype)
     return LinearGramArguments._make((*tensors, *options))
 
 
@@ -229,7 +243,8 @@ LINEAR_GRAM = define_op(
     arguments=LinearGramArguments,
     python=_fallback,
     fake=lambda a: _results(a, a.x.new_empty),
-    core_dims=_core_dims,
+    shapes=_shapes,
+    check=_check,
     derivative=Derivative(_setup_context, _backward),
     composite=True,
 )

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import one_of, trailing
 from cfl_ops._core.batching import expand_batch
-
-REDUCTIONS = ("mean", "sum")
-BIAS_FITS = ("penalized", "free")
-METHODS = ("auto", "cholesky", "cg")
+from cfl_ops.ops.proximal.codes import AUTO, BIAS_FITS, MEAN, METHODS, PENALIZED, REDUCTIONS
 
 
 class ProximalArguments(NamedTuple):
@@ -26,20 +24,32 @@ class ProximalArguments(NamedTuple):
     ridge: Tensor | None
     lam_diag: Tensor | None
     sample_weight: Tensor | None
-    reduction: str
-    fit_bias: str
-    method: str
+    reduction: int
+    """Of codes.py, as the next two."""
+    fit_bias: int
+    method: int
 
 
 OPTIONS = 3
 """The last fields, which are no tensors."""
 
 
-def core_dims(arguments: ProximalArguments) -> dict[str, int]:
-    """How many trailing dimensions of each tensor the ops work on."""
-    target = 2 if arguments.target.is_floating_point() else 1
-    return {"features": 2, "target": target, "weight": 2, "bias": 1, "lam": 0, "ridge": 0, "lam_diag": 1,
-            "sample_weight": 1}  # fmt: skip
+_SHAPES = {"features": "B D", "target": "B K", "weight": "K D", "bias": "K", "lam": "", "ridge": "", "lam_diag": "D",
+           "sample_weight": "B"}  # fmt: skip
+_CLASS_SHAPES = _SHAPES | {"target": "int64 B"}
+_DIMS, _CLASS_DIMS = trailing(_SHAPES), trailing(_CLASS_SHAPES)
+
+
+def shapes(arguments: ProximalArguments) -> dict[str, str]:
+    """What each tensor of the ops must be."""
+    return _SHAPES if arguments.target.is_floating_point() else _CLASS_SHAPES
+
+
+def check_options(op: str, arguments: ProximalArguments) -> None:
+    """Raise for an option that is none."""
+    one_of(op, "reduction", arguments.reduction, REDUCTIONS.values())
+    one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS.values())
+    one_of(op, "method", arguments.method, METHODS.values())
 
 
 def check_arguments(
@@ -59,18 +69,23 @@ def check_arguments(
     in_place: bool = False,
 ) -> ProximalArguments:
     """Check the arguments of a public function, and bring them to the form the ops take."""
+    options = (MEAN, PENALIZED, AUTO)
     if reduction != "mean" or fit_bias != "penalized" or method != "auto":  # all but the defaults
-        checks.choice(op, "reduction", reduction, REDUCTIONS)
-        checks.choice(op, "fit_bias", fit_bias, BIAS_FITS)
-        checks.choice(op, "method", method, METHODS)
+        checks.choice(op, "reduction", reduction, tuple(REDUCTIONS))
+        checks.choice(op, "fit_bias", fit_bias, tuple(BIAS_FITS))
+        checks.choice(op, "method", method, tuple(METHODS))
+        options = (REDUCTIONS[reduction], BIAS_FITS[fit_bias], METHODS[method])
     plain = lam_diag is None and sample_weight is None and _plain(features, target, weight, bias)
     if not plain:
         _check_tensors(op, features, target, weight, bias, lam_diag, sample_weight)
     lam = checks.coefficient(op, "lam", lam, features.device)
-    no_ridge = isinstance(ridge, (float, int)) and ridge == 0
-    beta = None if no_ridge else checks.coefficient(op, "ridge", ridge, features.device)
+    beta = (
+        None
+        if type(ridge) is float and ridge == 0
+        else checks.coefficient(op, "ridge", ridge, features.device)
+    )
     arguments = ProximalArguments._make(
-        (features, target, weight, bias, lam, beta, lam_diag, sample_weight, reduction, fit_bias, method)
+        (features, target, weight, bias, lam, beta, lam_diag, sample_weight, *options)
     )
     if plain and lam.ndim == 0 and (beta is None or beta.ndim == 0):
         return arguments
@@ -150,7 +165,7 @@ def _check_tensors(
 
 def _expand(op: str, arguments: ProximalArguments, in_place: bool) -> ProximalArguments:
     """All arguments with the common batch shape, which those that are written to must have already."""
-    dims = core_dims(arguments)
+    dims = _DIMS if arguments.target.is_floating_point() else _CLASS_DIMS
     batches = {
         name: value.shape[: value.ndim - dims[name]]
         for name, value in zip(arguments._fields, arguments, strict=True)

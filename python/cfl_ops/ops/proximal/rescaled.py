@@ -63,18 +63,27 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    for name, value in (("kappa", kappa), ("target_scale", target_scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"cfl_ops.{op}: {name} must be finite and positive, but got {value}")
+    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
+    target_scale = checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")
     checks.floating(op, "features", features, 2)
-    if features.ndim != 2:
-        raise ValueError(
-            f"cfl_ops.{op}: features must have 2 dimensions, but got shape {tuple(features.shape)}"
-        )
     checks.floating(op, "weight", weight, 2)
+    if bias is not None:
+        checks.floating(op, "bias", bias, 1)
+    for name, value, dims in (
+        ("features", features, 2),
+        ("labels", labels, 1),
+        ("weight", weight, 2),
+        ("bias", bias, 1),
+    ):
+        if value is not None and value.ndim != dims:  # no batches
+            raise ValueError(
+                f"cfl_ops.{op}: {name} must have {dims} dimension{'s' * (dims > 1)}, but got shape {tuple(value.shape)}"
+            )
+    lam = checks.one_coefficient(op, "lam", lam, features.device)
+    ridge = checks.one_coefficient(op, "ridge", ridge, features.device)
     # The plain step on targets of size M checks the rest of the arguments and the data.
     scaled_bias = None if bias is None else bias / target_scale
     plain = proximal_step(

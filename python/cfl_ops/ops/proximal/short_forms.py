@@ -79,13 +79,15 @@ def ridge_step(
     if target.dtype == torch.int64:
         if num_classes is None:
             raise TypeError("cfl_ops.ridge_step: target of class indices (int64) needs num_classes")
-        outputs = num_classes
+        outputs = checks.integer("ridge_step", "num_classes", num_classes, 1)
     else:
         checks.floating("ridge_step", "target", target, 2)
         outputs = target.shape[-1]
     dtype = features.dtype if features.dtype == torch.float64 else torch.float32
     weight = features.new_zeros(*features.shape[:-2], outputs, features.shape[-1], dtype=dtype)
-    zero_bias = weight.new_zeros(weight.shape[:-1]) if bias else None
+    lam = checks.coefficient("ridge_step", "lam", lam, features.device)
+    with_bias = checks.flag("ridge_step", "bias", bias)
+    zero_bias = weight.new_zeros(weight.shape[:-1]) if with_bias else None
     return step_or_raise(check_arguments(
         "ridge_step", features, target, weight, zero_bias, 0.0, lam, None, reduction, sample_weight,
         fit_bias, method,

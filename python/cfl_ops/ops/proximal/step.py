@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,16 @@ from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
-from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, core_dims
-from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_SAMPLE_WEIGHT, BAD_TARGET, BAD_WEIGHT
+from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, check_options, shapes
+from cfl_ops.ops.proximal.codes import (
+    BAD_FEATURES,
+    BAD_PENALTY,
+    BAD_SAMPLE_WEIGHT,
+    BAD_TARGET,
+    BAD_WEIGHT,
+    FREE,
+    MEAN,
+)
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
 
@@ -167,7 +176,8 @@ def proximal_step_(
     """As :func:`proximal_step`, with ``weight`` and ``bias`` updated in place.
 
     Returns:
-        ``(loss, grad_features)``. When it raises, weight and bias are unchanged. Takes no part in autograd.
+        ``(loss, grad_features)``. When it raises, weight and bias are unchanged, all of a batch. Takes no part
+        in autograd: features may require grad and get none (``grad_features`` is theirs), nothing else may.
 
     Example:
         >>> import torch, cfl_ops
@@ -181,8 +191,23 @@ def proximal_step_(
         "proximal_step_", features, target, weight, bias, lam, ridge, lam_diag, reduction, sample_weight,
         fit_bias, method, in_place=True,
     )  # fmt: skip
+    if weight.ndim > 2:
+        return _all_or_none_(arguments)
     loss, grad_features, info = PROXIMAL_STEP_(*arguments)
     raise_if_failed(info, [loss, grad_features], arguments.features, arguments.target, weight)
+    return loss, grad_features
+
+
+def _all_or_none_(arguments: ProximalArguments) -> tuple[Tensor, Tensor]:
+    """The step in place on a batch of heads, of which none is changed where one fails."""
+    if not torch.compiler.is_compiling():
+        PROXIMAL_STEP_.check(arguments)
+    with torch.no_grad():
+        weight, bias, loss, grad_features, info = PROXIMAL_STEP(*arguments)
+        raise_if_failed(info, [weight, bias], arguments.features, arguments.target, arguments.weight)
+        arguments.weight.copy_(weight)
+        if arguments.bias is not None:
+            arguments.bias.copy_(bias)
     return loss, grad_features
 
 
@@ -264,7 +289,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         sqrt_s = sample_weight.to(dtype).sqrt().unsqueeze(-1)
     empty = total == 0
     safe_total = torch.where(empty, 1.0, total)
-    scale = safe_total if reduction == "mean" else torch.ones_like(total)
+    scale = safe_total if reduction == MEAN else torch.ones_like(total)
 
     # Penalties in sum convention: mu pulls to the old head, t (mu and the ridge) is what the system sees.
     mu_bias = scale * lam
@@ -275,7 +300,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         mu, t = mu + extra, t + extra
     shrink = torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
     anchor = old * shrink.unsqueeze(-2).to(dtype)
-    free = fit_bias == "free"
+    free = fit_bias == FREE
     if bias is not None:
         shrink_bias = torch.where(t_bias > 0, mu_bias / torch.where(t_bias > 0, t_bias, 1.0), 1.0)
         anchor_bias = bias.to(dtype) if free else bias.to(dtype) * shrink_bias.unsqueeze(-1).to(dtype)
@@ -286,7 +311,9 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     if classes:
         outside = (target < 0) | (target >= weight.shape[-2])
         label = torch.where(outside, 0, target).unsqueeze(-1)
-        residual = (-prediction).scatter_add(-1, label, torch.ones_like(prediction[..., :1]))
+        residual = -prediction
+        if weight.shape[-2]:  # without classes every index is outside
+            residual = residual.scatter_add(-1, label, torch.ones_like(prediction[..., :1]))
     else:
         residual = target.to(dtype) - prediction
 
@@ -421,7 +448,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _REST = (
     "Tensor lam, Tensor? ridge, Tensor? lam_diag, Tensor? sample_weight, "
-    "str reduction, str fit_bias, str method"
+    "int reduction, int fit_bias, int method"
 )
 
 PROXIMAL_STEP = define_op(
@@ -430,7 +457,8 @@ PROXIMAL_STEP = define_op(
     arguments=ProximalArguments,
     python=_fallback,
     fake=_fake,
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step"),
     derivative=Derivative(_setup_context, _backward),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
@@ -440,7 +468,9 @@ PROXIMAL_STEP_ = define_op(
     arguments=ProximalArguments,
     python=_fallback_in_place,
     fake=lambda arguments: _fake(arguments)[2:],
-    core_dims=core_dims,
+    shapes=shapes,
+    check=functools.partial(check_options, "proximal_step_"),
+    as_data=("features",),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step_"),),
 )
 

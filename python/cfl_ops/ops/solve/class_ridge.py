@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.errors import LinAlgError
@@ -107,18 +108,20 @@ def _arguments(
         raise TypeError(f"cfl_ops.{op}: y must be int64 class indices, but got {y.dtype}")
     checks.size(op, "y", y, 0, x.shape[0], "the rows of x")
     checks.same_device(op, "x", x, y=y, weight=weight)
-    for name, value in (("kappa", kappa), ("scale", scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"cfl_ops.{op}: {name} must be positive and finite, but got {value}")
-    pulled = isinstance(prox, Tensor) or prox != 0
+    num_classes = checks.integer(op, "num_classes", num_classes, 0)
+    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
+    scale = checks.number(op, "scale", scale, checks.POSITIVE)
+    pulled = not checks.is_zero(prox)
     if pulled and weight is None:
         raise ValueError(f"cfl_ops.{op}: weight must be given where prox is not 0")
+    if weight is not None:
+        checks.floating(op, "weight", weight, 2)
     if weight is not None and tuple(weight.shape) != (x.shape[-1], num_classes):
         raise ValueError(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
     penalty, pull = (
-        checks.coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
+        checks.one_coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
     )
     x64 = x.double()
     own = _own_class(y, num_classes)
@@ -218,7 +221,8 @@ CLASS_SOLVE = define_op(
     arguments=ClassSolveArguments,
     python=_class_solve_python,
     fake=_class_solve_fake,
-    core_dims={"x": 2, "y": 1, "cross": 2, "lam": 0},
+    shapes={"x": "B D", "y": "int64 B", "cross": "D K", "lam": ""},
+    check=lambda args: finite("class_solve", "kappa", args.kappa, 0),
     derivative=Derivative(_class_solve_setup_context, _class_solve_backward),
     composite=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.results import public
+from cfl_ops._core.state import makes_state, normal
 from cfl_ops.ops.solve.least_squares import cutoff, not_finite, pinv_arguments
 from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
 from cfl_ops.ops.solve.tall import factor_any, minimum_norm, underdetermined
@@ -25,13 +27,28 @@ class Factorization:
     """A factored matrix ``a (..., M, N)``: solves, its rank, condition and determinant from one factorisation.
 
     Made by :func:`factorize`. Holds no graph: use :func:`lstsq` or :func:`pinv` for gradients in ``a``; a
-    solve is differentiable in its right side.
+    solve is differentiable in its right side. ``torch.load(weights_only=True)`` reads what ``torch.save`` wrote.
     """
 
     a: Tensor
     rank: Tensor
     """``(...)`` int64: the numerical rank, by the rule of :func:`lstsq`."""
     _factors: _Factors | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which name no class of the package but this one."""
+        return {
+            "a": self.a,
+            "rank": self.rank,
+            "factors": None if self._factors is None else tuple(self._factors),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What :meth:`__getstate__` returned."""
+        factors = state["factors"]
+        self.__dict__.update(
+            a=state["a"], rank=state["rank"], _factors=None if factors is None else _Factors._make(factors)
+        )
 
     def solve(self, b: Tensor) -> Tensor:
         """The minimum-norm least-squares solution ``(..., N, K)`` for ``b (..., M, K)``."""
@@ -55,6 +72,10 @@ class Factorization:
     @cached_property
     def singular_values(self) -> Tensor:
         """``(..., min(M, N))`` float64, falling; those that were cut are 0."""
+        return self._singular_values()
+
+    @makes_state
+    def _singular_values(self) -> Tensor:
         f = self._factors
         if f is None:
             return self.a.new_zeros(*self.a.shape[:-2], 0, dtype=torch.float64)
@@ -87,6 +108,9 @@ class Factorization:
         return torch.where(self.rank < values.shape[-1], -torch.inf, total) if square else total
 
 
+torch.serialization.add_safe_globals([Factorization])
+
+
 def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization:
     """Factor ``a (..., M, N)`` once, for many right sides.
 
@@ -110,8 +134,13 @@ def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization
         >>> f.solve(torch.ones(2, 1)).squeeze(-1), int(f.rank), float(f.condition)
         (tensor([0.5000, 2.0000]), 2, 4.0)
     """
+    return _factorize(a, rtol)
+
+
+@makes_state
+def _factorize(a: Tensor, rtol: float | Tensor | None) -> Factorization:
     a, relative, _ = pinv_arguments("factorize", a, rtol, None)
-    a = a.detach()
+    a = normal(a.detach())
     batch = a.shape[:-2]
     if a.numel() == 0:
         return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)

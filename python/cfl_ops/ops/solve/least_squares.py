@@ -256,7 +256,7 @@ LSTSQ = define_op(
     "lstsq(Tensor a, Tensor b, Tensor? rtol) -> (Tensor solution, Tensor rank, Tensor info)",
     python=_lstsq_python,
     fake=_lstsq_fake,
-    core_dims=(2, 2, 0),
+    shapes={"a": "M N", "b": "M K", "rtol": ""},
     derivative=Derivative(_lstsq_setup_context, _lstsq_backward, ("rank", "info")),
     composite=True,
 )
@@ -325,7 +325,7 @@ PINV = define_op(
     "pinv(Tensor a, Tensor? rtol, Tensor? atol) -> (Tensor pinv, Tensor rank, Tensor info)",
     python=_pinv_python,
     fake=_pinv_fake,
-    core_dims=(2, 0, 0),
+    shapes={"a": "M N", "rtol": "", "atol": ""},
     derivative=Derivative(_pinv_setup_context, _pinv_backward, ("rank", "info")),
     composite=True,
 )

@@ -27,6 +27,9 @@ def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_penalties(op: str, lams: Any, device: torch.device) -> Tensor:
     """The penalties of a path as a 1-d float64 tensor."""
+    lams = (
+        checks.real_tensor(op, "lams", lams) if isinstance(lams, Tensor) else checks.numbers(op, "lams", lams)
+    )
     values = torch.as_tensor(lams, dtype=torch.float64, device=device)
     if values.ndim != 1 or values.numel() == 0:
         raise ValueError(

@@ -58,11 +58,11 @@ def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> T
         (tensor([[1.]]), tensor([2.]))
     """
     data, targets = check_data("ridge", x, y)
-    minimum_norm = not isinstance(lam, Tensor) and lam == 0
-    penalty = None if minimum_norm else checks.coefficient("ridge", "lam", lam, x.device)
+    bias = checks.flag("ridge", "bias", bias)
+    penalty = checks.coefficient("ridge", "lam", lam, x.device)
     data, x_mean = centred(data, bias)
     targets, y_mean = centred(targets, bias)
-    weight = _fit(data, targets, penalty)
+    weight = _fit(data, targets, None if checks.is_zero(lam) else penalty)
     dtype = result_dtype(x, y)
     if not bias:
         return weight.to(dtype)
@@ -98,6 +98,7 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
     """
     data, targets = check_data("ridge_path", x, y)
     penalties = check_penalties("ridge_path", lams, x.device)
+    bias = checks.flag("ridge_path", "bias", bias)
     data, x_mean = centred(data, bias)
     targets, y_mean = centred(targets, bias)
     whole = EigenRidge(data)

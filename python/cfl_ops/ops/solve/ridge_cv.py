@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.arguments import one_of, same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
@@ -126,14 +127,18 @@ def _arguments(
         )
     data, targets = (value.detach() for value in check_data("ridge_cv", x, y))
     penalties = check_penalties("ridge_cv", lams, x.device)
-    rows, kind, folds = x.shape[-2], str(cv), 0
-    if isinstance(cv, int) and not isinstance(cv, bool):
-        kind, folds = "folds", cv
+    per_target = checks.flag("ridge_cv", "per_target", per_target)
+    bias = checks.flag("ridge_cv", "bias", bias)
+    rows, kind, folds = x.shape[-2], "folds", 0
+    if not isinstance(cv, str):
+        folds = checks.integer("ridge_cv", "cv", cv)
         if not 2 <= folds <= rows:
             raise ValueError(
                 f"cfl_ops.ridge_cv: cv must be from 2 to the number of rows ({rows}), but got {cv}"
             )
-    elif cv not in ("loo", "gcv"):
+    elif cv in ("loo", "gcv"):
+        kind = cv
+    else:
         raise ValueError(f"cfl_ops.ridge_cv: cv must be 'loo', 'gcv' or a number of folds, but got {cv!r}")
     if rows < 2:
         raise ValueError(f"cfl_ops.ridge_cv: x must have at least 2 rows, but got {rows}")
@@ -315,7 +320,9 @@ class KFold:
             values, vectors = self.eigen[fold]
             left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
             # In the working precision, scaled so that nothing overflows that the weights would not.
-            top = values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
+            top = (
+                values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
+            )  # without columns there is none
             scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
             factors = [(top * shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()]
             variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
@@ -368,7 +375,7 @@ def _held(
     gram, cross, squares, x_sum, y_sum = moments
     count, width, dtype = rows.shape[0], rows.shape[1], rows.dtype
     zero = torch.zeros(y.shape[-1], dtype=torch.float64, device=y.device)
-    if count > width + width // 4:
+    if count > width + width // 4 and width:
         if means is not None:
             x_mean, y_mean = means
             gram = gram - torch.outer(x_sum, x_mean) - torch.outer(x_mean, x_sum - count * x_mean)
@@ -398,13 +405,23 @@ def _ridge_cv_fake(args: RidgeCVArguments) -> tuple[Tensor, ...]:
     )
 
 
+def _check(args: RidgeCVArguments) -> None:
+    rows, folded = args.x.shape[-2], args.kind == "folds"
+    one_of("ridge_cv", "kind", args.kind, ("loo", "gcv", "folds"))
+    within("ridge_cv", "folds", args.folds, 2 if folded else 0, rows if folded else 0)
+    within("ridge_cv", "the rows of x", rows, 2)
+    within("ridge_cv", "the number of lams", args.lams.shape[-1], 1)
+    same_dtype("ridge_cv", "y", args.y, "x", args.x.dtype)
+
+
 RIDGE_CV = define_op(
     "ridge_cv(Tensor x, Tensor y, Tensor lams, str kind, int folds, bool per_target, bool bias) -> "
     "(Tensor weight, Tensor intercept, Tensor lam, Tensor scores, Tensor info)",
     arguments=RidgeCVArguments,
     python=_ridge_cv_python,
     fake=_ridge_cv_fake,
-    core_dims={"x": 2, "y": 2, "lams": 1},
+    shapes={"x": "full B D", "y": "full B K", "lams": "float64 L"},
+    check=_check,
     composite=True,
 )
 

@@ -138,7 +138,7 @@ RIDGE_SOLVE = define_op(
     "ridge_solve(Tensor gram, Tensor cross, Tensor lam, Tensor? lam_diag) -> (Tensor solution, Tensor info)",
     python=solve_system,
     fake=_ridge_solve_fake,
-    core_dims=(2, 2, 0, 1),
+    shapes={"gram": "D D", "cross": "D K", "lam": "", "lam_diag": "D"},
     derivative=Derivative(_ridge_solve_setup_context, _ridge_solve_backward),
     cuda=(*cuda_cpp(cuda.ridge_solve), triton("cfl_ops.triton_kernels.solve:ridge_solve")),
 )

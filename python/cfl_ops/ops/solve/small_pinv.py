@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.ops.solve import cuda
@@ -40,11 +41,18 @@ def _small_pinv_fake(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return a.new_empty(*batch, cols, rows), a.new_empty(batch, dtype=torch.int32)
 
 
+def _check(a: Tensor, limit: float) -> None:
+    finite("small_pinv", "limit", limit, 0)
+    if 0 in a.shape[-2:]:
+        raise ValueError(f"cfl_ops.small_pinv: a must have rows and columns, but got shape {tuple(a.shape)}")
+
+
 SMALL_PINV = define_op(
     "small_pinv(Tensor a, float limit) -> (Tensor pinv, Tensor info)",
     python=_small_pinv_python,
     fake=_small_pinv_fake,
-    core_dims=(2, None),
+    shapes={"a": "M N"},
+    check=_check,
     cuda=cuda_cpp(cuda.small_pinv),
     helper=True,
 )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops._core.arguments import finite
 from cfl_ops._core.op import define_op
 from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.codes import UNRESOLVED
@@ -249,7 +250,7 @@ TALL_GRAM = define_op(
     "tall_gram(Tensor t, Tensor? b, Tensor? w) -> (Tensor gram, Tensor cross)",
     python=_tall_gram_python,
     fake=_tall_gram_fake,
-    core_dims=(2, 2, 2),
+    shapes={"t": "M S", "b": "M K", "w": "float64 S S"},
     helper=True,
 )
 
@@ -296,12 +297,18 @@ def _tall_factor_fake(args: TallFactorArguments) -> tuple[Tensor, ...]:
     )
 
 
+def _check(args: TallFactorArguments) -> None:
+    for name in ("well_conditioned", "shift", "kept"):
+        finite("tall_factor", name, getattr(args, name), 0)
+
+
 TALL_FACTOR = define_op(
     "tall_factor(Tensor t, Tensor? b, float well_conditioned, float shift, float kept) -> "
     "(Tensor left, Tensor right, Tensor cross, Tensor rank, Tensor info)",
     arguments=TallFactorArguments,
     python=_tall_factor_python,
     fake=_tall_factor_fake,
-    core_dims={"t": 2, "b": 2},
+    shapes={"t": "M S", "b": "M K"},
+    check=_check,
     helper=True,
 )
