@@ -68,7 +68,8 @@ inline int64_t times(int64_t a, int64_t b) {
   return result;
 }
 
-// A size that several arguments share; the first that has it says what it is.
+// A size that several arguments share; the first that has it says what it is, where it is not
+// given.
 struct Size {
   const char* name;
   int64_t value = -1;
@@ -98,17 +99,23 @@ struct View {
     }
     return true;
   }
-  // Addresses of the first element and of the end of the last one; twice 0 where there is none.
-  std::pair<int64_t, int64_t> span() const {
+  // Bytes from the first element to the end of the last one; 0 where there is none.
+  int64_t extent() const {
     int64_t last = 0;
     for (int64_t i = 0; i < ndim; ++i) {
-      if (sizes[i] == 0) return {0, 0};
+      if (sizes[i] == 0) return 0;
       last += (sizes[i] - 1) * strides[i];
     }
+    return (last + 1) * element;
+  }
+  // Addresses of the first element and of the end of the last one; twice 0 where there is none.
+  std::pair<int64_t, int64_t> span() const {
+    const int64_t bytes = extent();
+    if (bytes == 0) return {0, 0};
     void* data;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
     const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
-    return {begin, begin + (last + 1) * element};
+    return {begin, begin + bytes};
   }
 };
 
@@ -285,12 +292,10 @@ class Checked {
     }
   }
 
-  void contiguous(const char* name) const {
-    const View& view = *std::find_if(views_.begin(), views_.begin() + count_,
-                                     [&](const View& v) { return v.name == name; });
-    if (view.dense() || view.empty()) return;
-    fail(name, "must be contiguous, but got shape ", shape(view), " with strides ",
-         list(view.strides, view.ndim));
+  // The argument asked for last is contiguous, or all of them.
+  void contiguous() const { contiguous(views_[count_ - 1]); }
+  void all_contiguous() const {
+    std::for_each(views_.begin(), views_.begin() + count_, [&](const View& v) { contiguous(v); });
   }
   Dtypes dtype(const char* name, torch::headeronly::ScalarType value, Dtypes dtypes) const {
     using torch::stable::detail::from, torch::stable::detail::to;
@@ -327,6 +332,12 @@ class Checked {
   }
 
  private:
+  void contiguous(const View& view) const {
+    if (view.dense() || view.empty()) return;
+    fail(view.name, "must be contiguous, but got shape ", shape(view), " with strides ",
+         list(view.strides, view.ndim));
+  }
+
   [[noreturn]] void must_be(const char* name, Dtypes dtypes, int32_t code) const {
     fail(name, "must be ", words(dtypes), ", but got ", words(one_dtype(code)));
   }
@@ -351,6 +362,15 @@ class Checked {
     view.element = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
     if (!dtypes.has(dtype)) must_be(name, dtypes, dtype);
     if (view.ndim > 64) fail(name, "must have at most 64 dimensions, but got ", view.ndim);
+    // A storage can be resized under its tensors.
+    int64_t held, offset;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(view.handle, &held));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(view.handle, &offset));
+    const int64_t bytes = view.extent();
+    if (bytes > 0 && offset * view.element + bytes > held) {
+      fail(name, "must have memory for its shape ", shape(view), ", but its storage holds ", held,
+           " bytes");
+    }
     const bool cpu = device == aoti_torch_device_type_cpu();
     int32_t index = -1;
     if (!cpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(view.handle, &index));
@@ -390,8 +410,10 @@ class Checked {
         dim.size->value = size;
         dim.size->argument = name;
       } else if (size != dim.size->value) {
+        const bool shared = dim.size->argument != nullptr;
         fail(name, "must have size ", dim.size->value, " in dimension ", at - 1 - view.ndim, " (",
-             dim.size->name, " of ", dim.size->argument, "), but got shape ", shape(view));
+             dim.size->name, shared ? " of " : "", shared ? dim.size->argument : "",
+             "), but got shape ", shape(view));
       }
     }
   }

@@ -474,7 +474,7 @@ Tensor payload_header_op(const Tensor& strided) {
 void check_decoding(Checked& check, const Tensor& payload, const Tensor& out, Dtypes dtypes) {
   check_bytes(check, "payload", payload);
   check.flat("out", out, dtypes, true);
-  check.contiguous("out");
+  check.contiguous();
 }
 
 Tensor huffman_decode_op(const Tensor& strided, Tensor out, int64_t start) {

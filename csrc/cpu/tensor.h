@@ -66,16 +66,33 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
   }
   return result;
 }
-inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+
+// The sizes of a result; csrc/checked.h lets no more than 64 dimensions through.
+class Shape {
+ public:
+  void add(int64_t size) { sizes_[ndim_++] = size; }
+  const int64_t* begin() const { return sizes_.data(); }
+  const int64_t* end() const { return sizes_.data() + ndim_; }
+  int64_t ndim() const { return ndim_; }
+
+ private:
+  std::array<int64_t, 64> sizes_;
+  int64_t ndim_ = 0;
+};
+inline Tensor empty_cpu(const Shape& shape, ScalarType dtype) {
+  return empty_cpu(shape.begin(), shape.ndim(), dtype);
+}
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 // The batch shape of `tensor` (all but its last `core` dimensions) followed by `tail`.
-inline std::vector<int64_t> batch_shape(const Tensor& tensor, int64_t core,
-                                        std::initializer_list<int64_t> tail = {}) {
+inline Shape batch_shape(const Tensor& tensor, int64_t core,
+                         std::initializer_list<int64_t> tail = {}) {
   const auto sizes = tensor.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end() - core);
-  shape.insert(shape.end(), tail);
+  Shape shape;
+  for (auto size = sizes.begin(); size != sizes.end() - core; ++size) shape.add(*size);
+  for (int64_t size : tail) shape.add(size);
   return shape;
 }
 
@@ -109,7 +126,7 @@ class Batched {
   std::vector<int64_t> sizes_, strides_;
 };
 
-inline int64_t product(const std::vector<int64_t>& shape) {
+inline int64_t product(const Shape& shape) {
   int64_t result = 1;
   for (int64_t size : shape) result = times(result, size);
   return result;

@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "checked.h"
+
 // Registers the kernels of a file; those that are emulated are a CPU's.
 #if defined(CFL_CUDA_ON_HOST)
 #define CFL_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m)
@@ -24,7 +26,6 @@
 namespace cfl::cuda {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Makes the device of a tensor the current one, and knows torch's current stream there.
 class OnDevice {
@@ -50,7 +51,7 @@ class OnDevice {
 #endif
 };
 
-inline void check(cudaError_t error, const char* op) {
+inline void launched(cudaError_t error, const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, "cfl_ops.", op, ": ", cudaGetErrorString(error));
 }
 

@@ -43,6 +43,14 @@ cudaError_t launch_choose(const CholeskyChooseArgs& a, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t cholesky_panel() { return kPanel; }
+int64_t cholesky_reflector(int64_t rank, bool wide) {
+  if (rank <= 1) return kReflector<1>;
+  if (rank <= 4) return kReflector<4>;
+  if (rank <= 16) return kReflector<16>;
+  return rank <= 32 && !wide ? kReflector<32> : 0;
+}
+
 cudaError_t cholesky_update(const CholeskyUpdateArgs& a, cudaStream_t stream) {
   return a.wide ? launch_update<double>(a, stream) : launch_update<float>(a, stream);
 }

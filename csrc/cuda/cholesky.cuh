@@ -28,6 +28,8 @@ struct CholeskyUpdateArgs {
   unsigned* ticket;
   int* found;
 };
+int64_t cholesky_panel();                             // rows of a panel
+int64_t cholesky_reflector(int64_t rank, bool wide);  // numbers of a reflector; 0: too many vectors
 cudaError_t cholesky_update(const CholeskyUpdateArgs& args, cudaStream_t stream);
 
 struct CholeskyChooseArgs {

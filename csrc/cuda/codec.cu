@@ -34,6 +34,10 @@ const T* in(const void* data) {
 
 }  // namespace
 
+int64_t codec_parts(int64_t size) { return divide_up(size, kPart); }
+int64_t codec_crc_words() { return 4 * 256 + kThreads; }
+int64_t codec_warps() { return kWarps; }
+
 cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
                           unsigned long long* largest, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
@@ -80,7 +84,7 @@ cudaError_t codec_range(const void* weights, Float dtype, int64_t groups, int64_
                         double* ends, int64_t* bad, void* minimum, void* maximum, int64_t* info,
                         Affine* affine, cudaStream_t stream) {
   if (groups == 0) return cudaSuccess;
-  const int64_t parts = divide_up(size, kPart);
+  const int64_t parts = codec_parts(size);
   return by_float(dtype, [&](auto t) {
     using T = decltype(t);
     if (size > 0) {
@@ -108,7 +112,7 @@ cudaError_t codec_quantize(const void* weights, Float dtype, int64_t groups, int
                            const Affine* affine, const int64_t* info, int levels, void* symbols,
                            int symbol_size, unsigned long long* counts, cudaStream_t stream) {
   if (groups == 0 || size == 0) return cudaSuccess;
-  const int64_t parts = divide_up(size, kPart);
+  const int64_t parts = codec_parts(size);
   const size_t shared = counts && levels <= kMaxShared ? levels * sizeof(uint32_t) : 0;
   return by_float(dtype, [&](auto t) {
     return by_symbol(symbol_size, [&](auto s) {

@@ -18,6 +18,12 @@ namespace cfl::cuda {
 struct Affine;
 enum class Float : int { kF16, kBF16, kF32, kF64 };
 
+// What the memory for the launchers below is made of: parts of a group of weights, and words that
+// the checksums look up.
+int64_t codec_parts(int64_t size);
+int64_t codec_crc_words();
+int64_t codec_warps();
+
 // *largest = max(*largest, symbols).
 cudaError_t codec_largest(const void* symbols, int symbol_size, int64_t n,
                           unsigned long long* largest, cudaStream_t stream);

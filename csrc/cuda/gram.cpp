@@ -17,10 +17,8 @@ GramInput kernel_dtype(ScalarType dtype) {
       return GramInput::kBF16;
     case ScalarType::Float:
       return GramInput::kF32;
-    case ScalarType::Double:
-      return GramInput::kF64;
     default:
-      STD_TORCH_CHECK(false, "cfl_ops.exact_gram: expected a floating-point tensor");
+      return GramInput::kF64;
   }
 }
 
@@ -28,6 +26,22 @@ GramInput kernel_dtype(ScalarType dtype) {
 // splits, 64 x 64) float64 and arrived (tiles) int32 of 0.
 void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor parts,
                    Tensor arrived, Tensor gram) {
+  Checked check("cuda_exact_gram");
+  Size batch{"matrices"}, B{"B"}, D{"D"}, held{"tiles"}, splits{"splits"},
+      numbers{"numbers of a tile", gram_tile_numbers()};
+  check.tensor("x", x, kFloats, {batch, B, D});
+  check.tensor("weight", weight, kFloat64, {batch, B});
+  check.tensor("workspace", parts, kFloat64, {held, splits, numbers});
+  check.contiguous();
+  check.tensor("arrived", arrived, kInt32, {held});
+  check.contiguous();
+  check.flat("gram", gram, kFloat64);
+  check.contiguous();
+  check.integer("splits", splits.value, 1, std::max<int64_t>(1, B.value));
+  check.that(splits.value == 1 || held.value == batch.value * gram_tiles(D.value), "workspace",
+             "must have a row for each tile where these are split, but has ", held.value);
+  check.that(gram.numel() == batch.value * D.value * D.value, "gram", "must have ",
+             batch.value * D.value * D.value, " elements, but got ", gram.numel());
   const OnDevice device(x);
   ExactGramArgs args = {};
   args.x = x.data_ptr();
@@ -39,8 +53,6 @@ void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor 
   args.x_row_stride = x.stride(1);
   args.x_col_stride = x.stride(2);
   if (weight) {
-    STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Double,
-                    "cfl_ops.exact_gram: sample_weight must be float64");
     args.weight = pointer<double>(*weight);
     args.weight_batch_stride = weight->stride(0);
     args.weight_stride = weight->stride(1);
@@ -49,7 +61,7 @@ void exact_gram_op(const Tensor& x, const std::optional<Tensor>& weight, Tensor 
   args.parts = pointer<double>(parts);
   args.arrived = pointer<unsigned>(arrived);
   args.gram = pointer<double>(gram);
-  check(exact_gram(args, device.stream()), "exact_gram");
+  launched(exact_gram(args, device.stream()), "exact_gram");
 }
 
 }  // namespace

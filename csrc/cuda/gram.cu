@@ -4,12 +4,18 @@
 #include "cuda/launch.cuh"
 
 namespace cfl::cuda {
+
+int64_t gram_tiles(int64_t cols) {
+  const int64_t side = divide_up(cols, kGramTile);
+  return side * (side + 1) / 2;
+}
+int64_t gram_tile_numbers() { return kGramTile * kGramTile; }
+
 namespace {
 
 template <class T>
 cudaError_t launch_gram(const ExactGramArgs& a, cudaStream_t stream) {
-  const int64_t tiles = divide_up(a.cols, kGramTile);
-  const int64_t blocks = a.batch * tiles * (tiles + 1) / 2 * a.splits;
+  const int64_t blocks = a.batch * gram_tiles(a.cols) * a.splits;
   if (blocks == 0) return cudaSuccess;
   return launch(&exact_gram_kernel<T>, blocks, 0, stream, static_cast<const T*>(a.x), a.rows,
                 a.cols, a.x_batch_stride, a.x_row_stride, a.x_col_stride, a.weight,

@@ -27,6 +27,9 @@ struct ExactGramArgs {
   double* gram;
 };
 
+// Tiles of a triangle, and numbers of a tile.
+int64_t gram_tiles(int64_t cols);
+int64_t gram_tile_numbers();
 cudaError_t exact_gram(const ExactGramArgs& args, cudaStream_t stream);
 
 }  // namespace cfl::cuda

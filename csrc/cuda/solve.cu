@@ -73,6 +73,8 @@ cudaError_t solve_small(const SolveArgs& a, const int* only, int* again, cudaStr
   return launch_order<float, float>(a, only, again, stream);
 }
 
+int64_t solve_side() { return kSide; }
+
 cudaError_t solve_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t stream) {
   return a.dtype == Real::kF64 ? launch_tiled<double>(a, m, stream)
                                : launch_tiled<float>(a, m, stream);

@@ -29,6 +29,7 @@ struct SolveArgs {
 // n up to 64; `only`: (batch) which systems, or null for all; `again`: a copy of info, or null.
 cudaError_t solve_small(const SolveArgs& args, const int* only, int* again, cudaStream_t stream);
 
+int64_t solve_side();  // of a tile
 // In float64, whatever `compute` says, with memory as TiledSolve has it (solve_kernel.cuh).
 struct TiledMemory {
   double *work, *inverse;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cfl_ops._core import dispatch
@@ -41,11 +43,12 @@ def test_code(name: str, stride: int) -> None:
     assert want[0].numel() == 4 * nodes + -(-leaves // 2) + alphabet
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (5, 0, 7), (1,) * 64])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 0, 7), (1,) * 64, (17, 2**10, 2**5)])
 def test_head(shape: tuple[int, ...]) -> None:
-    entries = torch.randint(2**20, (17, 2), dtype=torch.int32)
+    numel = math.prod(shape)
+    entries = torch.randint(2**20, (-(-numel >> 15), 2), dtype=torch.int32)
     table = torch.randint(256, (9,), dtype=torch.uint8)
-    arguments = (entries, table, shape, 2, 15, 17 << 15, 300, 11)
+    arguments = (entries, table, shape, 2, 15, numel, 300, 11)
     same([native.host_head(*arguments)], [host.head(*arguments)])
 
 

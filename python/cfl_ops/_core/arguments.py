@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cfl_ops._core.checks import FLOATS
 
+_STRIDED = torch.strided
+
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "float": FLOATS,
     "full": (torch.float32, torch.float64),
@@ -65,14 +67,77 @@ class Rule:
         name: str,
         fields: Sequence[str],
         shapes: Callable[[Sequence[Any]], Mapping[str, str]],
+        required: Sequence[int],
         written: Sequence[int],
         check: Callable[..., None] | None,
     ) -> None:
+        """``required`` are the positions of the tensors that the schema does not call optional."""
         self.name, self.fields, self.shapes, self.written, self.check = name, fields, shapes, written, check
+        self.required = required
+        self._plans: dict[int, tuple[Mapping[str, str], list[Any]]] = {}
 
     def __call__(self, args: Sequence[Any]) -> None:
-        """Raise TypeError or ValueError for the first argument that is not as declared."""
+        """Raise TypeError or ValueError for the first argument that is not as declared.
+
+        Most calls are right, and told to be with few questions.
+        """
+        self._check_given(args)
         shapes = self.shapes(args)
+        if not self._obeyed(args, shapes):
+            self.refuse_tensors(args, shapes)
+        if self.check is not None:
+            self.check(*args)
+        if self.written:
+            self._check_writable(args)
+
+    def _check_given(self, args: Sequence[Any]) -> None:
+        """torch's dispatcher takes None for any tensor."""
+        for position in self.required:
+            if args[position] is None:
+                raise TypeError(
+                    f"cfl_ops.{self.name}: {self.fields[position]} must be a tensor, but got None"
+                )
+
+    def _obeyed(self, args: Sequence[Any], shapes: Mapping[str, str]) -> bool:
+        """Whether the tensors are as declared, of sizes that are numbers."""
+        plan = self._plans.get(id(shapes))
+        if plan is None:
+            places = [(self.fields.index(field), *tensor_rule(text)) for field, text in shapes.items()]
+            plan = self._plans[id(shapes)] = shapes, sorted(places, key=lambda place: place[0])
+        device = batch = None
+        sizes: dict[str, int] = {}
+        for position, dtypes, names in plan[1]:
+            value = args[position]
+            if value is None:
+                continue
+            if value.dtype not in dtypes or value.layout is not _STRIDED:
+                return False
+            if device is None:
+                device = value.device
+            elif value.device != device:
+                return False
+            if names is None:
+                continue
+            shape: tuple[int, ...] = value.shape
+            head: tuple[int, ...] = ()
+            dims = len(shape) - len(names)
+            if dims:
+                if dims < 0:
+                    return False
+                head, shape = shape[:dims], shape[dims:]
+            elif not names:
+                continue  # a number serves every batch
+            if batch is None:
+                batch = head
+            elif batch != head:
+                return False
+            for name, size in zip(names, shape):  # noqa: B905  # as many, by dims
+                if sizes.setdefault(name, size) != size:
+                    return False
+        return True
+
+    def refuse_tensors(self, args: Sequence[Any], shapes: Mapping[str, str]) -> None:
+        """Raise for the first tensor that is not as declared."""
         sizes: dict[str, tuple[Any, str]] = {}
         first: tuple[str, Tensor] | None = None
         batch: tuple[str, torch.Size] | None = None
@@ -107,6 +172,11 @@ class Rule:
                     f"cfl_ops.{self.name}: {field} must have the batch shape {tuple(batch[1])} of {batch[0]}, "
                     f"but got shape {tuple(shape)}"
                 )
+
+    def symbolic(self, args: Sequence[Any]) -> None:
+        """As the call, where sizes may be symbols of a compiler."""
+        self._check_given(args)
+        self.refuse_tensors(args, self.shapes(args))
         if self.check is not None:
             self.check(*args)
         if self.written:
@@ -128,14 +198,14 @@ class Rule:
         )
 
     def _check_writable(self, args: Sequence[Any]) -> None:
-        """What is written to shares no memory: neither its own elements with each other nor with an argument."""
+        """RuntimeError, as torch raises it, where what is written to shares memory."""
         spans = [extent(value) if isinstance(value, Tensor) else None for value in args]
         for position in self.written:
             span = spans[position]
             if span is None:
                 continue
             if not args[position].is_contiguous() and shares_within(args[position]):
-                raise ValueError(
+                raise RuntimeError(
                     f"cfl_ops.{self.name}: {self.fields[position]} must not share memory between its elements to "
                     f"be updated in place, but got shape {tuple(args[position].shape)} with strides "
                     f"{args[position].stride()}"
@@ -144,7 +214,7 @@ class Rule:
                 if other is None or place == position or span[1] <= other[0] or other[1] <= span[0]:
                     continue
                 if shares_memory(args[position], args[place]):
-                    raise ValueError(
+                    raise RuntimeError(
                         f"cfl_ops.{self.name}: {self.fields[position]}, which is updated in place, must not share "
                         f"memory with {self.fields[place]}"
                     )

@@ -49,6 +49,8 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
 
 def _explained(name: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
     """The exception, which has the info too: of a batch it says which elements failed."""
+    if name not in _EXPLAIN:
+        return ValueError(f"cfl_ops.raise_if_: op must be one with an error message, but got {name!r}")
     error = _EXPLAIN[name](info, context)
     error.info = info  # type: ignore[attr-defined]
     return error

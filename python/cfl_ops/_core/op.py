@@ -23,6 +23,11 @@ from cfl_ops._core.batching import vmap_rule
 from cfl_ops._core.forward_mode import jvp_of, save_for_forward
 
 NAMESPACE = "cfl_ops"
+# Looked up once: a call in place asks all of them, in a microsecond.
+_transform = torch._C._functorch.peek_interpreter_stack
+_grad_enabled = torch.is_grad_enabled
+_increment_version = torch._C._increment_version
+_BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 LIB = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -70,11 +75,16 @@ class Op:
     rule: Callable[[Sequence[Any]], None] = field(default=lambda args: None, repr=False)
     """Raises for arguments that are not as declared."""
     overload: Any = field(init=False)
+    watched: tuple[int, ...] = field(init=False)
+    """The positions of the tensors of an op in place that may not require a gradient."""
     derivative: Derivative | None = None
     vmap: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
+        self.watched = tuple(i for i in tensors if i not in self.as_data)
+        self._only = self.written[0] if len(self.written) == 1 else None
 
     def __call__(self, *args: Any) -> Any:
         if self.written:
@@ -92,14 +102,20 @@ class Op:
         return self.overload(*args)
 
     def _write(self, args: tuple[Any, ...]) -> Any:
-        """The call of an op in place: what the kernels under autograd's keys do, without the way through them."""
-        if is_compiling() or transforming():
+        """The call of an op in place: what its kernel under autograd's key does, without the way through there."""
+        if is_compiling() or _transform() is not None or forward_ad._current_level >= 0:
             return self.overload(*args)
-        if torch.is_grad_enabled():
-            self.refuse_gradients(args)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        if _grad_enabled():
+            for i in self.watched:
+                arg = args[i]
+                if arg is not None and arg.requires_grad:
+                    self.refuse_gradients(args)
+        with _BelowAutograd():
             out = self.overload(*args)
-        self.bump_versions(args)
+        if self._only is not None:
+            _increment_version((args[self._only],))
+        else:
+            self.bump_versions(args)
         return out
 
     def check(self, args: Sequence[Any]) -> None:
@@ -110,7 +126,7 @@ class Op:
 
     def bump_versions(self, args: Sequence[Any]) -> None:
         """Tell autograd what was written: a backward pass that needs what was there before then raises."""
-        torch._C._increment_version([args[i] for i in self.written if args[i] is not None])
+        _increment_version([args[i] for i in self.written if args[i] is not None])
 
     def refuse_gradients(self, args: Sequence[Any]) -> None:
         """Raise where a derivative would be lost: an op in place takes no part in autograd."""
@@ -155,9 +171,6 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
 
 
 OPS: dict[str, Op] = {}
-
-
-_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def transforming() -> bool:
@@ -218,14 +231,15 @@ def define_op(
     def shapes_of(args: Sequence[Any]) -> Mapping[str, str]:
         return shapes(*args) if callable(shapes) else shapes
 
-    rule = Rule(name, fields, shapes_of, written, check)
+    required = [i for i, argument in enumerate(declared) if str(argument.type) == "Tensor"]
+    rule = Rule(name, fields, shapes_of, required, written, check)
     python = _guarded(rule, python)
     op = Op(
         name, python, tuple(cuda), composite, helper, tuple(written), tuple(map(fields.index, as_data)), rule
     )
     LIB.impl(name, python, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, _checked(rule, fake), lib=LIB)
+    torch.library.register_fake(qualified, _checked_fake(rule, fake), lib=LIB)
     dims = _refusing(name, no_vmap) if no_vmap else lambda args: core_dims(fields, shapes_of(args))
     op.vmap = vmap_rule(op, op.overload._schema, dims)
     torch.library.register_vmap(qualified, op.vmap, lib=LIB)
@@ -269,13 +283,13 @@ def gradients(arguments: type[tuple[Any, ...]], **named: Tensor | None) -> tuple
     return tuple(named.get(field) for field in fields)
 
 
-def _checked(rule: Rule, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of arguments that are as declared."""
+def _checked_fake(rule: Rule, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, of arguments that are as declared as far as a compiler can tell."""
 
-    @functools.wraps(function)
+    @functools.wraps(fake)
     def checked(*args: Any) -> Any:
-        rule(args)
-        return function(*args)
+        rule.symbolic(args)
+        return fake(*args)
 
     return checked
 
@@ -284,15 +298,17 @@ def _guarded(rule: Rule, python: Callable[..., Any]) -> Callable[..., Any]:
     """A fallback that is given what the op declares, computes in the dtypes of its arguments, and whose results
     have the strides that fakes promise, whatever torch ops left behind.
     """
+    computed = without_autocast(below_autograd(python) if rule.written else python)
 
     @functools.wraps(python)
-    def dense(*args: Any) -> Any:
-        out = python(*args)
+    def guarded(*args: Any) -> Any:
+        rule(args)
+        out = computed(*args)
         if isinstance(out, Tensor):
             return out.contiguous()
-        return out if out is None else tuple(value.contiguous() for value in out)
+        return out if out is None else tuple([value.contiguous() for value in out])
 
-    return _checked(rule, without_autocast(below_autograd(dense) if rule.written else dense))
+    return guarded
 
 
 def below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -337,12 +353,11 @@ def _differentiable(op: Op, derivative: Derivative) -> list[bool]:
 
 def _register_writing(op: Op) -> None:
     """What torch's own ops in place do above their kernels, for calls that come through the dispatcher."""
-    below_autograd = torch._C._after_autograd_keyset
     below_views = torch._C._after_ADInplaceOrView_keyset
 
     def autograd(keyset: Any, *args: Any) -> Any:
         op.refuse_gradients(args)
-        return op.overload.redispatch(keyset & below_autograd, *args)
+        return views(keyset, *args)
 
     def views(keyset: Any, *args: Any) -> Any:
         out = op.overload.redispatch(keyset & below_views, *args)

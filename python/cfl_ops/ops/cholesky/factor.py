@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.autocast import without_autocast
 from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V
 
 
@@ -42,6 +43,7 @@ def factor_backward(factor: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * (both + both.mT)
 
 
+@without_autocast
 def inverse_by_solves(factor: Tensor) -> Tensor:
     """``(L L^T)^-1`` by triangular solves."""
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand(factor.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops._core.autocast import without_autocast
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops.errors import LinAlgError
@@ -111,6 +112,7 @@ def cholesky_delete(L: Tensor, index: int | Sequence[int]) -> Tensor:
     return out
 
 
+@without_autocast
 def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     check_factor(op, "L", L)
     check_factor(op, "corner", corner)

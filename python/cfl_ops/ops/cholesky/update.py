@@ -217,20 +217,7 @@ def _arguments(op: str, L: Tensor, V: Tensor, in_place: bool) -> tuple[Tensor, T
                 f"but got shape {tuple(L.shape)}"
             )
         L, V = expand_batch((L, V), (2, 2), batch)
-    if in_place:
-        _check_writable(op, L)
     return L, V
-
-
-def _check_writable(op: str, L: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(L.stride(), L.shape, strict=True)):
-        raise ValueError(
-            f"cfl_ops.{op}: L must not share memory between its elements to be updated in place (it is expanded)"
-        )
-    if L.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"cfl_ops.{op}: L must not require grad, for an update in place takes no part in autograd"
-        )
 
 
 def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:

@@ -270,17 +270,20 @@ MOMENT_SHAPES = {
 }  # fmt: skip
 
 
+_DENSE = {"x": "B D", "y": "B K", "sample_weight": "B"}
+_CLASSES = _DENSE | {"y": "int64 B"}
+_DENSE_DIMS, _CLASS_DIMS = trailing(_DENSE), trailing(_CLASSES)
+_ADD_DENSE, _ADD_CLASSES = MOMENT_SHAPES | _DENSE, MOMENT_SHAPES | _CLASSES
+
+
 def row_shapes(num_classes: int) -> dict[str, str]:
-    """The shapes of what has the rows' dimension, as the ops take it."""
-    return {"x": "B D", "y": "int64 B" if num_classes else "B K", "sample_weight": "B"}
+    """What each tensor that has the rows' dimension must be, as the ops take it."""
+    return _CLASSES if num_classes else _DENSE
 
 
 def row_dims(num_classes: int) -> dict[str, int]:
     """How many of their trailing dimensions the ops work on."""
     return _CLASS_DIMS if num_classes else _DENSE_DIMS
-
-
-_DENSE_DIMS, _CLASS_DIMS = trailing(row_shapes(0)), trailing(row_shapes(1))
 
 
 def check_rows(a: GramArguments, op: str = "gram") -> None:
@@ -373,6 +376,10 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
+    given = (m.gram, m.count) if m.cross is m.target_sum is m.target_sq is None else m
+    for name, value in zip(GramMoments._fields if given is m else ("gram", "count"), given, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cfl_ops.gram_: m.{name} must be a tensor, but got {type(value).__name__}")
     checks.floating("gram_", "x", x, 2)
     order, width = m.gram.shape[-1], x.shape[-1]
     if order not in (width, width + 1):
@@ -548,7 +555,7 @@ GRAM_ = define_op(
     arguments=GramInPlaceArguments,
     python=lambda a: a.add(gram_fallback(a.new_rows)),
     fake=lambda a: a.gram.new_empty(a.gram.shape[:-2], dtype=torch.int32),
-    shapes=lambda a: MOMENT_SHAPES | row_shapes(a.num_classes),
+    shapes=lambda a: _ADD_CLASSES if a.num_classes else _ADD_DENSE,
     check=_check_moments,
     cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
 )

@@ -110,11 +110,12 @@ class LinearGramArguments(NamedTuple):
 
 
 def _shapes(a: GramArguments | LinearGramArguments) -> dict[str, str]:
-    return row_shapes(a.num_classes) | _LAYER
+    return _CLASSES if a.num_classes else _DENSE
 
 
 _LAYER = {"x": "B C", "weight": "D C", "bias": "D"}
 _LAYER_DIMS = trailing(_LAYER)
+_DENSE, _CLASSES = row_shapes(0) | _LAYER, row_shapes(1) | _LAYER
 
 
 def _check(a: LinearGramArguments) -> None:

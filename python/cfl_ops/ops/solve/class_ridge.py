@@ -107,6 +107,8 @@ def _arguments(
     if y.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: y must be int64 class indices, but got {y.dtype}")
     checks.size(op, "y", y, 0, x.shape[0], "the rows of x")
+    if weight is not None:
+        checks.floating(op, "weight", weight, 2)
     checks.same_device(op, "x", x, y=y, weight=weight)
     num_classes = checks.integer(op, "num_classes", num_classes, 0)
     kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
@@ -114,8 +116,6 @@ def _arguments(
     pulled = not checks.is_zero(prox)
     if pulled and weight is None:
         raise ValueError(f"cfl_ops.{op}: weight must be given where prox is not 0")
-    if weight is not None:
-        checks.floating(op, "weight", weight, 2)
     if weight is not None and tuple(weight.shape) != (x.shape[-1], num_classes):
         raise ValueError(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"

@@ -170,7 +170,7 @@ def _ridge_cv_one(args: RidgeCVArguments) -> tuple[Tensor, Tensor, Tensor, Tenso
     xc, x_mean = centred(x, bias)
     # Squares of the residuals shall neither overflow nor vanish.
     largest = max(map(abs, torch.stack(torch.aminmax(y)).tolist())) if y.numel() else 1.0
-    unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
+    unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** min(math.frexp(largest)[1], 1023)
     scores = lams.new_empty(lams.numel(), targets)
     weight = x.new_empty(width, targets)
     intercepts = x.new_empty(targets if bias else 0)
