@@ -419,7 +419,8 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 def _brief(value: Any) -> str:
     if not isinstance(value, Tensor):
-        text = repr([_brief(v) for v in value] if isinstance(value, list) and len(value) < 9 else value)
+        few = isinstance(value, list) and len(value) < 9
+        text = f"[{', '.join(map(_brief, value))}]" if few else repr(value)
         return text if len(text) < 120 else f"{text[:100]}... ({len(text)} characters)"
     text = f"{str(value.dtype)[6:]}{_sizes(value.shape)}"
     if value.layout != torch.strided:

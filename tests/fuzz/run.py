@@ -142,9 +142,8 @@ class Server:
 def _traceback(text: str) -> str:
     """What was printed, without the frames that every call has."""
     dull = ("/fuzz/worker.py", "/fuzz/targets.py", "/torch/_", "Extension modules", "<frozen runpy>")
-    return "\n".join(line for line in text.splitlines() if line.strip() and not any(d in line for d in dull))[
-        :1500
-    ]
+    lines = [line for line in text.splitlines() if line.strip() and not any(word in line for word in dull)]
+    return "\n".join(lines)[:1500]
 
 
 @dataclass
@@ -218,22 +217,24 @@ class Run:
         job = {"seed": o.seed, "public": o.public, "op": o.op, "backend": backend, "sabotage": self.sabotage}
         return job | {"limit": o.limit or CPU_LIMIT[backend], "start": start, "stop": stop, "keep": keep}
 
-    def queue(self, backend: str, start: int, stop: int, keep: Sequence[int] | None = None) -> None:
+    def enqueue(self, backend: str, start: int, stop: int, keep: Sequence[int] | None = None) -> None:
         self.jobs.put(self.job(backend, start, stop, keep))
         self.queued += stop - start
 
-    def queue_all(self) -> None:
+    def enqueue_all(self) -> None:
         """The calls that were asked for; native and Python get the same ones."""
+        from cfl_ops._core import dispatch
+
         o = self.options
         if o.backend == "all":
-            triton = o.calls // TRITON_SHARE if self.targets("triton") else 0
-            half = (o.calls - triton) // 2
-            counts = {"native": half, "python": half, "triton": triton}
+            triton = o.calls // TRITON_SHARE if dispatch.triton_available() and self.targets("triton") else 0
+            backends = ("native", "python") if dispatch.extension_available() else ("python",)
+            counts = dict.fromkeys(backends, (o.calls - triton) // len(backends)) | {"triton": triton}
         else:
             counts = {o.backend: o.calls}
         for backend, count in counts.items():
             for start in range(0, count, BATCH[backend]):
-                self.queue(backend, start, min(start + BATCH[backend], count))
+                self.enqueue(backend, start, min(start + BATCH[backend], count))
 
     def work(self, server: Server, bar: Any) -> None:
         try:
@@ -255,7 +256,7 @@ class Run:
                 if _kind(outcome) is not None:
                     failed.append(outcome)
                 if "died" in outcome:
-                    start = outcome["index"] + 1
+                    start = max(outcome["index"], first) + 1
             for outcome in failed:
                 self.examine(server, job["backend"], outcome, first)
 
@@ -398,7 +399,7 @@ def reproduce(options: argparse.Namespace) -> Run:
     run = Run(options)
     start, stop = int(first), int(last or first) + 1
     for backend in ("native", "python") if options.backend == "all" else (options.backend,):
-        run.queue(backend, start, stop, keep)
+        run.enqueue(backend, start, stop, keep)
     print(*describe(make_call(run.targets(backend), options.seed, stop - 1, keep)), sep="\n", flush=True)
     return run
 
@@ -428,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = reproduce(options)
     else:
         run = Run(options)
-        run.queue_all()
+        run.enqueue_all()
     run.go()
     text = "\n".join(run.lines())
     print(text)

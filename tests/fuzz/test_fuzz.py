@@ -30,7 +30,7 @@ def test_a_sample(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_notices() -> None:
     """Reads and writes out of bounds, hangs, changed arguments and internal errors; and not an honest error."""
     run = Run(parse(["--workers", "1", "--quiet", "--limit", "0.5"]), sabotage=True)
-    run.queue("native", 0, len(SABOTAGE))
+    run.enqueue("native", 0, len(SABOTAGE))
     report = run.go()
     assert report.calls == len(SABOTAGE)
     assert {list(SABOTAGE)[failure.index]: failure.kind for failure in report.failures} == {

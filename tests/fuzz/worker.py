@@ -121,11 +121,13 @@ def _changes(call: Call, placed: Placed, returned: bool) -> list[str]:
 
 def _writes_to_shared(call: Call, placed: Placed) -> bool:
     """Whether it was asked to write to memory that another argument has as well, or that elements share."""
-    owners = Counter(id(region) for region in placed.regions.values())
-    written = [i for i in call.target.writes if i in placed.regions]
+    filled = [i for i in placed.regions if placed.args[i].numel()]
+    owners = Counter(id(placed.regions[i]) for i in filled)
+    folded = [i for i in filled if call.slots[i].layout in ("overlapping", "expanded")]
     return any(
-        owners[id(placed.regions[i])] > 1 or call.slots[i].layout in ("overlapping", "expanded")
-        for i in written
+        owners[id(placed.regions[i])] > 1 or (i in folded and not placed.args[i].is_contiguous())
+        for i in call.target.writes
+        if i in filled
     )
 
 
