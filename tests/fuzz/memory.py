@@ -20,7 +20,7 @@ from typing import Any
 
 MOST_BYTES = 8.0
 """A call may keep, on average, in the best third of the calls: what is kept once, in a cache, is no leak."""
-LEAST_CALLS = 1500
+LEAST_CALLS = 900
 
 
 class _MallocInfo(ctypes.Structure):
