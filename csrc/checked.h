@@ -346,6 +346,7 @@ class Checked {
 
   const View& note(const char* name, const Tensor& value, Dtypes dtypes, bool is_written) {
     if (count_ == kMostTensors) fail(name, "is one tensor too many for csrc/checked.h");
+    if (!value.defined()) fail(name, "must be a tensor, but got None");  // the dispatcher takes it
     View& view = views_[count_++];
     view.name = name;
     view.handle = value.get();

@@ -91,7 +91,7 @@ class Rule:
             self._check_writable(args)
 
     def _check_given(self, args: Sequence[Any]) -> None:
-        """torch's dispatcher takes None for any tensor."""
+        """Raise for a None, which the dispatcher takes for any tensor."""
         for position in self.required:
             if args[position] is None:
                 raise TypeError(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 MAX_LENGTH, MAX_SYMBOLS, MAX_DIMS = 60, 2**40, 64
-MAX_RESERVE = 2**40
-"""Bytes before a payload: a blob's header with its tables."""
+MAX_RESERVE = 2**20
+"""Bytes before a payload, for a blob's header and tables, beside 32 for each symbol (csrc/cpu/codec_checks.h)."""
 MIN_CHUNK_LOG2, MAX_CHUNK_LOG2 = 10, 20
 
 # The numbers are those of csrc/cpu/codec_payload.h.

@@ -218,7 +218,7 @@ NO_VMAP = "the sizes of encoded bytes depend on the data, so vmap cannot stack t
 def check_encoded(op: str, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> None:
     """Raise for what is wrong with the arguments of an op that encodes."""
     within(op, "chunk_log2", chunk_log2, codes.MIN_CHUNK_LOG2, codes.MAX_CHUNK_LOG2)
-    within(op, "reserve", reserve, 0, codes.MAX_RESERVE)
+    within(op, "reserve", reserve, 0, codes.MAX_RESERVE + 32 * symbols.numel())
     within(op, "the dimensions of shape", len(shape), 0, codes.MAX_DIMS)
     if any(isinstance(extent, torch.SymInt) for extent in shape):
         return
