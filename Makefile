@@ -88,8 +88,11 @@ format: $(VENV)/.lint ## what lint asks for
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 FUZZ_RUNS ?= 1000000
-fuzz: ## a million mutated payloads into the codec's reader, under ASan and UBSan (libFuzzer with clang)
+FUZZ_CALLS ?= 100000
+FUZZ_SEED ?= 0
+fuzz: $(VENV)/.test ## a million mutated payloads into the codec's reader (ASan, UBSan), 10^5 calls of all ops at guard pages
 	bash csrc/fuzz/run.sh $(FUZZ_RUNS)
+	$(BIN)/python -m tests.fuzz.run --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(WORKERS)
 
 clean: ## remove what was built
 	rm -rf build dist $(VENV) .venv-torch-* report
