@@ -138,7 +138,8 @@ def _tiled_problems(device: torch.device) -> Iterator[Problem]:
 
 def _proximal_problems(device: torch.device) -> Iterator[Problem]:
     step = OPS["proximal_step"].launcher("triton")
-    rest = (torch.ones((), dtype=torch.float64), None, None, None, "mean", "penalized", "auto")
+    options = 0, 0, 0  # the mean, a penalized bias, any method: ops/proximal/codes.py
+    rest = (torch.ones((), dtype=torch.float64), None, None, None, *options)
     for rows, width, targets in ((32, 2048, 100), (128, 2048, 1000)):
         phi = torch.randn(rows, width, device=device)
         labels = torch.randint(targets, (rows,), device=device)

@@ -188,6 +188,8 @@ def pinv_arguments(
 def factored(a: Tensor, rtol: Tensor | None, atol: Tensor | None, b: Tensor | None = None) -> Factors:
     """The factors of a; their info is BAD_TOLERANCE where a tolerance is negative, NaN or Inf."""
     factors = factor_any(a, _cutoff(a, rtol, atol), b)
+    if rtol is None and atol is None:
+        return factors
     return factors._replace(info=_with_bad_tolerances(factors.info, rtol, atol))
 
 

@@ -85,8 +85,7 @@ def minimum_norm(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
     """The solution in float64, from the factors that factor_any made of a."""
     apply = Factors.solve_transposed if underdetermined(a) else Factors.solve
     solution = apply(factors, b)
-    again = factors._replace(cross=None)
-    return factors.refined(solution, lambda: apply(again, b.double() - a @ solution))
+    return factors.refined(solution, lambda: apply(factors._replace(cross=None), b.double() - a @ solution))
 
 
 def _factor_tall(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
