@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.ops.solve.graph_factors import FACTORS
 from cfl_ops.ops.solve.least_squares import LSTSQ, PINV
 from cfl_ops.ops.solve.small_pinv import SMALL_PINV
 from cfl_ops.ops.solve.tall import TALL_FACTOR, TALL_GRAM
@@ -234,5 +235,17 @@ SPECS = [
         ],
         _small_pinv_oracle,
         lambda a, limit: _pinv_bound(a, None, None)[:2],
+    ),
+    OpSpec(  # its factors are tested as factorize's in a graph (tests/core/test_compile.py)
+        FACTORS,
+        [
+            _matrix_case("tall", 20, 5, more=(None,)),
+            _matrix_case("underdetermined", 5, 12, rank=2, more=(None,), dtypes=SINGLE_AND_DOUBLE),
+            _matrix_case("batch", 15, 6, rank=4, batch=(5,), more=(None,), dtypes=SINGLE_AND_DOUBLE),
+            _matrix_case("rtol", 9, 5, more=(number(0.3),), dtypes=SINGLE_AND_DOUBLE),
+            _matrix_case("no rows", 0, 3, more=(None,)),
+        ],
+        lambda a, rtol: [None, None, None, *_pinv_oracle(a, rtol, None)[1:], None],
+        lambda a, rtol: [torch.inf] * 3 + [0.0] * 3,  # bases of a null space are many
     ),
 ]

@@ -32,3 +32,36 @@ def test_factorize_of_missing_rank() -> None:
     empty = cfl_ops.factorize(torch.ones(0, 3))
     assert empty.solve(torch.ones(0, 2)).shape == (3, 2)
     assert int(empty.rank) == 0
+
+
+def test_a_batch_of_mixed_rank_is_what_its_matrices_are_alone() -> None:
+    """float64 matrices whose Gram is inverted, beside one that goes the orthogonal path."""
+    a, b = torch.randn(3, 9, 4, dtype=torch.float64), torch.randn(3, 9, 2, dtype=torch.float64)
+    a[1, :, 3] = a[1, :, 2]
+    a[2, :, 1] *= 1e-3  # without the refinement its solution would lose digits
+    both = cfl_ops.factorize(a)
+    torch.testing.assert_close(both.singular_values, torch.linalg.svdvals(a), rtol=1e-12, atol=1e-12)
+    for index in range(3):
+        alone = cfl_ops.factorize(a[index])
+        torch.testing.assert_close(both.solve(b)[index], alone.solve(b[index]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(both.pinv()[index], alone.pinv(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(both.condition[index], alone.condition, rtol=1e-10, atol=0)
+    mapped = torch.vmap(lambda a, b: cfl_ops.factorize(a).solve(b))(a, b)
+    torch.testing.assert_close(mapped, both.solve(b), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
+def test_tolerances_in_tensors_are_refused(tolerance: float) -> None:
+    a, bad = torch.randn(2, 5, 3), torch.tensor([0.1, tolerance])
+    for call in (
+        lambda: cfl_ops.factorize(a, rtol=bad),
+        lambda: cfl_ops.lstsq(a, a, rtol=bad),
+        lambda: cfl_ops.pinv(a, atol=bad),
+    ):
+        with pytest.raises(
+            ValueError, match="Batch element 1.*rtol and atol must be finite and not negative"
+        ):
+            call()
+    solution, info = cfl_ops.lstsq_ex(a, a, rtol=bad)
+    assert info.tolist() == [0, -1]
+    assert bool(solution[1].isnan().all())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -79,27 +79,71 @@ class Range(NamedTuple):
     """Which numbers an argument takes: in words, and as a question."""
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], Any]
+    """Of a number, or of a number in a tensor."""
 
 
-# Comparisons alone, which a compiled graph with a symbolic number can ask too; NaN is in none of them.
-FINITE = Range("finite", lambda value: -math.inf < value < math.inf)
-NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
-POSITIVE = Range("finite and positive", lambda value: 0 < value < math.inf)
-SHARE = Range("in (0, 1]", lambda value: 0 < value <= 1)
+# Comparisons alone, which a compiled graph can ask of its inputs too; NaN is in none of them.
+FINITE = Range("finite", lambda value: (value > -math.inf) & (value < math.inf))
+NOT_NEGATIVE = Range("finite and not negative", lambda value: (value >= 0) & (value < math.inf))
+POSITIVE = Range("finite and positive", lambda value: (value > 0) & (value < math.inf))
+SHARE = Range("in (0, 1]", lambda value: (value > 0) & (value <= 1))
 
 
 def number(op: str, name: str, value: Any, wanted: Range = FINITE) -> float:
     """A real number as a float (an int stays one): Python's, NumPy's, or the one in an array or tensor without
     dimensions, which is read (that synchronises a GPU). No bool, string, None, nor what requires a gradient.
+
+    In a graph a number may be an input. Nothing is asked of it here, for the answer would be true of one value only:
+    the op that is given it asks.
     """
     kind = type(value)
     if kind is not float and kind is not int:
         value = _real(op, name, value)
-    if not wanted.holds(value):
+    if wanted.holds(value) is False:  # not a question of a graph's
         raise ValueError(f"cfl_ops.{op}: {name} must be {wanted.words}, but got {value}")
     out: float = value
     return out
+
+
+def scalar(op: str, name: str, value: Any, wanted: Range, results: Sequence[Tensor]) -> Any:
+    """A :func:`number` that torch ops are given; in a graph a 0-d float64 tensor, checked when the graph is run.
+
+    ``results`` is what the graph goes on with: nothing else would keep the compiler from dropping the check.
+    """
+    if not is_compiling():
+        return number(op, name, value, wanted)
+    return _in_graph(op, name, value, wanted, results)
+
+
+def _in_graph(
+    op: str, name: str, value: Any, wanted: Range, results: Sequence[Tensor] | None = None
+) -> Tensor:
+    """A number of a graph as a tensor; the check is of the tensor, where it is one that goes on itself."""
+    kind = type(value)
+    if kind is not float and kind is not int:
+        value = _real(op, name, value)
+    out = number_in_graph(value)
+    if not _known(wanted.holds(value)):
+        text = f"{op}: {name} must be {wanted.words}"
+        bad = (~wanted.holds(out)).to(torch.int32)
+        torch.ops.cfl_ops.raise_if_.default(
+            text, [out] if results is None else list(results), bad, [out.clone()]
+        )
+    return out
+
+
+def number_in_graph(value: float) -> Tensor:
+    """A number as a 0-d float64 tensor.
+
+    torch.compile makes one graph for all values of a number that is multiplied; with torch.tensor it would not.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
+def _known(condition: Any) -> bool:
+    """Whether a condition on a number holds for all values that it may have in a graph."""
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
 
 
 def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -119,11 +163,13 @@ def integer(op: str, name: str, value: Any, least: int | None = None, most: int 
     return out
 
 
-def numbers(op: str, name: str, values: Any) -> list[float]:
-    """A sequence of numbers that are finite and >= 0, or an array of one dimension, as a list of them."""
+def numbers(op: str, name: str, values: Any) -> Tensor:
+    """A sequence of numbers that are finite and >= 0, or an array of one dimension, as a float64 tensor."""
     if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise TypeError(f"cfl_ops.{op}: {name} must be a sequence of numbers, but got {_shown(values)}")
-    return [number(op, name, value, NOT_NEGATIVE) for value in values]
+    if is_compiling():
+        return torch.stack([_in_graph(op, name, value, NOT_NEGATIVE) for value in values])
+    return torch.tensor([number(op, name, value, NOT_NEGATIVE) for value in values], dtype=torch.float64)
 
 
 def flag(op: str, name: str, value: Any) -> bool:
@@ -192,10 +238,10 @@ def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:
         return given
     if isinstance(value, bool | str) or value is None:
         raise TypeError(f"cfl_ops.{op}: {name} must be a number or a tensor, but got {_shown(value)}")
+    if is_compiling():
+        return _in_graph(op, name, value, NOT_NEGATIVE)
     value = number(op, name, value, NOT_NEGATIVE)
-    if is_compiling() or _tracing():
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
-    return _number(float(value))
+    return number_in_graph(value) if _tracing() else _number(float(value))
 
 
 def one_coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:

@@ -49,9 +49,12 @@ def _raise_if(name: str, results: Sequence[Tensor], info: Tensor, context: Seque
 
 def _explained(name: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
     """The exception, which has the info too: of a batch it says which elements failed."""
-    if name not in _EXPLAIN:
-        return ValueError(f"cfl_ops.raise_if_: op must be one with an error message, but got {name!r}")
-    error = _EXPLAIN[name](info, context)
+    if name in _EXPLAIN:
+        error = _EXPLAIN[name](info, context)
+    elif " must be " in name and context and context[0].numel() == 1:  # a number of a graph, see checks.py
+        error = ValueError(f"cfl_ops.{name}, but got {context[0].item()}")
+    else:
+        error = ValueError(f"cfl_ops.raise_if_: op must be one with an error message, but got {name!r}")
     error.info = info  # type: ignore[attr-defined]
     return error
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cfl_ops._core.arguments import Rule, Shapes, core_dims
 from cfl_ops._core.autocast import without_autocast
@@ -92,7 +92,11 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves both.
-        if self.derivative is not None and not is_compiling():
+        if is_compiling():
+            # A derivative that is made with torch.func meets its transforms after Dynamo has done.
+            if self.derivative is not None and not is_dynamo_compiling() and transforming():
+                return self.function.apply(*args)
+        elif self.derivative is not None:
             if transforming():
                 return self.function.apply(*args)
             if not (torch.is_grad_enabled() and _any_requires_grad(args)):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch.utils._pytree import _register_namedtuple
 
 T = TypeVar("T", bound=type)
 
@@ -24,6 +25,8 @@ def result_type(module: str) -> Callable[[T], T]:
 
     def register(cls: T) -> T:
         torch.serialization.add_safe_globals([cls, (cls, f"cfl_ops.{module}.{cls.__name__}")])
+        name = f"cfl_ops.{cls.__name__}"
+        _register_namedtuple(cls, serialized_type_name=name)  # programs of torch.export are saved with it
         return public(cls)
 
     return register

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +32,10 @@ def makes_state(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if (
+            is_exporting()
+        ):  # a program has no graph of derivatives, and no_grad around writes cannot be exported
+            return function(*args, **kwargs)
         if not in_inference_mode():
             with torch.no_grad():
                 return function(*args, **kwargs)

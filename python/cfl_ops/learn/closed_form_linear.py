@@ -223,6 +223,7 @@ class ClosedFormLinear(StateModule):
         """Solve the head on this batch, then backpropagate its gradient into what made the features.
 
         Takes what :meth:`update` takes, and returns the loss at the new head, without a graph.
+        Not under ``fullgraph=True`` nor ``torch.export``: it calls backward; use :meth:`update` there.
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
         if features.requires_grad:

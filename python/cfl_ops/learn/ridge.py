@@ -127,6 +127,8 @@ class Ridge(_LinearModel):
         intercept_: a number, or ``(K,)``; 0.0 without an intercept.
         n_features_in_: D.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: scikit-learn's checks look at the data.
+
     Example:
         >>> import numpy as np
         >>> from cfl_ops.learn import Ridge
@@ -167,6 +169,8 @@ class RidgeCV(_LinearModel):
         best_score_: minus the mean squared error there, in the form of ``alpha_``.
         scores_: ``(len(alphas), K)``: the mean squared errors.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: as :class:`Ridge`.
+
     Example:
         >>> import numpy as np
         >>> from cfl_ops.learn import RidgeCV
@@ -197,7 +201,7 @@ class RidgeCV(_LinearModel):
         result = ridge_cv(
             x,
             _columns(target),
-            torch.tensor(checks.numbers("learn.RidgeCV", "alphas", alphas), dtype=torch.float64),
+            checks.numbers("learn.RidgeCV", "alphas", alphas),
             cv="loo" if self.cv is None else self.cv,
             per_target=checks.flag("learn.RidgeCV", "alpha_per_target", self.alpha_per_target),
             bias=checks.flag("learn.RidgeCV", "fit_intercept", self.fit_intercept),

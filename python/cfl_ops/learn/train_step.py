@@ -41,6 +41,8 @@ def train_step(
     Returns:
         The loss: at the new head for Algorithm 1 and for the refit of Algorithm 2.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: it runs the optimizer.
+
     Example:
         >>> import torch
         >>> from cfl_ops.learn import ClosedFormLinear, train_step

@@ -3,6 +3,8 @@
 BAD_V, BAD_L = -1, -2
 """Of cholesky_update: a positive info is the order of the first pivot that breaks down."""
 NOT_FINITE, INDEFINITE = -1, 1
-"""Of safe_cholesky."""
+"""Of safe_cholesky; the first of RecursiveRidge, too."""
+UNKNOWN_ROWS, BAD_WEIGHT = 1, 2
+"""Of RecursiveRidge."""
 BREAKDOWN_EPS = 10
 """A downdate breaks down where it leaves less than this many eps of a squared pivot: what is left is rounding."""

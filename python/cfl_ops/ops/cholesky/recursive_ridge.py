@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
+from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.results import public
 from cfl_ops._core.state import PreciseModule, makes_state
 from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.cholesky.codes import BAD_WEIGHT, NOT_FINITE, UNKNOWN_ROWS
 from cfl_ops.ops.cholesky.factor import inverse_by_solves
 from cfl_ops.ops.cholesky.update import cholesky_downdate_ex_, cholesky_update_
 
@@ -152,6 +157,8 @@ class RecursiveRidge(PreciseModule):
             The errors of the predictions before the update, ``y - W x``, of the shape of y (0 in rows of
             weight 0).
 
+        Not under ``fullgraph=True`` nor ``torch.export`` with a window: which rows leave depends on how many came.
+
         Raises:
             TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, or a
                 negative weight. The state is then unchanged.
@@ -188,11 +195,10 @@ class RecursiveRidge(PreciseModule):
         if self.window is not None:
             raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
         rows, sqrt_weight, error, _ = self._rows("remove", x, y, sample_weight)
-        if not self._unlearn(rows, sqrt_weight, error):
-            raise LinAlgError(
-                "cfl_ops.RecursiveRidge.remove: x holds more than the state does: no positive definite matrix "
-                "is left"
-            )
+        rows, error = _weighted(rows, sqrt_weight, error)
+        failed = cholesky_downdate_ex_(self.factor, rows.mT) != 0
+        check_info("RecursiveRidge.remove", failed.to(torch.int32) * UNKNOWN_ROWS, [self.factor, error], [])
+        self._move(rows, -error)
 
     @torch.no_grad()
     def predict(self, x: Tensor, *, return_variance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -245,7 +251,8 @@ class RecursiveRidge(PreciseModule):
         checks.size(op, "y", y, -1, self.targets, "targets")
         checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
         dtype = self.factor.dtype
-        x, y = x.detach().to(dtype), y.detach().to(torch.float64)
+        # In a graph what a check hands on is written to, as far as the compiler knows.
+        x, y = x.detach().to(dtype, copy=is_compiling()), y.detach().to(torch.float64)
         if sample_weight is None:
             sqrt_weight = None
         else:
@@ -254,31 +261,27 @@ class RecursiveRidge(PreciseModule):
                 raise ValueError(
                     f"cfl_ops.{op}: sample_weight must have shape (B,), but got {tuple(sample_weight.shape)}"
                 )
-            if not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
-                raise ValueError(f"cfl_ops.{op}: sample_weight must be finite and not negative")
+            bad = ~((sample_weight >= 0) & sample_weight.isfinite()).all()
+            check_info(op, bad.to(torch.int32) * BAD_WEIGHT, [x], [])
             sqrt_weight = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()
             present = sqrt_weight > 0
             x, y = torch.where(present, x, 0.0), torch.where(present, y, 0.0)
         error = y - self._mean(x)
-        if not math.isfinite(float(error.sum() + x.sum())):  # one look at the data for the usual case
-            for name, value in (("x", x), ("y", y)):
-                if not bool(value.isfinite().all()):
-                    row = int((~value.isfinite().all(-1)).nonzero()[0])
-                    raise ValueError(f"cfl_ops.{op}: {name} has NaN or Inf in row {row}")
+        if is_compiling() or not math.isfinite(float(error.sum() + x.sum())):  # one look for the usual case
+            bad = ~(x.isfinite().all() & y.isfinite().all())
+            check_info(op, bad.to(torch.int32) * NOT_FINITE, [x, error], [x.clone(), y])
         return x, sqrt_weight, error, single
 
     def _mean(self, x: Tensor) -> Tensor:
         return x.double() @ self.wide_weight.mT
 
     def _learn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor, decay: float) -> None:
-        if sqrt_weight is not None:
-            x, error = x * sqrt_weight, error * sqrt_weight
+        x, error = _weighted(x, sqrt_weight, error)
         cholesky_update_(self.factor, x.mT, decay=decay)
         self._move(x, error)
 
     def _unlearn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor) -> bool:
-        if sqrt_weight is not None:
-            x, error = x * sqrt_weight, error * sqrt_weight
+        x, error = _weighted(x, sqrt_weight, error)
         if int(cholesky_downdate_ex_(self.factor, x.mT)) != 0:
             return False
         self._move(x, -error)
@@ -325,3 +328,27 @@ class RecursiveRidge(PreciseModule):
         cholesky_update_(factor, scaled.mT)  # which no condition number can make fail
         self.factor.copy_(factor)
         self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * sqrt_weight), factor).mT)
+
+
+def _weighted(x: Tensor, sqrt_weight: Tensor | None, error: Tensor) -> tuple[Tensor, Tensor]:
+    return (x, error) if sqrt_weight is None else (x * sqrt_weight, error * sqrt_weight)
+
+
+def _explain(method: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
+    prefix = f"cfl_ops.RecursiveRidge.{method}:"
+    if int(info) == BAD_WEIGHT:
+        return ValueError(f"{prefix} sample_weight must be finite and not negative")
+    if int(info) == UNKNOWN_ROWS:
+        error: Exception = LinAlgError(
+            f"{prefix} x holds more than the state does: no positive definite matrix is left"
+        )
+        return error
+    name, value = next(
+        item for item in zip(("x", "y"), context, strict=True) if not bool(item[1].isfinite().all())
+    )
+    row = int((~value.isfinite().all(-1)).nonzero()[0])
+    return ValueError(f"{prefix} {name} has NaN or Inf in row {row}")
+
+
+for _method in ("update", "remove"):
+    error_message(f"RecursiveRidge.{_method}")(partial(_explain, _method))

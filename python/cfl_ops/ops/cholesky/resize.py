@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -143,11 +144,12 @@ def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int]:
     one = getattr(index, "ndim", None) == 0 or isinstance(index, str) or not isinstance(index, Iterable)
     several: Iterable[Any] = [index] if one else index  # type: ignore[assignment]
+    order = operator.index(order)  # a graph is made for the rows that are deleted
     given = [checks.integer(op, "index", i) for i in several]
     for i in given:
         if not -order <= i < order:
             raise IndexError(f"cfl_ops.{op}: index must be in [{-order}, {order}), but got {i}")
-    wanted = sorted(i % order for i in given)
+    wanted = sorted(operator.index(i) % order for i in given)
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"cfl_ops.{op}: index must not repeat, but got {index!r}")
     return wanted

@@ -48,7 +48,6 @@ from cfl_ops.ops.codec.quantize import (
     from_bins,
     probe,
     quantize_ex,
-    refuse_nonfinite,
     to_bins,
 )
 from cfl_ops.ops.codec.reference import payload as reference
@@ -101,6 +100,8 @@ def compress(
     Raises:
         TypeError, ValueError: bad arguments, or NaN or Inf weights.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: the bytes are written on the host.
+
     Example:
         >>> import torch, cfl_ops
         >>> w = torch.randn(1000, 50)
@@ -141,11 +142,11 @@ def compress(
         # The symbols of a chunk are encoded while they are in the cache.
         if minimum is None or maximum is None:
             minimum, maximum, _, info = WEIGHT_RANGE(w.reshape(-1), 0, 1)
-            refuse_nonfinite("compress", info)
+            check_info("compress", info, [minimum, maximum], [])
         group_size = w.numel()
     else:
         q, info = quantize_ex(w, bits, per=per, block_size=block_size)
-        refuse_nonfinite("compress", info)
+        check_info("compress", info, [q.symbols], [])
         minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
 
     low, high = _raw_bytes(minimum), _raw_bytes(maximum)
@@ -195,6 +196,8 @@ def decompress(
         IndexError: start and stop do not fit.
         TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header and its
             tables (and of any byte of a blob that is stored as it is), ``out`` is as it was.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: the bytes are read on the host.
 
     Example:
         >>> import torch, cfl_ops

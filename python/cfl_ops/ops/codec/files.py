@@ -38,6 +38,8 @@ def compress_state_dict(
     Returns:
         names to blobs, for :func:`decompress_state_dict` or :func:`save_file`.
 
+    Not under ``fullgraph=True`` nor ``torch.export``: it compresses.
+
     Example:
         >>> import torch, cfl_ops
         >>> model = torch.nn.Linear(100, 100)
@@ -60,6 +62,8 @@ def compress_state_dict(
 
 def decompress_state_dict(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict that :func:`compress_state_dict` took; raises CorruptDataError as :func:`decompress`.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: it decompresses.
 
     Example:
         >>> import torch, cfl_ops
@@ -85,6 +89,8 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **
         state_dict: names to tensors.
         path: where to write.
         options: those of :func:`compress_state_dict`.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: it writes a file.
 
     Example:
         >>> import tempfile, torch, cfl_ops
@@ -123,6 +129,8 @@ def load_file(path: str | os.PathLike[str], *, device: torch.device | str = "cpu
 
     Raises:
         CorruptDataError: the file is not one, or a byte of it is wrong, missing or too many.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: it reads a file.
 
     Example:
         >>> import os, tempfile, torch, cfl_ops

@@ -80,6 +80,9 @@ def huffman_decode(
         TypeError, ValueError: bad arguments. After these, an IndexError, or an error of the header (all that
             stands before the chunks), ``out`` is as it was.
 
+    Not under ``fullgraph=True`` nor ``torch.export`` without ``out``, or with start or stop: the shape stands in the
+    payload.
+
     Example:
         >>> import torch, cfl_ops
         >>> payload = cfl_ops.huffman_encode(torch.tensor([[1, 2], [1, 1]], dtype=torch.uint8))

@@ -87,7 +87,7 @@ def quantize(
 
     """
     result, info = quantize_ex(w, bits, per=per, block_size=block_size, histogram=histogram)
-    check_info("quantize", info, [result.symbols], [])
+    check_info("quantize", info, [value for value in result if isinstance(value, Tensor)], [])
     return result
 
 
@@ -241,7 +241,7 @@ def probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tenso
     """The range of the weights and the histogram of a sample of them, in one pass."""
     every = max(1, round(min(1 / fraction, 2.0**62)))
     minimum, maximum, counts, info = WEIGHT_RANGE(w.detach().reshape(-1), bits, every)
-    refuse_nonfinite(op, info)
+    check_info(op, info, [minimum, maximum, counts], [])
     return minimum, maximum, counts
 
 
@@ -250,12 +250,6 @@ def entropy_of(counts: Tensor) -> Tensor:
     p = counts.to(torch.float64) / counts.sum().clamp(min=1)
     entropy: Tensor = -torch.special.xlogy(p, p).sum() / math.log(2) + 0.0
     return entropy
-
-
-def refuse_nonfinite(op: str, info: Tensor) -> None:
-    """Raise where ``info`` counts any NaN or Inf values. Synchronises."""
-    if bool(info.any()):
-        raise nonfinite_error(op, info)
 
 
 class _Affine(NamedTuple):
@@ -423,7 +417,7 @@ DEQUANTIZE = define_op(
 )
 
 
-def nonfinite_error(op: str, info: Tensor) -> ValueError:
+def _nonfinite_error(op: str, info: Tensor) -> ValueError:
     """What to raise for weights of which ``info`` counts the NaN and Inf values."""
     bad = int(info.sum())
     _, _, where = first_failure(info)
@@ -434,4 +428,14 @@ def nonfinite_error(op: str, info: Tensor) -> ValueError:
 
 @error_message("quantize")
 def _quantize_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return nonfinite_error("quantize", info)
+    return _nonfinite_error("quantize", info)
+
+
+@error_message("estimate_entropy")
+def _entropy_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    return _nonfinite_error("estimate_entropy", info)
+
+
+@error_message("compress")
+def _compress_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    return _nonfinite_error("compress", info)

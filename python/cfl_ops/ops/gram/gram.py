@@ -72,9 +72,7 @@ class GramMoments(NamedTuple):
     def decay(self, rho: float | Tensor) -> GramMoments:
         """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
         op = "GramMoments.decay"
-        factor = checks.penalty(op, "rho", rho)
-        if not isinstance(factor, Tensor):
-            return GramMoments._make(None if field is None else field * factor for field in self)
+        factor = checks.coefficient(op, "rho", rho, self.gram.device)
         if factor.ndim and factor.shape != self.count.shape:
             raise ValueError(
                 f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
@@ -185,7 +183,7 @@ def gram_(
     new = _new_rows(m, x, y, sample_weight)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
-    refuse_bad_rows(info, [m.gram, m.count], new, a.target_sum)
+    refuse_bad_rows(info, [field for field in m if field is not None], new, a.target_sum)
     return m
 
 
@@ -393,7 +391,8 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     if y is not None and isinstance(y, Tensor) and y.dtype == torch.int64 and m.cross is not None:
         classes = m.cross.shape[-1]
     acc_dtype = m.gram.dtype if m.gram.dtype in (torch.float32, torch.float64) else None
-    new = gram_arguments("gram_", x, y, order > width, sample_weight, classes, acc_dtype)
+    bias_column = True if order > width else False  # noqa: SIM210  # in a graph the comparison is no bool
+    new = gram_arguments("gram_", x, y, bias_column, sample_weight, classes, acc_dtype)
     if new.acc_dtype != m.gram.dtype:
         raise TypeError(
             f"cfl_ops.gram_: m must be {new.acc_dtype} for {new.x.dtype} x, but it is {m.gram.dtype}"

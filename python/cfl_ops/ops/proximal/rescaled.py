@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
-from cfl_ops.ops.proximal.step import ProximalStep, proximal_step, raise_if_failed
+from cfl_ops.ops.proximal.arguments import check_arguments
+from cfl_ops.ops.proximal.step import PROXIMAL_STEP, ProximalStep, raise_if_failed
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -63,8 +66,10 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
-    target_scale = checks.number(op, "target_scale", target_scale, checks.POSITIVE)
+    plain_loss = kappa == 1
+    if not is_compiling():  # in a graph they are checked below, once there is something to tie the checks to
+        checks.number(op, "kappa", kappa, checks.POSITIVE)
+        checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64 class indices, but got {labels.dtype}")
@@ -84,29 +89,34 @@ def rescaled_proximal_step(
             )
     lam = checks.one_coefficient(op, "lam", lam, features.device)
     ridge = checks.one_coefficient(op, "ridge", ridge, features.device)
-    # The plain step on targets of size M checks the rest of the arguments and the data.
+    own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
+    old = weight.clone()
+    kappa = checks.scalar(op, "kappa", kappa, checks.POSITIVE, [own, old])
+    target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
+    # The plain step on targets of size 1 checks the rest of the arguments and the data.
     scaled_bias = None if bias is None else bias / target_scale
-    plain = proximal_step(
-        features, labels, weight / target_scale, scaled_bias, lam=lam, ridge=ridge, reduction=reduction
-    )
-    if kappa == 1.0 or features.shape[0] == 0:
+    arguments = check_arguments(
+        op, features, labels, old / target_scale, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
+    )  # fmt: skip
+    *plain, info = PROXIMAL_STEP(*arguments)
+    raise_if_failed(info, [own, *plain], features, labels, weight)
+    if plain_loss or features.shape[0] == 0:
         return ProximalStep(
-            plain.weight * target_scale,
-            None if plain.bias is None else plain.bias * target_scale,
-            plain.loss * target_scale**2,
-            plain.grad_features * target_scale**2,
+            plain[0] * target_scale,
+            None if bias is None else plain[1] * target_scale,
+            (plain[2] * target_scale**2).to(plain[2].dtype),
+            plain[3] * target_scale**2,
         )
 
     rows, width = features.shape
-    phi, old = features.double(), weight.double()
+    phi, old = features.double(), old.double()
     if bias is not None:
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
         old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
-    mu = scale * torch.as_tensor(lam, dtype=torch.float64, device=phi.device)
-    t = mu + scale * torch.as_tensor(ridge, dtype=torch.float64, device=phi.device)
+    mu = scale * on_device(lam, phi)
+    t = mu + scale * on_device(ridge, phi)
     anchor = old * (mu / t)
-    own = torch.nn.functional.one_hot(labels, weight.shape[0]).to(phi.dtype)
     same_class = labels.unsqueeze(-1) == labels.unsqueeze(-2)
     residual = target_scale * own - phi @ anchor.mT
 
@@ -140,7 +150,7 @@ def rescaled_proximal_step(
     new = anchor + change
     final = target_scale * own - phi @ new.mT
     weighted = (1 + (kappa - 1) * own) * final
-    dtype = plain.loss.dtype
+    dtype = plain[2].dtype
     return ProximalStep(
         new[:, :width].to(weight.dtype),
         None if bias is None else new[:, width].to(bias.dtype),

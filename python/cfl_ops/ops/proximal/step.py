@@ -194,7 +194,8 @@ def proximal_step_(
     if weight.ndim > 2:
         return _all_or_none_(arguments)
     loss, grad_features, info = PROXIMAL_STEP_(*arguments)
-    raise_if_failed(info, [loss, grad_features], arguments.features, arguments.target, weight)
+    results = [loss, grad_features, weight, *([] if bias is None else [bias])]
+    raise_if_failed(info, results, arguments.features, arguments.target, weight)
     return loss, grad_features
 
 

@@ -112,7 +112,6 @@ def _arguments(
     checks.same_device(op, "x", x, y=y, weight=weight)
     num_classes = checks.integer(op, "num_classes", num_classes, 0)
     kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
-    scale = checks.number(op, "scale", scale, checks.POSITIVE)
     pulled = not checks.is_zero(prox)
     if pulled and weight is None:
         raise ValueError(f"cfl_ops.{op}: weight must be given where prox is not 0")
@@ -121,16 +120,22 @@ def _arguments(
             f"cfl_ops.{op}: weight must have shape {(x.shape[-1], num_classes)}, but got {tuple(weight.shape)}"
         )
     penalty, pull = (
-        checks.one_coefficient(op, name, value, x.device) for name, value in (("lam", lam), ("prox", prox))
+        _or_nan(checks.one_coefficient(op, name, value, x.device).to(x.device, torch.float64))
+        for name, value in (("lam", lam), ("prox", prox))
     )
     x64 = x.double()
     own = _own_class(y, num_classes)
+    scale = checks.scalar(op, "scale", scale, checks.POSITIVE, [own])
     cross = (kappa * scale) * (x64.mT @ own)
-    total = penalty.to(x.device, torch.float64)
+    total = penalty
     if pulled and weight is not None:
-        total = total + pull.to(x.device, torch.float64)
-        cross = cross + pull.to(x.device, torch.float64) * weight.double()
+        total, cross = total + pull, cross + pull * weight.double()
     return ClassSolveArguments(x64, y, cross, total, float(kappa))
+
+
+def _or_nan(penalty: Tensor) -> Tensor:
+    """NaN where a tensor's penalty is negative, which the other's might hide in their sum."""
+    return torch.where(penalty >= 0, penalty, torch.nan)
 
 
 def _own_class(y: Tensor, classes: int) -> Tensor:

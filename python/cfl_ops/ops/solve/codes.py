@@ -6,6 +6,8 @@ BAD_CLASS = -2
 """class_solve: a class index is out of range."""
 NOT_FINITE = 1
 """lstsq and pinv: the matrix has NaN or Inf."""
+BAD_TOLERANCE = -1
+"""lstsq and pinv: rtol or atol is negative, NaN or Inf."""
 UNRESOLVED = 2
 """lstsq and pinv, while a CUDA graph is captured: the matrix needs the path that synchronises."""
 DOUBT = 4.0

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
+from cfl_ops._core.op import transforming
 from cfl_ops._core.results import public
 from cfl_ops._core.state import makes_state, normal
-from cfl_ops.ops.solve.least_squares import cutoff, not_finite, pinv_arguments
+from cfl_ops.ops.solve.graph_factors import graph_factors
+from cfl_ops.ops.solve.least_squares import factored, matrix_error, pinv_arguments
 from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
-from cfl_ops.ops.solve.tall import factor_any, minimum_norm, underdetermined
+from cfl_ops.ops.solve.tall import minimum_norm, underdetermined
 
 __all__ = ["Factorization", "factorize"]
 
@@ -47,7 +50,7 @@ class Factorization:
         """What :meth:`__getstate__` returned."""
         factors = state["factors"]
         self.__dict__.update(
-            a=state["a"], rank=state["rank"], _factors=None if factors is None else _Factors._make(factors)
+            a=state["a"], rank=state["rank"], _factors=None if factors is None else _Factors(*factors)
         )
 
     def solve(self, b: Tensor) -> Tensor:
@@ -69,18 +72,22 @@ class Factorization:
         p = self._factors.pinv()
         return (p.mT if underdetermined(self.a) else p).to(self.a.dtype)
 
-    @cached_property
+    @property
     def singular_values(self) -> Tensor:
         """``(..., min(M, N))`` float64, falling; those that were cut are 0."""
-        return self._singular_values()
+        return self._decompose() if is_compiling() else self._singular_values
+
+    @cached_property
+    def _singular_values(self) -> Tensor:
+        return self._decompose()
 
     @makes_state
-    def _singular_values(self) -> Tensor:
+    def _decompose(self) -> Tensor:
         f = self._factors
         if f is None:
             return self.a.new_zeros(*self.a.shape[:-2], 0, dtype=torch.float64)
-        # The pseudoinverse is right times a matrix with orthonormal rows: Q^T = left^T t^T, or basis^T.
-        if f.basis is None:
+        # On the orthogonal path alone it is right times orthonormal rows, basis^T.
+        if f.basis is None or f.by_gram is not None:
             p = f.pinv()
             values = torch.linalg.svdvals(torch.linalg.qr(p.mT, mode="r")[1])
         else:
@@ -144,11 +151,14 @@ def _factorize(a: Tensor, rtol: float | Tensor | None) -> Factorization:
     batch = a.shape[:-2]
     if a.numel() == 0:
         return Factorization(a, torch.zeros(batch, dtype=torch.int64, device=a.device), None)
-    factors = factor_any(a, cutoff(a, relative, None))
-    check_info("factorize", factors.info, [factors.left], [a])
+    if is_compiling() or transforming():
+        factors = graph_factors(a, relative)
+    else:
+        factors = factored(a, relative, None)
+    check_info("factorize", factors.info, [factors.left, factors.right, factors.rank], [a])
     return Factorization(a, factors.rank, factors)
 
 
 @error_message("factorize")
 def _factorize_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("factorize", info, context[0])
+    return matrix_error("factorize", info, context[0])

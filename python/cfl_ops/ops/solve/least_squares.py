@@ -13,10 +13,11 @@ from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.solve.codes import UNRESOLVED
+from cfl_ops.ops.solve.codes import BAD_TOLERANCE, UNRESOLVED
 from cfl_ops.ops.solve.small_pinv import SMALL_PINV, is_small_batch
 from cfl_ops.ops.solve.tall import (
     WELL_CONDITIONED,
+    Factors,
     factor_any,
     identity,
     may_synchronise,
@@ -74,7 +75,8 @@ def lstsq(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> Tensor
 def lstsq_ex(a: Tensor, b: Tensor, *, rtol: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As :func:`lstsq`, but returns ``(solution, info)`` and never raises for data.
 
-    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the solution NaN there; else 0. On a GPU the call
+    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, -1 where a tensor ``rtol`` is negative, NaN or Inf, and the
+    solution NaN there; else 0. On a GPU the call
     synchronises once, to choose between the Gram matrix and the orthogonal path; where a CUDA graph is captured, it
     does not, and info is 2 (the solution NaN) where the orthogonal path would be needed. A given ``rtol`` always
     needs it.
@@ -130,8 +132,9 @@ def pinv_ex(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`pinv`, but returns ``(pinv, info)`` and never raises for data.
 
-    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, and the pseudoinverse NaN there; else 0. On a GPU it
-    synchronises as :func:`lstsq_ex` does, and not where a CUDA graph is captured: there info may be 2.
+    ``info (...)`` int32 is 1 where ``a`` has NaN or Inf, -1 where a tensor tolerance is negative, NaN or Inf, and the
+    pseudoinverse NaN there; else 0. On a GPU it synchronises as :func:`lstsq_ex` does, and not where a CUDA graph is
+    captured: there info may be 2.
 
     Example:
         >>> import torch, cfl_ops
@@ -182,7 +185,21 @@ def pinv_arguments(
     return args[0], args[1], args[2]
 
 
-def cutoff(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+def factored(a: Tensor, rtol: Tensor | None, atol: Tensor | None, b: Tensor | None = None) -> Factors:
+    """The factors of a; their info is BAD_TOLERANCE where a tolerance is negative, NaN or Inf."""
+    factors = factor_any(a, _cutoff(a, rtol, atol), b)
+    return factors._replace(info=_with_bad_tolerances(factors.info, rtol, atol))
+
+
+def _with_bad_tolerances(info: Tensor, rtol: Tensor | None, atol: Tensor | None) -> Tensor:
+    for value in (rtol, atol):
+        if value is not None:
+            good = (value >= 0) & value.isfinite()
+            info = torch.where(good.to(info.device), info, BAD_TOLERANCE)
+    return info
+
+
+def _cutoff(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """torch.linalg.pinv's rule, or None for ours."""
     if rtol is None and atol is None:
         return None
@@ -207,8 +224,8 @@ def _lstsq_python(a: Tensor, b: Tensor, rtol: Tensor | None) -> tuple[Tensor, Te
         solution = torch.zeros(*batch, cols, b.shape[-1], dtype=dtype, device=a.device)
         if a.numel() == 0:
             zero = torch.zeros(batch, dtype=torch.int64, device=a.device)
-            return solution, zero, zero.to(torch.int32)
-    factors = factor_any(a, cutoff(a, rtol, None), b)
+            return solution, zero, _with_bad_tolerances(zero.to(torch.int32), rtol, None)
+    factors = factored(a, rtol, None, b)
     solution = minimum_norm(a, b, factors)
     return _nan_where(factors.info != 0, solution, dtype), factors.rank, factors.info
 
@@ -266,7 +283,8 @@ def _pinv_python(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[T
     batch, (rows, cols) = a.shape[:-2], a.shape[-2:]
     if a.numel() == 0:
         zero = torch.zeros(batch, dtype=torch.int64, device=a.device)
-        return a.new_zeros(*batch, cols, rows), zero, zero.to(torch.int32)
+        info = _with_bad_tolerances(zero.to(torch.int32), rtol, atol)
+        return a.new_zeros(*batch, cols, rows), zero, info
     if rtol is None and atol is None and is_small_batch(a):
         result, code = SMALL_PINV(a, WELL_CONDITIONED)
         rank = torch.full(batch, min(rows, cols), dtype=torch.int64, device=a.device)
@@ -276,23 +294,24 @@ def _pinv_python(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[T
             result = _nan_where(hard, result, a.dtype)
             info = torch.where(hard, UNRESOLVED, info)
         elif bool(hard.any()):
-            result[hard], rank[hard], info[hard] = _general_pinv(a[hard], None)
+            result[hard], rank[hard], info[hard] = _general_pinv(a[hard], None, None)
         return result, rank, info
-    return _general_pinv(a, cutoff(a, rtol, atol))
+    return _general_pinv(a, rtol, atol)
 
 
-def _general_pinv(a: Tensor, cut: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _general_pinv(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = a.shape[-2:]
-    factors = factor_any(a, cut)
+    factors = factored(a, rtol, atol)
     result = factors.pinv()
     if underdetermined(a):
         result = result.mT
-    if a.dtype == torch.float64 and factors.basis is None:
-        # One Newton step mends the Gram's squared condition.
+
+    def newton() -> Tensor:
         if underdetermined(a):
-            result = result + result @ (identity(rows, a) - a @ result)
-        else:
-            result = result + (identity(cols, a) - result @ a) @ result
+            return result @ (identity(rows, a) - a @ result)
+        return (identity(cols, a) - result @ a) @ result
+
+    result = factors.refined(result, newton)
     return _nan_where(factors.info != 0, result, a.dtype).contiguous(), factors.rank, factors.info
 
 
@@ -333,17 +352,19 @@ PINV = define_op(
 
 @error_message("lstsq")
 def _lstsq_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("lstsq", info, context[0])
+    return matrix_error("lstsq", info, context[0])
 
 
 @error_message("pinv")
 def _pinv_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("pinv", info, context[0])
+    return matrix_error("pinv", info, context[0])
 
 
-def not_finite(op: str, info: Tensor, a: Tensor) -> Exception:
-    """The error where a is not finite."""
-    index, _, where = first_failure(info)
+def matrix_error(op: str, info: Tensor, a: Tensor) -> Exception:
+    """The error where a is not finite, or a tolerance is refused."""
+    index, code, where = first_failure(info)
+    if code == BAD_TOLERANCE:
+        return ValueError(f"cfl_ops.{op}: {where}rtol and atol must be finite and not negative")
     row = int((~a[index].isfinite().all(-1)).nonzero()[0])
     error: Exception = LinAlgError(f"cfl_ops.{op}: {where}a has NaN or Inf in row {row}")
     return error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
-from cfl_ops._core.failures import first_failure
+from cfl_ops._core.failures import check_info, first_failure
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
+from cfl_ops.ops.solve.codes import BAD_PENALTY
 
 
 def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,16 +30,19 @@ def check_data(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_penalties(op: str, lams: Any, device: torch.device) -> Tensor:
     """The penalties of a path as a 1-d float64 tensor."""
-    lams = (
-        checks.real_tensor(op, "lams", lams) if isinstance(lams, Tensor) else checks.numbers(op, "lams", lams)
-    )
-    values = torch.as_tensor(lams, dtype=torch.float64, device=device)
+    if isinstance(lams, Tensor):
+        given = checks.real_tensor(op, "lams", lams)
+        # In a graph what is checked is written to, as far as the compiler knows.
+        values = given.to(device, torch.float64, copy=is_compiling())
+    else:
+        values = checks.numbers(op, "lams", lams).to(device)
     if values.ndim != 1 or values.numel() == 0:
         raise ValueError(
             f"cfl_ops.{op}: lams must be a sequence of at least one number, but got shape {tuple(values.shape)}"
         )
-    if not torch.compiler.is_compiling() and not bool(((values >= 0) & values.isfinite()).all()):
-        raise ValueError(f"cfl_ops.{op}: lams must be finite and not negative, but got {values.tolist()}")
+    if isinstance(lams, Tensor):
+        bad = ~((values >= 0) & values.isfinite()).all()
+        check_info(op, bad.to(torch.int32) * BAD_PENALTY, [values], [values.detach()])
     return values
 
 
@@ -73,7 +79,11 @@ def intercept(weight: Tensor, x_mean: Tensor, y_mean: Tensor) -> Tensor:
     return (y_mean - x_mean @ weight.double()).squeeze(-2)
 
 
-def not_finite(op: str, info: Tensor) -> Exception:
-    """The error where the data are not finite."""
+def regression_error(op: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
+    """The error where the penalties are refused, or the data not finite."""
+    if info.ndim == 0 and int(info) == BAD_PENALTY:
+        return ValueError(
+            f"cfl_ops.{op}: lams must be finite and not negative, but got {context[0].tolist()}"
+        )
     error: Exception = LinAlgError(f"cfl_ops.{op}: {first_failure(info)[2]}x or y has NaN or Inf")
     return error

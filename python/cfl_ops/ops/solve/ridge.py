@@ -19,7 +19,7 @@ from cfl_ops.ops.solve.regression import (
     gram_of_rows,
     intercept,
     moments,
-    not_finite,
+    regression_error,
     result_dtype,
 )
 from cfl_ops.ops.solve.ridge_solve import ridge_solve
@@ -132,4 +132,4 @@ def _check_finite(op: str, gram: Tensor) -> None:
 
 @error_message("ridge_path")
 def _ridge_path_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("ridge_path", info)
+    return regression_error("ridge_path", info, context)

@@ -22,7 +22,7 @@ from cfl_ops.ops.solve.regression import (
     check_data,
     check_penalties,
     intercept,
-    not_finite,
+    regression_error,
     result_dtype,
 )
 
@@ -97,7 +97,7 @@ def ridge_cv(
     """
     args = _arguments(x, y, lams, cv, per_target, bias)
     weight, intercepts, lam, scores, info = RIDGE_CV(*args)
-    check_info("ridge_cv", info, [weight, scores], [args.x])
+    check_info("ridge_cv", info, [weight, intercepts, lam, scores], [args.x])
     dtype = result_dtype(x, y)
     return RidgeCVResult(weight.to(dtype), intercepts.to(dtype) if bias else None, lam, scores)
 
@@ -428,4 +428,4 @@ RIDGE_CV = define_op(
 
 @error_message("ridge_cv")
 def _ridge_cv_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
-    return not_finite("ridge_cv", info)
+    return regression_error("ridge_cv", info, context)

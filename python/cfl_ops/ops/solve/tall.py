@@ -41,6 +41,15 @@ class Factors(NamedTuple):
     """int32: NOT_FINITE where the matrix has NaN or Inf, UNRESOLVED where no path could be chosen."""
     cross: Tensor | None
     """``t^T b`` where a right side came along, and no basis is given."""
+    by_gram: Tensor | None = None
+    """Which float64 matrices were inverted by their Gram matrix: one refinement mends its squared condition."""
+
+    def refined(self, result: Tensor, change: Callable[[], Tensor]) -> Tensor:
+        """The result with its refinement, where that is needed."""
+        if self.by_gram is None:
+            return result
+        better = result + change()
+        return better if self.basis is None else torch.where(self.by_gram[..., None, None], better, result)
 
     def pinv(self) -> Tensor:
         """``(s, m)``"""
@@ -76,11 +85,8 @@ def minimum_norm(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
     """The solution in float64, from the factors that factor_any made of a."""
     apply = Factors.solve_transposed if underdetermined(a) else Factors.solve
     solution = apply(factors, b)
-    if a.dtype == torch.float64 and factors.basis is None:
-        # One refinement mends the Gram's squared condition.
-        residual = b.double() - a @ solution
-        solution = solution + apply(factors._replace(cross=None), residual)
-    return solution
+    again = factors._replace(cross=None)
+    return factors.refined(solution, lambda: apply(again, b.double() - a @ solution))
 
 
 def _factor_tall(t: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
@@ -119,15 +125,17 @@ def _factor_float64(t: Tensor, b: Tensor | None) -> Factors:
     right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
     rank = torch.where(bad, 0, order)
     basis: Tensor | None = None
+    by_gram: Tensor | None = resolved
     info = bad.to(torch.int32)
     if not may_synchronise(t):
         info = torch.where(hard, UNRESOLVED, info)
     elif bool(hard.all()):
         basis, right, rank, _ = _by_svd(t, _rounding(order), equilibrate=True)
+        by_gram = None
     elif bool(hard.any()):
         basis = mixed = scaled @ left
         mixed[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
-    return Factors(scaled, left, right, basis, rank, info, None if b is None else cross)
+    return Factors(scaled, left, right, basis, rank, info, None if b is None else cross, by_gram)
 
 
 def _rounding(order: int) -> Callable[[Tensor], Tensor]:
