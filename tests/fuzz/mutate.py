@@ -307,7 +307,12 @@ def realize(call: Call) -> Placed:
     placed = Placed([slot.value for slot in call.slots], {})
     for i, slot in enumerate(call.slots):
         if isinstance(slot.value, Tensor) and slot.alias is None:
-            placed.args[i], region = _place(slot)
+            try:
+                placed.args[i], region = _place(slot)
+            except (RuntimeError, NotImplementedError):  # of this dtype torch makes no such view
+                placed.args[i], region = place(
+                    slot.value, dense_strides(slot.value.shape), at_end=slot.at_end
+                )
             if region is not None:
                 placed.regions[i] = region
     for i, slot in enumerate(call.slots):
@@ -355,7 +360,6 @@ def _place(slot: Slot) -> tuple[Tensor, Region | None]:
         strides = [max(s // 2, 1) for s in strides]
     elif layout == "expanded":
         strides = [0 if d == 0 else s for d, s in enumerate(strides)]
-        t = resize(t, 0, 1).expand(t.shape) if t.numel() else t
         if t.numel():  # copy_ refuses memory that elements share
             one, region = place(t[:1], strides, at_end=slot.at_end)
             return one.expand(t.shape), region
