@@ -200,7 +200,7 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
         for rows, width, targets in ((16, 64, 10), (32, 512, 100), (128, 2048, 1000)):
             phi, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(targets, width)
             y, b = torch.zeros(rows, dtype=torch.int64), torch.zeros(targets)
-            rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
+            rest = (torch.ones(()), None, None, None, 0, 0, 0)
             add(f"proximal_step {rows} x {width}", lambda a=(phi, y, w, b, *rest): proximal(*a))
             dense = torch.zeros(rows, targets, dtype=torch.bfloat16)
             narrow = (phi, dense, w.bfloat16(), None, *rest)
@@ -210,7 +210,7 @@ def cases() -> list[tuple[str, Callable[[], Any]]]:
     x, labels = torch.zeros(many, 16, 16), torch.zeros(many, 16, dtype=torch.int64)
     add("gram, many", lambda: gram(x, labels, None, True, 3, torch.float32))
     phi, y, w, b = x[:, :3], labels[:, :3], torch.zeros(many, 5, 16), torch.zeros(many, 5)
-    rest = (torch.ones(()), None, None, None, "mean", "penalized", "auto")
+    rest = (torch.ones(()), None, None, None, 0, 0, 0)
     add("proximal_step, many", lambda: proximal(phi, y, w, b, *rest))
     eyes, v = torch.eye(4).repeat(many, 1, 1), torch.zeros(many, 4, 5)
     add("cholesky_update, many", lambda: update(eyes, v, 1.0, 1.0))

@@ -13,10 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cfl_ops._core.arguments import within
 from cfl_ops._core.op import LIB
+from cfl_ops.ops.codec.arguments import check_bytes, check_encoded
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, head_bytes, parse_bytes
 from cfl_ops.ops.codec.reference.huffman_code import Tree, build_tree, code_lengths, pack_lengths
+
+MOST_COUNTED = 2**57 - 1
+"""So many symbols of the longest code word have fewer than 2^63 bits."""
 
 
 def pack_tree(tree: Tree, alphabet: int) -> Tensor:
@@ -44,7 +49,16 @@ def code(counts: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Facts: alphabet, nodes, symbols with a code, longest code word, bits of all counted symbols, their number.
     """
+    op = "host_code"
+    if counts.dtype != torch.int64 or counts.ndim != 1:
+        raise ValueError(
+            f"cfl_ops.{op}: counts must be 1-d int64, but got {counts.dtype} of {counts.ndim} dimensions"
+        )
+    within(op, "the number of counts", counts.numel(), 1, 2**16)
+    within(op, "stride", stride, 1)
     scaled: list[int] = counts.tolist()
+    within(op, "the least of counts", min(scaled), 0)
+    within(op, "the sum of counts times stride", sum(scaled) * stride, 1, MOST_COUNTED)
     if stride > 1:
         scaled = [count * stride if count else 1 for count in scaled]
     while scaled[-1] == 0:
@@ -68,6 +82,16 @@ def head(
     reserve: int,
 ) -> Tensor:
     """All of a payload before its chunks, behind ``reserve`` zeros. entries: (chunks, 2) int32."""
+    op = "host_head"
+    check_bytes(op, "table", table)
+    check_encoded(op, numel, shape, chunk_log2, reserve)
+    within(op, "symbol_bytes", symbol_bytes, 1, 2)
+    within(op, "alphabet", alphabet, 0, 256**symbol_bytes)
+    wanted = (-(-numel >> chunk_log2), 2)
+    if entries.dtype != torch.int32 or tuple(entries.shape) != wanted:
+        raise ValueError(
+            f"cfl_ops.{op}: entries must be int32 of shape {wanted}, but got {entries.dtype} of {tuple(entries.shape)}"
+        )
     packed, chunks = as_bytes(table), as_bytes(entries.contiguous().view(torch.uint8).flatten())
     data = head_bytes(symbol_bytes, chunk_log2, numel, tuple(shape), alphabet, packed, chunks)
     return from_bytes(bytes(reserve) + data)
@@ -80,6 +104,8 @@ def parse(raw: Tensor, size: int, start: int, count: int) -> tuple[Tensor, Tenso
     a chunk; symbols; first byte of the chunks; nodes; symbols with a code; then for symbols ``start`` to ``start +
     count`` the bytes of the chunks before theirs and of the largest of theirs; the shape.
     """
+    check_bytes("host_parse", "raw", raw)
+    within("host_parse", "size", size, 0)
     facts, none = [0] * 9, torch.empty(0, dtype=torch.int32)
     try:
         header = parse_bytes(as_bytes(raw), size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
+from cfl_ops.ops.codec.arguments import check_bytes, check_contiguous, check_encoded
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse, symbol_dtype
@@ -218,23 +216,6 @@ def span(op: str, start: int | None, stop: int | None, numel: int) -> tuple[int,
 NO_VMAP = "the sizes of encoded bytes depend on the data, so vmap cannot stack them"
 
 
-def check_encoded(op: str, symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> None:
-    """Raise for what is wrong with the arguments of an op that encodes."""
-    within(op, "chunk_log2", chunk_log2, codes.MIN_CHUNK_LOG2, codes.MAX_CHUNK_LOG2)
-    within(op, "reserve", reserve, 0, codes.MAX_RESERVE + 32 * symbols.numel())
-    within(op, "the dimensions of shape", len(shape), 0, codes.MAX_DIMS)
-    if any(isinstance(extent, torch.SymInt) for extent in shape):
-        return
-    if min(shape, default=0) < 0 or math.prod(shape) != symbols.numel():
-        raise ValueError(f"cfl_ops.{op}: shape must hold {symbols.numel()} elements, but got {tuple(shape)}")
-
-
-def check_contiguous(op: str, name: str, value: Tensor) -> None:
-    """Raise unless the elements of ``value`` lie one after the other."""
-    if not value.is_contiguous():
-        raise ValueError(f"cfl_ops.{op}: {name} must be contiguous, but got strides {value.stride()}")
-
-
 def _huffman_encode_python(symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> Tensor:
     return reference.encode(symbols, tuple(shape), chunk_log2, reserve)
 
@@ -269,12 +250,22 @@ def encoded_fake(like: Tensor) -> Tensor:
 
 DATA_DEPENDENT = (torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe)
 
+
+def _check_huffman_encode(symbols: Tensor, shape: Sequence[int], chunk_log2: int, reserve: int) -> None:
+    check_encoded("huffman_encode", symbols.numel(), shape, chunk_log2, reserve)
+
+
+def _check_huffman_decode(payload: Tensor, out: Tensor, start: int) -> None:
+    check_bytes("huffman_decode_", "payload", payload)
+    check_contiguous("huffman_decode_", "out", out)
+
+
 HUFFMAN_ENCODE = define_op(
     "huffman_encode(Tensor symbols, SymInt[] shape, int chunk_log2, SymInt reserve) -> Tensor",
     python=_huffman_encode_python,
     fake=lambda symbols, shape, chunk_log2, reserve: encoded_fake(symbols),
     shapes={"symbols": "symbols ..."},
-    check=functools.partial(check_encoded, "huffman_encode"),
+    check=_check_huffman_encode,
     no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_encode),
     tags=DATA_DEPENDENT,
@@ -285,6 +276,7 @@ PAYLOAD_HEADER = define_op(
     python=_payload_header_python,
     fake=lambda payload: payload.new_empty(5 + codes.MAX_DIMS, dtype=torch.int64),
     shapes={"payload": "uint8 ..."},
+    check=lambda payload: check_bytes("payload_header", "payload", payload),
     no_vmap=NO_VMAP,
 )
 
@@ -293,7 +285,7 @@ HUFFMAN_DECODE = define_op(
     python=_huffman_decode_python,
     fake=lambda payload, out, start: payload.new_empty((), dtype=torch.int64),
     shapes={"payload": "uint8 ...", "out": "symbols ..."},
-    check=lambda payload, out, start: check_contiguous("huffman_decode_", "out", out),
+    check=_check_huffman_decode,
     no_vmap=NO_VMAP,
     cuda=cuda_cpp(cuda.huffman_decode_),
     tags=(torch.Tag.cudagraph_unsafe,),

@@ -363,7 +363,7 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
 
     new = (anchor.to(torch.float64) + change).to(dtype)
     if bias is None:
-        new_bias = new.new_empty(*new.shape[:-2], 0)
+        new_bias = weight.new_empty(*new.shape[:-2], 0)
     elif free:
         # A centred fit passes through the means.
         new_bias = anchor_bias + mean_residual - (change.to(dtype) @ mean_phi.unsqueeze(-1)).squeeze(-1)
