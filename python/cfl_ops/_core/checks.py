@@ -98,8 +98,11 @@ def number(op: str, name: str, value: Any, wanted: Range = FINITE) -> float:
     the op that is given it asks.
     """
     kind = type(value)
-    if kind is not float and kind is not int:
-        value = _real(op, name, value)
+    if kind is not float:
+        if kind is not int:
+            value = _real(op, name, value)
+        elif not -MOST <= value <= MOST:  # more than an op can be given as an integer
+            value = float(value) if abs(value) < 2**1024 - 2**970 else math.inf
     if wanted.holds(value) is False:  # not a question of a graph's
         raise ValueError(f"cfl_ops.{op}: {name} must be {wanted.words}, but got {value}")
     out: float = value

@@ -383,7 +383,7 @@ def _decompress_python(args: DecompressArguments) -> Tensor:
         weights = from_bins(symbols, minimum.view(()), maximum.view(()), bits)
     else:
         group = torch.arange(start, start + count, device=out.device) // group_size
-        weights = from_bins(symbols.unsqueeze(-1), minimum[group], maximum[group], bits)
+        weights = from_bins(symbols.unsqueeze(-1), minimum.flatten()[group], maximum.flatten()[group], bits)
     out.copy_(weights.view(out.shape))
     return codes.info(codes.GOOD, payload.device)
 

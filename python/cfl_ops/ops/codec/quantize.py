@@ -325,7 +325,8 @@ def _weight_range_python(w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]
     minimum, maximum, info = _range(w)
     if not bits:
         return minimum, maximum, w.new_empty(*w.shape[:-1], 0, dtype=torch.int64), info
-    index = to_bins(w[..., ::every], minimum, maximum, bits)
+    step = min(every, max(1, w.shape[-1]))  # a slice takes no more
+    index = to_bins(w[..., ::step], minimum, maximum, bits)
     return minimum, maximum, _counts(index, info, 1 << bits), info
 
 

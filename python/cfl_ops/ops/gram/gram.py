@@ -374,7 +374,10 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
-    # What is read here; the op checks the rest.
+    for name, value in zip(m._fields, m, strict=True):
+        if not isinstance(value, Tensor) and (value is not None or name in ("gram", "count")):
+            raise TypeError(f"cfl_ops.gram_: m.{name} must be a tensor, but got {type(value).__name__}")
+    # The sizes that are read here; the op checks the rest.
     checks.tensor("gram_", "m.gram", m.gram, 2)
     if m.cross is not None:
         checks.tensor("gram_", "m.cross", m.cross, 2)
