@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops.ops.cholesky.factor import inverse_of_factor
 from cfl_ops.ops.proximal.step import ProximalStep, proximal_step, raise_if_failed
 
 __all__ = ["rescaled_proximal_step"]
@@ -115,7 +116,7 @@ def rescaled_proximal_step(
         shared = phi @ phi.mT
         shared.diagonal().add_(t)
         factor, info = torch.linalg.cholesky_ex(shared)
-        inverse = torch.cholesky_inverse(factor)
+        inverse = inverse_of_factor(factor)
         alpha = torch.cholesky_solve(residual, factor)
         shift = t * (1 / kappa - 1)
         inner = (

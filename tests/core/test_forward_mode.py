@@ -1,0 +1,104 @@
+"""Tangents beside the contract's (test_contract.py): of the public functions, and through every way torch asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cfl_ops
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tests.core.public_calls import CALLS, HEAD, LABELS, SPD, X, Y, randn
+
+DIFFERENTIABLE = (
+    "gram", "linear_gram", "cholesky_update", "cholesky_downdate", "cholesky_append", "safe_cholesky", "spd_inverse",
+    "proximal_step", "proximal_update", "ridge_step", "rescaled_proximal_step", "ridge", "ridge_path", "ridge_solve",
+    "class_ridge", "lstsq", "pinv",
+)  # fmt: skip
+PENALTIES = ("lam", "ridge", "prox")
+ARGUMENTS = [
+    (name, row, argument)
+    for name in DIFFERENTIABLE
+    for row, call in enumerate(CALLS[name])
+    for argument, value in call.arguments.items()
+    if argument in PENALTIES or (isinstance(value, Tensor) and value.is_floating_point())
+]
+
+
+def tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [value for item in out or () for value in tensors(item)]
+
+
+@pytest.mark.parametrize(("name", "row", "argument"), ARGUMENTS)
+def test_public_functions_push_tangents(name: str, row: int, argument: str) -> None:
+    call = CALLS[name][row]
+    at = torch.as_tensor(call.arguments[argument], dtype=torch.float64)
+    tangent = torch.randn(at.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if at.ndim == 2 and torch.equal(at, at.mT):  # stays so
+        tangent = tangent + tangent.mT
+    if argument == "L":
+        tangent = tangent.tril()
+
+    def function(value: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors(call(**{argument: value})[0]))
+
+    _, pushed = torch.func.jvp(function, (at,), (tangent,))
+    step = 1e-5
+    for got, above, below in zip(
+        pushed, function(at + step * tangent), function(at - step * tangent), strict=True
+    ):
+        torch.testing.assert_close(got, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_rescaled_step_of_few_rows_pushes_tangents() -> None:
+    """The dual side, which goes through an inverse."""
+    features, weight, labels = randn(3, 5), randn(2, 5), LABELS[:3]
+
+    def loss(value: Tensor) -> Tensor:
+        return cfl_ops.rescaled_proximal_step(value, labels, weight, lam=0.5, kappa=3.0).loss
+
+    jacobians = torch.func.jacfwd(loss)(features), torch.func.jacrev(loss)(features)
+    torch.testing.assert_close(*jacobians)
+
+
+def loss(weight: Tensor) -> Tensor:
+    return cfl_ops.proximal_step(X, Y, weight, lam=0.5).grad_features.pow(3).sum()
+
+
+def test_numbers_do_not_belong_to_the_transform_that_saw_them_first() -> None:
+    number = 0.123456  # of this test alone: they are kept
+
+    def of_number(gram: Tensor) -> Tensor:
+        return cfl_ops.ridge_solve(gram, gram, number).sum()
+
+    torch.func.hessian(of_number)(SPD)
+    under = torch.func.grad(of_number)(SPD)
+    leaf = SPD.clone().requires_grad_()
+    of_number(leaf).backward()
+    torch.testing.assert_close(under, leaf.grad)
+
+
+def test_forward_ad_inside_a_transform() -> None:
+    """A tangent that depends on what torch.func differentiates."""
+
+    def pushed(weight: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+            tangent = forward_ad.unpack_dual(loss(dual)).tangent
+            assert tangent is not None
+            return tangent
+
+    want = torch.func.hessian(loss)(HEAD).sum((-1, -2))
+    torch.testing.assert_close(torch.func.grad(pushed)(HEAD), want)
+
+
+def test_vectorized_forward_mode() -> None:
+    """Of torch.autograd.functional: batches of tangents, where torch.vmap sees no batch in the values."""
+    functional = torch.autograd.functional
+    want = torch.func.hessian(loss)(HEAD)
+    forward = functional.hessian(loss, HEAD, vectorize=True, outer_jacobian_strategy="forward-mode")
+    torch.testing.assert_close(forward, want)
