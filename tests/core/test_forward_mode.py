@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tests.core.public_calls import CALLS, HEAD, LABELS, SPD, X, Y, randn
+from tests.core.public_calls import CALLS, HEAD, LABELS, SPD, K, X, Y, randn
 
 DIFFERENTIABLE = (
     "gram", "linear_gram", "cholesky_update", "cholesky_downdate", "cholesky_append", "safe_cholesky", "spd_inverse",
@@ -102,3 +102,61 @@ def test_vectorized_forward_mode() -> None:
     want = torch.func.hessian(loss)(HEAD)
     forward = functional.hessian(loss, HEAD, vectorize=True, outer_jacobian_strategy="forward-mode")
     torch.testing.assert_close(forward, want)
+
+
+def test_calls_through_the_dispatcher_lose_no_derivative() -> None:
+    """torch.ops.cfl_ops has no forward mode, and says so; it can be mapped."""
+
+    def raw(x: Tensor) -> Tensor:
+        return torch.ops.cfl_ops.gram(x, None, None, False, 0, torch.float64)[0]
+
+    torch.testing.assert_close(torch.vmap(raw)(X.unsqueeze(0))[0], raw(X))
+    for transformed in (
+        lambda: torch.func.grad(lambda x: raw(x).sum())(X),
+        lambda: torch.func.jvp(raw, (X,), (X,)),
+        lambda: pushed_forward(raw),
+    ):
+        with pytest.raises(
+            RuntimeError, match="cfl_ops.gram: torch.ops.cfl_ops.gram takes part in plain autograd"
+        ):
+            transformed()
+
+
+def pushed_forward(function: Any) -> None:
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(X, X))
+
+
+TRANSFORMS = {
+    "grad": lambda function: torch.func.grad(function),
+    "jvp": lambda function: lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1],
+    "vmap of grad": lambda function: lambda x: torch.vmap(torch.func.grad(function))(x.unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        loss,
+        lambda weight: cfl_ops.lstsq(weight, SPD[:K]).sum(),
+        lambda weight: cfl_ops.ridge_solve(SPD, weight.mT, 0.5).pow(2).sum(),
+    ],
+    ids=["proximal_step", "lstsq", "ridge_solve"],
+)
+def test_transforms_that_are_compiled(name: str, function: Any) -> None:
+    """Dynamo traces none of them: it leaves the function to eager, and says so where it may not."""
+    transformed = TRANSFORMS[name](function)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(transformed, backend="eager")(HEAD), transformed(HEAD))
+    torch._dynamo.reset()  # which remembers what it left to eager
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="is differentiated by a transform of torch.func"):
+        torch.compile(transformed, backend="eager", fullgraph=True)(HEAD)
+
+
+def test_compiled_proximal_step_has_a_gradient() -> None:
+    """Its backward formula is itself a pullback."""
+    leaves = HEAD.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    loss(leaves[0]).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(leaves[1]).backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
