@@ -17,6 +17,8 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
+from cfl_ops._core.autocast import without_autocast
+
 
 class SavedInputs:
     """What a derivative's setup_context stores, outside of autograd."""
@@ -73,6 +75,7 @@ def jvp_of(
             out[i] = tangent
         return out
 
+    @without_autocast
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         count = len(ctx.plain_inputs)
         with _below() as values_of:
