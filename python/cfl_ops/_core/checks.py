@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.compiler import is_compiling
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -285,8 +286,11 @@ _tracing = torch._C._len_torch_dispatch_stack
 
 @functools.lru_cache(maxsize=1024)
 def _number(value: float) -> Tensor:
-    """The same tensor for the same number, which nobody writes to."""
-    with torch.inference_mode(False):
+    """The same tensor for the same number, which nobody writes to.
+
+    It outlives the transform that first asked for it, whose wrapper would be an error in the next one.
+    """
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 

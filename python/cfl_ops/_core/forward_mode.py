@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch._functorch.pyfunctorch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
+
+from cfl_ops._core.autocast import without_autocast
 
 
 class SavedInputs:
@@ -72,6 +75,7 @@ def jvp_of(
             out[i] = tangent
         return out
 
+    @without_autocast
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         count = len(ctx.plain_inputs)
         with _below() as values_of:
@@ -91,10 +95,13 @@ def jvp_of(
 def _below() -> Iterator[Callable[[Sequence[Tensor | None]], list[Any]]]:
     """Below the transform that asks for tangents, whose values have none: else the formula's ops would ask again."""
     interpreter = _interpreter()
-    if interpreter is None:  # forward_ad without a transform
+    if interpreter is None:  # forward_ad itself
 
         def primals(values: Sequence[Tensor | None]) -> list[Any]:
-            return [None if value is None else forward_ad.unpack_dual(value).primal for value in values]
+            with forward_ad._set_fwd_grad_enabled(
+                False
+            ):  # vmap has no rule for unpack_dual(); views keep tangents
+                return [None if value is None else value.clone() for value in values]
 
         yield primals
         return
@@ -117,7 +124,8 @@ def _lifted(values: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _interpreter() -> Any:
-    """The innermost functorch transform."""
+    """The innermost functorch transform, if that asks for tangents: inside of another one forward_ad does."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return None
-    return torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    interpreter = retrieve_current_functorch_interpreter()
+    return interpreter if interpreter.key() == TransformType.Jvp else None

@@ -8,12 +8,15 @@ one) a derivative. Faster kernels then take over per device: see dispatch.py.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import CInterpreter, TransformType
+from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
@@ -84,7 +87,10 @@ class Op:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
         self.watched = tuple(i for i in tensors if i not in self.as_data)
-        self._only = self.written[0] if len(self.written) == 1 else None
+        given = [str(self.overload._schema.arguments[i].type) == "Tensor" for i in self.written]
+        first, last = min(self.written, default=0), max(self.written, default=0)
+        # What is written, where that is a run of arguments which are always given: a slice is made in no time.
+        self._span = slice(first, last + 1) if all(given) and last - first + 1 == len(given) else None
 
     def __call__(self, *args: Any) -> Any:
         if self.written:
@@ -92,18 +98,24 @@ class Op:
         # register_autograd serves plain autograd and the compiler at no cost to the call. Under functorch
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves both.
-        if is_compiling():
-            # A derivative that is made with torch.func meets its transforms after Dynamo has done.
-            if self.derivative is not None and not is_dynamo_compiling() and transforming():
-                return self.function.apply(*args)
-        elif self.derivative is not None:
+        if self.derivative is not None:
             if transforming():
-                return self.function.apply(*args)
-            if not (torch.is_grad_enabled() and _any_requires_grad(args)):
+                return self._transformed(args)
+            if not is_compiling() and not (torch.is_grad_enabled() and _any_requires_grad(args)):
                 # Its Python wrapper would cost as much as a small call.
                 with torch._C._AutoDispatchBelowAutograd():
                     return self.overload(*args)
         return self.overload(*args)
+
+    def _transformed(self, args: tuple[Any, ...]) -> Any:
+        """The call under a transform, which Dynamo can trace neither here nor in the formulas of derivatives."""
+        if "torch._dynamo" not in sys.modules:
+            return self.function.apply(*args)
+        if is_dynamo_compiling():
+            torch._dynamo.graph_break(
+                msg=f"cfl_ops.{self.name} is differentiated by a transform of torch.func"
+            )
+        return torch.compiler.disable(self.function.apply)(*args)
 
     def _write(self, args: tuple[Any, ...]) -> Any:
         """The call of an op in place: what its kernel under autograd's key does, without the way through there."""
@@ -116,10 +128,9 @@ class Op:
                     self.refuse_gradients(args)
         with _BelowAutograd():
             out = self.overload(*args)
-        if self._only is not None:
-            _increment_version((args[self._only],))
-        else:
-            self.bump_versions(args)
+        _increment_version(
+            args[self._span] if self._span else [args[i] for i in self.written if args[i] is not None]
+        )
         return out
 
     def check(self, args: Sequence[Any]) -> None:
@@ -140,8 +151,9 @@ class Op:
                 continue
             if (enabled and arg.requires_grad) or (forward and _has_tangent(arg)):
                 name = self.overload._schema.arguments[position].name
+                has = "requires grad" if enabled and arg.requires_grad else "has a tangent"
                 raise RuntimeError(
-                    f"cfl_ops.{self.name}: {name} requires grad, but an update in place takes no part in autograd: "
+                    f"cfl_ops.{self.name}: {name} {has}, but an update in place takes no part in autograd: "
                     "use the form without an underscore, detach(), or torch.no_grad()"
                 )
 
@@ -174,12 +186,37 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
     return False
 
 
+def _lost(args: Sequence[Any]) -> bool:
+    """Whether plain autograd would lose a derivative that a transform, or forward-mode AD, asks for."""
+    if _transform() is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+        return True
+    forward = torch._C._is_fwd_grad_enabled()
+    return forward and any(isinstance(arg, Tensor) and _has_tangent(arg) for arg in args)
+
+
 OPS: dict[str, Op] = {}
 
 
 def transforming() -> bool:
-    """Whether a functorch transform or forward-mode AD is at work."""
+    """Whether a functorch transform or forward-mode AD is at work.
+
+    In what is compiled, one that differentiates: under vmap alone it is the op that is traced.
+    """
+    if is_compiling():
+        return forward_ad._current_level >= 0 or _differentiating()
     return _transform() is not None or forward_ad._current_level >= 0
+
+
+def _differentiating() -> bool:
+    """Whether a functorch transform differentiates, asked as Dynamo can trace it."""
+    interpreter = _transform()
+    if not isinstance(interpreter, CInterpreter):
+        return False
+    transform = coerce_cinterpreter(interpreter)
+    if transform.key() != TransformType.Vmap:
+        return True
+    with transform.lower():
+        return _differentiating()
 
 
 def define_op(
@@ -246,7 +283,8 @@ def define_op(
     torch.library.register_fake(qualified, _checked_fake(rule, fake), lib=LIB)
     dims = _refusing(name, no_vmap) if no_vmap else lambda args: core_dims(fields, shapes_of(args))
     op.vmap = vmap_rule(op, op.overload._schema, dims)
-    torch.library.register_vmap(qualified, op.vmap, lib=LIB)
+    # A call that came through the dispatcher goes on there.
+    torch.library.register_vmap(qualified, vmap_rule(op.overload, op.overload._schema, dims), lib=LIB)
     if derivative is not None:
         derivative = _marking(op, derivative)
         _register_autograd(op, derivative)
@@ -389,6 +427,11 @@ def _register_autograd(op: Op, derivative: Derivative) -> None:
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal kernel
+        if transforming() and _lost(args):
+            raise RuntimeError(
+                f"cfl_ops.{op.name}: torch.ops.{NAMESPACE}.{op.name} takes part in plain autograd only, but a "
+                "transform of torch.func or forward_ad asks for its derivative: call the function of cfl_ops"
+            )
         if kernel is None:
             info = torch._library.autograd.Info(derivative.backward, derivative.setup_context)
             kernel = torch._library.autograd.make_autograd_impl(op.overload, info)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.autocast import without_autocast
+from cfl_ops._core.op import transforming
 from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V
 
 
@@ -41,6 +43,14 @@ def factor_backward(factor: Tensor, grad: Tensor) -> Tensor:
     left = torch.linalg.solve_triangular(factor.mT, inner, upper=True)
     both: Tensor = torch.linalg.solve_triangular(factor, left, upper=False, left=False)
     return 0.5 * (both + both.mT)
+
+
+def inverse_of_factor(factor: Tensor) -> Tensor:
+    """``(L L^T)^-1``. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture; under
+    transforms its forward-mode derivative is wrong (torch 2.13).
+    """
+    by_solves = not factor.is_cpu or is_compiling() or transforming()
+    return inverse_by_solves(factor) if by_solves else torch.cholesky_inverse(factor)
 
 
 @without_autocast

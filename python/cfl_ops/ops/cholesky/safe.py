@@ -16,7 +16,7 @@ from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky.codes import INDEFINITE, NOT_FINITE
-from cfl_ops.ops.cholesky.factor import check_factor, factor_backward, inverse_by_solves
+from cfl_ops.ops.cholesky.factor import check_factor, factor_backward, inverse_of_factor
 
 __all__ = ["SafeCholesky", "safe_cholesky", "safe_cholesky_ex", "spd_inverse", "spd_inverse_ex"]
 
@@ -112,7 +112,7 @@ def spd_inverse(a: Tensor) -> Tensor:
         tensor([0.2500, 1.0000])
 
     """
-    return _inverse(safe_cholesky(a).L)
+    return inverse_of_factor(safe_cholesky(a).L)
 
 
 def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +128,7 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     """
     (factor, jitter), info = _safe("spd_inverse_ex", a, 0.5)
-    return _inverse(factor), jitter, info
+    return inverse_of_factor(factor), jitter, info
 
 
 def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
@@ -136,11 +136,6 @@ def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
     max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
-
-
-def _inverse(factor: Tensor) -> Tensor:
-    """(L L^T)^-1. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture."""
-    return torch.cholesky_inverse(factor) if factor.is_cpu else inverse_by_solves(factor)
 
 
 def _first_jitter(order: int, eps: float) -> float:

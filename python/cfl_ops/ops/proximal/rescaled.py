@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from cfl_ops._core import checks
 from cfl_ops.ops.proximal.arguments import check_arguments
 from cfl_ops.ops.proximal.step import PROXIMAL_STEP, ProximalStep, raise_if_failed
-from cfl_ops.ops.solve.system import on_device
+from cfl_ops.ops.solve.system import cholesky_solve, on_device
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -125,7 +125,8 @@ def rescaled_proximal_step(
         shared = phi @ phi.mT
         shared.diagonal().add_(t)
         factor, info = torch.linalg.cholesky_ex(shared)
-        inverse = torch.cholesky_inverse(factor)
+        # Not torch.cholesky_inverse, whose forward-mode derivative is wrong (torch 2.13).
+        inverse = cholesky_solve(torch.eye(rows, dtype=factor.dtype, device=factor.device), factor)
         alpha = torch.cholesky_solve(residual, factor)
         shift = t * (1 / kappa - 1)
         inner = (

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
@@ -203,7 +204,7 @@ def _all_or_none_(arguments: ProximalArguments) -> tuple[Tensor, Tensor]:
     """The step in place on a batch of heads, of which none is changed where one fails."""
     if not torch.compiler.is_compiling():
         PROXIMAL_STEP_.check(arguments)
-    with torch.no_grad():
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         weight, bias, loss, grad_features, info = PROXIMAL_STEP(*arguments)
         raise_if_failed(info, [weight, bias], arguments.features, arguments.target, arguments.weight)
         arguments.weight.copy_(weight)
