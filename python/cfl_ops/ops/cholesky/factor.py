@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.autocast import without_autocast
@@ -49,7 +48,7 @@ def inverse_of_factor(factor: Tensor) -> Tensor:
     """``(L L^T)^-1``. On a GPU torch's batched one may be MAGMA's, which no CUDA graph can capture; under
     transforms its forward-mode derivative is wrong (torch 2.13).
     """
-    by_solves = not factor.is_cpu or is_compiling() or transforming()
+    by_solves = not factor.is_cpu or transforming()
     return inverse_by_solves(factor) if by_solves else torch.cholesky_inverse(factor)
 
 

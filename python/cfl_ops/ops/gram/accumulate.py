@@ -104,6 +104,14 @@ class GramAccumulator:
                 num_classes=self.num_classes, acc_dtype=self.acc_dtype,
             )  # fmt: skip
         else:
+            width = self._recent.gram.shape[-1] - int(self.bias_column)
+            if (
+                isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] != width
+            ):  # gram_ cannot know of the option
+                raise ValueError(
+                    f"cfl_ops.GramAccumulator: x must have width {width} as in the batches before, but got shape "
+                    f"{tuple(x.shape)}"
+                )
             gram_(self._recent, x, y, sample_weight=sample_weight, decay=self.decay)
         self.batches += 1
         self.rows += x.shape[-2]

@@ -160,7 +160,8 @@ def gram_(
 
     Args:
         m: moments from :func:`gram`, updated in place.
-        x: ``(..., B, D)`` in the batch shape of ``m``.
+        x: ``(..., B, D)`` in the batch shape of ``m``. Rows one column narrower than ``m`` are taken for those of
+            moments with a bias column: a width that is short by one goes unnoticed.
         y: targets as in :func:`gram`, where ``m`` has them.
         sample_weight: ``(..., B)`` weights of the rows.
         decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.

@@ -178,7 +178,9 @@ def proximal_step_(
 
     Returns:
         ``(loss, grad_features)``. When it raises, weight and bias are unchanged, all of a batch. Takes no part
-        in autograd: features may require grad and get none (``grad_features`` is theirs), nothing else may.
+        in autograd: features may require grad and get none (``grad_features`` is theirs); what else does needs
+        ``torch.no_grad()`` around the call, as an ``nn.Parameter`` head, and ``features.backward(grad_features)``
+        after it.
 
     Example:
         >>> import torch, cfl_ops

@@ -121,6 +121,9 @@ torch.serialization.add_safe_globals([Factorization])
 def factorize(a: Tensor, *, rtol: float | Tensor | None = None) -> Factorization:
     """Factor ``a (..., M, N)`` once, for many right sides.
 
+    Not differentiable in ``a``, in either mode: gradients and tangents of ``a`` are dropped (use :func:`lstsq` or
+    :func:`pinv`).
+
     Args:
         a: any shape and rank, of any strides.
         rtol: as for :func:`lstsq`.
