@@ -133,7 +133,8 @@ def test_gradients(spec: contract.OpSpec, backend: str) -> None:
     skip_unless_served(spec, backend, torch.float64)
     cases = [case for case in spec.cases if case.gradcheck]
     assert cases, f"{spec.op.name} is differentiable but lists no sample for gradcheck"
-    for case in cases:
+    # The formulas are Python's on every backend; the interpreter takes minutes over all of them.
+    for case in cases[:2] if backend == "triton" else cases:
         function, values, args, positions = differentiable_function(spec, case)
         tensors = [value.detach().clone().requires_grad_() for value in values]
         results = contract.as_tuple(spec.op(*args[: positions[0]], tensors[0], *args[positions[0] + 1 :]))

@@ -99,9 +99,10 @@ class Op:
         # transforms it raises, and forward-mode AD would silently see a zero tangent: there the Function
         # takes over, which serves both.
         if self.derivative is not None:
-            if transforming():
+            compiling = is_compiling()
+            if transforming() if compiling else (_transform() is not None or forward_ad._current_level >= 0):
                 return self._transformed(args)
-            if not is_compiling() and not (torch.is_grad_enabled() and _any_requires_grad(args)):
+            if not compiling and not (_grad_enabled() and _any_requires_grad(args)):
                 # Its Python wrapper would cost as much as a small call.
                 with torch._C._AutoDispatchBelowAutograd():
                     return self.overload(*args)
