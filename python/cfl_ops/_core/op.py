@@ -30,6 +30,7 @@ NAMESPACE = "cfl_ops"
 _transform = torch._C._functorch.peek_interpreter_stack
 _grad_enabled = torch.is_grad_enabled
 _increment_version = torch._C._increment_version
+_autocast_enabled = torch._C._is_any_autocast_enabled
 _BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 LIB = torch.library.Library(NAMESPACE, "DEF")
 
@@ -341,12 +342,13 @@ def _guarded(rule: Rule, python: Callable[..., Any]) -> Callable[..., Any]:
     """A fallback that is given what the op declares, computes in the dtypes of its arguments, and whose results
     have the strides that fakes promise, whatever torch ops left behind.
     """
-    computed = without_autocast(below_autograd(python) if rule.written else python)
+    computed = below_autograd(python) if rule.written else python
+    without = without_autocast(computed)
 
     @functools.wraps(python)
     def guarded(*args: Any) -> Any:
         rule(args)
-        out = computed(*args)
+        out = without(*args) if _autocast_enabled() else computed(*args)
         if isinstance(out, Tensor):
             return out.contiguous()
         return out if out is None else tuple([value.contiguous() for value in out])

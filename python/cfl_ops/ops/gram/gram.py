@@ -366,8 +366,10 @@ def gram_arguments(
         checks.sample_weight(op, sample_weight, x.shape[-2], "the rows of x")
         batches["sample_weight"] = sample_weight.shape[:-1]
     checks.same_device(op, "x", x, y=y, sample_weight=sample_weight)
-    batch = checks.broadcastable(op, **batches)
-    x, y, sample_weight = expand_batch((x, y, sample_weight), (*row_dims(classes).values(),), batch)
+    mine = batches.pop("x")
+    if any(shape != mine for shape in batches.values()):
+        batch = checks.broadcastable(op, x=mine, **batches)
+        x, y, sample_weight = expand_batch((x, y, sample_weight), (*row_dims(classes).values(),), batch)
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
