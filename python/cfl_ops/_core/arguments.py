@@ -125,7 +125,7 @@ class Rule:
                 if dims < 0:
                     return False
                 head, shape = shape[:dims], shape[dims:]
-            elif not names:
+            elif not names and position not in self.written:
                 continue  # a number serves every batch
             if batch is None:
                 batch = head
@@ -148,7 +148,8 @@ class Rule:
             if value.layout is not torch.strided or value.dtype not in dtypes:
                 self._refuse_dtype(field, value, dtypes)
             shape = value.shape
-            penalty = names is not None and not names and not shape  # serves every batch, from the CPU too
+            # A number serves every batch, from the CPU too.
+            penalty = names == () and not shape and self.fields.index(field) not in self.written
             if first is None:
                 first = field, value
             elif value.device != first[1].device and not (penalty and value.is_cpu):
