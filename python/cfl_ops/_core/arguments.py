@@ -8,8 +8,7 @@ bindings in C++ ask the same of the kernels' arguments (csrc/checked.h).
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,22 +68,22 @@ class Rule:
         shapes: Callable[[Sequence[Any]], Mapping[str, str]],
         required: Sequence[int],
         written: Sequence[int],
-        check: Callable[..., None] | None,
+        check: Callable[..., Any] | None,
     ) -> None:
         """``required`` are the positions of the tensors that the schema does not call optional."""
         self.name, self.fields, self.shapes, self.written, self.check = name, fields, shapes, written, check
         self.required = required
         self._plans: dict[int, tuple[Mapping[str, str], list[Any]]] = {}
 
-    def __call__(self, args: Sequence[Any]) -> None:
+    def __call__(self, args: Sequence[Any], *, symbolic: bool = False) -> None:
         """Raise TypeError or ValueError for the first argument that is not as declared.
 
-        Most calls are right, and told to be with few questions.
+        Most calls are right, and told to be with few questions; not where sizes may be symbols of a compiler.
         """
         self._check_given(args)
         shapes = self.shapes(args)
-        if not self._obeyed(args, shapes):
-            self.refuse_tensors(args, shapes)
+        if symbolic or not self._obeyed(args, shapes):
+            self._refuse_tensors(args, shapes)
         if self.check is not None:
             self.check(*args)
         if self.written:
@@ -136,12 +135,12 @@ class Rule:
                     return False
         return True
 
-    def refuse_tensors(self, args: Sequence[Any], shapes: Mapping[str, str]) -> None:
+    def _refuse_tensors(self, args: Sequence[Any], shapes: Mapping[str, str]) -> None:
         """Raise for the first tensor that is not as declared."""
         sizes: dict[str, tuple[Any, str]] = {}
         first: tuple[str, Tensor] | None = None
         batch: tuple[str, torch.Size] | None = None
-        for field, value in zip(self.fields, args, strict=True):
+        for position, (field, value) in enumerate(zip(self.fields, args, strict=True)):
             if not isinstance(value, Tensor):
                 continue
             dtypes, names = tensor_rule(shapes[field])
@@ -149,7 +148,7 @@ class Rule:
                 self._refuse_dtype(field, value, dtypes)
             shape = value.shape
             # A number serves every batch, from the CPU too.
-            penalty = names == () and not shape and self.fields.index(field) not in self.written
+            penalty = names == () and not shape and position not in self.written
             if first is None:
                 first = field, value
             elif value.device != first[1].device and not (penalty and value.is_cpu):
@@ -173,15 +172,6 @@ class Rule:
                     f"cfl_ops.{self.name}: {field} must have the batch shape {tuple(batch[1])} of {batch[0]}, "
                     f"but got shape {tuple(shape)}"
                 )
-
-    def symbolic(self, args: Sequence[Any]) -> None:
-        """As the call, where sizes may be symbols of a compiler."""
-        self._check_given(args)
-        self.refuse_tensors(args, self.shapes(args))
-        if self.check is not None:
-            self.check(*args)
-        if self.written:
-            self._check_writable(args)
 
     def _refuse_dtype(self, field: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         got = value.dtype if value.layout is torch.strided else f"layout {value.layout}"
@@ -230,15 +220,6 @@ def _differ(a: Any, b: Any) -> bool:
     return bool(guard_or_false(a != b))
 
 
-def finite(op: str, name: str, value: Any, least: float = -math.inf) -> None:
-    """``value`` is a finite number of at least ``least``; what a compiler does not know yet is asked later."""
-    if isinstance(value, torch.SymFloat | torch.SymInt):
-        return
-    if not (math.isfinite(value) and value >= least):
-        wanted = "finite" if least == -math.inf else f"finite and at least {least:g}"
-        raise ValueError(f"cfl_ops.{op}: {name} must be {wanted}, but got {value}")
-
-
 def within(op: str, name: str, value: Any, least: int, most: int | None = None) -> None:
     """``value`` is an integer from ``least`` to ``most``; what a compiler does not know yet is asked later."""
     if isinstance(value, torch.SymInt):
@@ -246,13 +227,6 @@ def within(op: str, name: str, value: Any, least: int, most: int | None = None) 
     if value < least or (most is not None and value > most):
         wanted = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"cfl_ops.{op}: {name} must be {wanted}, but got {value}")
-
-
-def one_of(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """``value`` is one of ``allowed``."""
-    if value not in allowed:
-        wanted = ", ".join(map(str, allowed))
-        raise ValueError(f"cfl_ops.{op}: {name} must be one of {wanted}, but got {value!r}")
 
 
 def same_dtype(op: str, name: str, value: Tensor | None, of: str, dtype: torch.dtype) -> None:

@@ -221,11 +221,18 @@ def _shown(value: Any) -> str:
 
 
 def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """``value`` is one of ``allowed``."""
+    """``value`` is one of the words ``allowed``."""
     if not isinstance(value, str):
         raise TypeError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {_shown(value)}")
+    one_of(op, name, value, allowed)
+
+
+def one_of(op: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"cfl_ops.{op}: {name} must be one of {', '.join(allowed)}, but got {value!r}")
+        raise ValueError(
+            f"cfl_ops.{op}: {name} must be one of {', '.join(map(str, allowed))}, but got {value!r}"
+        )
 
 
 def coefficient(op: str, name: str, value: Any, device: torch.device) -> Tensor:

@@ -130,9 +130,7 @@ class Op:
                     self.refuse_gradients(args)
         with _BelowAutograd():
             out = self.overload(*args)
-        _increment_version(
-            args[self._span] if self._span else [args[i] for i in self.written if args[i] is not None]
-        )
+        self.bump_versions(args)
         return out
 
     def check(self, args: Sequence[Any]) -> None:
@@ -143,7 +141,9 @@ class Op:
 
     def bump_versions(self, args: Sequence[Any]) -> None:
         """Tell autograd what was written: a backward pass that needs what was there before then raises."""
-        _increment_version([args[i] for i in self.written if args[i] is not None])
+        _increment_version(
+            args[self._span] if self._span else [args[i] for i in self.written if args[i] is not None]
+        )
 
     def refuse_gradients(self, args: Sequence[Any]) -> None:
         """Raise where a derivative would be lost: an op in place takes no part in autograd."""
@@ -228,7 +228,7 @@ def define_op(
     python: Callable[..., Any],
     fake: Callable[..., Any],
     shapes: Shapes,
-    check: Callable[..., None] | None = None,
+    check: Callable[..., Any] | None = None,
     derivative: Derivative | None = None,
     cuda: Sequence[Kernel] = (),
     composite: bool = False,
@@ -332,7 +332,7 @@ def _checked_fake(rule: Rule, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fake)
     def checked(*args: Any) -> Any:
-        rule.symbolic(args)
+        rule(args, symbolic=True)
         return fake(*args)
 
     return checked

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
 from cfl_ops._core.results import result_type
@@ -217,7 +216,7 @@ SAFE = define_op(
     python=_safe_python,
     fake=_safe_fake,
     shapes={"a": "full D D"},
-    check=lambda a, max_jitter: finite("safe_cholesky", "max_jitter", max_jitter, 0),
+    check=lambda a, max_jitter: checks.number("safe_cholesky", "max_jitter", max_jitter, checks.NOT_NEGATIVE),
     derivative=Derivative(_safe_setup_context, _safe_backward, ("jitter", "info")),
 )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import finite, same_dtype
+from cfl_ops._core.arguments import same_dtype
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op
@@ -290,8 +290,8 @@ def _update_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[A
 
 def _check(op: str, L: Tensor, V: Tensor, alpha: float, decay: float) -> None:
     same_dtype(op, "V", V, "L", L.dtype)
-    finite(op, "alpha", alpha)
-    finite(op, "decay", decay, 0)
+    checks.number(op, "alpha", alpha)
+    checks.number(op, "decay", decay, checks.NOT_NEGATIVE)
 
 
 UPDATE = define_op(

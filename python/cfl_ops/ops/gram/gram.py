@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import DTYPES, finite, one_of, same_dtype, trailing, within
+from cfl_ops._core.arguments import DTYPES, same_dtype, trailing, within
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
@@ -292,14 +292,14 @@ def check_rows(a: GramArguments, op: str = "gram") -> None:
         raise ValueError(f"cfl_ops.{op}: num_classes is {a.num_classes}, but y is not given")
     if a.y is not None and not a.num_classes:
         same_dtype(op, "y", a.y, "x", a.x.dtype)
-    one_of(op, "acc_dtype", a.acc_dtype, DTYPES["full"])
+    checks.one_of(op, "acc_dtype", a.acc_dtype, DTYPES["full"])
     if a.x.dtype == torch.float64:
-        one_of(op, "acc_dtype", a.acc_dtype, (torch.float64,))
+        checks.one_of(op, "acc_dtype", a.acc_dtype, (torch.float64,))
 
 
 def _check_moments(a: GramInPlaceArguments) -> None:
     """Raise for what is wrong with the moments and the decay."""
-    finite("gram_", "decay", a.decay, 0)
+    checks.number("gram_", "decay", a.decay, checks.NOT_NEGATIVE)
     check_rows(a.new_rows, "gram_")
     for name, value in zip(MOMENT_SHAPES, a[:4], strict=False):
         same_dtype("gram_", name, value, "gram", a.gram.dtype)

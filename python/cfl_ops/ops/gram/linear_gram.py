@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import one_of, same_dtype, trailing
+from cfl_ops._core.arguments import same_dtype, trailing
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.ops.gram.gram import (
@@ -119,7 +119,7 @@ _DENSE, _CLASSES = row_shapes(0) | _LAYER, row_shapes(1) | _LAYER
 
 
 def _check(a: LinearGramArguments) -> None:
-    one_of("linear_gram", "activation", a.activation, ACTIVATIONS)
+    checks.one_of("linear_gram", "activation", a.activation, ACTIVATIONS)
     for name, value in (("weight", a.weight), ("bias", a.bias)):
         same_dtype("linear_gram", name, value, "x", a.x.dtype)
     check_rows(_of_features(a, a.x), "linear_gram")
@@ -146,8 +146,7 @@ def _arguments(
         checks.floating(op, "bias", bias, 1)
         checks.size(op, "bias", bias, -1, weight.shape[-2], "the rows of weight")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"cfl_ops.{op}: {name} must be {x.dtype} as x is, but got {value.dtype}")
+        same_dtype(op, name, value, "x", x.dtype)
     checks.same_device(op, "x", x, weight=weight, bias=bias)
     rows = gram_arguments(op, x, y, bias_column, sample_weight, num_classes, acc_dtype)
     if rows.x.dtype != x.dtype:  # promoted together with y

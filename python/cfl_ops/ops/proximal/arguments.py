@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import one_of, trailing
+from cfl_ops._core.arguments import trailing
 from cfl_ops._core.batching import expand_batch
 from cfl_ops.ops.proximal.codes import AUTO, BIAS_FITS, MEAN, METHODS, PENALIZED, REDUCTIONS
 
@@ -47,9 +47,9 @@ def shapes(arguments: ProximalArguments) -> dict[str, str]:
 
 def check_options(op: str, arguments: ProximalArguments) -> None:
     """Raise for an option that is none."""
-    one_of(op, "reduction", arguments.reduction, REDUCTIONS.values())
-    one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS.values())
-    one_of(op, "method", arguments.method, METHODS.values())
+    checks.one_of(op, "reduction", arguments.reduction, REDUCTIONS.values())
+    checks.one_of(op, "fit_bias", arguments.fit_bias, BIAS_FITS.values())
+    checks.one_of(op, "method", arguments.method, METHODS.values())
 
 
 def check_arguments(

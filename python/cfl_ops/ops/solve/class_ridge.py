@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import finite
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.errors import LinAlgError
@@ -227,7 +226,7 @@ CLASS_SOLVE = define_op(
     python=_class_solve_python,
     fake=_class_solve_fake,
     shapes={"x": "B D", "y": "int64 B", "cross": "D K", "lam": ""},
-    check=lambda args: finite("class_solve", "kappa", args.kappa, 0),
+    check=lambda args: checks.number("class_solve", "kappa", args.kappa, checks.NOT_NEGATIVE),
     derivative=Derivative(_class_solve_setup_context, _class_solve_backward),
     composite=True,
 )

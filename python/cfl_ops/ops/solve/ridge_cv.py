@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import one_of, same_dtype, within
+from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
@@ -407,7 +407,7 @@ def _ridge_cv_fake(args: RidgeCVArguments) -> tuple[Tensor, ...]:
 
 def _check(args: RidgeCVArguments) -> None:
     rows, folded = args.x.shape[-2], args.kind == "folds"
-    one_of("ridge_cv", "kind", args.kind, ("loo", "gcv", "folds"))
+    checks.one_of("ridge_cv", "kind", args.kind, ("loo", "gcv", "folds"))
     within("ridge_cv", "folds", args.folds, 2 if folded else 0, rows if folded else 0)
     within("ridge_cv", "the rows of x", rows, 2)
     within("ridge_cv", "the number of lams", args.lams.shape[-1], 1)

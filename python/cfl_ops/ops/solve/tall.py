@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cfl_ops._core.arguments import finite
+from cfl_ops._core import checks
 from cfl_ops._core.op import define_op
 from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.codes import UNRESOLVED
@@ -306,7 +306,7 @@ def _tall_factor_fake(args: TallFactorArguments) -> tuple[Tensor, ...]:
 
 def _check(args: TallFactorArguments) -> None:
     for name in ("well_conditioned", "shift", "kept"):
-        finite("tall_factor", name, getattr(args, name), 0)
+        checks.number("tall_factor", name, getattr(args, name), checks.NOT_NEGATIVE)
 
 
 TALL_FACTOR = define_op(
