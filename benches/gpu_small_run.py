@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import cfl_ops
 import torch
-from cfl_ops.ops.gram.gram import EXACT_GRAM
+from cfl_ops.ops.gram.exact_gram import EXACT_GRAM
 from torch import Tensor
 
 Piece = tuple[str, Callable[[], None]]

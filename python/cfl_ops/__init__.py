@@ -36,6 +36,7 @@ from cfl_ops.ops.codec.quantize import (
     quantize,
     quantize_ex,
 )
+from cfl_ops.ops.gram import exact_gram as _exact_gram  # noqa: F401  (an op that no public function calls)
 from cfl_ops.ops.gram.accumulate import GramAccumulator
 from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
 from cfl_ops.ops.gram.linear_gram import linear_gram

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from cfl_ops.ops.gram.gram import EXACT_GRAM, GRAM, GRAM_
+from cfl_ops.ops.gram.exact_gram import EXACT_GRAM
+from cfl_ops.ops.gram.gram import GRAM, GRAM_
 from cfl_ops.ops.gram.linear_gram import ACTIVATIONS, LINEAR_GRAM
 from torch import Tensor
 

@@ -14,8 +14,7 @@ from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops._core.results import result_type
-from cfl_ops._gpu.launch import cuda_cpp, triton
-from cfl_ops.ops.gram import cuda
+from cfl_ops._gpu.launch import triton
 from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
 
 __all__ = ["GramMoments", "gram", "gram_"]
@@ -432,8 +431,8 @@ def gram_fallback(a: GramArguments) -> tuple[Tensor, ...]:
     x = a.x.to(a.acc_dtype)
     if a.bias_column:
         x = torch.cat([x, x.new_ones(*batch, rows, 1)], dim=-1)
-    weighted = _weighted(x, a.sample_weight)
-    gram = _symmetric(weighted.mT @ x)
+    weighted = weighted_rows(x, a.sample_weight)
+    gram = symmetric(weighted.mT @ x)
     if a.acc_dtype == torch.float64 and a.x.dtype != torch.float64:
         finite = gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         info = torch.where(finite, info, NOT_FINITE)
@@ -450,22 +449,22 @@ def gram_fallback(a: GramArguments) -> tuple[Tensor, ...]:
         outside = (y < 0) | (y >= a.num_classes)
         info = torch.where(outside.any(-1), BAD_CLASS, info)
         label = torch.where(outside, 0, y).unsqueeze(-1)
-        ones = _weighted(x.new_ones(*batch, rows, 1), a.sample_weight)
+        ones = weighted_rows(x.new_ones(*batch, rows, 1), a.sample_weight)
         one_hot_sum = x.new_zeros(*batch, a.num_classes, a.order)
         cross = one_hot_sum.scatter_add(-2, label.expand_as(weighted), weighted).mT.contiguous()
         target_sum = x.new_zeros(*batch, a.num_classes).scatter_add(-1, label.squeeze(-1), ones.squeeze(-1))
         return gram, cross, target_sum, target_sum.clone(), count, info
     target = y.to(a.acc_dtype)
     cross = weighted.mT @ target
-    weighted_target = _weighted(target, a.sample_weight)
+    weighted_target = weighted_rows(target, a.sample_weight)
     return gram, cross, weighted_target.sum(-2), (weighted_target * target).sum(-2), count, info
 
 
-def _weighted(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
+def weighted_rows(rows: Tensor, sample_weight: Tensor | None) -> Tensor:
     return rows if sample_weight is None else rows * sample_weight.to(rows.dtype).unsqueeze(-1)
 
 
-def _symmetric(lower: Tensor) -> Tensor:
+def symmetric(lower: Tensor) -> Tensor:
     """The symmetric matrix with this lower triangle."""
     return lower.tril() + lower.tril(-1).mT
 
@@ -524,7 +523,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if g_sq is not None:
             row_y = row_y + 2 * target * g_sq.unsqueeze(-2)
             row_weight = row_weight + (target * target * g_sq.unsqueeze(-2)).sum(-1)
-        grad_y = _weighted(row_y, a.sample_weight).to(y.dtype)
+        grad_y = weighted_rows(row_y, a.sample_weight).to(y.dtype)
     elif y is not None:
         if g_cross is not None:
             index = y.unsqueeze(-1).expand(*y.shape, g_cross.shape[-2])
@@ -536,7 +535,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad in (g_sum, g_sq):
             if grad is not None:
                 row_weight = row_weight + grad.gather(-1, y)
-    grad_x = _weighted(row_x, a.sample_weight).to(a.x.dtype)
+    grad_x = weighted_rows(row_x, a.sample_weight).to(a.x.dtype)
     if a.sample_weight is not None:
         grad_weight = row_weight.to(a.sample_weight.dtype)
     return gradients(GramArguments, x=grad_x, y=grad_y, sample_weight=grad_weight)
@@ -563,23 +562,6 @@ GRAM_ = define_op(
     shapes=lambda a: _ADD_CLASSES if a.num_classes else _ADD_DENSE,
     check=_check_moments,
     cuda=(triton("cfl_ops.triton_kernels.gram:gram_"),),
-)
-
-
-def _exact_gram_fallback(x: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """X^T S X in float64, of x (..., B, D) in any floating-point dtype and float64 weights (..., B)."""
-    x = x.double()
-    return _symmetric(_weighted(x, sample_weight).mT @ x)
-
-
-# float64 accumulation of the Gram matrix alone, which CUDA C++ serves: a step of gram's Triton launcher.
-EXACT_GRAM = define_op(
-    "exact_gram(Tensor x, Tensor? sample_weight) -> Tensor",
-    python=_exact_gram_fallback,
-    fake=lambda x, sample_weight: x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=torch.float64),
-    shapes={"x": "B D", "sample_weight": "float64 B"},
-    cuda=cuda_cpp(cuda.exact_gram),
-    helper=True,
 )
 
 
