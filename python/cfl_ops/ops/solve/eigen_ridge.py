@@ -14,6 +14,7 @@ from cfl_ops.ops.solve.regression import (
     free_rows,
     gram_of_rows,
     moments,
+    same_dtype,
     with_free_rows,
 )
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
