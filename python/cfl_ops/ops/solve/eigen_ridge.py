@@ -169,7 +169,7 @@ def _inverse(values: Tensor) -> Tensor:
 
 
 def shrinkage(singular: Tensor, lam: Tensor) -> Tensor:
-    """s / (s^2 + lam), written so that squares do not underflow; 0 where s is."""
+    """The factors s / (s^2 + lam), written so that squares do not underflow; 0 where s is."""
     safe = torch.where(singular > 0, singular, 1.0)
     return torch.where(singular > 0, 1 / (safe + lam / safe), 0.0)
 

@@ -314,7 +314,7 @@ class Residuals:
         self.work = self.left.to(dtype)
 
     def _project(self, outside: Tensor) -> Tensor:
-        """diag P, for rows near 0 as the squared length of their rows of P."""
+        """The diagonal of P, for rows near 0 as the squared length of their rows of P."""
         rows = self.left.shape[0]
         self.own = (outside < ROOM).nonzero().squeeze(-1)
         span = self.left
@@ -355,7 +355,7 @@ class Residuals:
 
 
 def _complement(values: Tensor, lam: float, full: bool) -> Tensor:
-    """lam / (values^2 + lam), or a multiple of it where only ratios count: at lam 0, and where P is zero."""
+    """The factors lam / (values^2 + lam), or a multiple of it where only ratios count: at lam 0, and where P is zero."""
     if values.numel() == 0:
         return values
     least = values.min()

@@ -154,7 +154,7 @@ def _ridge_fit_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
 
 
 def _check(args: RidgeFitArguments) -> None:
-    x, y, cross, lam, _ = args
+    _, y, cross, lam, _ = args
     if y is None and cross is None:
         raise ValueError("cfl_ops.ridge_fit: y or cross must be given")
     targets = y.shape[-1] if y is not None else cross.shape[-1]  # type: ignore[union-attr]
