@@ -14,7 +14,8 @@ from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.solve.codes import BAD_CLASS, BAD_PENALTY, NOT_FINITE
-from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge, Equilibrated
+from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge
+from cfl_ops.ops.solve.narrow_ridge import Equilibrated
 from cfl_ops.ops.solve.regression import gram_of_rows, moments
 from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
@@ -167,7 +168,7 @@ def _own_class(y: Tensor, classes: int) -> Tensor:
 
 
 def _class_solve_python(args: ClassSolveArguments) -> tuple[Tensor, Tensor]:
-    """w_k = (X^T M_k^2 X + lam_k I)^-1 (X^T M_k^2 t_k + q_k), with M_k^2 = diag(kappa in the rows of class k, else 1)."""
+    """w_k = (X^T M_k^2 X + lam_k I)^-1 (X^T M_k^2 t_k + q_k), M_k^2 = diag(kappa in the rows of class k, else 1)."""
     batch = args.x.shape[:-2]
     if not batch:
         return _class_solve_one(args)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from cfl_ops.ops.gram.gram import plain_gram
+from cfl_ops.ops.solve.narrow_ridge import Equilibrated
 from cfl_ops.ops.solve.regression import (
     centred,
     column_means,
@@ -17,15 +16,11 @@ from cfl_ops.ops.solve.regression import (
     same_dtype,
     with_free_rows,
 )
-from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 
 # Largest eigenvalue of X^T X + lam I over the smallest up to which a float64 Gram matrix is as good as X itself: its
 # rounding errors, some eps times this, are below those of float32 data. float64 data ask for more.
 GRAM_LIMIT = {torch.float32: 1e8, torch.float64: 1e6}
 EPS = torch.finfo(torch.float64).eps
-PROBES = 8
-REFINED = 1e3
-"""The condition from which a float64 solution by its Gram matrix is refined."""
 
 
 class EigenRidge:
@@ -172,38 +167,3 @@ def shrinkage(singular: Tensor, lam: Tensor) -> Tensor:
     """The factors s / (s^2 + lam), written so that squares do not underflow; 0 where s is."""
     safe = torch.where(singular > 0, singular, 1.0)
     return torch.where(singular > 0, 1 / (safe + lam / safe), 0.0)
-
-
-class Equilibrated:
-    """G + lam I with a unit diagonal, and an estimate of its condition, which comes with the first solution."""
-
-    def __init__(self, gram: Tensor, lam: Tensor) -> None:
-        """``gram (..., n, n)`` in float64, ``lam (..., 1)``."""
-        diagonal = gram.diagonal(dim1=-2, dim2=-1) + lam
-        usable = (diagonal > 0) & diagonal.isfinite()
-        self.scale = torch.where(usable, diagonal, 1.0).sqrt().unsqueeze(-1)
-        self.system = gram / self.scale
-        self.system = self.system / self.scale.mT
-        self.system.diagonal(dim1=-2, dim2=-1).copy_(torch.where(usable, 1.0, 0.0))
-        self.condition = torch.empty(0)
-
-    def solve(self, right: Tensor) -> Tensor:
-        """The solution; NaN where the matrix is not positive definite."""
-        order = right.shape[-2]
-        probes = _probes(order).to(right.device).expand(*right.shape[:-1], PROBES)
-        both = torch.cat([right / self.scale, probes], dim=-1)
-        solution, info = RIDGE_SOLVE(self.system, both, torch.zeros((), dtype=torch.float64), None)
-        # Vectors of independent normal numbers, of which one at least has a part along the least eigenvector.
-        largest = torch.linalg.vector_norm(solution[..., -PROBES:], dim=-2).amax(-1)
-        self.condition = torch.where(info == 0, torch.linalg.matrix_norm(self.system) * largest, torch.inf)
-        return solution[..., :-PROBES] / self.scale
-
-    def doubtful(self) -> bool:
-        """Whether a float64 solution has lost more digits than one refinement costs."""
-        return bool((self.condition > REFINED).any())
-
-
-@functools.lru_cache(maxsize=256)
-def _probes(order: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.randn(order, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

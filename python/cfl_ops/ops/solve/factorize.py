@@ -88,7 +88,9 @@ class Factorization:
         # On the orthogonal path alone it is right times orthonormal rows, basis^T.
         if f.basis is None or f.by_gram is not None:
             p = refined_pinv(self.a, f)
-            values = torch.linalg.svdvals(torch.linalg.qr(p if underdetermined(self.a) else p.mT, mode="r")[1])
+            values = torch.linalg.svdvals(
+                torch.linalg.qr(p if underdetermined(self.a) else p.mT, mode="r")[1]
+            )
         else:
             values = torch.linalg.svdvals(f.right)
         kept = torch.arange(values.shape[-1], device=values.device) < self.rank.unsqueeze(-1)

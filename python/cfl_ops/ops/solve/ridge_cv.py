@@ -355,7 +355,7 @@ class Residuals:
 
 
 def _complement(values: Tensor, lam: float, full: bool) -> Tensor:
-    """The factors lam / (values^2 + lam), or a multiple of it where only ratios count: at lam 0, and where P is zero."""
+    """The factors lam / (values^2 + lam), or multiples where only ratios count: at lam 0, and where P is zero."""
     if values.numel() == 0:
         return values
     least = values.min()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.ops.solve.codes import BAD_PENALTY, NOT_FINITE, UNRESOLVED
-from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge, Equilibrated
-from cfl_ops.ops.solve.regression import centred, gram_of_rows, moments
-from cfl_ops.ops.solve.tall import may_synchronise
+from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge
+from cfl_ops.ops.solve.narrow_ridge import NARROW_RIDGE, Equilibrated
+from cfl_ops.ops.solve.regression import centred, free_rows, moments
+from cfl_ops.ops.solve.tall import NARROW, may_synchronise
+
+REFINED = 1e3
+"""The condition from which a float64 solution by its Gram matrix is refined."""
 
 
 class RidgeFitArguments(NamedTuple):
@@ -30,16 +35,20 @@ class RidgeFitArguments(NamedTuple):
 def _ridge_fit_python(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:
     """(X^T X + lam I)^-1 (X^T Y + C) in float64; of a singular system the minimum-norm fit."""
     x, _, _, lam, _ = args
+    weight, condition = None, None
+    if lam.shape[-2:] == (1, 1) and x.numel():
+        weight, condition = _by_cholesky(args)
+        # The usual case is told with few questions.
+        alone = x.is_cpu and lam.numel() == 1 == condition.numel()
+        if alone and 0 <= lam.item() < math.inf and condition.item() <= GRAM_LIMIT[torch.float32]:
+            return weight, torch.zeros(x.shape[:-2], dtype=torch.int32)
     batch = x.shape[:-2]
     good = ((lam >= 0) & lam.isfinite()).all(-1).all(-1)
-    args = args._replace(lam=torch.where(good[..., None, None], lam, 1.0))
-    if lam.shape[-2:] == (1, 1) and x.numel():
-        weight, hard = _by_cholesky(args)
-    else:
+    if weight is None or condition is None:
         weight = torch.empty(_weight_shape(args), dtype=torch.float64, device=x.device)
-        hard = torch.ones(batch, dtype=torch.bool, device=x.device)
+        condition = torch.full(batch, torch.inf, dtype=torch.float64, device=x.device)
     bad = ~x.isfinite().all(-1).all(-1)
-    hard = hard & good & ~bad
+    hard = ~(condition <= GRAM_LIMIT[torch.float32]) & good & ~bad
     info = torch.where(bad, NOT_FINITE, 0)
     if not may_synchronise(x):
         info = torch.where(hard, UNRESOLVED, info)
@@ -74,50 +83,72 @@ def _by_singular_values(args: RidgeFitArguments, index: tuple[int, ...]) -> Tens
 
 
 def _by_cholesky(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:
-    """The fit at one penalty through the smaller Gram matrix, and where that is not to be used."""
+    """The fit at one penalty through the smaller Gram matrix, and how far it can be trusted: its condition."""
     x, y, cross, lam, bias = args
-    rows, lam = centred(x, bias), lam.squeeze(-1)
-    targets = None if y is None else centred(y, bias)
+    lam = lam[..., 0, 0]
     right = None if cross is None else cross.squeeze(-3).double()
     precise = torch.float64 in (x.dtype, None if y is None else y.dtype)
     if x.shape[-2] - int(bias) >= x.shape[-1]:
-        if targets is None:
-            gram, total = moments(rows, rows[..., :0])[0], right
-        else:
-            gram, total = moments(rows, targets)
-            total = total if right is None else total + right
-        assert total is not None
-        system = Equilibrated(gram, lam)
-        weight = system.solve(total)
+        rows, targets = centred(x, bias), None if y is None else centred(y, bias)
+        system = _NormalEquations(rows, lam)
+        weight = system.solve(targets, right)
         if precise and system.doubtful():
-            change = (
-                -(rows.mT.double() @ (rows.double() @ weight))
-                if targets is None
-                else rows.mT.double() @ (targets.double() - rows.double() @ weight)
-            )
-            change = change - lam.unsqueeze(-1) * weight
-            weight = weight + system.solve(change if right is None else change + right)
-    else:
-        gram = gram_of_rows(rows)
-        if bias:  # the constant vector, in which no right side has a part, is no longer an eigenvector of 0
-            gram = gram + (gram.diagonal(dim1=-2, dim2=-1).mean(-1) / x.shape[-2])[..., None, None]
-        system = Equilibrated(gram, lam)
-        outside = None
-        total = targets
+            rest = rows.double() @ weight
+            change = rows.mT.double() @ (-rest if targets is None else targets.double() - rest)
+            change = change - lam[..., None, None] * weight
+            weight = weight + system.solve(None, change if right is None else change + right)
+    else:  # W = X^T A + C / lam with (X X^T + lam I) A = Y - X C / lam
+        rows, total = free_rows(x, bias), None if y is None else free_rows(y, bias).double()
         if right is not None:
-            outside = right / torch.where(lam > 0, lam, torch.nan).unsqueeze(-1)
-            total = -(rows.double() @ outside) if total is None else total.double() - rows.double() @ outside
+            right = right / lam[..., None, None]
+            total = -(rows.double() @ right) if total is None else total - rows.double() @ right
         assert total is not None
-        total = total.double()
-        alpha = system.solve(total)
-        if precise and system.doubtful():
-            change = total - rows.double() @ (rows.mT.double() @ alpha) - lam.unsqueeze(-1) * alpha
-            alpha = alpha + system.solve(change)
+        system = _NormalEquations(rows.mT, lam)
+        alpha = system.solve(None, total)
         weight = rows.mT.double() @ alpha
-        weight = weight if outside is None else weight + outside
-    limit = GRAM_LIMIT[torch.float32]
-    hard = ~(system.condition <= limit)
-    return weight.unsqueeze(-3), hard
+        if precise and system.doubtful():
+            change = total - rows.double() @ weight - lam[..., None, None] * alpha
+            weight = weight + rows.mT.double() @ system.solve(None, change)
+        if right is not None:
+            weight = weight + right
+            system.condition = torch.where(lam > 0, system.condition, torch.inf)
+    return weight.unsqueeze(-3), system.condition
+
+
+class _NormalEquations:
+    """The system T^T T + lam I; its condition comes with a solution."""
+
+    def __init__(self, t: Tensor, lam: Tensor) -> None:
+        self.t, self.lam = t, lam
+        self.condition = torch.empty(0)
+        self._system: Equilibrated | None = None
+
+    def solve(self, b: Tensor | None, right: Tensor | None) -> Tensor:
+        """For the right side T^T b + right."""
+        targets = b if right is None else right
+        assert targets is not None
+        if max(self.t.shape[-1], targets.shape[-1]) <= NARROW:
+            solution: Tensor
+            solution, self.condition = NARROW_RIDGE(self.t, b, right, self.lam)
+            return solution
+        cross = None
+        if self._system is None:
+            gram, cross = moments(self.t, self.t[..., :0] if b is None else b)
+            self._system = Equilibrated(gram, self.lam.unsqueeze(-1))
+        elif b is not None:
+            cross = self.t.mT.double() @ b.double()
+        if b is None or cross is None:
+            assert right is not None
+            total = right
+        else:
+            total = cross if right is None else cross + right
+        solution = self._system.solve(total)
+        self.condition = self._system.condition
+        return solution
+
+    def doubtful(self) -> bool:
+        """Whether a float64 solution has lost more digits than one refinement costs."""
+        return may_synchronise(self.t) and bool((self.condition > REFINED).any())
 
 
 def _ridge_fit_fake(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:

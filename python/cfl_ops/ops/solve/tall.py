@@ -42,7 +42,7 @@ class Factors(NamedTuple):
     cross: Tensor | None
     """``t^T b`` where a right side came along, and no basis is given."""
     by_gram: Tensor | None = None
-    """Which float64 matrices were inverted by their Gram matrix, by our rule; None for narrower ones and by a tolerance.
+    """Which float64 matrices were inverted by their Gram matrix, by our rule; None of narrower ones and by a tolerance.
 
     One refinement mends the squared condition of a Gram matrix, and what the orthogonal path, whose errors are those
     of the longest rows, does to short ones.
