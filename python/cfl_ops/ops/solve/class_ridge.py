@@ -24,6 +24,9 @@ from cfl_ops.ops.solve.tall import identity
 
 __all__ = ["class_ridge"]
 
+SYSTEMS = 1 << 22
+"""How many numbers the systems may have that are solved side by side."""
+
 
 def class_ridge(
     x: Tensor,
@@ -243,15 +246,23 @@ def _through_columns(args: ClassSolveArguments) -> Tensor | None:
         if int(failed):
             return None
         columns[k] = columns[k] + (reach @ change).squeeze(-1)
-    for k, own in enumerate(members):
-        if len(own) > width:
-            part, whole = rows[own], right[:, k]
+    large = [k for k, own in enumerate(members) if len(own) > width]
+    at_once = max(1, SYSTEMS // width**2)
+    for begin in range(0, len(large), at_once):
+        some = large[begin : begin + at_once]
+        systems, rights = [], []
+        for k in some:
+            own, whole = rows[members[k]], right[:, k]
             if target is not None:
-                whole = whole + (kappa - 1) * (part.mT @ target[own, k])
-            changed = Equilibrated(gram + (kappa - 1) * (part.mT @ part), lam[:1])
-            columns[k] = changed.solve(whole.unsqueeze(-1)).squeeze(-1)
-            if not float(changed.condition) <= _limit(x, 1.0):
-                return None
+                whole = whole + (kappa - 1) * (own.mT @ target[members[k], k])
+            systems.append(gram + (kappa - 1) * (own.mT @ own))
+            rights.append(whole)
+        changed = Equilibrated(torch.stack(systems), lam[:1])
+        solutions = changed.solve(torch.stack(rights).unsqueeze(-1))
+        if not bool((changed.condition <= _limit(x, 1.0)).all()):
+            return None
+        for k, solution in zip(some, solutions.squeeze(-1), strict=True):
+            columns[k] = solution
     return torch.stack(columns, dim=-1)
 
 

@@ -85,8 +85,9 @@ def centred(x: Tensor, bias: bool) -> Tensor:
     """
     if not bias or x.shape[-2] == 0:
         return x
-    rows = x - x[..., :1, :].double()
-    return rows - rows.mean(-2, keepdim=True)
+    rows = x.double()
+    rows = rows - rows[..., :1, :]
+    return rows.sub_(rows.mean(-2, keepdim=True))
 
 
 def free_rows(x: Tensor, bias: bool) -> Tensor:

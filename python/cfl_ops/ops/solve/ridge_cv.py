@@ -266,10 +266,10 @@ def _doubtful(squares: Tensor, scores: Tensor) -> Tensor:
 class Residuals:
     """What a row's target differs by from the fit to the other rows, at each penalty.
 
-    It is e_i / a_i with e = A y, a = diag A and A = I - X (X^T X + lam I)^-1 X^T = P + U diag(c) U^T, where X = U S V^T,
-    P projects on what neither U nor the constant vector reaches, and c = lam / (S^2 + lam) (docs/formulas.md). All
-    terms of a are positive: nothing cancels in it, nor in e where P y comes from the rows of P themselves. Where no
-    row is near to fit itself alone, y - U (1 - c) U^T y and 1 - h_i, which take less, are as good.
+    It is e_i / a_i with e = A y, a = diag A and A = I - X (X^T X + lam I)^-1 X^T = P + U diag(c) U^T, where
+    X = U S V^T, P projects on what neither U nor the constant vector reaches, and c = lam / (S^2 + lam). All terms of
+    a are positive: nothing cancels in it, nor in e where P y comes from the rows of P themselves. Where no row is near
+    to fit itself alone, y - U (1 - c) U^T y and 1 - h_i, which take less, are as good.
 
     At lam 0 it is the limit, the minimum-norm fit to the other rows. Where P has no part in a row (its features are
     independent of all other rows'), that is the ratio of the parts of U, to which lam is a common factor.

@@ -38,9 +38,7 @@ def _ridge_fit_python(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:
     weight, condition = None, None
     if lam.shape[-2:] == (1, 1) and x.numel():
         weight, condition = _by_cholesky(args)
-        # The usual case is told with few questions.
-        alone = x.is_cpu and lam.numel() == 1 == condition.numel()
-        if alone and 0 <= lam.item() < math.inf and condition.item() <= GRAM_LIMIT[torch.float32]:
+        if x.is_cpu and _all_good(lam, condition):  # the usual case, told with few questions
             return weight, torch.zeros(x.shape[:-2], dtype=torch.int32)
     batch = x.shape[:-2]
     good = ((lam >= 0) & lam.isfinite()).all(-1).all(-1)
@@ -57,6 +55,14 @@ def _ridge_fit_python(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:
             weight[tuple(index)] = _by_singular_values(args, tuple(index))
     info = torch.where(good, info, BAD_PENALTY).to(torch.int32)
     return torch.where((info == 0)[..., None, None, None], weight, torch.nan), info
+
+
+def _all_good(lam: Tensor, condition: Tensor) -> bool:
+    """Whether every penalty is one, and the Gram matrices can be trusted."""
+    if lam.numel() == 1 == condition.numel():
+        return 0 <= lam.item() < math.inf and condition.item() <= GRAM_LIMIT[torch.float32]
+    trusted = condition.numel() == 0 or float(condition.amax()) <= GRAM_LIMIT[torch.float32]
+    return trusted and bool(((lam >= 0) & (lam < math.inf)).all())
 
 
 def _weight_shape(args: RidgeFitArguments) -> tuple[int, ...]:
