@@ -117,7 +117,7 @@ class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ig
                 )
             dtype = torch.promote_types(x.dtype, coef.dtype)
             working = torch.promote_types(dtype, torch.float32)  # a half-precision result is rounded once
-            return (x.to(working) @ coef.to(x.device, working).mT + offset.to(x.device, working)).to(dtype)
+            return (x.to(working) @ coef.to(x.device, working).t() + offset.to(x.device, working)).to(dtype)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return X @ coef.cpu().numpy().T + offset.cpu().numpy()
 

@@ -39,7 +39,7 @@ PREDICTION_BYTES = 4 << 20
 ROOM = 2.0**-6
 """How near a row may come to fit itself alone (1 less its leverage) until float32, or a Gram matrix, is not enough."""
 SEEN = 1e-8
-"""Scores below this share of the targets' mean square may be rounding of float32."""
+"""Scores below this share of the targets' mean square may be rounding, of float32 or of moments."""
 
 
 @result_type("ridge")
@@ -259,7 +259,7 @@ class LeaveOneOut:
 
 
 def _doubtful(squares: Tensor, scores: Tensor) -> Tensor:
-    """The targets of which float32 has seen little more than its own rounding: their indices."""
+    """The targets whose scores may be little more than rounding: their indices."""
     return ((scores.amin(0) < SEEN * squares) & (squares > 0)).nonzero().squeeze(-1)
 
 
@@ -404,7 +404,7 @@ class KFold:
         sizes = [end - begin for begin, end in self.pieces]
         share = scores.new_tensor(sizes)[:, None, None] / y.shape[0]
         scores.copy_((share * errors).sum(0))
-        if self.whole.x.dtype != torch.float64 and moments is not None:
+        if moments is not None:
             again = _doubtful(moments.total[2] / y.shape[0], scores)
             if again.numel():
                 for fold in range(len(self.pieces)):
