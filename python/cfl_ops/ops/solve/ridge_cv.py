@@ -71,9 +71,10 @@ def ridge_cv(
         \left( \frac{y_i - x_i^T W_\lambda}{1 - h_i(\lambda)} \right)^2, \quad
         h(\lambda) = \mathrm{diag}\, X (X^T X + \lambda I)^{-1} X^T
 
-    One eigendecomposition serves all penalties and targets ("loo" and "gcv"), or one for each fold, whose
-    Gram matrix is the whole one less the fold's own. Targets are worked off in runs, so that memory beyond
-    inputs, weights and scores stays bounded for any number of them.
+    One eigendecomposition serves all penalties and targets ("loo" and "gcv"), or one for each fold, of the moments
+    of all other rows; where rounding of moments, or of float32, would show in a score, singular values in float64
+    take its place (docs/formulas.md, 11): scores and choices are those of refits. Targets are worked off in runs, so
+    that memory beyond inputs, weights and scores stays bounded for any number of them.
 
     Args:
         x: ``(B, D)``.
@@ -87,15 +88,15 @@ def ridge_cv(
 
     Returns:
         :class:`RidgeCVResult`: ``weight (D, K)``, ``intercept (K)`` or None, ``lam (K)`` or 0-d, and ``scores
-        (L, K)``. Of equal scores the first of ``lams`` wins; a row that fits itself alone (leverage 1) makes
-        leave-one-out infinite there.
+        (L, K)``. Of equal scores the first of ``lams`` wins. At penalty 0 a fit is that of minimum norm, and so is
+        each fit to the rows that are left.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or an option is not known.
         torch.linalg.LinAlgError: x or y has NaN or Inf.
 
     Not differentiable (a choice has no gradient): use :func:`ridge` at the chosen penalty. Costs ``B D^2 / 2 +
-    9 D^3`` once and ``B D K`` multiply-adds for each penalty.
+    9 D^3`` once (``4 B D^2 + 20 D^3`` of singular values) and ``B D K`` multiply-adds for each penalty.
 
     Example:
         >>> import torch, cfl_ops
