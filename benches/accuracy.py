@@ -32,6 +32,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 WIDTH, TARGETS = 13, 3
+MARKER = "<!-- written by benches/accuracy.py -->"
 
 
 @dataclass(frozen=True)
@@ -522,6 +523,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=("native", "python"), help="instead of the best there is")
     parser.add_argument("--only", nargs="*", default=list(PROBES), choices=list(PROBES))
     parser.add_argument("--out", type=Path, help="the rows as JSON")
+    parser.add_argument(
+        "--page", type=Path, help="a page whose table between its two markers is written anew"
+    )
     args = parser.parse_args()
     from tqdm import tqdm
 
@@ -530,6 +534,9 @@ def main() -> None:
     print(table(rows))
     if args.out:
         args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if args.page:
+        before, after = args.page.read_text().split(MARKER)[::2]
+        args.page.write_text(f"{before}{MARKER}\n{table(rows)}\n{MARKER}{after}")
 
 
 if __name__ == "__main__":
