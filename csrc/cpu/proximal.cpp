@@ -754,13 +754,19 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
                         nullptr);
     }
+    double squares = 0, level = ones ? ones_scale : 0;
     for (int64_t i = 0; i < B; ++i) {
-      if (ones) {
-        for (int64_t j = 0; j < B; ++j) {
-          system[i * B + j] += static_cast<Acc>(ones_scale * root[i] * root[j]);
-        }
-      }
       trace += system[i * B + i];
+      squares += root[i] * root[i];
+    }
+    // Centred rows leave the direction of the roots to the penalty alone. No right side has a part
+    // in it, so that whatever is added there changes nothing but the condition.
+    if (centred) level = trace / squares;
+    if (ones) trace += ones_scale * squares;
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; level > 0 && j < B; ++j) {
+        system[i * B + j] += static_cast<Acc>(level * root[i] * root[j]);
+      }
       // A row of weight zero has nothing to say; without a penalty its pivot would be zero.
       const bool silent = root[i] == 0 && t == 0;
       system[i * B + i] += static_cast<Acc>(silent ? 1.0 : t);

@@ -329,7 +329,8 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     ones = sqrt_s if bias is not None and not free else None
     size = (sqrt_s * y).square().sum((-2, -1)).sqrt()
     if rows <= width:
-        change, info = _dual_change(p, q, t, ones, t_bias if lam_diag is not None else None, size)
+        centred = sqrt_s if bias is not None and free else None
+        change, info = _dual_change(p, q, t, ones, centred, t_bias if lam_diag is not None else None, size)
     else:
         change, info = _primal_change(p, q, t, ones, t_bias, size)
 
@@ -383,12 +384,18 @@ REFINEMENTS = 2
 
 
 def _dual_change(
-    p: Tensor, q: Tensor, t: Tensor, ones: Tensor | None, t_bias: Tensor | None, size: Tensor
+    p: Tensor,
+    q: Tensor,
+    t: Tensor,
+    ones: Tensor | None,
+    centred: Tensor | None,
+    t_bias: Tensor | None,
+    size: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """W_new - Wa (..., K, D) from the B x B system, of weighted rows p and targets q; and info.
 
-    ones: the weighted column of ones of a penalised bias. t_bias: its penalty, where t is one for each feature.
-    size: the norm of the targets, against which an error counts.
+    ones: the weighted column of ones of a penalised bias; centred: that of a free one. t_bias: the penalty of the bias,
+    where t is one for each feature. size: the norm of the targets, against which an error counts.
     """
     pe, penalty, ones_scale = p, t[..., 0], torch.ones_like(size)
     if t_bias is not None:
@@ -398,6 +405,12 @@ def _dual_change(
         system = plain_gram(p.mT, None, torch.float64)[0]
     if ones is not None:
         system = system + ones_scale[..., None, None] * (ones @ ones.mT)
+    if centred is not None:
+        # Centred rows leave this direction to the penalty alone. No right side has a part in it, so that whatever is
+        # added there changes nothing but the condition.
+        squares = centred.square().sum((-2, -1))
+        level = system.diagonal(dim1=-2, dim2=-1).sum(-1) / torch.where(squares > 0, squares, 1.0)
+        system = system + level[..., None, None] * (centred @ centred.mT)
     # A row of weight zero has nothing to say; without a penalty its pivot would be zero.
     silent = (p == 0).all(-1) & (q == 0).all(-1) & (penalty.unsqueeze(-1) == 0)
     diagonal = penalty.unsqueeze(-1) + silent.to(torch.float64)
