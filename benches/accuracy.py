@@ -145,12 +145,18 @@ def rounded(head: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def loss_over_bound(x: Tensor, y: Tensor, head: np.ndarray, best: np.ndarray, dtype: torch.dtype) -> float:
-    """The head's loss over twice that of the rounded best one and a thousandth of the targets' mean square."""
+    """The head's loss over twice that of the rounded best one and a thousandth of the targets' mean square.
+
+    What storing a head in half precision costs is a matter of luck, so there it is the most that it can cost.
+    """
     x64, y64, stored = wide(x), wide(y), rounded(best, dtype)
     if not np.isfinite(stored).all():
         return 0.0  # no head of this dtype is right
-    bound = 2 * mean_loss(x64, y64, stored) + 1e-3 * float(np.square(y64).sum() / len(y64))
-    return mean_loss(x64, y64, head) / bound
+    loss = mean_loss(x64, y64, stored)
+    if dtype.itemsize == 2:
+        moved = np.abs(x64) @ np.abs(best[: x64.shape[1]]) * Wide(torch.finfo(dtype).eps / 2)
+        loss = max(loss, mean_loss(x64, y64, best) + float(np.square(moved).sum() / len(y64)))
+    return mean_loss(x64, y64, head) / (2 * loss + 1e-3 * float(np.square(y64).sum() / len(y64)))
 
 
 Probe = Callable[[Cell], dict[str, float]]
