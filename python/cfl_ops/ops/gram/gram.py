@@ -42,7 +42,7 @@ class GramMoments(NamedTuple):
     """``(...)`` float64: sum of s, the number of rows where no weights are given."""
 
     def __add__(self, other: object) -> GramMoments:
-        """The moments of both sets of rows together."""
+        """The moments of both sets of rows together, made with the same options (a bias column does not show)."""
         if not isinstance(other, GramMoments):
             return NotImplemented
         return self._combine(other)
@@ -58,14 +58,9 @@ class GramMoments(NamedTuple):
                     f"cfl_ops.GramMoments: cannot add {name} of shape {tuple(mine.shape)} "
                     f"and {tuple(theirs.shape)}"
                 )
-        return GramMoments(
-            self.gram + other.gram,
-            None if self.cross is None or other.cross is None else self.cross + other.cross,
-            None
-            if self.target_sum is None or other.target_sum is None
-            else self.target_sum + other.target_sum,
-            None if self.target_sq is None or other.target_sq is None else self.target_sq + other.target_sq,
-            self.count + other.count,
+        return GramMoments._make(
+            None if mine is None or theirs is None else mine + theirs
+            for mine, theirs in zip(self, other, strict=True)
         )
 
     def decay(self, rho: float | Tensor) -> GramMoments:
@@ -149,19 +144,20 @@ def gram_(
     x: Tensor,
     y: Tensor | None = None,
     *,
+    bias_column: bool = False,
     sample_weight: Tensor | None = None,
     decay: float = 1.0,
 ) -> GramMoments:
     r"""Add the moments of new rows to ``m`` in place: ``m <- decay * m + gram(x, y)``.
 
-    No D x D temporary is made on the CPU. Whether there is a bias column, and how many classes, is read off
-    ``m``; half inputs add to float32 moments, and narrower inputs to float64 moments (float64 accumulation).
+    No D x D temporary is made on the CPU. How many classes there are is read off ``m``; half inputs add to
+    float32 moments, and narrower inputs to float64 moments (float64 accumulation).
 
     Args:
         m: moments from :func:`gram`, updated in place.
-        x: ``(..., B, D)`` in the batch shape of ``m``. Rows one column narrower than ``m`` are taken for those of
-            moments with a bias column: a width that is short by one goes unnoticed.
+        x: ``(..., B, D)`` in the batch shape of ``m``.
         y: targets as in :func:`gram`, where ``m`` has them.
+        bias_column: whether ``m`` has one, as it was said to :func:`gram`: moments do not show it.
         sample_weight: ``(..., B)`` weights of the rows.
         decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
 
@@ -180,7 +176,7 @@ def gram_(
 
     """
     decay = checks.number("gram_", "decay", decay, checks.NOT_NEGATIVE)
-    new = _new_rows(m, x, y, sample_weight)
+    new = _new_rows(m, x, y, bias_column, sample_weight)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
     refuse_bad_rows(info, [field for field in m if field is not None], new, a.target_sum)
@@ -372,10 +368,13 @@ def gram_arguments(
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None) -> GramArguments:
+def _new_rows(
+    m: GramMoments, x: Tensor, y: Tensor | None, bias_column: bool, sample_weight: Tensor | None
+) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
+    bias_column = checks.flag("gram_", "bias_column", bias_column)
     for name, value in zip(m._fields, m, strict=True):
         if not isinstance(value, Tensor) and (value is not None or name in ("gram", "count")):
             raise TypeError(f"cfl_ops.gram_: m.{name} must be a tensor, but got {type(value).__name__}")
@@ -384,11 +383,11 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     if m.cross is not None:
         checks.tensor("gram_", "m.cross", m.cross, 2)
     checks.floating("gram_", "x", x, 2)
-    order, width = m.gram.shape[-1], x.shape[-1]
-    if order not in (width, width + 1):
+    order = m.gram.shape[-1]
+    if x.shape[-1] + int(bias_column) != order:
         raise ValueError(
-            f"cfl_ops.gram_: x must have width {order} (or {order - 1} where m has a bias column), "
-            f"but got shape {tuple(x.shape)}"
+            f"cfl_ops.gram_: x must have width {order - int(bias_column)}, for m is of order {order} "
+            f"and bias_column is {bias_column}, but got shape {tuple(x.shape)}"
         )
     if (m.cross is None) != (y is None):
         raise ValueError(f"cfl_ops.gram_: m has {'no ' * (m.cross is None)}targets, so y must be as well")
@@ -396,7 +395,6 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     if y is not None and isinstance(y, Tensor) and y.dtype == torch.int64 and m.cross is not None:
         classes = m.cross.shape[-1]
     acc_dtype = m.gram.dtype if m.gram.dtype in (torch.float32, torch.float64) else None
-    bias_column = True if order > width else False  # noqa: SIM210  # in a graph the comparison is no bool
     new = gram_arguments("gram_", x, y, bias_column, sample_weight, classes, acc_dtype)
     if new.acc_dtype != m.gram.dtype:
         raise TypeError(
