@@ -11,6 +11,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/cholesky_kernel.h"
+#include "cpu/downdate.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
@@ -110,6 +111,12 @@ bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
   return true;
 }
 
+template <class T>
+Downdated<T> downdated(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
+  return {u.order, u.rank,       l.data,       l.row_stride, l.col_stride,
+          v.data,  v.row_stride, v.col_stride, u.v_scale};
+}
+
 // L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
 template <class T>
 int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
@@ -163,7 +170,17 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
       blas_available() && refactor(args, l, work.backup)) {
     return 0;
   }
-  const int64_t info = k.update(args);
+  int64_t info = k.update(args);
+  if (info == 0 && u.down) {
+    double growth = 1;
+    int64_t old = 0;  // of the backup's diagonal
+    for (int64_t i = 0; i < D; ++i) {
+      old += l.col_stride == 1 ? i : 0;
+      growth *= std::abs(double(u.scale) * double(backup[old])) / double(l.at(i, i));
+      old += l.col_stride == 1 ? 1 : D - i;
+    }
+    info = downdated(u, l, v).lost(growth);
+  }
   if (info != 0 && backup) {
     lower_runs(l, D, [&](T* run, int64_t length) {
       std::memcpy(run, backup, length * sizeof(T));
@@ -218,13 +235,29 @@ struct Batch {
     args.scale = update.scale;
     args.v_scale = update.v_scale;
     args.down = update.down;
+    T* before = nullptr;
+    if (update.down) {
+      before = work.backup.get<T>((end - begin) * D * D);
+      for (int64_t m = 0; m < end - begin; ++m) {
+        std::memcpy(before + m * D * D, factors[m], D * D * sizeof(T));
+      }
+    }
     const uint32_t done = k.update_group(args);
     for (int64_t i = begin; i < end; ++i) {
-      if (done >> (i - begin) & 1) {
-        info[i] = 0;
-      } else {
-        one(i);
+      if (!(done >> (i - begin) & 1)) continue;
+      info[i] = 0;
+      if (!update.down) continue;
+      const T* old = before + (i - begin) * D * D;
+      double growth = 1;
+      for (int64_t j = 0; j < D; ++j) {
+        growth *=
+            std::abs(double(update.scale) * double(old[j * (D + 1)])) / double(factor(i).at(j, j));
       }
+      info[i] = static_cast<int32_t>(downdated(update, factor(i), vectors(i)).lost(growth));
+      if (info[i] != 0) std::memcpy(factors[i - begin], old, D * D * sizeof(T));
+    }
+    for (int64_t i = begin; i < end; ++i) {  // these use the backup's memory, too
+      if (!(done >> (i - begin) & 1)) one(i);
     }
   }
 

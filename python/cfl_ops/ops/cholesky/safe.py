@@ -21,7 +21,12 @@ from cfl_ops.ops.cholesky.codes import (
     MOST_ROUNDING,
     NOT_FINITE,
 )
-from cfl_ops.ops.cholesky.factor import check_factor, factor_backward, inverse_of_factor
+from cfl_ops.ops.cholesky.factor import (
+    check_factor,
+    factor_backward,
+    inverse_of_factor,
+    least_eigenvalue_above,
+)
 
 __all__ = ["SafeCholesky", "safe_cholesky", "safe_cholesky_ex", "spd_inverse", "spd_inverse_ex"]
 
@@ -154,18 +159,6 @@ def _rounding(a: Tensor) -> float:
     return min(0.5, MOST_ROUNDING * torch.finfo(a.dtype).eps * a.shape[-1])
 
 
-def _accurate(factor: Tensor, least: float) -> Tensor:
-    """Whether the least eigenvalue of L L^T is above ``least``: two steps of inverse iteration from the least pivot."""
-    pivot, at = factor.diagonal(dim1=-2, dim2=-1).square().min(-1)
-    vector = torch.zeros_like(factor[..., :1]).scatter(-2, at[..., None, None], 1.0)
-    for _ in range(2):
-        half = torch.linalg.solve_triangular(factor, vector, upper=False)
-        vector = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        size = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-        vector = vector / size
-    return (pivot > least) & (size[..., 0, 0] * least < 1)
-
-
 def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factor S a S + jitter I, S = diag(a)^-1/2, with the jitter growing eightfold until that succeeds."""
     order, batch, gpu = a.shape[-1], a.shape[:-2], not a.is_cpu
@@ -198,7 +191,7 @@ def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
     step = 0.0
     factor, info = torch.linalg.cholesky_ex(scaled)
     while True:
-        failed = (info != 0) | ~_accurate(factor, LEAST_EIGENVALUE * unit)
+        failed = (info != 0) | ~least_eigenvalue_above(factor, LEAST_EIGENVALUE * unit)
         step = FIRST_JITTER * unit if step == 0.0 else 8 * step
         if step > max_jitter or (not gpu and not bool(failed.any())):
             break
