@@ -26,61 +26,65 @@ struct Downdated {
   // The order (from 1) of the pivot that has lost the most, or 0 where the factor has its digits.
   // growth is the product of the old pivots over the new ones: that of one vector is exact.
   int64_t lost(double growth) const {
-    const std::vector<double> size = row_sizes();
-    int64_t at = 0;
-    double least = std::numeric_limits<double>::infinity();
-    for (int64_t i = 0; i < order; ++i) {
-      const double pivot = l[i * (row + col)] / size[i];
-      if (!(pivot >= least)) {
-        least = pivot;
-        at = i;
-      }
-    }
     const double unit =
         kDigits * std::numeric_limits<T>::epsilon() * std::sqrt(static_cast<double>(order));
-    if (unit * growth < 0.01 * least) return 0;
+    const double clear = 100 * unit * growth;
+    if (clear * clear < least_square()) return 0;
+    std::vector<double> size(order);
+    for (int64_t i = 0; i < order; ++i) size[i] = careful_size(i);
+    int64_t at = 0;
+    for (int64_t i = 1; i < order; ++i) {
+      if (!(pivot(size, i) >= pivot(size, at))) at = i;
+    }
     if (rank > 1) growth = growth_of(size);
     return unit * growth * inverse_size(size, at) < 1 ? 0 : at + 1;
   }
 
  private:
-  // sqrt(A_ii) of the old matrix A = L' L'^T + V V^T.
-  std::vector<double> row_sizes() const {
-    std::vector<T> sums(order, T(0));
+  // The least L'_ii^2 / A_ii, of the old matrix A = L' L'^T + V V^T; 0 where squares may leave the
+  // range of T.
+  double least_square() const {
+    double least = 1;
     if (col == 1) {
       for (int64_t i = 0; i < order; ++i) {
-        T parts[16] = {};
+        constexpr int kParts = 8;
+        T parts[kParts] = {};
         const T* x = l + i * row;
         int64_t j = 0;
-        for (; j + 16 <= i + 1; j += 16) {
-          for (int p = 0; p < 16; ++p) parts[p] += x[j + p] * x[j + p];
+        for (; j + kParts <= i + 1; j += kParts) {
+          for (int p = 0; p < kParts; ++p) parts[p] += x[j + p] * x[j + p];
         }
         for (int p = 0; j <= i; ++j, ++p) parts[p] += x[j] * x[j];
-        for (T part : parts) sums[i] += part;
+        T sum = 0;
+        for (T part : parts) sum += part;
+        least = std::min(least, square_of(i, sum));
       }
-    } else {
-      for (int64_t j = 0; j < order; ++j) {
-        const T* x = l + j * col;
-        for (int64_t i = j; i < order; ++i) sums[i] += x[i * row] * x[i * row];
-      }
+      return least;
     }
-    for (int64_t i = 0; i < order; ++i) {
-      for (int64_t p = 0; p < rank; ++p) {
-        const T x = v_scale * v[i * v_row + p * v_col];
-        sums[i] += x * x;
-      }
+    std::vector<T> sums(order, T(0));
+    for (int64_t j = 0; j < order; ++j) {
+      const T* x = l + j * col;
+      for (int64_t i = j; i < order; ++i) sums[i] += x[i * row] * x[i * row];
     }
-    std::vector<double> sizes(order);
-    for (int64_t i = 0; i < order; ++i) {
-      const bool plain =
-          sums[i] > std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon() &&
-          sums[i] <= std::numeric_limits<T>::max();
-      sizes[i] = plain ? std::sqrt(static_cast<double>(sums[i])) : careful_size(i);
-    }
-    return sizes;
+    for (int64_t i = 0; i < order; ++i) least = std::min(least, square_of(i, sums[i]));
+    return least;
   }
 
-  // Where squares leave the range of T.
+  double square_of(int64_t i, T sum) const {
+    for (int64_t p = 0; p < rank; ++p) {
+      const T x = v_scale * v[i * v_row + p * v_col];
+      sum += x * x;
+    }
+    const T pivot = l[i * (row + col)];
+    const bool plain =
+        pivot * pivot > std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon() &&
+        sum <= std::numeric_limits<T>::max();
+    return plain ? static_cast<double>(pivot * pivot / sum) : 0;
+  }
+
+  double pivot(const std::vector<double>& size, int64_t i) const { return at(size, i, i); }
+
+  // sqrt(A_ii), also where squares leave the range of T.
   double careful_size(int64_t i) const {
     double size = 0;
     for (int64_t j = 0; j <= i; ++j) size = std::hypot(size, double(l[i * row + j * col]));

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.autocast import without_autocast
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import transforming
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky.codes import LEAST_EIGENVALUE
 from cfl_ops.ops.cholesky.factor import check_factor, least_eigenvalue_above, row_norms
@@ -134,10 +136,18 @@ def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, T
     lower = corner.tril()
     symmetric = lower + lower.tril(-1).mT
     right, info = torch.linalg.cholesky_ex(symmetric - left @ left.mT)
-    if right.shape[-1]:
+    if right.shape[-1] and not _clear(L, right, corner):
         lost = _lost_pivot(L.detach(), left.detach(), right.detach(), lower.detach())
         info = torch.where(info != 0, info, lost)
     return _joined(L, left, right), torch.where(info != 0, info + L.shape[-1], info)
+
+
+def _clear(L: Tensor, right: Tensor, corner: Tensor) -> bool:
+    """Whether the pivots are so large that none can be lost: on a CPU a look at them is cheaper than the sums below."""
+    if not L.is_cpu or is_compiling() or transforming() or L.numel() == 0 or right.numel() != 1:
+        return False
+    least, largest = L.diagonal(dim1=-2, dim2=-1).amin(), L.abs().amax()
+    return float(least) > 0.01 * float(largest) and float(right) ** 2 > 0.05 * float(corner)
 
 
 def _lost_pivot(L: Tensor, left: Tensor, right: Tensor, corner: Tensor) -> Tensor:
