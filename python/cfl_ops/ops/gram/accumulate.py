@@ -16,13 +16,15 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.results import public
 from cfl_ops._core.state import from_inference_mode, makes_state
-from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
+from cfl_ops.ops.gram.gram import gram, gram_
+from cfl_ops.ops.gram.moments import GramMoments
 
 __all__ = ["GramAccumulator"]
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 CHUNK_BYTES = 8 << 20
 FOLD_EVERY = 1024
+MANY_BATCHES = 1 << 20
 
 
 @public
@@ -35,7 +37,8 @@ class GramAccumulator:
     Args:
         bias_column: append a feature that is 1.
         num_classes: K where targets are class indices.
-        acc_dtype: as in :func:`cfl_ops.gram`.
+        acc_dtype: as in :func:`cfl_ops.gram`. A sum of n batches is off by n eps / 2 of itself at the most; a
+            warning says where that is 6 % in float32.
         decay: what older batches are multiplied by at each batch: exponential forgetting below 1.
         compensated: keep the sums in float64 with a carried rounding error (Neumaier). Batches are first
             added to a recent sum, which is folded in every 1,024 of them, so that the error does not grow with
@@ -111,6 +114,13 @@ class GramAccumulator:
             )  # fmt: skip
         self.batches += 1
         self.rows += x.shape[-2]
+        if self.batches == MANY_BATCHES and self.decay >= 1 and self._recent.gram.dtype == torch.float32:
+            warnings.warn(
+                f"cfl_ops.GramAccumulator: {self.batches} batches in float32 may be off by "
+                f"{self.batches * torch.finfo(torch.float32).eps / 2:.0%} from rounding, and more of them by more: "
+                "use acc_dtype=torch.float64 or compensated=True",
+                stacklevel=2,
+            )
         if self.compensated and self.batches % FOLD_EVERY == 0:
             self._fold()
 

@@ -13,77 +13,14 @@ from cfl_ops._core.arguments import DTYPES, same_dtype, trailing, within
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
-from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
+from cfl_ops.ops.gram.moments import GramMoments, check_decay
 
-__all__ = ["GramMoments", "gram", "gram_"]
+__all__ = ["gram", "gram_"]
 
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@result_type("gram")
-class GramMoments(NamedTuple):
-    """The second moments of features ``x (..., B, D)`` and targets ``y (..., B, K)`` with row weights ``s``.
-
-    With ``D' = D + 1`` where a bias column was asked for (a last feature that is 1), else ``D' = D``:
-    """
-
-    gram: Tensor
-    """``(..., D', D')``: sum of s x x^T, exactly symmetric."""
-    cross: Tensor | None
-    """``(..., D', K)``: sum of s x y^T, or None without targets."""
-    target_sum: Tensor | None
-    """``(..., K)``: sum of s y."""
-    target_sq: Tensor | None
-    """``(..., K)``: sum of s y^2."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs of moments
-    """``(...)`` float64: sum of s, the number of rows where no weights are given."""
-
-    def __add__(self, other: object) -> GramMoments:
-        """The moments of both sets of rows together, made with the same options (a bias column does not show)."""
-        if not isinstance(other, GramMoments):
-            return NotImplemented
-        return self._combine(other)
-
-    def _combine(self, other: GramMoments) -> GramMoments:
-        for name, mine, theirs in zip(self._fields, self, other, strict=True):
-            if (mine is None) != (theirs is None):
-                raise ValueError(
-                    f"cfl_ops.GramMoments: cannot add moments with and without targets ({name} is None in one)"
-                )
-            if mine is not None and theirs is not None and mine.shape[-2:] != theirs.shape[-2:]:
-                raise ValueError(
-                    f"cfl_ops.GramMoments: cannot add {name} of shape {tuple(mine.shape)} "
-                    f"and {tuple(theirs.shape)}"
-                )
-        return GramMoments._make(
-            None if mine is None or theirs is None else mine + theirs
-            for mine, theirs in zip(self, other, strict=True)
-        )
-
-    def decay(self, rho: float | Tensor) -> GramMoments:
-        """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
-        op = "GramMoments.decay"
-        factor = checks.coefficient(op, "rho", rho, self.gram.device)
-        if factor.ndim and factor.shape != self.count.shape:
-            raise ValueError(
-                f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
-                f"but got shape {tuple(factor.shape)}"
-            )
-
-        def decayed(field: Tensor) -> Tensor:
-            rows = field.ndim - factor.ndim if factor.ndim else 0
-            return field * factor.to(field.dtype)[(...,) + (None,) * rows]
-
-        return GramMoments._make(None if field is None else decayed(field) for field in self)
-
-    def to(self, *args: Any, **kwargs: Any) -> GramMoments:
-        """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
-        moved = [None if field is None else field.to(*args, **kwargs) for field in self[:4]]
-        assert moved[0] is not None
-        return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
 def gram(
@@ -110,7 +47,8 @@ def gram(
         sample_weight: ``(..., B)`` weights ``s >= 0`` of the rows.
         num_classes: K for class indices.
         acc_dtype: the dtype of accumulation and result: float32 or float64. By default float32 for half
-            inputs, else the dtype of ``x``. float64 for narrower inputs is called *float64 accumulation*.
+            inputs, else the dtype of ``x``. float64 for narrower inputs is called *float64 accumulation*. Sums in
+            float32 are infinite past 3e38, and have few digits or are 0 below 1e-38 (features of 1e-19).
 
     Returns:
         :class:`GramMoments`: ``gram (..., D', D')``, ``cross (..., D', K)``, ``target_sum (..., K)``,
@@ -159,7 +97,8 @@ def gram_(
         y: targets as in :func:`gram`, where ``m`` has them.
         bias_column: whether ``m`` has one, as it was said to :func:`gram`: moments do not show it.
         sample_weight: ``(..., B)`` weights of the rows.
-        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
+        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew. In
+            float32 it is 1, or differs from 1 by 1e-6 or more: what is closer would be rounded.
 
     Returns:
         ``m``.
@@ -177,6 +116,7 @@ def gram_(
     """
     decay = checks.number("gram_", "decay", decay, checks.NOT_NEGATIVE)
     new = _new_rows(m, x, y, bias_column, sample_weight)
+    check_decay("gram_", "decay", decay, m.gram.dtype)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
     refuse_bad_rows(info, [field for field in m if field is not None], new, a.target_sum)
