@@ -160,6 +160,21 @@ def test_compensated_sums_do_not_drift() -> None:
     assert ((drifting.moments.gram.double() - batches * once) / (batches * once)).abs().max() > 1e-6
 
 
+def test_many_batches_in_float32_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfl_ops.ops.gram import accumulate
+
+    monkeypatch.setattr(accumulate, "MANY_BATCHES", 5)
+    x = torch.ones(1, 2)
+    accumulator = GramAccumulator()
+    for _ in range(4):
+        accumulator.update(x)
+    with pytest.warns(UserWarning, match=r"5 batches in float32 may be off .* acc_dtype=torch\.float64"):
+        accumulator.update(x)
+    for quiet in (GramAccumulator(acc_dtype=torch.float64), GramAccumulator(decay=0.9)):
+        for _ in range(9):
+            quiet.update(x)
+
+
 @pytest.mark.slow
 def test_a_million_batches_as_exact_as_one_pass() -> None:
     """10^6 small float32 batches: within a small multiple of the error of one float64 pass."""
