@@ -303,7 +303,7 @@ def test_a_bad_target_changes_neither_backbone_nor_head(order: str, target, erro
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_predictions_past_256_under_autocast(dtype: torch.dtype) -> None:
-    """Their squares overflow in float16, and 1 / B in the mean had few bits: the loss is float32."""
+    """Their squares overflow in float16: the loss, which must be finite, is float32."""
     x, y = torch.randn(64, 4), torch.randint(3, (64,))
     moved = {}
     for name in (dtype, None):

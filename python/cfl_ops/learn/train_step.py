@@ -63,7 +63,7 @@ def train_step(
         loss = head.step(features, target)
         optimizer.step()
         return loss
-    _loss(head, features, target).backward()  # type: ignore[no-untyped-call]
+    _loss(head, features, target).backward()
     optimizer.step()
     if order == "backbone-first":
         with torch.no_grad():
@@ -97,7 +97,7 @@ def _loss(head: ClosedFormLinear, features: Tensor, target: Tensor) -> Tensor:
         wanted = target.reshape(rows.shape)
     # Under autocast predictions are half, whose squares overflow at 256.
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    squared = (wanted.to(torch.promote_types(wanted.dtype, rows.dtype)) - rows).square().sum()
+    squared: Tensor = (wanted.to(torch.promote_types(wanted.dtype, rows.dtype)) - rows).square().sum()
     if now and not bool(squared.isfinite()):
         raise ValueError(
             f"cfl_ops.{name}: target or the prediction has NaN or Inf, or values whose squares overflow"

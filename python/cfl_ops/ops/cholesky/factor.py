@@ -52,7 +52,8 @@ def row_norms(matrix: Tensor) -> Tensor:
     """``(..., D, 1)``, also where squares leave the range of the dtype."""
     largest = matrix.abs().amax(-1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)
-    return unit * torch.linalg.vector_norm(matrix / unit, dim=-1, keepdim=True)
+    norms: Tensor = unit * torch.linalg.vector_norm(matrix / unit, dim=-1, keepdim=True)
+    return norms
 
 
 def with_lost_digits(info: Tensor, out: Tensor, V: Tensor, alpha: float) -> Tensor:

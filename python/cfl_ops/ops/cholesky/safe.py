@@ -123,7 +123,8 @@ def spd_inverse(a: Tensor) -> Tensor:
         tensor([0.2500, 1.0000])
 
     """
-    result, info = _safe("spd_inverse", a, None)
+    check_factor("spd_inverse", "a", a)
+    result, info = _safe("spd_inverse", a, _rounding(a))
     check_info("safe_cholesky", info, list(result), [])
     return inverse_of_factor(result.L)
 
@@ -140,16 +141,14 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (0, 0.0)
 
     """
-    (factor, jitter), info = _safe("spd_inverse_ex", a, None)
+    check_factor("spd_inverse_ex", "a", a)
+    (factor, jitter), info = _safe("spd_inverse_ex", a, _rounding(a))
     return inverse_of_factor(factor), jitter, info
 
 
-def _safe(op: str, a: Tensor, max_jitter: float | None) -> tuple[SafeCholesky, Tensor]:
+def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
     check_factor(op, "a", a)
-    if max_jitter is None:
-        max_jitter = _rounding(a)
-    else:
-        max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
+    max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
 

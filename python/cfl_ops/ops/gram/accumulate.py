@@ -217,7 +217,7 @@ class GramAccumulator:
                     "rows, which a second run could not tell from those of batches"
                 )
         for number, batch in enumerate(_with_bar(batches, progress)):
-            rows = batch if isinstance(batch, tuple | list) else (batch,)
+            rows: Sequence[Tensor] = batch if isinstance(batch, tuple | list) else (batch,)
             if seen:
                 seen, rest = self._unseen(seen, rows)
                 if rest is None:
