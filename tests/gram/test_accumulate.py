@@ -317,6 +317,16 @@ def test_interrupted_files(tmp_path: Path) -> None:
     assert accumulator.rows == 9
 
 
+def test_counters_without_sums_are_refused() -> None:
+    accumulator = GramAccumulator()
+    state = accumulator.state_dict()
+    for counters in ({"batches": 3, "rows": 30}, {"rows": 30}):
+        with pytest.raises(ValueError, match="recent sums must be there where batches were added"):
+            accumulator.load_state_dict({**state, **counters})
+    accumulator.load_state_dict(state)
+    assert accumulator.rows == 0
+
+
 def test_batches_of_another_width_or_kind_change_nothing() -> None:
     for options, y in (
         ({"num_classes": 3}, torch.tensor([0, 1, 2])),
