@@ -92,3 +92,13 @@ def test_spd_inverse_refuses_a_jitter_that_rounding_does_not_explain(backend: st
     with pytest.raises(torch.linalg.LinAlgError):
         cfl_ops.spd_inverse(a)
     assert int(cfl_ops.spd_inverse_ex(a)[2]) == 1
+
+
+def test_spd_inverse_warns_of_a_jitter(backend: str, recwarn: pytest.WarningsRecorder) -> None:
+    """It returns none, and what it inverts is not quite a."""
+    singular = torch.ones(3, 3)
+    with pytest.warns(UserWarning, match=r"inverse of a \+ tau diag\(a\) with tau up to .*e-06"):
+        cfl_ops.spd_inverse(torch.stack([torch.eye(3), singular]))
+    cfl_ops.spd_inverse_ex(singular)
+    cfl_ops.spd_inverse(torch.eye(3))
+    assert len(recwarn) == 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message, first_failure
-from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.op import Derivative, define_op, transforming
 from cfl_ops._core.results import result_type
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky.codes import (
@@ -102,8 +104,8 @@ def spd_inverse(a: Tensor) -> Tensor:
     .. math:: (a + \tau \, \mathrm{diag}(a) + \mathrm{diag}(\text{dead}))^{-1}
 
     with tau from :func:`safe_cholesky`: exactly 0 where none is needed, and of the size of rounding where it is,
-    ``1024 eps D`` at the most (the error of sums of 10^6 products). The row and column of a dead column (a zero on
-    the diagonal) are those of the identity.
+    ``1024 eps D`` at the most (the error of sums of 10^6 products), with a warning. The row and column of a dead
+    column (a zero on the diagonal) are those of the identity.
 
     Args:
         a: ``(..., D, D)``, float32 or float64, symmetric; only the lower triangle is read.
@@ -126,6 +128,12 @@ def spd_inverse(a: Tensor) -> Tensor:
     check_factor("spd_inverse", "a", a)
     result, info = _safe("spd_inverse", a, _rounding(a))
     check_info("safe_cholesky", info, list(result), [])
+    if not is_compiling() and not transforming() and bool(result.jitter.any()):
+        warnings.warn(
+            f"cfl_ops.spd_inverse: a is singular to working precision, so this is the inverse of a + tau diag(a) with "
+            f"tau up to {float(result.jitter.max()):.1e}; spd_inverse_ex returns tau and does not warn",
+            stacklevel=2,
+        )
     return inverse_of_factor(result.L)
 
 
