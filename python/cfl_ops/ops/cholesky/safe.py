@@ -77,6 +77,7 @@ def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
         True
 
     """
+    max_jitter = checks.number("safe_cholesky", "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     result, info = _safe("safe_cholesky", a, max_jitter)
     check_info("safe_cholesky", info, list(result), [])
     return result
@@ -95,6 +96,7 @@ def safe_cholesky_ex(a: Tensor, *, max_jitter: float = 0.5) -> tuple[SafeCholesk
         1
 
     """
+    max_jitter = checks.number("safe_cholesky_ex", "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     return _safe("safe_cholesky_ex", a, max_jitter)
 
 
@@ -125,13 +127,13 @@ def spd_inverse(a: Tensor) -> Tensor:
         tensor([0.2500, 1.0000])
 
     """
-    check_factor("spd_inverse", "a", a)
-    result, info = _safe("spd_inverse", a, _rounding(a))
+    result, info = _safe("spd_inverse", a, None)
     check_info("safe_cholesky", info, list(result), [])
-    if not is_compiling() and not transforming() and bool(result.jitter.any()):
+    jitter = result.jitter
+    if not is_compiling() and not transforming() and (jitter.item() if jitter.numel() == 1 else jitter.any()):
         warnings.warn(
             f"cfl_ops.spd_inverse: a is singular to working precision, so this is the inverse of a + tau diag(a) with "
-            f"tau up to {float(result.jitter.max()):.1e}; spd_inverse_ex returns tau and does not warn",
+            f"tau up to {float(jitter.max()):.1e}; spd_inverse_ex returns tau and does not warn",
             stacklevel=2,
         )
     return inverse_of_factor(result.L)
@@ -149,14 +151,14 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (0, 0.0)
 
     """
-    check_factor("spd_inverse_ex", "a", a)
-    (factor, jitter), info = _safe("spd_inverse_ex", a, _rounding(a))
+    (factor, jitter), info = _safe("spd_inverse_ex", a, None)
     return inverse_of_factor(factor), jitter, info
 
 
-def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
+def _safe(op: str, a: Tensor, max_jitter: float | None) -> tuple[SafeCholesky, Tensor]:
+    """``max_jitter`` None: as much as rounding explains."""
     check_factor(op, "a", a)
-    max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
+    max_jitter = _rounding(a) if max_jitter is None else max_jitter
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
 
