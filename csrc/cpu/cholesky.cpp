@@ -11,6 +11,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/cholesky_kernel.h"
+#include "cpu/downdate.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
@@ -110,6 +111,12 @@ bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
   return true;
 }
 
+template <class T>
+Downdated<T> downdated(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
+  return {u.order, u.rank,       l.data,       l.row_stride, l.col_stride,
+          v.data,  v.row_stride, v.col_stride, u.v_scale};
+}
+
 // L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
 template <class T>
 int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
@@ -163,7 +170,17 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
       blas_available() && refactor(args, l, work.backup)) {
     return 0;
   }
-  const int64_t info = k.update(args);
+  int64_t info = k.update(args);
+  if (info == 0 && u.down) {
+    double growth = 1;
+    int64_t old = 0;  // of the backup's diagonal
+    for (int64_t i = 0; i < D; ++i) {
+      old += l.col_stride == 1 ? i : 0;
+      growth *= std::abs(double(u.scale) * double(backup[old])) / double(l.at(i, i));
+      old += l.col_stride == 1 ? 1 : D - i;
+    }
+    info = downdated(u, l, v).lost(growth);
+  }
   if (info != 0 && backup) {
     lower_runs(l, D, [&](T* run, int64_t length) {
       std::memcpy(run, backup, length * sizeof(T));
@@ -218,13 +235,29 @@ struct Batch {
     args.scale = update.scale;
     args.v_scale = update.v_scale;
     args.down = update.down;
+    T* before = nullptr;
+    if (update.down) {
+      before = work.backup.get<T>((end - begin) * D * D);
+      for (int64_t m = 0; m < end - begin; ++m) {
+        std::memcpy(before + m * D * D, factors[m], D * D * sizeof(T));
+      }
+    }
     const uint32_t done = k.update_group(args);
     for (int64_t i = begin; i < end; ++i) {
-      if (done >> (i - begin) & 1) {
-        info[i] = 0;
-      } else {
-        one(i);
+      if (!(done >> (i - begin) & 1)) continue;
+      info[i] = 0;
+      if (!update.down) continue;
+      const T* old = before + (i - begin) * D * D;
+      double growth = 1;
+      for (int64_t j = 0; j < D; ++j) {
+        growth *=
+            std::abs(double(update.scale) * double(old[j * (D + 1)])) / double(factor(i).at(j, j));
       }
+      info[i] = static_cast<int32_t>(downdated(update, factor(i), vectors(i)).lost(growth));
+      if (info[i] != 0) std::memcpy(factors[i - begin], old, D * D * sizeof(T));
+    }
+    for (int64_t i = begin; i < end; ++i) {  // these use the backup's memory, too
+      if (!(done >> (i - begin) & 1)) one(i);
     }
   }
 
@@ -365,6 +398,8 @@ std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, dou
 // -------------------------
 
 constexpr int32_t kNotFinite = -1, kIndefinite = 1;
+// Their reasons: python/cfl_ops/ops/cholesky/codes.py.
+constexpr double kLeast = 10, kFirstJitter = 16, kMostRounding = 1024;
 
 // One matrix: S a S + jitter I, S = diag(a)^-1/2, factored with a jitter that grows eightfold.
 template <class T>
@@ -389,25 +424,25 @@ class SafeFactor {
       set_identity();
       return kNotFinite;
     }
-    // In a semi-definite matrix the rest of a dead row is zero; what is there has no business
-    // there.
-    const bool stray = some_dead && largest_of_dead() > static_cast<T>(max_jitter) * largest;
-
     const double eps = std::numeric_limits<T>::epsilon();
-    const double first = 4 * eps * std::sqrt(static_cast<double>(n_));
-    bool indefinite = potrf_lower(n_, out_, n_) != 0;
-    bool failed = indefinite || lost(static_cast<T>(first * 0.5));
-    for (double step = 2 * first; failed && step <= max_jitter; step *= 8) {
+    const double unit = eps * std::sqrt(static_cast<double>(n_));
+    // In a semi-definite matrix the rest of a dead row is zero; what is there is rounding, or has
+    // no business there.
+    const double rounding = std::min(max_jitter, kMostRounding * eps * static_cast<double>(n_));
+    const bool stray = some_dead && largest_of_dead() > static_cast<T>(rounding) * largest;
+
+    bool failed = potrf_lower(n_, out_, n_) != 0 || !accurate(static_cast<T>(kLeast * unit));
+    for (double step = kFirstJitter * unit; failed && step <= max_jitter; step *= 8) {
       fill(static_cast<T>(step));
       *jitter = static_cast<T>(step);
-      failed = indefinite = potrf_lower(n_, out_, n_) != 0;
+      failed = potrf_lower(n_, out_, n_) != 0 || !accurate(static_cast<T>(kLeast * unit));
     }
     for (int64_t i = 0; i < n_; ++i) {
       T* row = out_ + i * n_;
       for (int64_t j = 0; j <= i; ++j) row[j] *= root_[i];
       std::fill(row + i + 1, row + n_, T(0));
     }
-    return indefinite || stray ? kIndefinite : 0;
+    return failed || stray ? kIndefinite : 0;
   }
 
  private:
@@ -441,12 +476,28 @@ class SafeFactor {
     return largest;
   }
 
-  bool lost(T limit) const {
-    for (int64_t i = 0; i < n_; ++i) {
-      const T pivot = out_[i * n_ + i];
-      if (!(pivot * pivot > limit)) return true;
+  // Whether the least eigenvalue of the scaled matrix is above `least`, so that rounding leaves the
+  // factor and the inverse the digits that kLeast says. Two steps of inverse iteration, from the
+  // least pivot; a pivot far above `least` needs none.
+  bool accurate(T least) {
+    int64_t at = 0;
+    for (int64_t i = 1; i < n_; ++i) {
+      if (!(out_[i * n_ + i] >= out_[at * n_ + at])) at = i;
     }
-    return false;
+    const T pivot = n_ ? out_[at * n_ + at] * out_[at * n_ + at] : T(1);
+    if (!(pivot > least)) return false;
+    if (pivot > T(1e4) * least) return true;
+    vector_.assign(n_, T(0));
+    vector_[at] = 1;
+    double size = 0;
+    for (int step = 0; step < 2; ++step) {
+      potrs_lower(n_, 1, out_, n_, vector_.data(), 1);
+      size = 0;
+      for (T x : vector_) size += static_cast<double>(x) * x;
+      size = std::sqrt(size);
+      for (T& x : vector_) x = static_cast<T>(x / size);
+    }
+    return size * least < 1;
   }
 
   void set_identity() {
@@ -458,7 +509,7 @@ class SafeFactor {
   const T* a_;
   int64_t stride_;
   T* out_;
-  std::vector<T> root_, inverse_;
+  std::vector<T> root_, inverse_, vector_;
 };
 
 template <class T>

@@ -8,3 +8,10 @@ UNKNOWN_ROWS, BAD_WEIGHT = 1, 2
 """Of RecursiveRidge."""
 BREAKDOWN_EPS = 10
 """A downdate breaks down where it leaves less than this many eps of a squared pivot: what is left is rounding."""
+LEAST_EIGENVALUE = 10
+"""Of safe_cholesky, of the matrix of unit diagonal, in eps sqrt(D). Factor and inverse are off by about
+eps sqrt(D) / 2 over the least eigenvalue (measured to D = 300), so by a twentieth, or a tenth at the most."""
+FIRST_JITTER = 16
+"""Likewise: what is added first is more than the least eigenvalue that is asked for."""
+MOST_ROUNDING = 1024
+"""In eps D: sums of 10^6 products that are off by sqrt(10^6) eps each make an eigenvalue at most so negative."""

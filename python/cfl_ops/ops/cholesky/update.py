@@ -19,7 +19,13 @@ from cfl_ops._gpu.launch import cuda_cpp, triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky import cuda
 from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, BREAKDOWN_EPS
-from cfl_ops.ops.cholesky.factor import check_factor, copy_good_, factor_backward, with_bad_arguments
+from cfl_ops.ops.cholesky.factor import (
+    check_factor,
+    copy_good_,
+    factor_backward,
+    with_bad_arguments,
+    with_lost_digits,
+)
 
 __all__ = [
     "cholesky_downdate",
@@ -53,10 +59,13 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float = 
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or NaN or Inf in ``V`` or ``L``.
-        torch.linalg.LinAlgError: a downdate leaves a matrix that is not positive definite (a squared pivot
-            falls to less than 10 eps of itself); names the batch index.
+        torch.linalg.LinAlgError: a downdate leaves a matrix that is not positive definite to working precision: a
+            squared pivot falls to less than 10 eps of itself, or rounding may have changed one by a tenth; names
+            the batch index.
 
-    Costs ``2 k D^2`` FLOPs, against ``D^3 / 3 + k D^2`` for forming and factoring the new matrix.
+    ``L' L'^T`` is off by a few eps of the norm of the old and the new matrix, for each update of a stream. A pivot
+    that is smaller than that, of a ``V`` far larger than ``L`` say, an update gives without its digits; a downdate
+    raises. Costs ``2 k D^2`` FLOPs, against ``D^3 / 3 + k D^2`` for forming and factoring the new matrix.
     Differentiable (twice) in L and V, at the cost of a few triangular solves, ``O(D^3)``.
 
     Example:
@@ -259,6 +268,7 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         failed = torch.stack(pivots, -1)
         first = failed.to(torch.int32).argmax(-1) + 1
         info = with_bad_arguments(torch.where(failed.any(-1), first, info), old, V)
+        info = with_lost_digits(info, out, V, alpha)
     return torch.where((info != 0)[..., None, None], old, out), info
 
 
