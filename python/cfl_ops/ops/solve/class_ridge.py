@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -175,12 +176,12 @@ def _class_solve_python(args: ClassSolveArguments) -> tuple[Tensor, Tensor]:
     batch = args.x.shape[:-2]
     if not batch:
         return _class_solve_one(args)
-    parts = [
-        [None] * batch.numel() if value is None else value.reshape(-1, *value.shape[len(batch) :])
-        for value in args[:-1]
-    ]
-    each = [_class_solve_one(ClassSolveArguments(*item, args.kappa)) for item in zip(*parts, strict=True)]
-    weights, infos = (torch.stack(values).unflatten(0, batch) for values in zip(*each, strict=True))
+    weights, infos = (torch.zeros_like(value) for value in _class_solve_fake(args))
+    for index in itertools.product(*map(range, batch)):
+        target = None if args.target is None else args.target[index]
+        cross = None if args.cross is None else args.cross[index]
+        one = ClassSolveArguments(args.x[index], args.y[index], target, cross, args.lam[index], args.kappa)
+        weights[index], infos[index] = _class_solve_one(one)
     return weights, infos
 
 

@@ -36,7 +36,8 @@ class Equilibrated:
         # Vectors of independent normal numbers, of which one at least has a part along the least eigenvector.
         largest = torch.linalg.vector_norm(solution[..., -PROBES:], dim=-2).amax(-1)
         self.condition = torch.where(info == 0, torch.linalg.matrix_norm(self.system) * largest, torch.inf)
-        return solution[..., :-PROBES] / self.scale
+        found: Tensor = solution[..., :-PROBES] / self.scale
+        return found
 
 
 @functools.lru_cache(maxsize=256)

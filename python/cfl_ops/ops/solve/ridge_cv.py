@@ -437,7 +437,7 @@ class KFold:
         held = max(end - begin for begin, end in self.pieces)
         if not x.shape[-2] - held - int(bias) >= x.shape[-1] > 0:
             return None
-        each = []
+        each: list[tuple[Tensor, ...]] = []
         x, y = same_dtype(x, y)
         for begin, end in self.pieces:
             gram, cross, y_sum, squares, *_ = plain_gram(x[begin:end], y[begin:end], torch.float64)

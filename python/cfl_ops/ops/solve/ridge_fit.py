@@ -72,7 +72,9 @@ def _weight_shape(args: RidgeFitArguments) -> tuple[int, ...]:
 
 
 def _by_singular_values(args: RidgeFitArguments, index: tuple[int, ...]) -> Tensor:
-    x, y, cross, lam, bias = (value[index] if isinstance(value, Tensor) else value for value in args)
+    x, lam, bias = args.x[index], args.lam[index], args.bias
+    y = None if args.y is None else args.y[index]
+    cross = None if args.cross is None else args.cross[index]
     alone = lam.numel() == 1  # then the Gram matrix has been tried
     whole = EigenRidge(x, bias, float(lam.min()), exact=alone or cross is not None)
     weights = torch.zeros(
