@@ -67,9 +67,8 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    plain_loss = kappa == 1
-    if not is_compiling():  # in a graph they are checked below, once there is something to tie the checks to
-        checks.number(op, "kappa", kappa, checks.POSITIVE)
+    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
+    if not is_compiling():  # in a graph it is checked below, once there is something to tie the check to
         checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
@@ -92,8 +91,6 @@ def rescaled_proximal_step(
     ridge = checks.one_coefficient(op, "ridge", ridge, features.device)
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
     old = weight.clone()
-    own_weight = float(kappa)
-    kappa = checks.scalar(op, "kappa", kappa, checks.POSITIVE, [own, old])
     target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
     # The plain step on targets of size 1 checks the rest of the arguments and the data.
     scaled_bias = None if bias is None else bias / target_scale
@@ -102,7 +99,7 @@ def rescaled_proximal_step(
     )  # fmt: skip
     *plain, info = PROXIMAL_STEP(*arguments)
     raise_if_failed(info, [own, *plain], features, labels, weight)
-    if plain_loss or features.shape[0] == 0:
+    if features.shape[0] == 0:
         return ProximalStep(
             plain[0] * target_scale,
             None if bias is None else plain[1] * target_scale,
@@ -118,10 +115,10 @@ def rescaled_proximal_step(
     scale = rows if reduction == "mean" else 1
     mu = scale * on_device(lam, phi)
     t = mu + scale * on_device(ridge, phi)
-    anchor = previous * (mu / t)
+    anchor = previous * torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
     design = phi.double()
     change, info = CLASS_SOLVE(
-        phi, labels, target_scale * own - design @ anchor.mT, None, t.expand(len(old)), own_weight
+        phi, labels, target_scale * own - design @ anchor.mT, None, t.expand(len(old)), kappa
     )
     raise_if_failed(info, [change], features, labels, weight)
     solved = anchor + change.mT
