@@ -1,6 +1,6 @@
-// tall_gram and tall_factor on the CPU: from tensors to the kernel of tall_gram.h, a run of rows to
-// a thread, and the small dense algebra that lstsq and pinv do on its result. Semantics:
-// python/cfl_ops/ops/solve/tall.py (the fallback).
+// tall_gram, tall_factor and narrow_ridge on the CPU: from tensors to the kernel of tall_gram.h, a
+// run of rows to a thread, and the small dense algebra that lstsq, pinv and ridge do on its result.
+// Semantics: python/cfl_ops/ops/solve/tall.py and narrow_ridge.py (the fallbacks).
 
 #include <algorithm>
 #include <cmath>
@@ -301,6 +301,89 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tall_factor(const Tensor& t,
   return {left, right, cross, rank, info};
 }
 
+// --- narrow_ridge
+// -------------------------------------------------------------------------------------
+
+// (T^T T + lam I)^-1 C of one matrix from its float64 Gram, C (s x k) in x, which the solution
+// replaces; returns a bound of the condition of the system with a unit diagonal, infinite where it
+// is not positive definite in rounding.
+double solve_gram(int64_t s, int64_t k, double lam, std::vector<double>& gram, double* x) {
+  const auto size = static_cast<size_t>(s * s);
+  std::vector<double> scale(static_cast<size_t>(s)), inverse(size),
+      half(static_cast<size_t>(s * k));
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < s; ++i) {
+    const double square = gram[i * s + i] + lam;
+    if (!(square > 0) || !std::isfinite(square)) return kInfinity;
+    scale[i] = 1 / std::sqrt(square);
+  }
+  double norm = 0;
+  for (int64_t i = 0; i < s; ++i) {
+    for (int64_t j = 0; j < s; ++j) {
+      double& value = gram[i * s + j];
+      value = i == j ? 1.0 : value * scale[i] * scale[j];
+      norm += value * value;
+    }
+  }
+  if (!inverse_factor(s, gram.data(), inverse.data())) return kInfinity;
+  double trace = 0;
+  for (double value : inverse) trace += value * value;
+  for (int64_t i = 0; i < s; ++i) {  // half = L^-1 D C
+    double* row = half.data() + i * k;
+    std::fill_n(row, k, 0.0);
+    for (int64_t j = 0; j <= i; ++j) {
+      const double factor = inverse[i * s + j] * scale[j];
+      for (int64_t c = 0; c < k; ++c) row[c] += factor * x[j * k + c];
+    }
+  }
+  for (int64_t i = 0; i < s; ++i) {  // D L^-T half
+    double* row = x + i * k;
+    std::fill_n(row, k, 0.0);
+    for (int64_t j = i; j < s; ++j) {
+      const double factor = inverse[j * s + i] * scale[i];
+      for (int64_t c = 0; c < k; ++c) row[c] += factor * half[j * k + c];
+    }
+  }
+  return std::sqrt(norm) * trace;
+}
+
+std::tuple<Tensor, Tensor> narrow_ridge(const Tensor& t, const std::optional<Tensor>& b,
+                                        const std::optional<Tensor>& right, const Tensor& lam) {
+  Checked check("narrow_ridge");
+  Size m{"m"}, order{"s"}, k_size{"k"};
+  check.tensor("t", t, kFloats, {m, order});
+  check.tensor("b", b, kFloats, {m, k_size});
+  check.tensor("right", right, kFloat64, {order, k_size});
+  check.scalar("lam", lam, kFloat64);
+  if (!b && !right) throw std::runtime_error("cfl_ops.narrow_ridge: b or right must be given");
+  const Inputs in(t, b, std::nullopt);
+  const int64_t s = in.args.s, k = b ? in.args.k : right->size(right->dim() - 1);
+  Tensor solution = empty_cpu(batch_shape(t, 2, {s, k}), ScalarType::Double);
+  Tensor condition = empty_cpu(batch_shape(t, 2), ScalarType::Double);
+  const Batched lams(lam, 0);
+  std::optional<Tensor> added;
+  Batched rights;
+  if (right) {
+    added = torch::stable::contiguous(*right);
+    rights = Batched(*added, 2);
+  }
+  in.for_each([&](int64_t index, bool parallel) {
+    double* x = static_cast<double*>(solution.data_ptr()) + index * s * k;
+    std::vector<double> gram(static_cast<size_t>(s * s));
+    TallGram mine = in.of(index);
+    mine.gram = gram.data();
+    mine.cross = x;
+    sum_rows(mine, in.rows, parallel);
+    if (right) {
+      const double* extra = rights.at<double>(index);
+      for (int64_t i = 0; i < s * k; ++i) x[i] = extra[i] + (b ? x[i] : 0.0);
+    }
+    static_cast<double*>(condition.data_ptr())[index] =
+        solve_gram(s, k, *lams.at<double>(index), gram, x);
+  });
+  return {solution, condition};
+}
+
 }  // namespace
 }  // namespace cfl::cpu
 
@@ -308,4 +391,5 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("tall_gram", TORCH_BOX(&cfl::cpu::tall_gram));
   if (!cfl::cpu::blas_available()) return;  // the Python fallback serves instead
   m.impl("tall_factor", TORCH_BOX(&cfl::cpu::tall_factor));
+  m.impl("narrow_ridge", TORCH_BOX(&cfl::cpu::narrow_ridge));
 }

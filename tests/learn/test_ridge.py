@@ -76,3 +76,59 @@ def test_tensors_in_tensors_out(estimator, wrap) -> None:
         estimator.fit(torch.full((3, 2), torch.nan), torch.ones(3))
     with pytest.raises(ValueError, match="rows of X"):
         estimator.fit(torch.ones(3, 2), torch.ones(4))
+
+
+@pytest.mark.parametrize("estimator", [Ridge(alpha=1e-3), RidgeCV(alphas=(1e-3,))])
+@pytest.mark.parametrize(
+    ("features", "target", "result"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float64, torch.float64),
+        (torch.float16, torch.int64, torch.float32),
+        (torch.bfloat16, torch.int16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+        (torch.int32, torch.float16, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_nothing_is_narrowed(estimator, features, target, result) -> None:
+    """Labels of 257 are 256 in bfloat16, and targets of 1e5 infinite in float16."""
+    generator = torch.Generator().manual_seed(0)
+    x = (4 * torch.randn(50, 3, generator=generator)).to(features)
+    y = x.double() @ torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64) * 8
+    y = (y + (1e5 if target in (torch.float32, torch.float64, torch.int64) else 257)).round().to(target)
+    model = estimator.fit(x, y)
+    assert model.coef_.dtype == result
+    want = Ridge(alpha=1e-3).fit(x.double(), y.double()).predict(x.double())
+    got = model.predict(x)
+    assert got.dtype == result
+    torch.testing.assert_close(got.double(), want, rtol=16 * torch.finfo(result).eps, atol=0)
+    assert model.score(x, y) > 0.99
+
+
+def test_numpy_targets_are_not_narrowed() -> None:
+    x, y = data()
+    y = y + 1e6
+    for narrow, wide in (
+        (x.astype(np.float32), y),
+        (x.astype(np.float32), y.round().astype(np.int64) + 2**40),
+    ):
+        model = Ridge(alpha=1e-3).fit(narrow, wide)
+        assert model.coef_.dtype == np.float64
+        want = linear_model.Ridge(alpha=1e-3).fit(narrow.astype(float), wide.astype(float))
+        np.testing.assert_allclose(model.predict(narrow), want.predict(narrow.astype(float)), rtol=1e-12)
+
+
+def test_a_penalty_for_each_target() -> None:
+    x, y = data()
+    for alpha in ([0.1, 1.0, 50.0], np.array([0.1, 1.0, 50.0]), torch.tensor([0.1, 1.0, 50.0])):
+        theirs = linear_model.Ridge(alpha=np.asarray(alpha)).fit(x, y)
+        np.testing.assert_allclose(Ridge(alpha=alpha).fit(x, y).coef_, theirs.coef_, rtol=1e-7)
+    np.testing.assert_allclose(
+        Ridge(alpha=[2.0]).fit(x, y[:, 0]).coef_,
+        linear_model.Ridge(alpha=2.0).fit(x, y[:, 0]).coef_,
+        rtol=1e-10,
+    )
+    with pytest.raises(ValueError, match="a penalty for each of the 3 targets, but got 2"):
+        Ridge(alpha=[1.0, 2.0]).fit(x, y)

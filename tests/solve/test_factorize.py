@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cfl_ops
 import pytest
 import torch
@@ -65,3 +67,30 @@ def test_tolerances_in_tensors_are_refused(tolerance: float) -> None:
     solution, info = cfl_ops.lstsq_ex(a, a, rtol=bad)
     assert info.tolist() == [0, -1]
     assert bool(solution[1].isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (6, 30), (7, 7)])
+@pytest.mark.parametrize("condition", [9e3, 1e6, 1e10])
+def test_a_factored_float64_matrix_keeps_its_digits(shape: tuple[int, int], condition: float) -> None:
+    """The squared condition of a Gram matrix is in none of its members."""
+    small = min(shape)
+    u, v = (torch.linalg.qr(randn(n, small, seed=n))[0] for n in shape)
+    values = torch.logspace(0, -math.log10(condition), small, dtype=F64)
+    f = cfl_ops.factorize((u * values) @ v.mT)
+    inverse, bound = (v / values) @ u.mT, 200 * condition * torch.finfo(F64).eps
+    assert float((f.pinv() - inverse).norm() / inverse.norm()) < bound
+    b = randn(shape[0], 2, seed=3)
+    assert float((f.solve(b) - inverse @ b).norm() / (inverse.norm() * b.norm())) < bound
+    assert abs(float(f.condition) / condition - 1) < bound
+    assert abs(float(f.logdet - values.log().sum())) < bound
+    torch.testing.assert_close(f.singular_values, values, rtol=bound, atol=0)
+
+
+def test_a_first_row_of_another_size_costs_no_digits() -> None:
+    """Errors of the orthogonal path are those of the longest row; a refinement mends them."""
+    a, x = randn(60, 12), randn(12, 1, seed=1)
+    a[0] *= 1e10
+    b = a @ x
+    for solution in (cfl_ops.lstsq(a, b), cfl_ops.factorize(a).solve(b), cfl_ops.lstsq(a[None], b[None])[0]):
+        assert float((solution - x).norm() / x.norm()) < 1e-9
+    assert float((cfl_ops.pinv(a) @ a - torch.eye(12, dtype=F64)).norm()) < 1e-4

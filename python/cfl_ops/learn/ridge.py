@@ -43,15 +43,33 @@ def _check_tensors(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
             raise ValueError(f"cfl_ops.learn: {name} must be finite, but has NaN or Inf")
     if y is not None and y.shape[0] != x.shape[0]:
         raise ValueError(f"cfl_ops.learn: y must have the {x.shape[0]} rows of X, but got {y.shape[0]}")
-    x = x.detach() if x.is_floating_point() else x.detach().to(torch.float64)
-    return x, None if y is None else y.detach().to(x.device, x.dtype)
+    return _as_floating(x), None if y is None else _as_floating(y).to(x.device)
+
+
+def _as_floating(value: Tensor) -> Tensor:
+    """Without a graph; integers as float32 where that holds them all exactly, else as float64."""
+    value = value.detach()
+    if value.is_floating_point() or value.is_complex():
+        return value
+    single = value.to(torch.float32)
+    return single if bool((single.double() == value.double()).all()) else value.to(torch.float64)
+
+
+def _as_numpy(value: Any) -> Any:
+    """An array of what NumPy has a dtype for; what is no tensor as it is."""
+    tensor = _foreign(value)
+    if tensor is None:
+        return value
+    tensor = tensor.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
 
 
 class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """What Ridge and RidgeCV share: input, prediction and attributes.
 
     NumPy in gives NumPy attributes and predictions; a torch tensor, or what speaks DLPack (CuPy), gives torch
-    tensors on its device.
+    tensors on its device. Attributes and predictions have the wider dtype of what they are made of (NumPy integers
+    count as float64, those of tensors as float32 where that holds them): nothing is narrowed.
     """
 
     fit_intercept: bool
@@ -70,7 +88,8 @@ class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ig
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y is None."
             )
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True)
-        return torch.from_numpy(np.array(X)), torch.from_numpy(np.array(y, dtype=X.dtype)), False
+        y = np.array(y) if y.dtype in (np.float64, np.float32, np.float16) else np.array(y, dtype=np.float64)
+        return torch.from_numpy(np.array(X)), torch.from_numpy(y), False
 
     def _store(self, weight: Tensor, intercept: Tensor | None, y: Tensor, foreign: bool) -> None:
         coef = weight.mT if y.ndim == 2 else weight[:, 0]
@@ -96,16 +115,15 @@ class _LinearModel(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ig
                 raise ValueError(
                     f"cfl_ops.learn: X must have {self.n_features_in_} features, as in fit, but got {x.shape[1]}"
                 )
-            return x @ coef.to(x.device, x.dtype).mT + offset.to(x.device, x.dtype)
+            dtype = torch.promote_types(x.dtype, coef.dtype)
+            working = torch.promote_types(dtype, torch.float32)  # a half-precision result is rounded once
+            return (x.to(working) @ coef.to(x.device, working).t() + offset.to(x.device, working)).to(dtype)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return X @ coef.cpu().numpy().T + offset.cpu().numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination R^2 of the prediction, averaged over targets."""
-        if _foreign(X) is not None:
-            X = _foreign(X).cpu().numpy()  # type: ignore[union-attr]
-        if _foreign(y) is not None:
-            y = _foreign(y).cpu().numpy()  # type: ignore[union-attr]
+        X, y, sample_weight = (_as_numpy(value) for value in (X, y, sample_weight))
         return float(super().score(X, y, sample_weight))
 
 
@@ -119,7 +137,7 @@ class Ridge(_LinearModel):
     .. math:: \min_w \|y - X w\|^2 + \alpha \|w\|^2
 
     Args:
-        alpha: the penalty, not negative; 0 gives the minimum-norm least-squares fit.
+        alpha: the penalty, not negative, or one for each target; 0 gives the minimum-norm least-squares fit.
         fit_intercept: fit an intercept, which is not penalised.
 
     Attributes:
@@ -137,14 +155,25 @@ class Ridge(_LinearModel):
         array([5.])
     """
 
-    def __init__(self, alpha: float = 1.0, *, fit_intercept: bool = True) -> None:
+    def __init__(self, alpha: Any = 1.0, *, fit_intercept: bool = True) -> None:
         self.alpha = alpha
         self.fit_intercept = fit_intercept
 
     def fit(self, X: Any, y: Any) -> Ridge:
         """Fit to ``X (B, D)`` and ``y (B,)`` or ``(B, K)``: NumPy, torch, or what speaks DLPack."""
-        alpha = checks.number("learn.Ridge", "alpha", self.alpha, checks.NOT_NEGATIVE)
+        several = np.ndim(self.alpha) > 0
+        if several:
+            alpha: Any = checks.numbers("learn.Ridge", "alpha", self.alpha)
+        else:
+            alpha = checks.number("learn.Ridge", "alpha", self.alpha, checks.NOT_NEGATIVE)
         x, target, foreign = self._validated(X, y)
+        if several:
+            if len(alpha) != _columns(target).shape[1]:
+                raise ValueError(
+                    f"cfl_ops.learn.Ridge: alpha must be a number or have a penalty for each of the "
+                    f"{_columns(target).shape[1]} targets, but got {len(alpha)}"
+                )
+            alpha = alpha.to(x.device)
         bias = checks.flag("learn.Ridge", "fit_intercept", self.fit_intercept)
         result = ridge(x, _columns(target), alpha, bias=bias)
         weight, intercept = result if isinstance(result, tuple) else (result, None)

@@ -19,7 +19,7 @@ from cfl_ops._core.state import makes_state, normal
 from cfl_ops.ops.solve.graph_factors import graph_factors
 from cfl_ops.ops.solve.least_squares import factored, matrix_error, pinv_arguments
 from cfl_ops.ops.solve.tall import Factors as _Factors  # the frozen signature of Factorization says _Factors
-from cfl_ops.ops.solve.tall import minimum_norm, underdetermined
+from cfl_ops.ops.solve.tall import minimum_norm, refined_pinv, underdetermined
 
 __all__ = ["Factorization", "factorize"]
 
@@ -69,8 +69,7 @@ class Factorization:
         """The pseudoinverse ``(..., N, M)``."""
         if self._factors is None:
             return self.a.new_zeros(self.a.mT.shape)
-        p = self._factors.pinv()
-        return (p.mT if underdetermined(self.a) else p).to(self.a.dtype)
+        return refined_pinv(self.a, self._factors).to(self.a.dtype)
 
     @property
     def singular_values(self) -> Tensor:
@@ -88,8 +87,10 @@ class Factorization:
             return self.a.new_zeros(*self.a.shape[:-2], 0, dtype=torch.float64)
         # On the orthogonal path alone it is right times orthonormal rows, basis^T.
         if f.basis is None or f.by_gram is not None:
-            p = f.pinv()
-            values = torch.linalg.svdvals(torch.linalg.qr(p.mT, mode="r")[1])
+            p = refined_pinv(self.a, f)
+            values = torch.linalg.svdvals(
+                torch.linalg.qr(p if underdetermined(self.a) else p.mT, mode="r")[1]
+            )
         else:
             values = torch.linalg.svdvals(f.right)
         kept = torch.arange(values.shape[-1], device=values.device) < self.rank.unsqueeze(-1)

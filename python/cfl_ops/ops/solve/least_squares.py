@@ -19,10 +19,9 @@ from cfl_ops.ops.solve.tall import (
     WELL_CONDITIONED,
     Factors,
     factor_any,
-    identity,
     may_synchronise,
     minimum_norm,
-    underdetermined,
+    refined_pinv,
 )
 
 __all__ = ["lstsq", "lstsq_ex", "pinv", "pinv_ex"]
@@ -302,18 +301,8 @@ def _pinv_python(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[T
 
 
 def _general_pinv(a: Tensor, rtol: Tensor | None, atol: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = a.shape[-2:]
     factors = factored(a, rtol, atol)
-    result = factors.pinv()
-    if underdetermined(a):
-        result = result.mT
-
-    def newton() -> Tensor:
-        if underdetermined(a):
-            return result @ (identity(rows, a) - a @ result)
-        return (identity(cols, a) - result @ a) @ result
-
-    result = factors.refined(result, newton)
+    result = refined_pinv(a, factors)
     return _nan_where(factors.info != 0, result, a.dtype).contiguous(), factors.rank, factors.info
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,14 @@ def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, y.dtype)
 
 
+def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype."""
+    return (x, y) if x.dtype == y.dtype else (x.double(), y.double())
+
+
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """X^T X and X^T Y in float64."""
-    gram, cross, *_ = plain_gram(x, y, torch.float64)
+    gram, cross, *_ = plain_gram(*same_dtype(x, y), torch.float64)
     return gram, cross
 
 
@@ -63,19 +69,65 @@ def gram_of_rows(x: Tensor) -> Tensor:
     return gram
 
 
-def centred(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """X with its column means taken away, and the means in float64 (zero without a bias).
+def column_means(x: Tensor, bias: bool) -> Tensor:
+    """The means ``(..., 1, K)`` in float64; zero without a bias or without rows."""
+    if not bias or x.shape[-2] == 0:
+        return x.new_zeros(*x.shape[:-2], 1, x.shape[-1], dtype=torch.float64)
+    return x.mean(-2, keepdim=True, dtype=torch.float64)
 
-    What the rounded mean leaves behind is no larger than rounding of x - mean itself.
+
+def centred(x: Tensor, bias: bool) -> Tensor:
+    """X less its column means, in float64; without a bias X as it is.
+
+    In a narrower dtype the differences would be rounded, and rows that depend on one another (centred ones always
+    do) would no longer. The first row goes first, so that no mean is rounded that is far larger than the differences,
+    and a constant column is zero.
     """
     if not bias or x.shape[-2] == 0:
-        return x, x.new_zeros(*x.shape[:-2], 1, x.shape[-1], dtype=torch.float64)
-    mean = x.mean(-2, keepdim=True, dtype=torch.float64)
-    return (x.double() - mean).to(x.dtype), mean
+        return x
+    rows = x.double()
+    rows = rows - rows[..., :1, :]
+    return rows.sub_(rows.mean(-2, keepdim=True))
+
+
+def free_rows(x: Tensor, bias: bool) -> Tensor:
+    """The centred rows in a basis of those that sum to zero, n - 1 of the same Gram matrix; without a bias X.
+
+    By the reflection that takes the constant vector to the first axis, where centred rows are zero. n centred rows
+    would have a singular value that is rounding alone.
+    """
+    count = x.shape[-2]
+    if not bias or count == 0:
+        return x
+    rows = centred(x, bias)
+    v = reflector(count, rows)
+    return rows[..., 1:, :] - v[1:, None] * (_factor(count) * (v @ rows)).unsqueeze(-2)
+
+
+def with_free_rows(left: Tensor, bias: bool) -> Tensor:
+    """The way back: columns ``(n - 1, r)`` as columns ``(n, r)`` that sum to zero."""
+    if not bias:
+        return left
+    count = left.shape[-2] + 1
+    v = reflector(count, left)
+    full = torch.cat([left.new_zeros(*left.shape[:-2], 1, left.shape[-1]), left], dim=-2)
+    return full - v[:, None] * (_factor(count) * (v[1:] @ left)).unsqueeze(-2)
+
+
+def reflector(count: int, like: Tensor) -> Tensor:
+    """The vector v of the reflection I - f v v^T, with f of :func:`_factor`."""
+    v = like.new_full((count,), 1 / math.sqrt(count), dtype=torch.float64)
+    v[0] = v[0] + 1
+    return v
+
+
+def _factor(count: int) -> float:
+    """2 over the square of the reflector's length."""
+    return 1 / (1 + 1 / math.sqrt(count))
 
 
 def intercept(weight: Tensor, x_mean: Tensor, y_mean: Tensor) -> Tensor:
-    """The intercept ``(..., K)`` of a fit to centred data, in float64."""
+    """The intercept ``(..., K)`` in float64 of a weight, which is the one that the caller gets, rounded as it is."""
     return (y_mean - x_mean @ weight.double()).squeeze(-2)
 
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.failures import check_info, error_message
-from cfl_ops.ops.solve.eigen_ridge import EigenRidge, shrinkage
+from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops.ops.solve.codes import BAD_PENALTY
 from cfl_ops.ops.solve.least_squares import lstsq
 from cfl_ops.ops.solve.regression import (
-    centred,
     check_data,
     check_penalties,
-    gram_of_rows,
+    column_means,
+    free_rows,
     intercept,
-    moments,
     regression_error,
     result_dtype,
 )
-from cfl_ops.ops.solve.ridge_solve import ridge_solve
+from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["ridge", "ridge_path"]
 
@@ -32,24 +31,28 @@ def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> T
 
     .. math:: \min_W \|Y - X W\|_F^2 + \lambda \|W\|_F^2, \quad W = (X^T X + \lambda I)^{-1} X^T Y
 
-    (Closed-Form Last Layer Optimization, Eq. 1-2, transposed and in sum convention.) The Gram matrix of the
-    smaller side is accumulated and factored in float64, so that float32 data give float64's answer.
+    (Closed-Form Last Layer Optimization, Eq. 1-2, transposed and in sum convention.) Computed in float64, so that
+    float32 data give float64's answer: by the Gram matrix of the smaller side where its estimated condition allows it,
+    else, however small the penalty, by QR and SVD of ``x``.
 
     Args:
         x: ``(..., B, D)``.
         y: ``(..., B, K)``.
-        lam: a number, or a tensor that is 0-d or of the batch shape; not negative. The number 0 gives the
-            minimum-norm least-squares fit (:func:`lstsq`); a tensor that holds 0 needs a full column rank.
-        bias: also fit an intercept, which is not penalised.
+        lam: a number or a 0-d tensor; a tensor of as many dimensions as there are batch dimensions ``...``, a penalty
+            for each batch element; or one of one dimension more, the last of which is K, a penalty for each target
+            (sizes of 1 are expanded). Not negative; 0 gives the minimum-norm fit (the number 0 is :func:`lstsq`; a
+            tensor that holds 0 is differentiable where the columns are independent).
+        bias: also fit an intercept, which is not penalised. It belongs to the weight as it is returned, rounded.
 
     Returns:
         The weight ``(..., D, K)``, or ``(weight, intercept)`` with intercept ``(..., K)``.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or lam is negative, NaN or Inf.
-        torch.linalg.LinAlgError: ``x`` has NaN or Inf, or the system is singular; names the batch index.
+        torch.linalg.LinAlgError: ``x`` has NaN or Inf; names the batch index.
 
-    Differentiable (twice). Costs ``B D^2 / 2 + B D K + D^3 / 3`` multiply-adds for ``B >= D``.
+    Differentiable (twice). Costs ``B D^2 / 2 + B D K + D^3 / 3`` multiply-adds for ``B >= D``, of ill-conditioned data
+    and with a penalty for each target about ``4 B D^2 + B D K + 20 D^3``.
 
     Example:
         >>> import torch, cfl_ops
@@ -59,14 +62,35 @@ def ridge(x: Tensor, y: Tensor, lam: float | Tensor, *, bias: bool = False) -> T
     """
     data, targets = check_data("ridge", x, y)
     bias = checks.flag("ridge", "bias", bias)
-    penalty = checks.coefficient("ridge", "lam", lam, x.device)
-    data, x_mean = centred(data, bias)
-    targets, y_mean = centred(targets, bias)
-    weight = _fit(data, targets, None if checks.is_zero(lam) else penalty)
-    dtype = result_dtype(x, y)
+    penalty = _penalty(data, targets, lam)
+    if checks.is_zero(lam):
+        weight = lstsq(free_rows(data, bias), free_rows(targets, bias))
+    else:
+        weights, info = RIDGE_FIT(data, targets, None, penalty, bias)
+        check_info("ridge", info, [weights], [data, penalty])
+        weight = weights.squeeze(-3)
+    weight = weight.to(result_dtype(x, y))
     if not bias:
-        return weight.to(dtype)
-    return weight.to(dtype), intercept(weight, x_mean, y_mean).to(dtype)
+        return weight
+    offset = intercept(weight, column_means(data, bias), column_means(targets, bias))
+    return weight, offset.to(weight.dtype)
+
+
+def _penalty(x: Tensor, y: Tensor, lam: float | Tensor) -> Tensor:
+    """In float64, ``(..., 1, 1)`` or ``(..., 1, K)``; how many dimensions it has says what each of them is."""
+    given = on_device(checks.coefficient("ridge", "lam", lam, x.device), x)
+    batch, targets = x.shape[:-2], y.shape[-1]
+    per_target = given.ndim > len(batch)
+    wanted = (*batch, targets) if per_target else batch
+    fits = given.ndim in (0, len(wanted)) and all(
+        size in (1, whole) for size, whole in zip(given.shape, wanted, strict=given.ndim > 0)
+    )
+    if not fits:
+        raise ValueError(
+            f"cfl_ops.ridge: lam must be a number, or have shape {tuple(batch)} (a penalty for each batch element) or "
+            f"{(*batch, targets)} (for each target), but got shape {tuple(given.shape)}"
+        )
+    return given.expand(wanted).unsqueeze(-2) if per_target else given.expand(batch)[..., None, None]
 
 
 def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bool = False) -> Any:
@@ -87,8 +111,8 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
         TypeError, ValueError: shapes, dtypes or devices do not fit, or one of lams is negative, NaN or Inf.
         torch.linalg.LinAlgError: ``x`` has NaN or Inf.
 
-    Differentiable (twice) where the eigenvalues of ``X^T X`` are distinct. Costs ``B D^2 / 2`` and about
-    ``9 D^3`` multiply-adds once and ``D^2 K`` for each penalty.
+    Differentiable (twice). Costs ``B D^2 / 2`` and about ``9 D^3`` multiply-adds once (of ill-conditioned data
+    ``4 B D^2`` and ``20 D^3``) and ``D^2 K`` for each penalty.
 
     Example:
         >>> import torch, cfl_ops
@@ -99,35 +123,24 @@ def ridge_path(x: Tensor, y: Tensor, lams: Sequence[float] | Tensor, *, bias: bo
     data, targets = check_data("ridge_path", x, y)
     penalties = check_penalties("ridge_path", lams, x.device)
     bias = checks.flag("ridge_path", "bias", bias)
-    data, x_mean = centred(data, bias)
-    targets, y_mean = centred(targets, bias)
-    whole = EigenRidge(data)
-    cross = whole.moments(targets)
-    assert whole.gram is not None
-    _check_finite("ridge_path", whole.gram)
-    values, _, basis = whole.eigen()
-    rotated = whole.rotate(targets, cross)
-    weights = torch.stack(
-        [basis @ (shrinkage(values, lam).unsqueeze(-1) * rotated) for lam in penalties.unbind()]
-    )
-    dtype = result_dtype(x, y)
+    batch = data.shape[:-2]
+    weights, info = RIDGE_FIT(data, targets, None, penalties.expand(*batch, -1).unsqueeze(-1), bias)
+    check_info("ridge_path", info, [weights], [data])
+    weights = weights.movedim(-3, 0).to(result_dtype(x, y))
     if not bias:
-        return weights.to(dtype)
-    return weights.to(dtype), intercept(weights, x_mean, y_mean).to(dtype)
+        return weights
+    offsets = intercept(weights, column_means(data, bias), column_means(targets, bias))
+    return weights, offsets.to(weights.dtype)
 
 
-def _fit(x: Tensor, y: Tensor, lam: Tensor | None) -> Tensor:
-    """(X^T X + lam I)^-1 X^T Y through the smaller side, in float64; the minimum-norm fit without a penalty."""
-    if lam is None:
-        return lstsq(x, y).double()
-    if x.shape[-2] >= x.shape[-1]:
-        return ridge_solve(*moments(x, y), lam)
-    return x.mT.double() @ ridge_solve(gram_of_rows(x), y.double(), lam)
-
-
-def _check_finite(op: str, gram: Tensor) -> None:
-    bad = ~gram.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    check_info(op, bad.to(torch.int32), [gram], [gram])
+@error_message("ridge")
+def _ridge_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
+    index, code, where = first_failure(info)
+    if code == BAD_PENALTY:
+        return ValueError(
+            f"cfl_ops.ridge: {where}lam must be finite and not negative, but got {context[1][index].flatten().tolist()}"
+        )
+    return regression_error("ridge", info, context)
 
 
 @error_message("ridge_path")

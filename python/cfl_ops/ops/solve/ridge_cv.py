@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops._core.arguments import same_dtype, within
+from cfl_ops._core.arguments import same_dtype as check_same_dtype
+from cfl_ops._core.arguments import within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
 from cfl_ops.ops.gram.gram import plain_gram
-from cfl_ops.ops.solve.eigen_ridge import EigenRidge, eigh, shrinkage
+from cfl_ops.ops.solve.eigen_ridge import EPS, GRAM_LIMIT, EigenRidge, shrinkage
 from cfl_ops.ops.solve.regression import (
     centred,
     check_data,
     check_penalties,
+    column_means,
     intercept,
     regression_error,
     result_dtype,
+    same_dtype,
 )
 
 __all__ = ["RidgeCVResult", "ridge_cv"]
@@ -32,6 +35,11 @@ __all__ = ["RidgeCVResult", "ridge_cv"]
 # of predictions, which pass through the second-level cache several times.
 MOMENT_BYTES = 32 << 20
 PREDICTION_BYTES = 4 << 20
+
+ROOM = 2.0**-6
+"""How near a row may come to fit itself alone (1 less its leverage) until float32, or a Gram matrix, is not enough."""
+SEEN = 1e-8
+"""Scores below this share of the targets' mean square may be rounding, of float32 or of moments."""
 
 
 @result_type("ridge")
@@ -167,7 +175,6 @@ def _ridge_cv_one(args: RidgeCVArguments) -> tuple[Tensor, Tensor, Tensor, Tenso
             lams.new_full((lams.numel(), targets), torch.nan),
             torch.ones((), dtype=torch.int32, device=x.device),
         )
-    xc, x_mean = centred(x, bias)
     # Squares of the residuals shall neither overflow nor vanish.
     largest = max(map(abs, torch.stack(torch.aminmax(y)).tolist())) if y.numel() else 1.0
     unit = 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** min(math.frexp(largest)[1], 1023)
@@ -175,33 +182,29 @@ def _ridge_cv_one(args: RidgeCVArguments) -> tuple[Tensor, Tensor, Tensor, Tenso
     weight = x.new_empty(width, targets)
     intercepts = x.new_empty(targets if bias else 0)
     lam = lams.new_empty(targets if per_target else 0)
-    whole = EigenRidge(xc)
-    validation = KFold(whole, lams, bias, folds) if folds else LeaveOneOut(whole, lams, bias, kind)
+    whole = EigenRidge(x, bias, float(lams.min()))
+    validation = KFold(whole, lams, folds) if folds else LeaveOneOut(whole, lams, kind)
 
-    def scaled_targets(run: slice) -> tuple[Tensor, Tensor]:
-        yc, y_mean = centred(y[:, run], bias)
-        return (yc if unit == 1.0 else (yc.double() / unit).to(yc.dtype)), y_mean
+    def scaled_targets(run: slice) -> Tensor:
+        target = centred(y[:, run], bias)
+        return target if unit == 1.0 else target.double() / unit
 
-    def fit(run: slice, target: Tensor, y_mean: Tensor, cross: Tensor | None, penalty: Tensor) -> None:
-        own = whole.weight(target, cross, penalty) * unit
-        weight[:, run] = own.to(x.dtype)
+    def fit(run: slice, target: Tensor, penalty: Tensor) -> None:
+        weight[:, run] = whole.fit(target, penalty) * unit
         if bias:
-            intercepts[run] = intercept(own, x_mean, y_mean).to(x.dtype)
+            intercepts[run] = intercept(weight[:, run], whole.mean, column_means(y[:, run], bias))
 
     runs = _runs(min(rows, width), targets, 8, MOMENT_BYTES)
     for run in runs:
-        target, y_mean = scaled_targets(run)
-        cross = validation.score(target, scores[:, run])
+        target = scaled_targets(run)
+        validation.score(target, scores[:, run])
         if per_target:
             lam[run] = lams[scores[:, run].nan_to_num(nan=torch.inf).argmin(0)]
-            fit(run, target, y_mean, cross, lam[run])
+            fit(run, target, lam[run])
     if not per_target:
         lam = lams[validation.shared(scores).nan_to_num(nan=torch.inf).argmin(0)]
         for run in runs:
-            if len(runs) > 1:
-                target, y_mean = scaled_targets(run)
-                cross = whole.moments(target)
-            fit(run, target, y_mean, cross, lam)
+            fit(run, scaled_targets(run) if len(runs) > 1 else target, lam)
     info = torch.zeros((), dtype=torch.int32, device=x.device)
     return weight, intercepts, lam, scores * (unit * unit), info
 
@@ -219,56 +222,147 @@ def _runs(length: int, targets: int, itemsize: int, limit: int) -> list[slice]:
 
 
 class LeaveOneOut:
-    """Leave-one-out or generalised cross-validation from one eigendecomposition.
+    """Leave-one-out or generalised cross-validation from one singular value decomposition."""
 
-    With U = X V Lambda^-1/2 and h_i(lam) = sum_j U_ij^2 Lambda_j / (Lambda_j + lam), the row left out has
-    the residual r_i / (1 - h_i); a free intercept adds 1 / B to h_i.
-    """
+    def __init__(self, whole: EigenRidge, lams: Tensor, kind: str) -> None:
+        self.whole, self.lams, self.kind = whole, lams, kind
+        self._quick: Residuals | None = None
+        self._exact: Residuals | None = None
 
-    def __init__(self, whole: EigenRidge, lams: Tensor, bias: bool, kind: str) -> None:
-        self.whole, self.lams, self.bias, self.kind = whole, lams, bias, kind
-        self.left: Tensor | None = None
+    def score(self, y: Tensor, scores: Tensor) -> None:
+        """Write the scores (L, K) of the centred targets y."""
+        quick = self._quick = self._quick or self._choose(y)
+        quick.score(y, scores)
+        if quick.dtype == torch.float64:
+            return
+        squares = y.square().sum(0) if self.whole.squares is None else self.whole.squares
+        if (again := _doubtful(squares / y.shape[0], scores)).numel():
+            scores[:, again] = self.exact().score(y[:, again], scores[:, again])
 
-    def _prepare(self) -> Tensor:
-        """U, and for each penalty the factors of its columns and the weights of the squared residuals."""
-        x, rows, dtype = self.whole.x, self.whole.x.shape[-2], self.whole.x.dtype
-        values, vectors, _ = self.whole.eigen()
-        weight_of = torch.ones_like(values)
-        if self.whole.dual:
-            self.to_left, left = weight_of, vectors.to(dtype)
-        else:
-            singular = values.sqrt()
-            self.to_left = torch.where(singular > 0, 1 / torch.where(singular > 0, singular, 1.0), 0.0)
-            left, weight_of = x @ (vectors * self.to_left).to(dtype), (values > 0).double()
-        squares = left.double().square() * weight_of
-        self.keep = [values * shrinkage(values, lam) for lam in self.lams.unbind()]
-        self.scales = []
-        for factor in self.keep:
-            leverage = squares @ factor + (1 / rows if self.bias else 0.0)
-            if self.kind == "gcv":
-                leverage = leverage.mean().expand(rows)
-            # Leave-one-out is infinite where a row fits itself alone (leverage 1).
-            room = 1 - leverage
-            scale = torch.where(room > rows * torch.finfo(dtype).eps, 1 / room, torch.inf)
-            self.scales.append(scale.square().to(dtype))
-        return left
+    def _choose(self, y: Tensor) -> Residuals:
+        """In the working precision, where every row has room enough."""
+        dtype = torch.float64 if self.whole.x.dtype == torch.float64 else torch.float32
+        self.whole.coordinates(y)
+        quick = Residuals(self.whole, self.lams, self.kind, dtype)
+        if quick.room < ROOM and quick.moments:
+            quick = Residuals(self.whole.to_exact(), self.lams, self.kind, dtype)
+        return quick if quick.room >= ROOM else self.exact()
 
-    def score(self, y: Tensor, scores: Tensor) -> Tensor | None:
-        """Writes the scores (L, K) of the targets y and returns X^T Y, if the columns are the smaller side."""
-        cross = self.whole.moments(y)
-        if self.left is None:
-            self.left = self._prepare()
-        left_cross = self.to_left.unsqueeze(-1) * self.whole.rotate(y, cross)
-        for run in _runs(y.shape[0], y.shape[-1], y.element_size(), PREDICTION_BYTES):
-            own, target = left_cross[:, run], y[:, run]
-            for index, (factor, scale) in enumerate(zip(self.keep, self.scales, strict=True)):
-                residual = torch.addmm(target, self.left, (factor.unsqueeze(-1) * own).to(y.dtype), alpha=-1)
-                scores[index, run] = _weighted_mean(residual.square_(), scale)
-        return cross
+    def exact(self) -> Residuals:
+        """All in float64."""
+        self._exact = self._exact or Residuals(self.whole.to_exact(), self.lams, self.kind, torch.float64)
+        return self._exact
 
     def shared(self, scores: Tensor) -> Tensor:
         """(L), by which one penalty for all targets is chosen."""
         return scores.mean(1)
+
+
+def _doubtful(squares: Tensor, scores: Tensor) -> Tensor:
+    """The targets whose scores may be little more than rounding: their indices."""
+    return ((scores.amin(0) < SEEN * squares) & (squares > 0)).nonzero().squeeze(-1)
+
+
+class Residuals:
+    """What a row's target differs by from the fit to the other rows, at each penalty.
+
+    It is e_i / a_i with e = A y, a = diag A and A = I - X (X^T X + lam I)^-1 X^T = P + U diag(c) U^T, where
+    X = U S V^T, P projects on what neither U nor the constant vector reaches, and c = lam / (S^2 + lam). All terms of
+    a are positive: nothing cancels in it, nor in e where P y comes from the rows of P themselves. Where no row is near
+    to fit itself alone, y - U (1 - c) U^T y and 1 - h_i, which take less, are as good.
+
+    At lam 0 it is the limit, the minimum-norm fit to the other rows. Where P has no part in a row (its features are
+    independent of all other rows'), that is the ratio of the parts of U, to which lam is a common factor.
+    """
+
+    def __init__(self, whole: EigenRidge, lams: Tensor, kind: str, dtype: torch.dtype) -> None:
+        values = whole.parts()[0]
+        self.whole, self.dtype = whole, dtype
+        self.moments = whole.by_moments
+        self.full = not self.moments and len(values) == whole.free
+        """Whether U, with the constant vector, has all directions: then P is zero."""
+        self.left = whole.left(dtype if self.moments else torch.float64)
+        rows, squares = self.left.shape[0], self.left.double().square()
+        self.own = torch.empty(0, dtype=torch.int64, device=squares.device)
+        """The rows whose P y is made from their rows of P."""
+        self.projected = squares[:, :0]
+        outside = 1 - squares.sum(1) - (1 / rows if whole.bias else 0.0)
+        if self.full:
+            outside = torch.zeros_like(outside)
+        elif not self.moments:
+            outside = self._project(outside)
+        self.factors, self.scales, self.masks = [], [], []
+        self.room = math.inf
+        for lam in lams.tolist():
+            factor, mask = _complement(values, lam, self.full), None
+            if self.moments:
+                keep = values * shrinkage(values, lams.new_tensor(lam))
+                room, factor = 1 - squares @ keep - (1 / rows if whole.bias else 0.0), -keep
+            elif lam > 0 or self.full:
+                room = outside + squares @ factor
+            else:
+                mask = (outside == 0).double()
+                room = outside + mask * (squares @ factor)
+            if kind == "gcv":
+                room, mask = room.mean().expand(rows), None if mask is None else torch.zeros_like(mask)
+                if mask is not None:
+                    room = outside.mean().expand(rows)
+            self.room = min(self.room, float(room.min()))
+            self.factors.append(factor.to(dtype).unsqueeze(-1))
+            self.scales.append(torch.where(room > 0, 1 / room, torch.inf).square().to(dtype))
+            self.masks.append(None if mask is None else mask.to(dtype).unsqueeze(-1))
+        self.work = self.left.to(dtype)
+
+    def _project(self, outside: Tensor) -> Tensor:
+        """The diagonal of P, for rows near 0 as the squared length of their rows of P."""
+        rows = self.left.shape[0]
+        self.own = (outside < ROOM).nonzero().squeeze(-1)
+        span = self.left
+        if self.whole.bias:
+            span = torch.cat([span, span.new_full((rows, 1), rows**-0.5)], dim=1)
+        projected = torch.zeros(rows, len(self.own), dtype=torch.float64, device=span.device)
+        projected[self.own, torch.arange(len(self.own), device=span.device)] = 1
+        for _ in range(2):  # the second pass takes away what rounding left of the first
+            projected -= span @ (span.mT @ projected)
+        length = projected.square().sum(0)
+        length = torch.where(length > (64 * rows * EPS) ** 2, length, 0.0)
+        self.projected = torch.where(length > 0, projected, 0.0)
+        outside[self.own] = length
+        return outside
+
+    def score(self, y: Tensor, scores: Tensor) -> Tensor:
+        """Write the scores (L, K) of the centred targets y, and return them."""
+        inside = self.whole.coordinates(y)
+        if self.moments:
+            target = y.to(self.dtype)
+        elif self.full:
+            target = torch.zeros_like(y, dtype=self.dtype)
+        else:
+            exact = y.double() - self.left @ inside
+            exact[self.own] = self.projected.mT @ y.double()
+            target = exact.to(self.dtype)
+        for run in _runs(y.shape[0], y.shape[-1], target.element_size(), PREDICTION_BYTES):
+            base, own = target[:, run], inside[:, run].to(self.dtype)
+            for index, (factor, scale, mask) in enumerate(
+                zip(self.factors, self.scales, self.masks, strict=True)
+            ):
+                if mask is None:
+                    residual = torch.addmm(base, self.work, factor * own)
+                else:
+                    residual = base + mask * (self.work @ (factor * own))
+                scores[index, run] = _weighted_mean(residual.square_(), scale)
+        return scores
+
+
+def _complement(values: Tensor, lam: float, full: bool) -> Tensor:
+    """The factors lam / (values^2 + lam), or multiples where only ratios count: at lam 0, and where P is zero."""
+    if values.numel() == 0:
+        return values
+    least = values.min()
+    if lam == 0:
+        return (least / values).square()
+    factor = 1 / (1 + values * (values / lam))
+    return factor / factor.max() if full else factor
 
 
 def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
@@ -280,12 +374,17 @@ def _weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
 
 
 class KFold:
-    """K folds of consecutive rows: the moments of the others are all moments less the fold's own."""
+    """K folds of consecutive rows: the moments of the others are all moments less the fold's own.
 
-    def __init__(self, whole: EigenRidge, lams: Tensor, bias: bool, folds: int) -> None:
-        self.whole, self.lams, self.bias = whole, lams, bias
+    Where that difference or its condition loses digits, and where the columns outnumber the rows, the others' singular
+    values take their place.
+    """
+
+    def __init__(self, whole: EigenRidge, lams: Tensor, folds: int) -> None:
+        self.whole, self.lams = whole, lams
         self.pieces = list(pairwise(_fold_bounds(whole.x.shape[-2], folds)))
-        self.eigen: list[tuple[Tensor, Tensor]] = []
+        self._eigen: dict[int, tuple[Tensor, Tensor] | None] = {}
+        self._exact: dict[int, EigenRidge] = {}
         # For each penalty the sum over targets of the error relative to each fold's variance, that is 1 - R^2.
         self.relative = torch.zeros(lams.numel(), dtype=torch.float64, device=whole.x.device)
 
@@ -293,58 +392,148 @@ class KFold:
         """(L), by which one penalty for all targets is chosen: by the mean R^2, as scikit-learn does."""
         return self.relative
 
-    def score(self, y: Tensor, scores: Tensor) -> Tensor | None:
-        """Writes the scores (L, K) of the targets y and returns X^T Y, if the columns are the smaller side."""
-        x, bias = self.whole.x, self.bias
-        rows, dtype = x.shape[-2], x.dtype
-        moments = []
+    def score(self, y: Tensor, scores: Tensor) -> None:
+        """Write the scores (L, K) of the centred targets y."""
+        errors = scores.new_zeros(len(self.pieces), *scores.shape)
+        moments = self._moments(y)
+        if moments is not None:
+            self.whole.give(y, *moments.total[:2])
+        for fold in range(len(self.pieces)):
+            if moments is None or not self._score_by_moments(fold, y, moments, errors[fold]):
+                errors[fold] = self._score_exactly(fold, y)
+        sizes = [end - begin for begin, end in self.pieces]
+        share = scores.new_tensor(sizes)[:, None, None] / y.shape[0]
+        scores.copy_((share * errors).sum(0))
+        if moments is not None:
+            again = _doubtful(moments.total[2] / y.shape[0], scores)
+            if again.numel():
+                for fold in range(len(self.pieces)):
+                    errors[fold][:, again] = self._score_exactly(fold, y[:, again])
+                scores.copy_((share * errors).sum(0))
+        # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
+        variance = torch.stack(
+            [self._variance(fold, y, moments) for fold in range(len(self.pieces))]
+        ).unsqueeze(1)
+        relative = torch.where(
+            variance > 0, errors / torch.where(variance > 0, variance, 1.0), (errors > 0).double()
+        )
+        self.relative += relative.sum((0, 2))
+
+    def _variance(self, fold: int, y: Tensor, moments: _Moments | None) -> Tensor:
+        """(K) float64: that of each target in a fold; of a constant one 0, whatever rounding its mean takes."""
+        begin, end = self.pieces[fold]
+        if moments is not None:
+            squares, total = moments.each[fold][2] / (end - begin), moments.each[fold][4] / (end - begin)
+            variance = squares - total.square()
+            if bool((variance > 1e-6 * squares).all()):
+                return variance
+        held = y[begin:end].double()
+        variance = held.var(0, correction=0)
+        return torch.where(variance > 1e-28 * held.square().amax(0), variance, 0.0)
+
+    def _moments(self, y: Tensor) -> _Moments | None:
+        """Those of each fold, in float64; None where X^T X is the larger matrix."""
+        x, bias = self.whole.rows, self.whole.bias
+        held = max(end - begin for begin, end in self.pieces)
+        if not x.shape[-2] - held - int(bias) >= x.shape[-1] > 0:
+            return None
+        each: list[tuple[Tensor, ...]] = []
+        x, y = same_dtype(x, y)
         for begin, end in self.pieces:
             gram, cross, y_sum, squares, *_ = plain_gram(x[begin:end], y[begin:end], torch.float64)
             x_sum = x[begin:end].sum(-2, dtype=torch.float64) if bias else y_sum.new_zeros(())
-            moments.append((gram, cross, squares, x_sum, y_sum))
-        gram, cross, _, x_sum, y_sum = (torch.stack(values).sum(0) for values in zip(*moments, strict=True))
-        scores.zero_()
-        for fold, ((begin, end), own) in enumerate(zip(self.pieces, moments, strict=True)):
-            own_gram, own_cross, own_squares, own_x_sum, own_y_sum = own
-            count, held = rows - (end - begin), end - begin
-            train_cross = cross - own_cross
-            means = None
-            if bias:
-                means = (x_sum - own_x_sum) / count, (y_sum - own_y_sum) / count
-                train_cross -= count * torch.outer(*means)
-            if fold == len(self.eigen):
-                train_gram = gram - own_gram
-                if means is not None:
-                    train_gram -= count * torch.outer(means[0], means[0])
-                self.eigen.append(eigh(train_gram))
-            values, vectors = self.eigen[fold]
-            left_out = _held(x[begin:end], y[begin:end], vectors, own, means)
-            # In the working precision, scaled so that nothing overflows that the weights would not.
-            top = (
-                values[-1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
-            )  # without columns there is none
-            scaled_cross = (vectors.mT @ train_cross / top).to(dtype)
-            factors = [(top * shrinkage(values, lam)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()]
-            variance = (own_squares / held - (own_y_sum / held).square()).clamp_min(0)
-            # What rounding leaves of the variance of a constant target is none.
-            variance = torch.where(variance > 1e-14 * (own_squares / held), variance, 0.0)
-            length = left_out.design.shape[0]
-            one = torch.ones(length, dtype=dtype, device=x.device)
-            for run in _runs(length, y.shape[-1], y.element_size(), PREDICTION_BYTES):
-                target, rest = left_out.target[:, run], left_out.rest[run]
-                residual = torch.empty_like(target)
-                for index, factor in enumerate(factors):
-                    torch.mm(left_out.design, factor * scaled_cross[:, run], out=residual)
-                    residual.sub_(target).square_()
-                    error = ((one @ residual).double() + rest) / held
-                    scores[index, run] += error * (held / rows)
-                    # As in scikit-learn's r2_score, a constant target scores 0 (or 1, if it is met).
-                    share = torch.where(variance[run] > 0, error / variance[run], (error > 0).double())
-                    self.relative[index] += share.sum()
-        if self.whole.dual:
-            return self.whole.moments(y)
-        self.whole.gram = gram
-        return cross
+            each.append((gram, cross, squares, x_sum, y_sum))
+        total = tuple(torch.stack(values).sum(0) for values in zip(*each, strict=True))
+        return _Moments(each, total)
+
+    def _score_by_moments(self, fold: int, y: Tensor, moments: _Moments, errors: Tensor) -> bool:
+        """Write the mean squared errors (L, K) of a fold, or say that its moments are not to be used."""
+        x, bias, dtype = self.whole.rows, self.whole.bias, self.whole.x.dtype
+        begin, end = self.pieces[fold]
+        count, held = x.shape[-2] - (end - begin), end - begin
+        gram, cross, _, x_sum, y_sum = moments.others(fold)
+        means = None
+        if bias:
+            means = x_sum / count, y_sum / count
+            cross = cross - count * torch.outer(*means)
+        if fold not in self._eigen:
+            self._eigen[fold] = _eigen(
+                gram, None if means is None else means[0], count, self.whole.least, dtype
+            )
+        found = self._eigen[fold]
+        if found is None:
+            return False
+        values, vectors = found
+        left_out = _held(x[begin:end], y[begin:end], vectors, moments.each[fold], means, dtype)
+        # In the working precision, scaled so that nothing overflows that the weights would not.
+        top = values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+        scaled_cross = (vectors.mT @ cross / top).to(dtype)
+        factors = [
+            (top / (values + lam).clamp_min(top * EPS)).to(dtype).unsqueeze(-1) for lam in self.lams.unbind()
+        ]
+        length = left_out.design.shape[0]
+        one = torch.ones(length, dtype=dtype, device=x.device)
+        for run in _runs(length, y.shape[-1], left_out.target.element_size(), PREDICTION_BYTES):
+            target, rest = left_out.target[:, run], left_out.rest[run]
+            residual = torch.empty_like(target)
+            for index, factor in enumerate(factors):
+                torch.mm(left_out.design, factor * scaled_cross[:, run], out=residual)
+                residual.sub_(target).square_()
+                errors[index, run] = ((one @ residual).double() + rest) / held
+        return True
+
+    def _score_exactly(self, fold: int, y: Tensor) -> Tensor:
+        """The mean squared errors (L, K) of a fold, from the singular values of the other rows, in float64."""
+        begin, end = self.pieces[fold]
+        rows, bias = self.whole.rows, self.whole.bias
+        if fold not in self._exact:
+            others = torch.cat([rows[:begin], rows[end:]])
+            self._exact[fold] = EigenRidge(others, bias, self.whole.least, exact=True)
+        train = self._exact[fold]
+        target = torch.cat([y[:begin], y[end:]]).double()
+        mean = column_means(target, bias)
+        inside = train.coordinates(centred(target, bias))
+        values, basis = train.parts()
+        design, wanted = (rows[begin:end].double() - train.mean) @ basis, y[begin:end].double() - mean
+        return torch.stack(
+            [
+                (design @ (shrinkage(values, lam).unsqueeze(-1) * inside) - wanted).square().mean(0)
+                for lam in self.lams.unbind()
+            ]
+        )
+
+
+class _Moments(NamedTuple):
+    """X^T X, X^T Y, the squares of Y and the sums of X and Y: of each fold, and of all."""
+
+    each: list[tuple[Tensor, ...]]
+    total: tuple[Tensor, ...]
+
+    def others(self, fold: int) -> tuple[Tensor, ...]:
+        """Of all folds but one."""
+        own = self.each[fold]
+        # What is left beside a fold of far larger numbers has lost its digits: then it is summed anew.
+        pairs = ((own[0].diagonal(), self.total[0].diagonal()), (own[2], self.total[2]))
+        if all(bool((part <= 0.99 * whole).all()) for part, whole in pairs):
+            return tuple(whole - part for part, whole in zip(own, self.total, strict=True))
+        rest = self.each[:fold] + self.each[fold + 1 :]
+        return tuple(torch.stack(values).sum(0) for values in zip(*rest, strict=True))
+
+
+def _eigen(
+    gram: Tensor, mean: Tensor | None, count: int, least: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """The eigenvectors of X^T X less the mean, or None where rounding may have changed what a penalty leaves of it."""
+    size = float(torch.linalg.matrix_norm(gram))
+    if not 0 < size < math.inf:
+        return None
+    system = gram if mean is None else gram - count * torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(system)
+    return (
+        (values, vectors)
+        if size + least <= GRAM_LIMIT[dtype] * (max(float(values[0]), 0.0) + least)
+        else None
+    )
 
 
 def _fold_bounds(rows: int, folds: int) -> list[int]:
@@ -369,11 +558,17 @@ class _Held(NamedTuple):
 
 
 def _held(
-    rows: Tensor, y: Tensor, vectors: Tensor, moments: tuple[Tensor, ...], means: tuple[Tensor, Tensor] | None
+    rows: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    moments: tuple[Tensor, ...],
+    means: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
 ) -> _Held:
     """The fold in the coordinates of ``vectors``, less the means of the training rows."""
     gram, cross, squares, x_sum, y_sum = moments
-    count, width, dtype = rows.shape[0], rows.shape[1], rows.dtype
+    count, width = rows.shape
+    size, length = gram.trace(), squares
     zero = torch.zeros(y.shape[-1], dtype=torch.float64, device=y.device)
     if count > width + width // 4 and width:
         if means is not None:
@@ -384,12 +579,13 @@ def _held(
         factor, info = torch.linalg.cholesky_ex(gram)
         pivots = factor.diagonal()
         # A factor of an ill-conditioned matrix would lose the digits of z.
-        if int(info) == 0 and float(pivots.min()) > 1e-5 * float(pivots.max()):
+        kept = bool((squares >= 1e-6 * length).all())  # else the means take the digits
+        if int(info) == 0 and kept and float(pivots.min()) > 1e-5 * float(size.sqrt()):
             z = torch.linalg.solve_triangular(factor, cross, upper=False)
             rest = (squares - z.square().sum(0)).clamp_min(0)
             return _Held((factor.mT @ vectors).to(dtype), z.to(dtype), rest)
     if means is None:
-        return _Held(rows @ vectors.to(dtype), y, zero)
+        return _Held(rows @ vectors.to(rows.dtype), y, zero)
     rotated = (rows.double() - means[0]) @ vectors
     return _Held(rotated.to(dtype), (y.double() - means[1]).to(dtype), zero)
 
@@ -411,7 +607,7 @@ def _check(args: RidgeCVArguments) -> None:
     within("ridge_cv", "folds", args.folds, 2 if folded else 0, rows if folded else 0)
     within("ridge_cv", "the rows of x", rows, 2)
     within("ridge_cv", "the number of lams", args.lams.shape[-1], 1)
-    same_dtype("ridge_cv", "y", args.y, "x", args.x.dtype)
+    check_same_dtype("ridge_cv", "y", args.y, "x", args.x.dtype)
 
 
 RIDGE_CV = define_op(

@@ -42,14 +42,17 @@ class Factors(NamedTuple):
     cross: Tensor | None
     """``t^T b`` where a right side came along, and no basis is given."""
     by_gram: Tensor | None = None
-    """Which float64 matrices were inverted by their Gram matrix: one refinement mends its squared condition."""
+    """Which float64 matrices were inverted by their Gram matrix, by our rule; None of narrower ones and by a tolerance.
+
+    One refinement mends the squared condition of a Gram matrix, and what the orthogonal path, whose errors are those
+    of the longest rows, does to short ones.
+    """
 
     def refined(self, result: Tensor, change: Callable[[], Tensor]) -> Tensor:
         """The result with its refinement, where that is needed."""
         if self.by_gram is None:
             return result
-        better = result + change()
-        return better if self.basis is None else torch.where(self.by_gram[..., None, None], better, result)
+        return result + change()
 
     def pinv(self) -> Tensor:
         """``(s, m)``"""
@@ -79,6 +82,19 @@ def underdetermined(a: Tensor) -> bool:
 def factor_any(a: Tensor, cut: Callable[[Tensor], Tensor] | None, b: Tensor | None = None) -> Factors:
     """The factors of the tall one of a and its transpose; ``b`` comes along where that is a."""
     return _factor_tall(a.mT, cut) if underdetermined(a) else _factor_tall(a, cut, b)
+
+
+def refined_pinv(a: Tensor, factors: Factors) -> Tensor:
+    """The pseudoinverse in float64, from the factors that factor_any made of a."""
+    under = underdetermined(a)
+    result = factors.pinv().mT if under else factors.pinv()
+
+    def newton() -> Tensor:
+        if under:
+            return result @ (identity(a.shape[-2], a) - a.double() @ result)
+        return (identity(a.shape[-1], a) - result @ a.double()) @ result
+
+    return factors.refined(result, newton)
 
 
 def minimum_norm(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
@@ -124,17 +140,15 @@ def _factor_float64(t: Tensor, b: Tensor | None) -> Factors:
     right = torch.diag_embed(torch.ldexp(torch.ones_like(largest), -exponent))
     rank = torch.where(bad, 0, order)
     basis: Tensor | None = None
-    by_gram: Tensor | None = resolved
     info = bad.to(torch.int32)
     if not may_synchronise(t):
         info = torch.where(hard, UNRESOLVED, info)
     elif bool(hard.all()):
         basis, right, rank, _ = _by_svd(t, _rounding(order), equilibrate=True)
-        by_gram = None
     elif bool(hard.any()):
         basis = mixed = scaled @ left
         mixed[hard], right[hard], rank[hard], _ = _by_svd(t[hard], _rounding(order), equilibrate=True)
-    return Factors(scaled, left, right, basis, rank, info, None if b is None else cross, by_gram)
+    return Factors(scaled, left, right, basis, rank, info, None if b is None else cross, resolved)
 
 
 def _rounding(order: int) -> Callable[[Tensor], Tensor]:
