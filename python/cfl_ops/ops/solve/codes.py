@@ -12,3 +12,11 @@ UNRESOLVED = 2
 """lstsq and pinv, while a CUDA graph is captured: the matrix needs the path that synchronises."""
 DOUBT = 4.0
 """A float32 pivot below this many times n eps is not trusted (kDoubt of csrc/cpu/solve.cpp)."""
+PIVOT = 4.0
+"""A pivot below this many times eps is a rounding error."""
+CORRECTIONS = 3
+PROBES = 2
+CONTRACTION = 0.25
+"""The largest share of an error that a correction may leave."""
+ERROR = 0.02
+"""The largest error of a solution, as its corrections tell it."""
