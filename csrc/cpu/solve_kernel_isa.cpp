@@ -317,9 +317,11 @@ CFL_INLINE void below_diagonal(T* tile, const T* diagonal, int64_t column) {
   }
 }
 
-// The diagonal tile: a 4 x 4 Cholesky in registers.
+// The diagonal tile: a 4 x 4 Cholesky in registers. `spread` is multiplied by the diagonal entries
+// over their pivots.
 template <class T>
-CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info) {
+CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info,
+                            Vec<T>* spread) {
   constexpr int w = kLanes<T>;
   Tile<T> c;
   T* at = tile + column * kTile * w;
@@ -346,6 +348,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
     *info = fresh ? order : *info;
     const Vec<T> inverse = inverse_root(good ? pivot : Vec<T>{} + T(1));
     store<T>(at + (j * kTile + j) * w, inverse);
+    *spread *= (inverse * inverse) * original[j];
 #pragma GCC unroll 4
     for (int i = j + 1; i < kTile; ++i) {
       c[i][j] *= inverse;
@@ -408,12 +411,15 @@ int64_t right_columns(int64_t tiles, int64_t k) {
   return min64(max64(kRightBytes / one, 1) * kTile, max64(k, 1));
 }
 
+// Of the diagonal and of a solution, kept apart.
+size_t diagonal_bytes(int64_t n) { return 2 * size_t((n + kTile - 1) / kTile * kTile) * kBytes; }
+
 template <class T>
 size_t scratch_bytes(int64_t n, int64_t k) {
   const int64_t tiles = (n + kTile - 1) / kTile;
   const int64_t rights = (right_columns<T>(tiles, k) + kTile - 1) / kTile;
   const size_t vectors = size_t(tile_row(tiles) + rights * tiles * kTile * kTile + 1);
-  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t);
+  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t) + diagonal_bytes(n);
 }
 
 // Asks for this group's results and the next one's right sides, where they are so small that the
@@ -433,11 +439,51 @@ void prefetch_right(const SolveGroup& g) {
 }
 
 template <class T>
+CFL_INLINE bool any(Index<T> which) {
+  typename VecOf<T>::lane all = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) all |= which[lane];
+  return all != 0;
+}
+
+// |y|^2 of L y = g, with the sign of each diag_i^1/2 = |g_i| chosen so that y grows.
+template <class T>
+Vec<T> grown(const T* l, const T* diag, int64_t tiles, T* y) {
+  constexpr int w = kLanes<T>;
+  Vec<T> squares{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const T* row = l + tile_row(t) * w;
+    Vec<T> s[2][kTile] = {};
+    for (int64_t j = 0; j < t * kTile; j += 2) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const Vec<T> known = load<T>(y + (j + odd) * w);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTile; ++i)
+          s[odd][i] -= load<T>(row + ((j + odd) * kTile + i) * w) * known;
+      }
+    }
+    const T* d = row + t * kTile * kTile * w;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      const Vec<T> sum = s[0][j] + s[1][j], own = root(load<T>(diag + (t * kTile + j) * w));
+      const Vec<T> chosen = sum < Vec<T>{} ? sum - own : sum + own;
+      const Vec<T> known = chosen * load<T>(d + (j * kTile + j) * w);
+      squares += known * known;
+      store<T>(y + (t * kTile + j) * w, known);
+#pragma GCC unroll 4
+      for (int i = j + 1; i < kTile; ++i) s[0][i] -= load<T>(d + (j * kTile + i) * w) * known;
+    }
+  }
+  return squares;
+}
+
+template <class T>
 void run(const SolveGroup* group) {
   constexpr int w = kLanes<T>;
   const SolveGroup& g = *group;
   const int64_t tiles = (g.n + kTile - 1) / kTile;
-  T* l = static_cast<T*>(g.scratch);
+  T* original = static_cast<T*>(g.scratch);
+  T* l = original + diagonal_bytes(g.n) / sizeof(T);
   T* right = l + tile_row(tiles) * w;
   const int64_t chunk = right_columns<T>(tiles, g.k);
   const int64_t unused =
@@ -451,6 +497,7 @@ void run(const SolveGroup* group) {
 
   const Vec<T> shift = load<T>(static_cast<const T*>(g.shift));
   const T* const* diag = reinterpret_cast<const T* const*>(g.shift_diag);
+  Vec<T> largest{}, smallest = Vec<T>{} + T(__builtin_inff());
   for (int64_t i = 0; i < g.n; ++i) {
     T* at = l + (tile_row(i / kTile) + i * kTile + i % kTile) * w;
     Vec<T> total = load<T>(at) + shift;
@@ -460,10 +507,15 @@ void run(const SolveGroup* group) {
       total += own;
     }
     store<T>(at, total);
+    store<T>(original + i * w, total);
+    largest = total > largest ? total : largest;
+    smallest = total < smallest ? total : smallest;
   }
+  for (int64_t i = g.n; i < tiles * kTile; ++i) store<T>(original + i * w, Vec<T>{});
 
   const Vec<T> tolerance = Vec<T>{} + T(g.tolerance);
   Index<T> info{};
+  Vec<T> spread = Vec<T>{} + T(1);
   bool factored = false;
   for (int64_t begin = 0; begin < g.k || !factored; begin += chunk) {
     const int64_t cols = min64(chunk, g.k - begin), rights = (cols + kTile - 1) / kTile;
@@ -471,7 +523,7 @@ void run(const SolveGroup* group) {
     for (int64_t t = 0; t < tiles; ++t) {
       T* diagonal = l + tile_row(t) * w;
       if (!factored) {
-        on_diagonal<T>(diagonal, t * kTile, tolerance, &info);
+        on_diagonal<T>(diagonal, t * kTile, tolerance, &info, &spread);
         for (int64_t below = t + 1; below < tiles; ++below) {
           below_diagonal<T>(l + tile_row(below) * w, diagonal, t * kTile);
         }
@@ -479,6 +531,20 @@ void run(const SolveGroup* group) {
       for (int64_t r = 0; r < rights; ++r) {
         below_diagonal<T>(right + r * tiles * kTile * kTile * w, diagonal, t * kTile);
       }
+    }
+    if (!factored) {
+      // Not `>`: of NaN nothing is known.
+      const Vec<T> ratio = largest / smallest, limit = Vec<T>{} + T(g.limit * g.limit);
+      spread *= T(2.72 * double(g.n));
+      Index<T> doubt = ~(spread * spread * ratio <= limit);
+      if (any<T>(doubt & (info == Index<T>{}))) {
+        spread = grown<T>(l, original, tiles, original + tiles * kTile * w);
+        doubt = ~(spread * spread * ratio <= limit);
+      }
+      doubt |= ~(smallest >= T(g.smallest));
+      Index<T> code;
+      for (int lane = 0; lane < w; ++lane) code[lane] = int32_t(g.n + 1);
+      info = doubt & (info == Index<T>{}) ? code : info;
     }
     factored = true;
     for (int64_t t = tiles - 1; t >= 0; --t) {
@@ -696,11 +762,12 @@ void run_pinv(const PinvGroup* group) {
   }
 
   Index<double> info{};
+  F64v spread = F64v{} + 1.0;
   const F64v tolerance = F64v{} + g.tolerance;
   auto right = [&](int64_t r) { return memory + at.right_at(r * kTile, 0) * kWide; };
   for (int64_t t = 0; t < at.tiles; ++t) {
     double* diagonal = l + tile_row(t) * kWide;
-    on_diagonal<double>(diagonal, t * kTile, tolerance, &info);
+    on_diagonal<double>(diagonal, t * kTile, tolerance, &info, &spread);
     for (int64_t below = t + 1; below < at.tiles; ++below) {
       below_diagonal<double>(l + tile_row(below) * kWide, diagonal, t * kTile);
     }
