@@ -32,12 +32,25 @@ constexpr int64_t kSmall = 128;  // the largest order that is solved side by sid
 // A pivot below this times its diagonal entry is a rounding error.
 template <class T>
 constexpr double kTolerance = 4.0 * std::numeric_limits<T>::epsilon();
-// Of SolveGroup: so that an error of 2 eps (n times the inverse's norm) (ratio of scales) is small.
+// Of SolveGroup: the error, 2 eps times what the limit is on, is to be small.
 template <class T>
 constexpr double kLimit = 0.05 / (2.0 * std::numeric_limits<T>::epsilon());
 template <class T>
 constexpr double kSmallest =
     100.0 * std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+template <class T>
+constexpr double kLargest = std::numeric_limits<T>::max() / (kLimit<T> * kLimit<T>);
+// n |H^-1| is e n / det(H) at most, but the errors of n terms add up like their root.
+double of_product(int64_t n) { return 5.44 * std::sqrt(static_cast<double>(n)); }
+
+template <class T>
+void set_limits(SolveGroup& group) {
+  group.tolerance = kTolerance<T>;
+  group.limit = kLimit<T>;
+  group.of_product = of_product(group.n);
+  group.smallest = kSmallest<T>;
+  group.largest = kLargest<T>;
+}
 
 detail::SolveKernels kernels() {
   switch (isa()) {
@@ -119,19 +132,18 @@ void fill_nan(T* x, int64_t count) {
   std::fill_n(x, count, std::numeric_limits<T>::quiet_NaN());
 }
 
-// Whether the factor L (n x n) of a system with this diagonal proves its solutions.
+// Whether the factor L (n x n) of a system with this diagonal proves its solutions: as SolveGroup.
 template <class Acc>
 bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
-  Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(2.72) * Acc(n);
+  Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(of_product(n));
   for (int64_t i = 0; i < n; ++i) {
     largest = std::max(largest, diagonal[i]);
     smallest = std::min(smallest, diagonal[i]);
     spread *= diagonal[i] / l[i * n + i] / l[i * n + i];
   }
-  const Acc ratio = std::sqrt(largest / smallest);
-  if (!(smallest >= static_cast<Acc>(kSmallest<Acc>))) return false;
-  const Acc limit = static_cast<Acc>(kLimit<Acc>);
-  if (spread * ratio <= limit) return true;
+  if (!(smallest >= Acc(kSmallest<Acc>) && largest <= Acc(kLargest<Acc>))) return false;
+  const Acc room = Acc(kLimit<Acc>) * std::sqrt(smallest / largest);
+  if (spread <= room) return true;
   Acc squares = 0;
   for (int64_t i = 0; i < n; ++i) {
     constexpr int64_t kParts = 16;  // so that the compiler can use vectors
@@ -147,7 +159,7 @@ bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
     y[i] = (sum < 0 ? sum - own : sum + own) / row[i];
     squares += y[i] * y[i];
   }
-  return squares * ratio <= limit;
+  return squares <= room;
 }
 
 // One system through LAPACK, in Acc: whether its solution is right. x may be written in any case.
@@ -249,9 +261,7 @@ void solve_again(const Systems<float>& s, int64_t first, const SolveGroup& group
     again.upper = s.upper;
     again.shift = shift;
     again.shift_diag = s.has_diag ? diag.data() : nullptr;
-    again.tolerance = kTolerance<double>;
-    again.limit = kLimit<double>;
-    again.smallest = kSmallest<double>;
+    set_limits<double>(again);
     again.info = codes.data();
     again.scratch = scratch.get<char>(wide.scratch_bytes(n, k));
     wide.run(&again);
@@ -293,9 +303,7 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   group.upper = s.upper;
   group.shift = shift;
   group.shift_diag = s.has_diag ? diag : nullptr;
-  group.tolerance = kTolerance<T>;
-  group.limit = kLimit<T>;
-  group.smallest = kSmallest<T>;
+  set_limits<T>(group);
   group.info = info;
   group.scratch = memory.get<char>(k.scratch_bytes(s.n, s.k));
 

@@ -26,19 +26,21 @@ struct SolveGroup {
   const void* shift = nullptr;              // (lanes)
   const void* const* shift_diag = nullptr;  // one pointer to n numbers per lane, or null
   double tolerance = 0;  // a pivot up to tolerance * (its diagonal entry) is lost
-  double limit = 0;      // on (n times the inverse's norm) * (the ratio of scales), see below
-  double smallest = 0;   // a diagonal entry below it has too little room above underflow
+  // What makes a factor prove its solutions: the limit, on (n times the inverse's norm) times (the
+  // ratio of scales), see below; what the product of pivots is multiplied by; and the range of the
+  // diagonal in which nothing over- or underflows.
+  double limit = 0, of_product = 0, smallest = 0, largest = 0;
   // (lanes): 0; the order of the first leading minor lost; or n + 1, where the limit is passed.
   int32_t* info = nullptr;
   void* scratch = nullptr;  // 64-byte aligned
 };
 
-// The error of a solution is that of the factor times the norm of H^-1, H the system with a
-// diagonal of ones, and at most times the ratio of the largest and the smallest root of a diagonal
-// entry, where the solution has its weight on the other side. The product of H's pivots bounds the
-// norm: 1 / (its smallest eigenvalue) <= e / det(H), by the means of the other eigenvalues. Where
-// that is too much, the solution of L y = g, the signs of g chosen so that y grows, estimates it:
-// n |H^-1| >= |y|^2, and rarely much more.
+// The error of a solution is at most that of the factor, times the norm of H^-1, H the system with
+// a diagonal of ones, times the ratio of scales: the roots of the largest and the smallest diagonal
+// entry, for a right side that has its weight where the solution has not. The product of H's pivots
+// bounds the norm: 1 / (its smallest eigenvalue) <= e / det(H), by the mean of the other
+// eigenvalues. Where that is too much, L y = g estimates it, the signs of g chosen so that y grows:
+// n |H^-1| >= |y|^2, and it is seldom much more.
 
 struct SolveKernel {
   int lanes;

@@ -62,6 +62,31 @@ CFL_INLINE F64v root(F64v v) {
 #endif
 }
 
+// b, where one is NaN.
+#if defined(CFL_ISA_AVX512)
+CFL_INLINE F32v larger(F32v a, F32v b) {
+  return (F32v)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+}
+CFL_INLINE F32v smaller(F32v a, F32v b) {
+  return (F32v)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
+}
+CFL_INLINE F64v larger(F64v a, F64v b) {
+  return (F64v)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+}
+CFL_INLINE F64v smaller(F64v a, F64v b) {
+  return (F64v)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+}
+#else
+template <class V>
+CFL_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+CFL_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
+
 // 1 / sqrt(v) for v > 0 and finite.
 CFL_INLINE F64v inverse_root(F64v v) { return 1.0 / root(v); }
 CFL_INLINE F32v inverse_root(F32v v) {
@@ -438,16 +463,22 @@ void prefetch_right(const SolveGroup& g) {
   }
 }
 
-template <class T>
-CFL_INLINE bool any(Index<T> which) {
-  typename VecOf<T>::lane all = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) all |= which[lane];
+CFL_INLINE bool any(I32v v) {
+#if defined(CFL_ISA_AVX512)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(CFL_ISA_AVX2)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int32_t all = 0;
+  for (int l = 0; l < kLanes<float>; ++l) all |= v[l];
   return all != 0;
+#endif
 }
+CFL_INLINE bool any(I64v v) { return any((I32v)v); }
 
 // |y|^2 of L y = g, with the sign of each diag_i^1/2 = |g_i| chosen so that y grows.
 template <class T>
-Vec<T> grown(const T* l, const T* diag, int64_t tiles, T* y) {
+__attribute__((noinline)) Vec<T> grown(const T* l, const T* diag, int64_t tiles, T* y) {
   constexpr int w = kLanes<T>;
   Vec<T> squares{};
   for (int64_t t = 0; t < tiles; ++t) {
@@ -508,8 +539,8 @@ void run(const SolveGroup* group) {
     }
     store<T>(at, total);
     store<T>(original + i * w, total);
-    largest = total > largest ? total : largest;
-    smallest = total < smallest ? total : smallest;
+    largest = larger(total, largest);
+    smallest = smaller(total, smallest);
   }
   for (int64_t i = g.n; i < tiles * kTile; ++i) store<T>(original + i * w, Vec<T>{});
 
@@ -533,17 +564,14 @@ void run(const SolveGroup* group) {
       }
     }
     if (!factored) {
-      // Not `>`: of NaN nothing is known.
-      const Vec<T> ratio = largest / smallest, limit = Vec<T>{} + T(g.limit * g.limit);
-      spread *= T(2.72 * double(g.n));
-      Index<T> doubt = ~(spread * spread * ratio <= limit);
-      if (any<T>(doubt & (info == Index<T>{}))) {
-        spread = grown<T>(l, original, tiles, original + tiles * kTile * w);
-        doubt = ~(spread * spread * ratio <= limit);
+      const Vec<T> room = smallest * T(g.limit * g.limit);
+      auto proven = [&](Vec<T> growth) { return growth * growth * largest <= room; };
+      const Index<T> in_range = (smallest >= T(g.smallest)) & (largest <= T(g.largest));
+      Index<T> doubt = ~(proven(spread * T(g.of_product)) & in_range);
+      if (any(doubt & (info == Index<T>{}))) {
+        doubt = ~(proven(grown<T>(l, original, tiles, original + tiles * kTile * w)) & in_range);
       }
-      doubt |= ~(smallest >= T(g.smallest));
-      Index<T> code;
-      for (int lane = 0; lane < w; ++lane) code[lane] = int32_t(g.n + 1);
+      const Index<T> code = Index<T>{} + typename VecOf<T>::lane(g.n + 1);
       info = doubt & (info == Index<T>{}) ? code : info;
     }
     factored = true;
