@@ -32,22 +32,22 @@ constexpr int64_t kSmall = 128;  // the largest order that is solved side by sid
 // A pivot below this times its diagonal entry is a rounding error.
 template <class T>
 constexpr double kTolerance = 4.0 * std::numeric_limits<T>::epsilon();
-// Of SolveGroup: the error, 2 eps times what the limit is on, is to be small.
+// Of SolveGroup: a small error, for one of eps times what the limit is on.
 template <class T>
-constexpr double kLimit = 0.05 / (2.0 * std::numeric_limits<T>::epsilon());
+constexpr double kLimit = 0.05 / std::numeric_limits<T>::epsilon();
 template <class T>
 constexpr double kSmallest =
     100.0 * std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
 template <class T>
 constexpr double kLargest = std::numeric_limits<T>::max() / (kLimit<T> * kLimit<T>);
-// n |H^-1| is e n / det(H) at most, but the errors of n terms add up like their root.
-double of_product(int64_t n) { return 5.44 * std::sqrt(static_cast<double>(n)); }
+// Rounding errors of n terms add up like their root; 4 / 2, for eps is two of them.
+double errors(int64_t n) { return 2.0 * std::sqrt(static_cast<double>(n)); }
 
 template <class T>
 void set_limits(SolveGroup& group) {
   group.tolerance = kTolerance<T>;
   group.limit = kLimit<T>;
-  group.of_product = of_product(group.n);
+  group.errors = errors(group.n);
   group.smallest = kSmallest<T>;
   group.largest = kLargest<T>;
 }
@@ -133,18 +133,19 @@ void fill_nan(T* x, int64_t count) {
 }
 
 // Whether the factor L (n x n) of a system with this diagonal proves its solutions: as SolveGroup.
+// y is room for n numbers.
 template <class Acc>
 bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
-  Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(of_product(n));
+  Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(2.7183);
   for (int64_t i = 0; i < n; ++i) {
     largest = std::max(largest, diagonal[i]);
     smallest = std::min(smallest, diagonal[i]);
     spread *= diagonal[i] / l[i * n + i] / l[i * n + i];
   }
   if (!(smallest >= Acc(kSmallest<Acc>) && largest <= Acc(kLargest<Acc>))) return false;
-  const Acc room = Acc(kLimit<Acc>) * std::sqrt(smallest / largest);
-  if (spread <= room) return true;
-  Acc squares = 0;
+  const Acc most = Acc(kLimit<Acc> / errors(n)) * std::sqrt(smallest / largest);
+  if (spread <= most) return true;
+  Acc before = 0, after = 0;
   for (int64_t i = 0; i < n; ++i) {
     constexpr int64_t kParts = 16;  // so that the compiler can use vectors
     const Acc* row = l + i * n;
@@ -157,9 +158,15 @@ bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
     for (int64_t p = 0; p < kParts; ++p) sum += part[p];
     const Acc own = std::sqrt(diagonal[i]);
     y[i] = (sum < 0 ? sum - own : sum + own) / row[i];
-    squares += y[i] * y[i];
+    before += y[i] * y[i];
   }
-  return squares <= room;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    const Acc* row = l + i * n;
+    const Acc z = y[i] / row[i];
+    after += z * z * diagonal[i];
+    for (int64_t j = 0; j < i; ++j) y[j] -= row[j] * z;
+  }
+  return after / before <= most;
 }
 
 // One system through LAPACK, in Acc: whether its solution is right. x may be written in any case.

@@ -26,10 +26,10 @@ struct SolveGroup {
   const void* shift = nullptr;              // (lanes)
   const void* const* shift_diag = nullptr;  // one pointer to n numbers per lane, or null
   double tolerance = 0;  // a pivot up to tolerance * (its diagonal entry) is lost
-  // What makes a factor prove its solutions: the limit, on (n times the inverse's norm) times (the
-  // ratio of scales), see below; what the product of pivots is multiplied by; and the range of the
-  // diagonal in which nothing over- or underflows.
-  double limit = 0, of_product = 0, smallest = 0, largest = 0;
+  // A factor proves its solutions if `errors` times (the inverse's norm) times (the ratio of
+  // scales) is up to the limit, see below, and the diagonal in the range in which nothing over- or
+  // underflows.
+  double limit = 0, errors = 0, smallest = 0, largest = 0;
   // (lanes): 0; the order of the first leading minor lost; or n + 1, where the limit is passed.
   int32_t* info = nullptr;
   void* scratch = nullptr;  // 64-byte aligned
@@ -39,8 +39,7 @@ struct SolveGroup {
 // a diagonal of ones, times the ratio of scales: the roots of the largest and the smallest diagonal
 // entry, for a right side that has its weight where the solution has not. The product of H's pivots
 // bounds the norm: 1 / (its smallest eigenvalue) <= e / det(H), by the mean of the other
-// eigenvalues. Where that is too much, L y = g estimates it, the signs of g chosen so that y grows:
-// n |H^-1| >= |y|^2, and it is seldom much more.
+// eigenvalues. Where that is too much, a step of inverse iteration estimates it.
 
 struct SolveKernel {
   int lanes;

@@ -476,11 +476,12 @@ CFL_INLINE bool any(I32v v) {
 }
 CFL_INLINE bool any(I64v v) { return any((I32v)v); }
 
-// |y|^2 of L y = g, with the sign of each diag_i^1/2 = |g_i| chosen so that y grows.
+// About |H^-1|: |z|^2 / |y|^2 of L y = g and L^T z = y, with the signs of g chosen so that y grows.
+// `diag` is that of the system, y room for as many numbers.
 template <class T>
-__attribute__((noinline)) Vec<T> grown(const T* l, const T* diag, int64_t tiles, T* y) {
+__attribute__((noinline)) Vec<T> inverse_norm(const T* l, const T* diag, int64_t tiles, T* y) {
   constexpr int w = kLanes<T>;
-  Vec<T> squares{};
+  Vec<T> before{}, after{};
   for (int64_t t = 0; t < tiles; ++t) {
     const T* row = l + tile_row(t) * w;
     Vec<T> s[2][kTile] = {};
@@ -499,13 +500,31 @@ __attribute__((noinline)) Vec<T> grown(const T* l, const T* diag, int64_t tiles,
       const Vec<T> sum = s[0][j] + s[1][j], own = root(load<T>(diag + (t * kTile + j) * w));
       const Vec<T> chosen = sum < Vec<T>{} ? sum - own : sum + own;
       const Vec<T> known = chosen * load<T>(d + (j * kTile + j) * w);
-      squares += known * known;
+      before += known * known;
       store<T>(y + (t * kTile + j) * w, known);
 #pragma GCC unroll 4
       for (int i = j + 1; i < kTile; ++i) s[0][i] -= load<T>(d + (j * kTile + i) * w) * known;
     }
   }
-  return squares;
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    const T *row = l + tile_row(t) * w, *d = row + t * kTile * kTile * w;
+    Vec<T> z[kTile];
+#pragma GCC unroll 4
+    for (int j = kTile - 1; j >= 0; --j) {
+      z[j] = load<T>(y + (t * kTile + j) * w);
+#pragma GCC unroll 4
+      for (int i = j + 1; i < kTile; ++i) z[j] -= load<T>(d + (j * kTile + i) * w) * z[i];
+      z[j] *= load<T>(d + (j * kTile + j) * w);
+      after += (z[j] * z[j]) * load<T>(diag + (t * kTile + j) * w);
+    }
+    for (int64_t j = 0; j < t * kTile; ++j) {
+      Vec<T> rest = load<T>(y + j * w);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; ++i) rest -= load<T>(row + (j * kTile + i) * w) * z[i];
+      store<T>(y + j * w, rest);
+    }
+  }
+  return after / before;
 }
 
 template <class T>
@@ -565,11 +584,15 @@ void run(const SolveGroup* group) {
     }
     if (!factored) {
       const Vec<T> room = smallest * T(g.limit * g.limit);
-      auto proven = [&](Vec<T> growth) { return growth * growth * largest <= room; };
+      auto proven = [&](Vec<T> norm) {
+        norm *= T(g.errors);
+        return norm * norm * largest <= room;
+      };
       const Index<T> in_range = (smallest >= T(g.smallest)) & (largest <= T(g.largest));
-      Index<T> doubt = ~(proven(spread * T(g.of_product)) & in_range);
+      Index<T> doubt = ~(proven(spread * T(2.7183)) & in_range);
       if (any(doubt & (info == Index<T>{}))) {
-        doubt = ~(proven(grown<T>(l, original, tiles, original + tiles * kTile * w)) & in_range);
+        T* y = original + tiles * kTile * w;
+        doubt = ~(proven(inverse_norm<T>(l, original, tiles, y)) & in_range);
       }
       const Index<T> code = Index<T>{} + typename VecOf<T>::lane(g.n + 1);
       info = doubt & (info == Index<T>{}) ? code : info;
