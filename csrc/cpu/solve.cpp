@@ -32,22 +32,25 @@ constexpr int64_t kSmall = 128;  // the largest order that is solved side by sid
 // A pivot below this times its diagonal entry is a rounding error.
 template <class T>
 constexpr double kTolerance = 4.0 * std::numeric_limits<T>::epsilon();
-// Of SolveGroup: a small error, for one of eps times what the limit is on.
+// The largest (norm of the inverse) times (ratio of scales), see solve_kernel.h, at which an error
+// of 2 sqrt(n) eps times that is a small one: the rounding errors of n terms add up like their
+// root.
 template <class T>
-constexpr double kLimit = 0.05 / std::numeric_limits<T>::epsilon();
+double limit_of(int64_t n) {
+  return 0.05 / (2.0 * std::sqrt(static_cast<double>(n)) * std::numeric_limits<T>::epsilon());
+}
+// The range of a diagonal in which nothing over- or underflows.
 template <class T>
 constexpr double kSmallest =
     100.0 * std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
 template <class T>
-constexpr double kLargest = std::numeric_limits<T>::max() / (kLimit<T> * kLimit<T>);
-// Rounding errors of n terms add up like their root; 4 / 2, for eps is two of them.
-double errors(int64_t n) { return 2.0 * std::sqrt(static_cast<double>(n)); }
+constexpr double kLargest = std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() *
+                            std::numeric_limits<T>::epsilon();
 
 template <class T>
 void set_limits(SolveGroup& group) {
   group.tolerance = kTolerance<T>;
-  group.limit = kLimit<T>;
-  group.errors = errors(group.n);
+  group.limit = limit_of<T>(group.n) * limit_of<T>(group.n);
   group.smallest = kSmallest<T>;
   group.largest = kLargest<T>;
 }
@@ -143,7 +146,7 @@ bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
     spread *= diagonal[i] / l[i * n + i] / l[i * n + i];
   }
   if (!(smallest >= Acc(kSmallest<Acc>) && largest <= Acc(kLargest<Acc>))) return false;
-  const Acc most = Acc(kLimit<Acc> / errors(n)) * std::sqrt(smallest / largest);
+  const Acc most = Acc(limit_of<Acc>(n)) * std::sqrt(smallest / largest);
   if (spread <= most) return true;
   Acc before = 0, after = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -26,10 +26,10 @@ struct SolveGroup {
   const void* shift = nullptr;              // (lanes)
   const void* const* shift_diag = nullptr;  // one pointer to n numbers per lane, or null
   double tolerance = 0;  // a pivot up to tolerance * (its diagonal entry) is lost
-  // A factor proves its solutions if `errors` times (the inverse's norm) times (the ratio of
-  // scales) is up to the limit, see below, and the diagonal in the range in which nothing over- or
+  // A factor proves its solutions if the square of (the inverse's norm) times (the ratio of scales)
+  // is up to the limit, see below, and the diagonal in the range in which nothing over- or
   // underflows.
-  double limit = 0, errors = 0, smallest = 0, largest = 0;
+  double limit = 0, smallest = 0, largest = 0;
   // (lanes): 0; the order of the first leading minor lost; or n + 1, where the limit is passed.
   int32_t* info = nullptr;
   void* scratch = nullptr;  // 64-byte aligned

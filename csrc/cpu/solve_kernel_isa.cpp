@@ -342,11 +342,10 @@ CFL_INLINE void below_diagonal(T* tile, const T* diagonal, int64_t column) {
   }
 }
 
-// The diagonal tile: a 4 x 4 Cholesky in registers. `spread` is multiplied by the diagonal entries
-// over their pivots.
+// The diagonal tile: a 4 x 4 Cholesky in registers. `spread`, a vector in memory, is multiplied by
+// the diagonal entries over their pivots.
 template <class T>
-CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info,
-                            Vec<T>* spread) {
+CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info, T* spread) {
   constexpr int w = kLanes<T>;
   Tile<T> c;
   T* at = tile + column * kTile * w;
@@ -361,6 +360,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
 #pragma GCC unroll 4
   for (int j = 0; j < kTile; ++j) original[j] = c[j][j];
   subtract_product<T>(c, tile, tile, column);
+  Vec<T> total = load<T>(spread);
 #pragma GCC unroll 4
   for (int j = 0; j < kTile; ++j) {
     const Vec<T> pivot = c[j][j];
@@ -373,7 +373,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
     *info = fresh ? order : *info;
     const Vec<T> inverse = inverse_root(good ? pivot : Vec<T>{} + T(1));
     store<T>(at + (j * kTile + j) * w, inverse);
-    *spread *= (inverse * inverse) * original[j];
+    total *= (inverse * inverse) * original[j];
 #pragma GCC unroll 4
     for (int i = j + 1; i < kTile; ++i) {
       c[i][j] *= inverse;
@@ -385,6 +385,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
       for (int i = jj; i < kTile; ++i) c[i][jj] -= c[i][j] * c[jj][j];
     }
   }
+  store<T>(spread, total);
 }
 
 // X <- L^-T X for one tile row of right sides, one tile of it.
@@ -436,15 +437,16 @@ int64_t right_columns(int64_t tiles, int64_t k) {
   return min64(max64(kRightBytes / one, 1) * kTile, max64(k, 1));
 }
 
-// Of the diagonal and of a solution, kept apart.
-size_t diagonal_bytes(int64_t n) { return 2 * size_t((n + kTile - 1) / kTile * kTile) * kBytes; }
+// Of what is kept apart: the diagonal, a solution, and three vectors of what is known of the
+// factor.
+size_t apart_bytes(int64_t n) { return size_t((n + kTile - 1) / kTile * kTile * 2 + 3) * kBytes; }
 
 template <class T>
 size_t scratch_bytes(int64_t n, int64_t k) {
   const int64_t tiles = (n + kTile - 1) / kTile;
   const int64_t rights = (right_columns<T>(tiles, k) + kTile - 1) / kTile;
   const size_t vectors = size_t(tile_row(tiles) + rights * tiles * kTile * kTile + 1);
-  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t) + diagonal_bytes(n);
+  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t) + apart_bytes(n);
 }
 
 // Asks for this group's results and the next one's right sides, where they are so small that the
@@ -533,7 +535,10 @@ void run(const SolveGroup* group) {
   const SolveGroup& g = *group;
   const int64_t tiles = (g.n + kTile - 1) / kTile;
   T* original = static_cast<T*>(g.scratch);
-  T* l = original + diagonal_bytes(g.n) / sizeof(T);
+  T* y = original + tiles * kTile * w;
+  // In memory, for the loops need all registers.
+  T *spread = y + tiles * kTile * w, *bounds = spread + w;
+  T* l = original + apart_bytes(g.n) / sizeof(T);
   T* right = l + tile_row(tiles) * w;
   const int64_t chunk = right_columns<T>(tiles, g.k);
   const int64_t unused =
@@ -562,10 +567,12 @@ void run(const SolveGroup* group) {
     smallest = smaller(total, smallest);
   }
   for (int64_t i = g.n; i < tiles * kTile; ++i) store<T>(original + i * w, Vec<T>{});
+  store<T>(spread, Vec<T>{} + T(2.7183));
+  store<T>(bounds, smallest);
+  store<T>(bounds + w, largest);
 
   const Vec<T> tolerance = Vec<T>{} + T(g.tolerance);
   Index<T> info{};
-  Vec<T> spread = Vec<T>{} + T(1);
   bool factored = false;
   for (int64_t begin = 0; begin < g.k || !factored; begin += chunk) {
     const int64_t cols = min64(chunk, g.k - begin), rights = (cols + kTile - 1) / kTile;
@@ -573,7 +580,7 @@ void run(const SolveGroup* group) {
     for (int64_t t = 0; t < tiles; ++t) {
       T* diagonal = l + tile_row(t) * w;
       if (!factored) {
-        on_diagonal<T>(diagonal, t * kTile, tolerance, &info, &spread);
+        on_diagonal<T>(diagonal, t * kTile, tolerance, &info, spread);
         for (int64_t below = t + 1; below < tiles; ++below) {
           below_diagonal<T>(l + tile_row(below) * w, diagonal, t * kTile);
         }
@@ -583,15 +590,12 @@ void run(const SolveGroup* group) {
       }
     }
     if (!factored) {
-      const Vec<T> room = smallest * T(g.limit * g.limit);
-      auto proven = [&](Vec<T> norm) {
-        norm *= T(g.errors);
-        return norm * norm * largest <= room;
-      };
-      const Index<T> in_range = (smallest >= T(g.smallest)) & (largest <= T(g.largest));
-      Index<T> doubt = ~(proven(spread * T(2.7183)) & in_range);
+      const Vec<T> low = load<T>(bounds), high = load<T>(bounds + w);
+      const Vec<T> room = low * T(g.limit);
+      auto proven = [&](Vec<T> norm) { return norm * norm * high <= room; };
+      const Index<T> in_range = (low >= T(g.smallest)) & (high <= T(g.largest));
+      Index<T> doubt = ~(proven(load<T>(spread)) & in_range);
       if (any(doubt & (info == Index<T>{}))) {
-        T* y = original + tiles * kTile * w;
         doubt = ~(proven(inverse_norm<T>(l, original, tiles, y)) & in_range);
       }
       const Index<T> code = Index<T>{} + typename VecOf<T>::lane(g.n + 1);
@@ -813,12 +817,12 @@ void run_pinv(const PinvGroup* group) {
   }
 
   Index<double> info{};
-  F64v spread = F64v{} + 1.0;
+  double unused[kWide] = {};
   const F64v tolerance = F64v{} + g.tolerance;
   auto right = [&](int64_t r) { return memory + at.right_at(r * kTile, 0) * kWide; };
   for (int64_t t = 0; t < at.tiles; ++t) {
     double* diagonal = l + tile_row(t) * kWide;
-    on_diagonal<double>(diagonal, t * kTile, tolerance, &info, &spread);
+    on_diagonal<double>(diagonal, t * kTile, tolerance, &info, unused);
     for (int64_t below = t + 1; below < at.tiles; ++below) {
       below_diagonal<double>(l + tile_row(below) * kWide, diagonal, t * kTile);
     }
