@@ -15,7 +15,7 @@ DOUBT = 4.0
 PIVOT = 4.0
 """A pivot below this many times eps is a rounding error."""
 CORRECTIONS = 3
-PROBES = 2
+PROBES = 4
 CONTRACTION = 0.25
 """The largest share of an error that a correction may leave."""
 ERROR = 0.02

@@ -63,20 +63,25 @@ def penalties(gram: Tensor, lam: Tensor, lam_diag: Tensor | None) -> tuple[Tenso
     return shift, good
 
 
+def factor_and_solve(system: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Cholesky factor, the solution and info of a factorisation."""
+    factor, info = factor_system(system)
+    return factor, cholesky_solve(right, factor), info
+
+
 def solve_system(
     gram: Tensor,
     cross: Tensor,
     lam: Tensor,
     lam_diag: Tensor | None,
-    factor_of: Callable[[Tensor], tuple[Tensor, Tensor]] = factor_system,
+    solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = factor_and_solve,
 ) -> tuple[Tensor, Tensor]:
     """(G + lam I + diag(lam_diag))^-1 C, factored in float64, where it is NaN if info is not 0."""
     dtype = torch.promote_types(gram.dtype, cross.dtype)
+    order, sides = cross.shape[-2:]
     shift, good = penalties(gram, lam, lam_diag)
-    order = gram.shape[-1]
     if order == 0:
-        info = torch.where(good.squeeze(-1), 0, BAD_PENALTY).to(torch.int32).expand(gram.shape[:-2])
-        return cross.to(dtype, copy=True), info.contiguous()
+        return cross.to(dtype, copy=True), torch.where(good.squeeze(-1), 0, BAD_PENALTY).to(torch.int32)
     shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
     diagonal, lost = _two_sum(gram.diagonal(dim1=-2, dim2=-1).to(F64), shift)
     # Powers of two bring the diagonal to [1/4, 1) and each right side to [1/2, 1): no rounding.
@@ -84,53 +89,45 @@ def solve_system(
     system = gram.to(F64, copy=True).tril_(-1)
     system = (system + system.mT + torch.diag_embed(diagonal)) * scale * scale.mT
     lost = lost.unsqueeze(-1) * scale * scale
-    level = torch.frexp(cross.to(F64).abs().amax(-2, keepdim=True)).exponent.clamp(-1000, 1000)
-    right = cross.to(F64) * _power(-level) * scale
+    level = _exponent(_largest(cross.to(F64)))
+    right = torch.cat([cross.to(F64) * _power(-level) * scale, _probes(cross)], dim=-1)
 
-    factor, info = factor_of(system)
-    z, wrong = _corrected(system, lost, right, factor, scale)
-    # What has no answer within rounding is named by its smallest pivot.
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square() / system.diagonal(dim1=-2, dim2=-1)
-    info = torch.where((info == 0) & wrong, pivots.argmin(-1) + 1, info)
-    info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
-    solution = z * scale * _power(level)
-    return torch.where((info == 0)[..., None, None], solution, torch.nan).to(dtype), info
-
-
-def _corrected(
-    system: Tensor, lost: Tensor, right: Tensor, factor: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The solutions of (system + diag(lost)) Z = right, and (...) whether one of them may be wrong.
-
-    With E the error of a factorisation, a step's error is A^-1 E times that of the step before. Probes, which are near
-    the direction where A^-1 is largest, tell how much that is at most, for right sides that do not see it.
-    """
-    order, sides = right.shape[-2:]
-    at = torch.arange(order, dtype=F64, device=right.device).unsqueeze(-1)
-    probes = torch.cos((at + 1).square() * torch.arange(1, PROBES + 1, dtype=F64, device=right.device))
-    probes = cholesky_solve(probes.expand(*right.shape[:-1], PROBES), factor)
-    right = torch.cat([right, probes / _largest(probes)], dim=-1)
-    z = cholesky_solve(right, factor)
+    factor, z, info = solve(system, right)
     for step in range(CORRECTIONS):
         change = cholesky_solve(_residual(system, lost, right, z), factor)
         if step == 0:
-            rate = (_largest(change) / _largest(z))[..., sides:].amax(-1, keepdim=True)
-            rate = rate + torch.finfo(F64).eps
+            share = (_largest(change) / _largest(z))[..., sides:] + torch.finfo(F64).eps
+            rate = share.amax(-1, keepdim=True)
         z = z + change
-    z, change = z[..., :sides], change[..., :sides]
-    # Its rate of the last change, and of what residuals do not see.
-    error = rate * _largest(scale) * (_largest(change) + RESIDUAL * _largest(z))
+    # The rate of the last change, and of what residuals do not see.
+    error = rate * _largest(scale) * (_largest(change) + RESIDUAL * _largest(z))[..., :sides]
+    solution = z[..., :sides] * scale
     # Not `>`: NaN is no bound. A right side that is not finite has no solution to be wrong.
-    wrong = ~(error <= ERROR * _largest(z * scale)) & right[..., :sides].isfinite().all(-2, keepdim=True)
-    wrong = wrong & (z * scale).isfinite().all(-2, keepdim=True)
-    return z, wrong.any(-1).squeeze(-1) | ~(rate <= CONTRACTION).squeeze(-1).squeeze(-1)
+    right_or_not = (error <= ERROR * _largest(solution)) | ~solution.isfinite().all(-2, keepdim=True)
+    proven = right_or_not.all(-1).squeeze(-1) & (rate <= CONTRACTION).squeeze(-1).squeeze(-1)
+    # What has no answer within rounding is named by its smallest pivot.
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square() / system.diagonal(dim1=-2, dim2=-1)
+    info = torch.where((info == 0) & ~proven, pivots.argmin(-1) + 1, info)
+    info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
+    return torch.where((info == 0)[..., None, None], solution * _power(level), torch.nan).to(dtype), info
+
+
+def _probes(like: Tensor) -> Tensor:
+    """Right sides whose solutions lie near the direction where the inverse is largest.
+
+    Of E, the error of a factorisation, a step leaves A^-1 E of the error before it: the probes tell how much that is
+    at most, for right sides that do not see it.
+    """
+    at = torch.arange(1, like.shape[-2] + 1, dtype=F64, device=like.device).unsqueeze(-1)
+    probes = torch.cos(at.square() * torch.arange(1, PROBES + 1, dtype=F64, device=like.device))
+    return probes.expand(*like.shape[:-1], PROBES)
 
 
 def _residual(system: Tensor, lost: Tensor, right: Tensor, z: Tensor) -> Tensor:
     """right - (system + diag(lost)) z to about 2^-90 of the largest z: sums of products of few bits are exact."""
     order, sides = right.shape[-2:]
     bits = (53 - order.bit_length()) // 2
-    power = torch.frexp(_largest(z)).exponent.clamp(-1000, 1000)
+    power = _exponent(_largest(z))
     parts = _slices(z * _power(-power), bits)
     total, rest = right * _power(-power), -lost * z * _power(-power)
     for piece in _slices(system, bits):
@@ -156,6 +153,11 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _power(exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=F64), exponent)
+
+
+def _exponent(m: Tensor) -> Tensor:
+    """e of m in [2^(e - 1), 2^e), within what a power of two can be."""
+    return torch.frexp(torch.where(m.isfinite(), m, 0.0)).exponent.clamp(-1000, 1000)
 
 
 def _largest(m: Tensor) -> Tensor:
