@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kCareful)
     double smallest = 2.0;
     for (int j = 0; j < n && !failed; ++j) {
       __syncthreads();
-      const double pivot = l[j * kStride + j], share = pivot / ones[j];
+      const double pivot = l[j * kStride + j], share = pivot / fabs(ones[j]);
       if (!(share > kPivot * Range<double>::kEps && is_finite(share))) failed = j + 1;
       if (share < smallest) smallest = share, weakest = j + 1;
       const double root = inverse_root(failed ? 1.0 : pivot);
