@@ -37,7 +37,7 @@ constexpr double kTolerance = 4.0 * std::numeric_limits<T>::epsilon();
 // root.
 template <class T>
 double limit_of(int64_t n) {
-  return 0.05 / (2.0 * std::sqrt(static_cast<double>(n)) * std::numeric_limits<T>::epsilon());
+  return 0.025 / (std::sqrt(static_cast<double>(n)) * std::numeric_limits<T>::epsilon());
 }
 // The range of a diagonal in which nothing over- or underflows.
 template <class T>

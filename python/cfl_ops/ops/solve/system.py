@@ -13,11 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.solve.codes import BAD_PENALTY, CONTRACTION, CORRECTIONS, ERROR, PIVOT, PROBES
+from cfl_ops.ops.solve.codes import BAD_PENALTY, CONTRACTION, CORRECTIONS, ERROR, PIVOT, PROBES, RESIDUAL
 
 F64 = torch.float64
-RESIDUAL = 2.0**-30
-"""Of eps times the solution: more than a residual's own error."""
 
 
 def factor_system(system: Tensor) -> tuple[Tensor, Tensor]:
