@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
-from cfl_ops.ops.solve.codes import BAD_PENALTY, CONTRACTION, CORRECTIONS, ERROR, PIVOT, PROBES, PROVEN, RESIDUAL
+from cfl_ops.ops.solve.codes import (
+    AGAIN,
+    BAD_PENALTY,
+    CONTRACTION,
+    CORRECTIONS,
+    ERROR,
+    PIVOT,
+    PROBES,
+    PROVEN,
+    RESIDUAL,
+)
 from cfl_ops.ops.solve.system import penalties
 from torch import Tensor
 
@@ -44,7 +54,9 @@ def _solve_kernel(
         right, info, spread, norm, _ = _eliminate(system, diagonal, right, order, tolerance, ORDER)
         low = tl.min(tl.where(rows < order, diagonal, float("inf")), axis=0)
         high = tl.max(tl.where(rows < order, diagonal, 0.0), axis=0)
-        proven = (2.7183 * spread * (2.7183 * spread) * high <= low * limit) | (norm * norm * high <= low * limit)
+        proven = (2.7183 * spread * (2.7183 * spread) * high <= low * limit) | (
+            norm * norm * high <= low * limit
+        )
         proven = proven & (low >= smallest) & (high <= largest)
         info = tl.where((info == 0) & (proven == 0), order + 1, info)
         right = tl.where(info == 0, right, float("nan"))
@@ -253,7 +265,7 @@ def ridge_solve(
 
     def solve(kind: torch.dtype, again: bool) -> None:
         _solve_kernel[(info.numel() * divide_up(columns, width),)](
-            *arguments, order, columns, *_limits(kind, order), AGAIN=again,
+            *arguments, order, columns, *_limits(kind, order, working), AGAIN=again,
             ACC=tl.float64 if kind == torch.float64 else tl.float32,
             ORDER=triton.next_power_of_2(order), COLUMNS=width, num_warps=use["num_warps"],
         )  # fmt: skip
@@ -272,7 +284,8 @@ def ridge_solve(
     return solution.to(dtype), torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
 
 
-def _limits(kind: torch.dtype, order: int) -> tuple[float, float, float, float]:
+def _limits(kind: torch.dtype, order: int, given: torch.dtype) -> tuple[float, float, float, float]:
     """As csrc/cpu/solve.cpp: a lost pivot, what makes a factor prove its solutions, and the range of the diagonal."""
     eps, tiny, largest = torch.finfo(kind).eps, torch.finfo(kind).tiny, torch.finfo(kind).max
-    return PIVOT * eps, PROVEN**2 / (order * eps * eps), 100 * tiny / eps, largest * eps * eps
+    proven = PROVEN if kind == given else AGAIN * PROVEN
+    return PIVOT * eps, proven**2 / (order * eps * eps), 100 * tiny / eps, largest * eps * eps

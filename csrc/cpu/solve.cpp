@@ -39,6 +39,8 @@ template <class T>
 double limit_of(int64_t n) {
   return 0.025 / (std::sqrt(static_cast<double>(n)) * std::numeric_limits<T>::epsilon());
 }
+// Of the limit, where float32 systems are solved in float64: what is right there to float32.
+constexpr double kAgain = 1e-5;
 // The range of a diagonal in which nothing over- or underflows.
 template <class T>
 constexpr double kSmallest =
@@ -48,9 +50,9 @@ constexpr double kLargest = std::numeric_limits<T>::max() * std::numeric_limits<
                             std::numeric_limits<T>::epsilon();
 
 template <class T>
-void set_limits(SolveGroup& group) {
+void set_limits(SolveGroup& group, double limit) {
   group.tolerance = kTolerance<T>;
-  group.limit = limit_of<T>(group.n) * limit_of<T>(group.n);
+  group.limit = limit * limit;
   group.smallest = kSmallest<T>;
   group.largest = kLargest<T>;
 }
@@ -138,7 +140,7 @@ void fill_nan(T* x, int64_t count) {
 // Whether the factor L (n x n) of a system with this diagonal proves its solutions: as SolveGroup.
 // y is room for n numbers.
 template <class Acc>
-bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
+bool proven(int64_t n, const Acc* l, const Acc* diagonal, double limit, Acc* y) {
   Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(2.7183);
   for (int64_t i = 0; i < n; ++i) {
     largest = std::max(largest, diagonal[i]);
@@ -146,7 +148,7 @@ bool proven(int64_t n, const Acc* l, const Acc* diagonal, Acc* y) {
     spread *= diagonal[i] / l[i * n + i] / l[i * n + i];
   }
   if (!(smallest >= Acc(kSmallest<Acc>) && largest <= Acc(kLargest<Acc>))) return false;
-  const Acc most = Acc(limit_of<Acc>(n)) * std::sqrt(smallest / largest);
+  const Acc most = Acc(limit) * std::sqrt(smallest / largest);
   if (spread <= most) return true;
   Acc before = 0, after = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -194,7 +196,8 @@ bool solve_one(const Systems<T>& s, int64_t index, T* x) {
       return false;
     }
   }
-  if (!proven(n, system, original, y)) return false;
+  const double limit = limit_of<Acc>(n) * (std::is_same_v<T, Acc> ? 1.0 : kAgain);
+  if (!proven(n, system, original, limit, y)) return false;
   const T* b = s.b.template at<T>(index);
   if constexpr (kCopyRight) {
     Acc* right = y + n;
@@ -271,7 +274,7 @@ void solve_again(const Systems<float>& s, int64_t first, const SolveGroup& group
     again.upper = s.upper;
     again.shift = shift;
     again.shift_diag = s.has_diag ? diag.data() : nullptr;
-    set_limits<double>(again);
+    set_limits<double>(again, kAgain * limit_of<double>(n));
     again.info = codes.data();
     again.scratch = scratch.get<char>(wide.scratch_bytes(n, k));
     wide.run(&again);
@@ -313,7 +316,7 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   group.upper = s.upper;
   group.shift = shift;
   group.shift_diag = s.has_diag ? diag : nullptr;
-  set_limits<T>(group);
+  set_limits<T>(group, limit_of<T>(s.n));
   group.info = info;
   group.scratch = memory.get<char>(k.scratch_bytes(s.n, s.k));
 

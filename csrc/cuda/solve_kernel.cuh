@@ -90,12 +90,12 @@ __device__ inline A inverse_norm(const A (&row)[RowLayout<kOrder>::kRows][kOrder
   return after / before;
 }
 
-// Whether the factor proves the solutions of the lanes' system.
+// Whether the factor proves the solutions of the lanes' system, to a share of the usual limit.
 template <class A, int kOrder>
 __device__ inline bool proves(const A (&row)[RowLayout<kOrder>::kRows][kOrder],
                               const A (&inverse)[RowLayout<kOrder>::kRows],
                               const A (&diagonal)[RowLayout<kOrder>::kRows], const A* tile,
-                              int stride, int lane, int n) {
+                              int stride, int lane, int n, A share) {
   constexpr int kLanes = RowLayout<kOrder>::kLanes, kRows = RowLayout<kOrder>::kRows;
   A spread = A(1), low = Range<A>::kLargest, high = A(0);
 #pragma unroll
@@ -111,8 +111,9 @@ __device__ inline bool proves(const A (&row)[RowLayout<kOrder>::kRows][kOrder],
     low = least(low, __shfl_xor_sync(kFull, low, step));
     high = most(high, __shfl_xor_sync(kFull, high, step));
   }
-  // The square of 0.05 / (2 sqrt(n) eps).
-  const A limit = A(0.000625) / (static_cast<A>(n) * Range<A>::kEps * Range<A>::kEps);
+  // The square of share 0.025 / (sqrt(n) eps).
+  const A limit =
+      share * share * A(0.000625) / (static_cast<A>(n) * Range<A>::kEps * Range<A>::kEps);
   auto good = [&](A norm) { return norm * norm * high <= low * limit; };  // false for NaN
   bool proven = good(spread * A(2.7183));
   if (__any_sync(kFull, !proven)) {
@@ -188,7 +189,9 @@ __device__ inline void solve_block(int64_t block, const T* matrices, const T* ri
   int failed =
       factor_rows<A, kOrder>(row, inverse, lane, n, static_cast<A>(tolerance), original, tile);
   store_rows<A, kOrder>(row, lane, kStride, tile);
-  const bool proven = proves<A, kOrder>(row, inverse, diagonal, tile, kStride, lane, n);
+  // What float32 did not prove is to be right to float32.
+  const A share = sizeof(T) == sizeof(A) ? A(1) : A(1e-5);
+  const bool proven = proves<A, kOrder>(row, inverse, diagonal, tile, kStride, lane, n, share);
   if (!failed && !proven) failed = n + 1;
 
   const T* right = rights + (mine ? system : 0) * n * columns;

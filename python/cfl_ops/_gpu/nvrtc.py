@@ -290,7 +290,13 @@ class Nvrtc:
         )  # fmt: skip
 
     def solve_careful(
-        self, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solutions: Tensor, info: Tensor
+        self,
+        matrices: Tensor,
+        rights: Tensor,
+        lam: float,
+        shift: Tensor | None,
+        solutions: Tensor,
+        info: Tensor,
     ) -> None:
         """The systems with info other than 0 once more."""
         np = self.numpy

@@ -1,7 +1,7 @@
 """What the info of the solve ops says, and their limits."""
 
 BAD_PENALTY = -1
-"""A negative info of ridge_solve; a positive one is the order of the first leading minor that breaks down."""
+"""A negative info of ridge_solve; a positive one is the order of a leading minor that breaks down."""
 BAD_CLASS = -2
 """class_solve: a class index is out of range."""
 NOT_FINITE = 1
@@ -14,6 +14,8 @@ PIVOT = 4.0
 """A pivot below this many times eps and its diagonal entry is a rounding error. Here and below: csrc has the same."""
 PROVEN = 0.025
 """A factor proves its solutions if sqrt(n) eps times the inverse's norm and the ratio of scales is up to this."""
+AGAIN = 1e-5
+"""Of PROVEN, where float32 systems are solved in float64: what is right there to float32."""
 CORRECTIONS = 3
 PROBES = 4
 CONTRACTION = 0.25

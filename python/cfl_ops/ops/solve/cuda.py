@@ -1,10 +1,10 @@
 """ridge_solve and small_pinv on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
 
-Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; those whose pivots
-come near their rounding errors are solved again in float64, as on a CPU. Larger systems are factored tile by tile in
-float64, as long as they are few: with narrow right sides in one kernel, else with torch's triangular solves, and
-beyond 2,048 in blocks with torch's products between them. Many of them lack no parallelism: torch's batched
-factorisation serves.
+Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; what that does not
+prove is solved again in float64, and what that does not prove with residuals in twice the precision, as on a CPU.
+Larger systems are factored tile by tile in float64, as long as they are few: with narrow right sides in one kernel,
+else with torch's triangular solves, and beyond 2,048 in blocks with torch's products between them. Many of them lack
+no parallelism: torch's batched factorisation serves. All of those are corrected as the fallback does it.
 """
 
 from __future__ import annotations
@@ -164,7 +164,5 @@ def _tiled(kernels: Any, matrices: Tensor, rights: Tensor, solution: Tensor, fac
     flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
     info = torch.empty(batch, dtype=torch.int32, device=device)
     tolerance = PIVOT * torch.finfo(torch.float64).eps
-    kernels.solve_tiled(
-        matrices, rights, 0.0, None, tolerance, work, inverse, flags, solution, factors, info
-    )
+    kernels.solve_tiled(matrices, rights, 0.0, None, tolerance, work, inverse, flags, solution, factors, info)
     return info
