@@ -94,7 +94,8 @@ def _sides(order, columns, matrix, piece, ORDER: tl.constexpr, COLUMNS: tl.const
 @triton.jit
 def _eliminate(system, original, right, order, tolerance, ORDER: tl.constexpr):
     """The solution; the order of the first leading minor that breaks down, or 0; the product of the diagonal's entries
-    over the pivots; about the norm of the inverse, with a diagonal of ones; and the row of the smallest pivot."""
+    over the pivots; about the norm of the inverse, with a diagonal of ones; and the row of the smallest pivot.
+    """
     rows = tl.arange(0, ORDER)
     diagonal = rows[:, None] == rows[None, :]
     one = tl.full((), 1.0, system.dtype)
@@ -201,7 +202,7 @@ def _careful_kernel(
 
 @triton.jit
 def _residual(system, lost, right, z, order, ORDER: tl.constexpr):
-    """right - (system + diag(lost)) z, in twice the precision."""
+    """What remains, right - (system + diag(lost)) z, in twice the precision."""
     rows = tl.arange(0, ORDER)
     total, rest = right, -lost[:, None] * z
     for j in range(0, order):
@@ -225,7 +226,7 @@ def _high(value):
 
 @triton.jit
 def _two_sum(a, b):
-    """a + b, and its rounding error."""
+    """The sum, and its rounding error."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
@@ -233,7 +234,7 @@ def _two_sum(a, b):
 
 @triton.jit
 def _exponent(value):
-    """e of a number in [2^(e - 1), 2^e), within what a power of two can be."""
+    """The e of a number in [2^(e - 1), 2^e), within what a power of two can be."""
     exponent = ((value.to(tl.int64, bitcast=True) >> 52) & 2047) - 1022
     exponent = tl.where((tl.abs(value) > 0.0) & (tl.abs(value) < float("inf")), exponent, 0)
     return tl.minimum(tl.maximum(exponent, -1000), 1000)

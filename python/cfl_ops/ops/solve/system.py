@@ -83,7 +83,7 @@ def solve_system(
     shift = torch.where(good, shift, 1.0).expand(gram.shape[:-1])
     diagonal, lost = _two_sum(gram.diagonal(dim1=-2, dim2=-1).to(F64), shift)
     # Powers of two bring the diagonal to [1/4, 1) and each right side to [1/2, 1): no rounding.
-    scale = _power(-((torch.frexp(diagonal).exponent + 1) // 2)).unsqueeze(-1)
+    scale = _power(-((_exponent(diagonal) + 1) // 2)).unsqueeze(-1)
     system = gram.to(F64, copy=True).tril_(-1)
     system = (system + system.mT + torch.diag_embed(diagonal)) * scale * scale.mT
     lost = lost.unsqueeze(-1) * scale * scale
@@ -122,7 +122,10 @@ def _probes(like: Tensor) -> Tensor:
 
 
 def _residual(system: Tensor, lost: Tensor, right: Tensor, z: Tensor) -> Tensor:
-    """right - (system + diag(lost)) z to about 2^-90 of the largest z: sums of products of few bits are exact."""
+    """What remains, right - (system + diag(lost)) z, to about 2^-90 of the largest z.
+
+    Parts of few bits have products whose sums are exact, whatever multiplies the matrices.
+    """
     order, sides = right.shape[-2:]
     bits = (53 - order.bit_length()) // 2
     power = _exponent(_largest(z))
@@ -143,7 +146,7 @@ def _slices(m: Tensor, bits: int) -> list[Tensor]:
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b, and its rounding error."""
+    """The sum, and its rounding error."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
@@ -154,7 +157,7 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def _exponent(m: Tensor) -> Tensor:
-    """e of m in [2^(e - 1), 2^e), within what a power of two can be."""
+    """The e of m in [2^(e - 1), 2^e), within what a power of two can be."""
     return torch.frexp(torch.where(m.isfinite(), m, 0.0)).exponent.clamp(-1000, 1000)
 
 
