@@ -375,11 +375,11 @@ struct Single {
   }
 
   template <int kVecs>
-  static CFL_INLINE void rotate(const Rotations<T>& h, T* tile, int64_t ld, T* w) {
+  static CFL_INLINE void rotate(const Rotations<T>& h, int64_t cols, T* tile, int64_t ld, T* w) {
     Vec<T> held[kVecs];
 #pragma GCC unroll 8
     for (int x = 0; x < kVecs; ++x) held[x] = load(w + x * n);
-    for (int64_t j = 0; j < kPanel; ++j) {
+    for (int64_t j = 0; j < cols; ++j) {
       T* column = tile + j * ld;
 #pragma GCC unroll 8
       for (int x = 0; x < kVecs; ++x) {
@@ -392,10 +392,10 @@ struct Single {
     for (int x = 0; x < kVecs; ++x) store(w + x * n, h.normalise * held[x]);
   }
 
-  // Applies all reflectors of a full panel to kVecs * n rows, whose part of W starts at w.
+  // Applies all reflectors of a panel to kVecs * n rows, whose part of W starts at w.
   template <int kVecs>
-  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile,
-                               int64_t ld, T* w) {
+  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors,
+                               int64_t cols, T* tile, int64_t ld, T* w) {
     for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
       Vec<T> held[K][kVecs];
 #pragma GCC unroll 4
@@ -404,7 +404,7 @@ struct Single {
         for (int x = 0; x < kVecs; ++x) held[p][x] = load(w + (chunk + p) * a.ldw + x * n);
       }
       const Reflector<T, K>* h = reflectors + chunk / K * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j, ++h) {
+      for (int64_t j = 0; j < cols; ++j, ++h) {
         T* column = tile + j * ld;
 #pragma GCC unroll 8
         for (int x = 0; x < kVecs; ++x) {
@@ -474,9 +474,9 @@ struct Single {
     T* at = a.l + i0 * a.row_stride + j0 * a.col_stride;
     auto act = [&](T* columns, int64_t stride) {
       if (K == 1 && rotations) {
-        rotate<kVecs>(*rotations, columns, stride, a.w + i0);
+        rotate<kVecs>(*rotations, kPanel, columns, stride, a.w + i0);
       } else {
-        apply<kVecs>(a, reflectors, columns, stride, a.w + i0);
+        apply<kVecs>(a, reflectors, kPanel, columns, stride, a.w + i0);
       }
     };
     if (a.col_stride != 1 && rows == ld) return act(at, a.col_stride);
@@ -494,6 +494,36 @@ struct Single {
     act(tile, ld);
     for (int64_t c = 0; c < kPanel; ++c) {
       for (int64_t i = 0; i < rows; ++i) at[c * a.col_stride + i] = tile[c * ld + i];
+    }
+  }
+
+  // The panel's columns in the rows beneath the triangle.
+  static void beneath(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                      const Rotations<T>* rotations, const Reflector<T, K>* reflectors) {
+    alignas(64) T tile[kPanel * n];
+    for (int64_t i0 = 0; i0 < a.beneath_rows; i0 += n) {
+      const int64_t rows = min64(n, a.beneath_rows - i0);
+      T* at = a.beneath + i0 * a.beneath_stride + j0;
+      if (cols == kPanel) {
+        gather<1>(at, a.beneath_stride, rows, tile);
+      } else {
+        memset(tile, 0, sizeof(T) * cols * n);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < cols; ++c) tile[c * n + i] = at[i * a.beneath_stride + c];
+        }
+      }
+      if (K == 1 && rotations) {
+        rotate<1>(*rotations, cols, tile, n, a.beneath_w + i0);
+      } else {
+        apply<1>(a, reflectors, cols, tile, n, a.beneath_w + i0);
+      }
+      if (cols == kPanel) {
+        scatter<1>(tile, at, a.beneath_stride, rows);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < cols; ++c) at[i * a.beneath_stride + c] = tile[c * n + i];
+        }
+      }
     }
   }
 
@@ -515,6 +545,7 @@ struct Single {
         rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr,
                       reflectors);
       }
+      if (a.beneath_rows) beneath(a, j0, cols, rotated ? &rotations : nullptr, reflectors);
     }
     return 0;
   }
@@ -757,8 +788,75 @@ T abs_sum(const T* x, int64_t count) {
   return total;
 }
 
+// ---- triangular solves
+// ----------------------------------------------------------------------------
+
+// The sum of a vector's lanes, halves first.
+template <class T, int S = kLanes<T> / 2>
+CFL_INLINE T lane_sum(Vec<T> v) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    return lane_sum<T, S / 2>(v + __builtin_shuffle(v, lane_numbers<T>() ^ S));
+  }
+}
+
+// R rows of x at a time: they share what is read of l.
+template <class T, int R>
+CFL_INLINE void solve_rows(const T* l, int64_t stride, int64_t order, T* x, int64_t ldx) {
+  constexpr int n = kLanes<T>;
+  for (int64_t i = 0; i < order; ++i, l += stride) {
+    Vec<T> sums[R] = {};
+    int64_t c = 0;
+    for (; c + n <= i; c += n) {
+      const Vec<T> v = load(l + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] += v * load(x + r * ldx + c);
+    }
+    T total[R] = {};
+    if (c < i && i >= n) {  // the last vector again, without what was counted
+      const Mask<T> fresh = lane_numbers<T>() >= typename VecOf<T>::lane(n - (i - c));
+      const Vec<T> v = fresh ? load(l + i - n) : Vec<T>{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] += v * load(x + r * ldx + i - n);
+    } else {
+      for (; c < i; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) total[r] += l[c] * x[r * ldx + c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if (i >= n) total[r] += lane_sum<T>(sums[r]);
+      x[r * ldx + i] = (x[r * ldx + i] - total[r]) / l[i];
+    }
+  }
+}
+
 template <class T>
-constexpr CholeskyKernel<T> kKernel = {kLanes<T>, update<T>, Group<T>::update, abs_sum<T>};
+void solve_lower(const T* l, int64_t stride, int64_t order, T* x, int64_t ldx, int64_t rows) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) solve_rows<T, 4>(l, stride, order, x + r * ldx, ldx);
+  for (; r < rows; ++r) solve_rows<T, 1>(l, stride, order, x + r * ldx, ldx);
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t count) {
+  constexpr int n = kLanes<T>;
+  Vec<T> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * n <= count; i += 2 * n) {
+    sums[0] += load(a + i) * load(b + i);
+    sums[1] += load(a + i + n) * load(b + i + n);
+  }
+  T total = lane_sum<T>(sums[0] + sums[1]);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+template <class T>
+constexpr CholeskyKernel<T> kKernel = {kLanes<T>,  update<T>,      Group<T>::update,
+                                       abs_sum<T>, solve_lower<T>, dot<T>};
 
 }  // namespace
 
