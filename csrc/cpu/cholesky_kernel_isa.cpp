@@ -129,11 +129,13 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // ---- reflectors
 // ------------------------------------------------------------------------------------
 
-// What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs
-// of a negative diagonal entry and the decay ride in cl and sl.
+// What one column's reflector does to a row: L' = L + (dl L + s . W), W <- W - g (sl L + L'). The
+// signs of a negative diagonal entry and the decay ride in dl and sl. It is the change that is
+// computed, not the new entry from a cosine near 1: roundings of that one all go the same way, and
+// n updates by small vectors would be n eps off.
 template <class T, int K>
 struct Reflector {
-  T cl, sl, s[K], g[K];
+  T dl, sl, s[K], g[K];
 };
 
 // r = sqrt(l^2 + sign |v|^2) and the like where squares leave the range of T.
@@ -176,12 +178,14 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
       h.s[p] = down ? -v[p] * over_r : v[p] * over_r;
       h.g[p] = v[p] * over_sum;
     }
-    h.cl = sign * (l * over_r);
     h.sl = sign;
-    return r;
+    const T less = sum * inverse;  // 1 - l / r
+    h.dl = (down ? sign * less : -(sign * less)) + (sign - 1);
+    return down ? l - less * r : l + less * r;
   }
   r = scaled_root(l, v, K, down);
-  h.cl = h.sl = sign;
+  h.sl = sign;
+  h.dl = sign - 1;
   for (int p = 0; p < K; ++p) h.s[p] = h.g[p] = 0;
   if (!(r > 0)) return r;  // 0: a zero column of a semi-definite factor stays one
   for (int p = 0; p < K; ++p) {
@@ -189,15 +193,15 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
     h.s[p] = down ? -ratio : ratio;
     h.g[p] = ratio / (l / r + 1);
   }
-  h.cl = sign * (l / r);
+  h.dl = sign * (l / r) - 1;
   return r;
 }
 
-// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its
-// true length.
+// The rotations of one panel: L' = L + (e L + d w), w <- w - p L, and after the panel w is made of
+// its true length.
 template <class T>
 struct Rotations {
-  T c[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
+  T e[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
 };
 
 // ---- one matrix
@@ -297,19 +301,21 @@ struct Single {
         if (j + 1 < cols) {
           // The next pivot's row ahead of the vectors: it is what the next reflector waits for.
           const T old = column[j + 1];
-          T next = h.cl * old;
+          T next = h.dl * old;
           for (int p = 0; p < K; ++p) {
             row[p] = w[p * kPanel + j + 1];
             next += h.s[p] * row[p];
           }
+          next += old;
           const T change = h.sl * old + next;
           for (int p = 0; p < K; ++p) row[p] -= h.g[p] * change;
           diagonal_entry = column[kPanel + j + 1];
         }
         for (int64_t x = j / n * n; x < kPanel; x += n) {
           const Vec<T> old = load(column + x);
-          Vec<T> next = h.cl * old;
+          Vec<T> next = h.dl * old;
           for (int p = 0; p < K; ++p) next += h.s[p] * load(w + p * kPanel + x);
+          next += old;
           const Vec<T> change = h.sl * old + next;
           for (int p = 0; p < K; ++p) {
             store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * change);
@@ -353,17 +359,18 @@ struct Single {
         const T next_t = t + p * p, inverse_next = T(1) / next_t;
         const T c = root(t * inverse_next);
         const T d = p * c * inverse_t;
-        out.c[j] = c * out.sign[j];
+        const T less = p * p * inverse_next / (1 + c);  // 1 - c
+        out.e[j] = (out.sign[j] - 1) - out.sign[j] * less;
         out.d[j] = d;
         out.p[j] = p * out.sign[j];
         T* column = block + j * kPanel;
 #pragma GCC unroll 16
         for (int x = x0; x < kBlockVecs; ++x) {
           const Vec<T> old = load(column + x * n);
-          store(column + x * n, out.c[j] * old + d * w[x]);
+          store(column + x * n, old + (out.e[j] * old + d * w[x]));
           w[x] -= out.p[j] * old;
         }
-        column[j] = length[j] / c;
+        column[j] = length[j] + length[j] * (less / c);
         t = next_t;
         inverse_t = inverse_next;
       }
@@ -384,7 +391,7 @@ struct Single {
 #pragma GCC unroll 8
       for (int x = 0; x < kVecs; ++x) {
         const Vec<T> old = load(column + x * n);
-        store(column + x * n, h.c[j] * old + h.d[j] * held[x]);
+        store(column + x * n, old + (h.e[j] * old + h.d[j] * held[x]));
         held[x] -= h.p[j] * old;
       }
     }
@@ -409,7 +416,7 @@ struct Single {
 #pragma GCC unroll 8
         for (int x = 0; x < kVecs; ++x) {
           const Vec<T> old = load(column + x * n);
-          Vec<T> next = h->cl * old + h->s[0] * held[0][x];
+          Vec<T> next = h->dl * old + h->s[0] * held[0][x];
           if constexpr (K == 2) next += h->s[1] * held[1][x];
           if constexpr (K == 4) {  // two chains are shorter than one
             Vec<T> other = h->s[1] * held[1][x];
@@ -417,6 +424,7 @@ struct Single {
             other += h->s[3] * held[3][x];
             next += other;
           }
+          next += old;
           const Vec<T> change = h->sl * old + next;
 #pragma GCC unroll 4
           for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * change;
@@ -647,11 +655,12 @@ struct Group {
       good &= (l * l > Of<T>::kTiny) & (l * l < Of<T>::kHuge);
       const V p = next_w * inverse;
       const V next_t = t + p * p, inverse_next = T(1) / next_t;
-      const V c = root(t * inverse_next), d = p * c * inverse_t, cl = c * sign, pl = p * sign;
-      column[j] = l * (next_t * inverse_t * c);
+      const V c = root(t * inverse_next), d = p * c * inverse_t, pl = p * sign;
+      const V less = p * p * inverse_next / (T(1) + c), e = (sign - T(1)) - sign * less;
+      column[j] = l + l * (less * (next_t * inverse_t * c));
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i], before = w[i];
-        column[i] = cl * old + d * before;
+        column[i] = old + (e * old + d * before);
         w[i] = before - pl * old;
         if (i == j + 1) next_w = w[i];
       }
@@ -722,16 +731,18 @@ struct Group {
         s[p] = a.down ? -v[p] * over_r : v[p] * over_r;
         g[p] = v[p] * over_sum;
       }
-      const V cl = sign * (l * over_r);
-      column[j] = r;
+      const V less = sum * inverse, signed_less = sign * less;  // 1 - l / r
+      const V dl = (a.down ? signed_less : -signed_less) + (sign - T(1));
+      column[j] = a.down ? l - less * r : l + less * r;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i];
-        V next = cl * old;
+        V next = dl * old;
         V held[K];
         for (int p = 0; p < K; ++p) {
           held[p] = w[p * D + i];
           next += s[p] * held[p];
         }
+        next += old;
         const V change = sign * old + next;
         for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * change;
         column[i] = next;
