@@ -130,9 +130,13 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // ------------------------------------------------------------------------------------
 
 // What one column's reflector does to a row: L' = L + (dl L + s . W), W <- W - g (sl L + L'). The
-// signs of a negative diagonal entry and the decay ride in dl and sl. It is the change that is
-// computed, not the new entry from a cosine near 1: roundings of that one all go the same way, and
-// n updates by small vectors would be n eps off.
+// signs of a negative diagonal entry and the decay ride in dl and sl.
+//
+// It is the change that is computed, not the new entry from a cosine near 1: roundings of that one
+// all go the same way, and n updates by small vectors would be n eps off. Changes of a pivot below
+// its rounding are lost more often than not all the same. So what its rounding added to a pivot, as
+// a share of it, is added to its whole column, which is then consistent: a factor of a column makes
+// no difference to L^-T times what is beneath.
 template <class T, int K>
 struct Reflector {
   T dl, sl, s[K], g[K];
@@ -181,7 +185,9 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
     h.sl = sign;
     const T less = sum * inverse;  // 1 - l / r
     h.dl = (down ? sign * less : -(sign * less)) + (sign - 1);
-    return down ? l - less * r : l + less * r;
+    const T change = down ? -less * r : less * r, pivot = l + change;
+    h.dl += sign * (l * over_r) * (((pivot - l) - change) / pivot);
+    return pivot;
   }
   r = scaled_root(l, v, K, down);
   h.sl = sign;
@@ -360,7 +366,9 @@ struct Single {
         const T c = root(t * inverse_next);
         const T d = p * c * inverse_t;
         const T less = p * p * inverse_next / (1 + c);  // 1 - c
-        out.e[j] = (out.sign[j] - 1) - out.sign[j] * less;
+        const T change = length[j] * (less / c), pivot = length[j] + change;
+        const T rounded = ((pivot - length[j]) - change) / pivot;
+        out.e[j] = (out.sign[j] - 1) - out.sign[j] * (less - c * rounded);
         out.d[j] = d;
         out.p[j] = p * out.sign[j];
         T* column = block + j * kPanel;
@@ -370,7 +378,7 @@ struct Single {
           store(column + x * n, old + (out.e[j] * old + d * w[x]));
           w[x] -= out.p[j] * old;
         }
-        column[j] = length[j] + length[j] * (less / c);
+        column[j] = pivot;
         t = next_t;
         inverse_t = inverse_next;
       }
@@ -656,8 +664,11 @@ struct Group {
       const V p = next_w * inverse;
       const V next_t = t + p * p, inverse_next = T(1) / next_t;
       const V c = root(t * inverse_next), d = p * c * inverse_t, pl = p * sign;
-      const V less = p * p * inverse_next / (T(1) + c), e = (sign - T(1)) - sign * less;
-      column[j] = l + l * (less * (next_t * inverse_t * c));
+      const V less = p * p * inverse_next / (T(1) + c);
+      const V change = l * (less * (next_t * inverse_t * c)), pivot = l + change;
+      const V rounded = ((pivot - l) - change) / pivot;
+      const V e = (sign - T(1)) - sign * (less - c * rounded);
+      column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i], before = w[i];
         column[i] = old + (e * old + d * before);
@@ -732,8 +743,11 @@ struct Group {
         g[p] = v[p] * over_sum;
       }
       const V less = sum * inverse, signed_less = sign * less;  // 1 - l / r
-      const V dl = (a.down ? signed_less : -signed_less) + (sign - T(1));
-      column[j] = a.down ? l - less * r : l + less * r;
+      const V change = a.down ? -less * r : less * r, pivot = l + change;
+      const V rounded = ((pivot - l) - change) / pivot;
+      const V dl =
+          (a.down ? signed_less : -signed_less) + (sign - T(1)) + sign * (l * over_r) * rounded;
+      column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i];
         V next = dl * old;

@@ -247,11 +247,15 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         safe_r1 = torch.where(zero_pivot, 1.0, r1)
         # The change, 1 - l / r, not a cosine near 1: roundings of that one all go the same way.
         less = side * added / (safe_r1 * torch.where(zero_pivot, 1.0, l1 + r1))
-        r = (l1 + less * r1) * safe_unit
+        change = less * r1
+        r2 = l1 + change
+        r = r2 * safe_unit
         pivots.append(breakdown | ~r.isfinite())
         s = (v1 / safe_r1.unsqueeze(-1)).masked_fill(zero_pivot.unsqueeze(-1), 0.0)
         g = v1 / torch.where(zero_pivot, 1.0, l1 + r1).unsqueeze(-1)
-        less = torch.where(zero_pivot, 0.0, less)
+        # What the rounding of the pivot added to it, as a share of it, is added to the whole column.
+        rounded = ((r2 - l1) - change) / torch.where(r2 > 0, r2, 1.0)
+        less = torch.where(zero_pivot, 0.0, less - l1 / safe_r1 * rounded)
         below = w[..., j:, :]
         new = column + (side * (below @ s.unsqueeze(-1)).squeeze(-1) - less.unsqueeze(-1) * column)
         w[..., j:, :] = below - (column + new).unsqueeze(-1) * g.unsqueeze(-2)
