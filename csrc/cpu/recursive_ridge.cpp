@@ -392,6 +392,30 @@ bool row_major(const Tensor& t) {
          (t.size(dims - 2) <= 1 || t.stride(dims - 2) >= cols);
 }
 
+// What was worked on in a copy comes to where it belongs: all of it, or the lower triangle.
+template <class T>
+void copy_entries(const Tensor& from, const Tensor& to, bool triangle) {
+  const int64_t dims = to.dim(), rows = to.size(dims - 2), cols = to.size(dims - 1);
+  const int64_t row_stride = to.stride(dims - 2), col_stride = to.stride(dims - 1);
+  const T* source = static_cast<const T*>(from.data_ptr());
+  const Batched batch(to, 2);
+  const int64_t count = product(batch_shape(to, 2));
+  for (int64_t b = 0; b < count; ++b) {
+    T* at = batch.at<T>(b);
+    for (int64_t i = 0; i < rows; ++i, source += cols) {
+      const int64_t end = triangle ? i + 1 : cols;
+      for (int64_t j = 0; j < end; ++j) at[i * row_stride + j * col_stride] = source[j];
+    }
+  }
+}
+void copy_back(const Tensor& from, const Tensor& to, bool triangle) {
+  if (to.scalar_type() == ScalarType::Double) {
+    copy_entries<double>(from, to, triangle);
+  } else {
+    copy_entries<float>(from, to, triangle);
+  }
+}
+
 std::tuple<Tensor, Tensor> recursive_ridge_(const Tensor& factor, const Tensor& rotated,
                                             const Tensor& x, const Tensor& y,
                                             const std::optional<Tensor>& sample_weight,
@@ -416,14 +440,8 @@ std::tuple<Tensor, Tensor> recursive_ridge_(const Tensor& factor, const Tensor& 
   } else {
     fold_batch<float>(lower, side, x, y, sample_weight, options, error, info);
   }
-  if (!row_major(factor)) {
-    Tensor out = factor;
-    torch::stable::copy_(out, lower);
-  }
-  if (!row_major(rotated)) {
-    Tensor out = rotated;
-    torch::stable::copy_(out, side);
-  }
+  if (!row_major(factor)) copy_back(lower, factor, true);
+  if (!row_major(rotated)) copy_back(side, rotated, false);
   return {error, info};
 }
 

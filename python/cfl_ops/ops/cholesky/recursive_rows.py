@@ -92,7 +92,8 @@ def _decayed(lower: Tensor, rotated: Tensor, decay: float, floor: float) -> tupl
     pivots = new.diagonal(dim1=-2, dim2=-1)
     low = (pivots.abs() < least).any(-1)[..., None, None]
     weight = torch.linalg.solve_triangular(lower.mT.double(), rotated.mT.double(), upper=True)
-    kept = torch.where(pivots.abs() < least, torch.where(pivots < 0, -least, least).to(pivots.dtype), pivots)
+    sign = torch.where(pivots < 0, -1.0, 1.0).to(pivots.dtype)
+    kept = torch.where(pivots.abs() < least, sign * least, pivots)
     beneath = new.tril(-1)
     tiny = beneath.abs() < least * torch.finfo(new.dtype).eps
     raised = torch.where(tiny, 0.0, beneath) + torch.diag_embed(kept)
