@@ -335,7 +335,7 @@ class RecursiveRidge(PreciseModule):
         """Fold rows into a state; their errors before."""
         error: Tensor
         error, info = RECURSIVE_RIDGE_(factor, side, x, y, sample_weight, decay, self._floor, False)
-        self._check("update", info, [error], x, y, sample_weight)
+        self._check("update", info, [error, factor, side], x, y, sample_weight)
         return error
 
     def _check(
@@ -347,7 +347,9 @@ class RecursiveRidge(PreciseModule):
         y: Tensor,
         sample_weight: Tensor | None,
     ) -> None:
-        context = (self.factor, x, y) if sample_weight is None else (self.factor, x, y, sample_weight)
+        # In a graph the results are written to, as far as the compiler knows; what tells the dtype is not.
+        state = self.factor.new_empty(0) if is_compiling() else self.factor
+        context = (state, x, y) if sample_weight is None else (state, x, y, sample_weight)
         check_info(f"RecursiveRidge.{method}", info, results, context)
 
     def _diffused(self) -> tuple[Tensor, Tensor]:
