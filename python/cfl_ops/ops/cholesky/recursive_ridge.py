@@ -52,7 +52,8 @@ class RecursiveRidge(PreciseModule):
     *Forgetting and silence.* Where nothing comes (rows of zeros, of weight 0, or never in some direction), forgetting
     lets Lambda sink, at last below what numbers can hold; rounding errors would pass for knowledge then, and W would
     run away (wind-up). So no squared pivot ``L_jj^2`` sinks below ``eps alpha`` (2e-16 alpha in float64, 1e-7 alpha
-    in float32): what is known of a weight, given those after it, is never less. Where a pivot is kept there,
+    in float32; with process noise below ``eps min(alpha, noise / q2)``): what is known of a weight, given those after
+    it, is never less. Where a pivot is kept there,
     W is what it was: silence does not move it, however long, and what comes later is weighed against it with the
     weight eps alpha. While all pivots are above, W is exactly the solution with weights that fade.
 
@@ -66,20 +67,19 @@ class RecursiveRidge(PreciseModule):
         process_noise: q2 >= 0: each call of :meth:`update` first adds q2 to the variance of every weight
             (``P + q2 I``), a random walk of the truth. Costs ``O(D^3)`` a call.
         window: keep the last ``window`` rows only: older ones are removed by downdates. Their rows are
-            stored. A downdate leaves the rounding of what was there before; where that could be more than
-            ``eps max(eps^-1/4, 2 window)`` of a squared pivot or of the size of z (after an outlier has left, say,
-            and once in so many rows), the state is computed anew from the rows of the window: what downdates add to
-            eps in the bound is no more than that, 2e-12 in float64 and 6e-6 in float32 for a window of up to 4096 or
-            27 rows. Takes neither forgetting nor process noise.
+            stored. A downdate leaves the rounding of what was there before, eps / (1 - h) of what stays for a row of
+            leverage h. Where that adds up to more than ``eps max(eps^-1/4, 2 window)`` of a squared pivot or of the
+            length of z (after an outlier has left, say, and once in so many rows), the state is computed anew from
+            the rows of the window: what downdates add to eps in the bound is no more than that, 2e-12 in float64 and
+            6e-6 in float32 for windows of up to 4096 and 27 rows. Takes neither forgetting nor process noise.
         dtype: of the state, float32 or float64, whatever the dtype of the rows. float32 takes half the memory, and
             less time, where its eps is good enough.
         device: where the state lives.
 
     The state keeps its dtypes, on whose precision it depends: ``half()``, ``parent.to(torch.bfloat16)`` and a
     state_dict of other dtypes do not change them; ``to(device)`` moves it. A state_dict that does not fit, or that
-    was made with another alpha, leaves it as it was; all other options are those of the model that loads it, not of
-    the one that was saved. State that was made under :func:`torch.inference_mode` can be updated outside it, and the other
-    way round.
+    was made with another alpha, leaves it as it was. The other options are not in it: a model goes on with its own.
+    State that was made under :func:`torch.inference_mode` can be updated outside it, and the other way round.
 
     A call of :meth:`update` with B rows costs ``4 B D^2 + 4 B D K`` FLOPs.
 
@@ -104,10 +104,7 @@ class RecursiveRidge(PreciseModule):
     seen: Tensor
     """How many rows came so far (those of weight 0 included)."""
     downdated: Tensor
-    """``(D + K,)`` float64: the squared pivots and the lengths of z as downdates found them, added up.
-
-    eps of it is what they left in each.
-    """
+    """``(D + K,)`` float64: what downdates have lost of the squared pivots and of the lengths of z, over eps."""
     prior: Tensor
     """alpha, which the state was made with."""
 
@@ -154,7 +151,9 @@ class RecursiveRidge(PreciseModule):
         self.register_buffer("downdated", torch.zeros(features + targets, dtype=torch.float64, device=device))
         self.register_buffer("prior", torch.full((), alpha, dtype=torch.float64, device=device))
         eps = torch.finfo(dtype).eps
-        self._floor = eps * self.alpha if forgetting < 1 else 0.0
+        # Of what a random walk leaves alone, Lambda <= noise / q2, where that is less.
+        most = min(self.alpha, self.noise / self.process_noise) if process_noise > 0 else self.alpha
+        self._floor = eps * most if forgetting < 1 else 0.0
         self._most_lost = max(eps**-0.25, 2.0 * (window or 0))
         self._solved: tuple[Any, Tensor] | None = None
 
@@ -231,9 +230,9 @@ class RecursiveRidge(PreciseModule):
     def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
         """Forget rows that were learnt before, exactly, by a downdate (with forgetting = 1 and no process noise).
 
-        A downdate leaves the rounding of what was there before: W is then as exact as if eps were
-        ``eps L_jj^2 (before) / L_jj^2 (after)``, for the pivot of L that sank most. There are no rows to start anew
-        from, so what would cost more than half of the digits is refused.
+        A downdate leaves the rounding of what was there before: W is then as exact as if eps were eps / (1 - h), for
+        rows of leverage h. There are no rows to start anew from, so what would cost more than half of the digits is
+        refused.
 
         Args and errors are those of :meth:`update`; besides:
 
@@ -248,10 +247,14 @@ class RecursiveRidge(PreciseModule):
         rows_x, rows_y = self._rows("remove", x, y, sample_weight)
         factor, side = self.factor.clone(), self.rotated_targets.clone()
         error, info = RECURSIVE_RIDGE_(factor, side, rows_x, rows_y, sample_weight, 1.0, 0.0, True)
-        lost = self.downdated + _sizes(self.factor, self.rotated_targets)
-        bound = _sizes(factor, side) * torch.finfo(factor.dtype).eps ** -0.5
+        before, after = _sizes(self.factor, self.rotated_targets), _sizes(factor, side)
+        rows = rows_x
+        if sample_weight is not None:
+            scale = sample_weight.double().sqrt().unsqueeze(-1)
+            rows = torch.where(scale > 0, rows_x * scale, 0.0)
+        lost = self.downdated + _lost(before, after, factor, rows)
         # z may sink to nothing, and W with it: what that leaves is small beside what W was.
-        lossy = (lost > bound)[: self.features].any() & (info == 0)
+        lossy = (lost * torch.finfo(factor.dtype).eps ** 0.5 > after)[: self.features].any() & (info == 0)
         info = torch.where(lossy, LOSSY, info).to(torch.int32)
         self._check("remove", info, [factor, side, error], rows_x, rows_y, sample_weight)
         self.factor.copy_(factor)
@@ -359,22 +362,20 @@ class RecursiveRidge(PreciseModule):
         check_info(f"RecursiveRidge.{method}", info, results, context)
 
     def _diffused(self) -> tuple[Tensor, Tensor]:
-        """L and z^T after ``Lambda^-1 <- Lambda^-1 / rho + (q2 / noise) I``, which leaves W.
+        """L and z^T after ``Lambda^-1 <- Lambda^-1 / rho + t I``, t = q2 / noise, which leaves W.
 
-        The step v of each weight is eliminated, as in a square-root information filter (Bierman 1977, chapter VI):
-        ``|v|^2 noise / q2 + |L^T (w - v) - z|^2`` is made triangular in v first, and what is left is in w alone.
+        With R = L^T the new Lambda is ``R^T (I + t R R^T)^-1 R``. For an upper U with ``U U^T = I + t R R^T``, by a QR
+        of ``[sqrt(t) R, I]^T`` from the last column on, ``U^-1 R`` is its factor and ``U^-1 z`` its right side: what is
+        rounded in U is a factor of both, and nothing is inverted or squared.
         """
-        order, dtype = self.features, self.factor.dtype
-        scale = math.sqrt(self.forgetting)
+        scale, order = math.sqrt(self.forgetting), self.features
         upper, side = self.factor.tril().mT * scale, self.rotated_targets.mT * scale
-        eye = torch.eye(order, dtype=dtype, device=upper.device) * math.sqrt(self.noise / self.process_noise)
-        above = torch.cat((eye, torch.zeros_like(eye), torch.zeros_like(side)), -1)
-        whole = torch.cat((above, torch.cat((-upper, upper, side), -1)), 0)
-        left = torch.linalg.qr(whole, mode="r")[1][order:]
-        left = left * torch.where(left[:, order : 2 * order].diagonal() < 0, -1.0, 1.0).to(dtype).unsqueeze(
-            -1
-        )
-        return left[:, order : 2 * order].mT.contiguous(), left[:, 2 * order :].mT.contiguous()
+        eye = torch.eye(order, dtype=upper.dtype, device=upper.device)
+        tall = torch.cat((upper.mT * math.sqrt(self.process_noise / self.noise), eye), 0)
+        r = torch.linalg.qr(tall.flip(-1), mode="r")[1]
+        r = r * torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype).unsqueeze(-1)
+        both = torch.linalg.solve_triangular(r.mT.flip(0, 1), torch.cat((upper, side), -1), upper=True)
+        return both[:, :order].mT.contiguous(), both[:, order:].mT.contiguous()
 
     def _slide(self, x: Tensor, y: Tensor, sample_weight: Tensor | None) -> Tensor:
         """Learn rows, then remove as many of the oldest as the window has no room for; the errors before."""
@@ -410,9 +411,9 @@ class RecursiveRidge(PreciseModule):
         _, info = RECURSIVE_RIDGE_(
             self.factor, self.rotated_targets, x * scale, y * scale, None, 1.0, 0.0, True
         )
-        lost = self.downdated.add_(before)
-        bound = _sizes(self.factor, self.rotated_targets) * self._most_lost
-        return int(info) == 0 and not bool((lost > bound).any())
+        after = _sizes(self.factor, self.rotated_targets)
+        lost = self.downdated.add_(_lost(before, after, self.factor, x * scale))
+        return int(info) == 0 and bool((lost <= after * self._most_lost).all())
 
     def _rebuild(self) -> None:
         """The state from the rows of the window, in float64."""
@@ -433,13 +434,27 @@ class RecursiveRidge(PreciseModule):
             and not alpha.is_meta
             and float(alpha) != self.alpha
         ):
-            rest[-1].append(f"{prefix}prior: the state was made with alpha={float(alpha)}, not {self.alpha}.")
+            error_msgs = rest[-1]
+            error_msgs.append(
+                f"{prefix}prior: the state was made with alpha={float(alpha)}, not {self.alpha}."
+            )
+            return
         super()._load_from_state_dict(given, prefix, *rest)
 
 
 def _sizes(factor: Tensor, side: Tensor) -> Tensor:
     """The squared pivots of L, which is what a downdate computes with, and the lengths of z."""
     return torch.cat((factor.diagonal().double().square(), torch.linalg.vector_norm(side.double(), dim=-1)))
+
+
+def _lost(before: Tensor, after: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
+    """What the downdate by rows lost of the sizes, over eps: ``1 + |L'^-1 X^T|^2`` times those of the new L.
+
+    For one row that is 1 / (1 - leverage), what is left of its direction (Stewart 1979).
+    """
+    half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).mT, upper=False)
+    share = 1 + half.double().square().sum()
+    return torch.cat((after[: len(factor)], before[len(factor) :])) * share
 
 
 def _of_now(state_dict: Mapping[str, Any], prefix: str, model: RecursiveRidge) -> Mapping[str, Any]:
