@@ -454,7 +454,8 @@ def _lost(before: Tensor, after: Tensor, factor: Tensor, rows: Tensor) -> Tensor
     """
     half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).mT, upper=False)
     share = 1 + half.double().square().sum()
-    return torch.cat((after[: len(factor)], before[len(factor) :])) * share
+    sizes = torch.cat((after[: len(factor)], before[len(factor) :]))
+    return sizes.mul_(share)
 
 
 def _of_now(state_dict: Mapping[str, Any], prefix: str, model: RecursiveRidge) -> Mapping[str, Any]:
