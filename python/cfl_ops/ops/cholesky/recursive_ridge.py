@@ -217,9 +217,10 @@ class RecursiveRidge(PreciseModule):
             self.rotated_targets.copy_(side)
             self.seen.add_(rows_x.shape[0])
         else:
-            factor, side = self.factor, self.rotated_targets
+            state = self._buffers  # an attribute of a module takes half a microsecond
+            factor, side, seen = state["factor"], state["rotated_targets"], state["seen"]
             error = self._learn(factor, side, rows_x, rows_y, sample_weight, self.forgetting)
-            self.seen.add_(rows_x.shape[0])
+            seen.add_(rows_x.shape[0])
         if self.forgetting < 1:
             self.downdated.mul_(self.forgetting)
         if error.dtype != x.dtype:
@@ -256,7 +257,7 @@ class RecursiveRidge(PreciseModule):
         # z may sink to nothing, and W with it: what that leaves is small beside what W was.
         lossy = (lost * torch.finfo(factor.dtype).eps ** 0.5 > after)[: self.features].any() & (info == 0)
         info = torch.where(lossy, LOSSY, info).to(torch.int32)
-        self._check("remove", info, [factor, side, error], rows_x, rows_y, sample_weight)
+        self._check("remove", info, [error, factor, side], rows_x, rows_y, sample_weight)
         self.factor.copy_(factor)
         self.rotated_targets.copy_(side)
         self.downdated.copy_(lost)
@@ -308,7 +309,9 @@ class RecursiveRidge(PreciseModule):
     def _rows(self, method: str, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows as ``(B, D)`` and ``(B, K)``, of arguments that fit; the op looks at what they hold."""
         op = f"RecursiveRidge.{method}"
-        self._make_normal()
+        factor, *others = self._buffers.values()
+        if not is_compiling() and (factor.is_inference() or any(map(Tensor.is_inference, others))):
+            self._make_normal()
         checks.floating(op, "x", x, 1)
         checks.floating(op, "y", y, 1)
         if x.ndim == 1:
@@ -322,8 +325,8 @@ class RecursiveRidge(PreciseModule):
         if shape[1] != self.features or shape_of_y[1] != self.targets:
             checks.size(op, "x", x, -1, self.features, "features")
             checks.size(op, "y", y, -1, self.targets, "targets")
-        if not x.device == y.device == self.factor.device or sample_weight is not None:
-            checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
+        if not x.device == y.device == factor.device or sample_weight is not None:
+            checks.same_device(op, "the state", factor, x=x, y=y, sample_weight=sample_weight)
         if sample_weight is not None:
             checks.sample_weight(op, sample_weight, shape[0], "the rows of x")
             if sample_weight.ndim != 1:
@@ -357,7 +360,7 @@ class RecursiveRidge(PreciseModule):
         sample_weight: Tensor | None,
     ) -> None:
         # In a graph the results are written to, as far as the compiler knows; what tells the dtype is not.
-        state = self.factor.new_empty(0) if is_compiling() else self.factor
+        state = results[1].new_empty(0) if is_compiling() else results[1]
         context = (state, x, y) if sample_weight is None else (state, x, y, sample_weight)
         check_info(f"RecursiveRidge.{method}", info, results, context)
 
