@@ -129,8 +129,9 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // ---- reflectors
 // ------------------------------------------------------------------------------------
 
-// What one column's reflector does to a row: L' = L + (dl L + s . W), W <- W - g (sl L + L'). The
-// signs of a negative diagonal entry and the decay ride in dl and sl.
+// What one column's reflector does to a row: with the change C = dl L + s . W,
+//   L' = L + C,   W <- W - g (dw L + C).
+// The signs of a negative diagonal entry and the decay ride in dl and dw.
 //
 // It is the change that is computed, not the new entry from a cosine near 1: roundings of that one
 // all go the same way, and n updates by small vectors would be n eps off. Changes of a pivot below
@@ -139,7 +140,7 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // no difference to L^-T times what is beneath.
 template <class T, int K>
 struct Reflector {
-  T dl, sl, s[K], g[K];
+  T dl, dw, s[K], g[K];
 };
 
 // r = sqrt(l^2 + sign |v|^2) and the like where squares leave the range of T.
@@ -182,15 +183,15 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
       h.s[p] = down ? -v[p] * over_r : v[p] * over_r;
       h.g[p] = v[p] * over_sum;
     }
-    h.sl = sign;
+    h.dw = sign + 1;
     const T less = sum * inverse;  // 1 - l / r
     h.dl = (down ? sign * less : -(sign * less)) + (sign - 1);
     const T change = down ? -less * r : less * r, pivot = l + change;
-    h.dl += sign * (l * over_r) * (((pivot - l) - change) / pivot);
+    h.dl += sign * (l * over_r) * (((pivot - l) - change) * over_r);
     return pivot;
   }
   r = scaled_root(l, v, K, down);
-  h.sl = sign;
+  h.dw = sign + 1;
   h.dl = sign - 1;
   for (int p = 0; p < K; ++p) h.s[p] = h.g[p] = 0;
   if (!(r > 0)) return r;  // 0: a zero column of a semi-definite factor stays one
@@ -307,26 +308,24 @@ struct Single {
         if (j + 1 < cols) {
           // The next pivot's row ahead of the vectors: it is what the next reflector waits for.
           const T old = column[j + 1];
-          T next = h.dl * old;
+          T change = h.dl * old;
           for (int p = 0; p < K; ++p) {
             row[p] = w[p * kPanel + j + 1];
-            next += h.s[p] * row[p];
+            change += h.s[p] * row[p];
           }
-          next += old;
-          const T change = h.sl * old + next;
-          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * change;
+          const T both = h.dw * old + change;
+          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * both;
           diagonal_entry = column[kPanel + j + 1];
         }
         for (int64_t x = j / n * n; x < kPanel; x += n) {
           const Vec<T> old = load(column + x);
-          Vec<T> next = h.dl * old;
-          for (int p = 0; p < K; ++p) next += h.s[p] * load(w + p * kPanel + x);
-          next += old;
-          const Vec<T> change = h.sl * old + next;
+          Vec<T> change = h.dl * old;
+          for (int p = 0; p < K; ++p) change += h.s[p] * load(w + p * kPanel + x);
+          const Vec<T> both = h.dw * old + change;
           for (int p = 0; p < K; ++p) {
-            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * change);
+            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * both);
           }
-          store(column + x, next);
+          store(column + x, old + change);
         }
         column[j] = r;
       }
@@ -362,12 +361,15 @@ struct Single {
         if (j >= cols) break;
         const Mask<T> pick = Mask<T>{} + typename VecOf<T>::lane(lane);
         const T p = __builtin_shuffle(w[x0], pick)[0] * inverse[j];
-        const T next_t = t + p * p, inverse_next = T(1) / next_t;
-        const T c = root(t * inverse_next);
+        const T next_t = t + p * p, mean = root(t * next_t), sum = next_t + mean;
+        const T shared = T(1) / (next_t * sum),
+                inverse_next = shared * sum;  // one division for two
+        const T c = mean * inverse_next;
         const T d = p * c * inverse_t;
-        const T less = p * p * inverse_next / (1 + c);  // 1 - c
-        const T change = length[j] * (less / c), pivot = length[j] + change;
-        const T rounded = ((pivot - length[j]) - change) / pivot;
+        const T less = p * p * (shared * next_t);  // 1 - c
+        const T over_c = next_t * inverse_t * c;
+        const T change = length[j] * (less * over_c), pivot = length[j] + change;
+        const T rounded = ((pivot - length[j]) - change) * (c * inverse[j]);
         out.e[j] = (out.sign[j] - 1) - out.sign[j] * (less - c * rounded);
         out.d[j] = d;
         out.p[j] = p * out.sign[j];
@@ -424,19 +426,18 @@ struct Single {
 #pragma GCC unroll 8
         for (int x = 0; x < kVecs; ++x) {
           const Vec<T> old = load(column + x * n);
-          Vec<T> next = h->dl * old + h->s[0] * held[0][x];
-          if constexpr (K == 2) next += h->s[1] * held[1][x];
+          Vec<T> change = h->dl * old + h->s[0] * held[0][x];
+          if constexpr (K == 2) change += h->s[1] * held[1][x];
           if constexpr (K == 4) {  // two chains are shorter than one
             Vec<T> other = h->s[1] * held[1][x];
-            next += h->s[2] * held[2][x];
+            change += h->s[2] * held[2][x];
             other += h->s[3] * held[3][x];
-            next += other;
+            change += other;
           }
-          next += old;
-          const Vec<T> change = h->sl * old + next;
+          const Vec<T> both = h->dw * old + change;
 #pragma GCC unroll 4
-          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * change;
-          store(column + x * n, next);
+          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * both;
+          store(column + x * n, old + change);
         }
       }
 #pragma GCC unroll 4
@@ -662,11 +663,12 @@ struct Group {
       const V l = sign * column[j], inverse = T(1) / l;
       good &= (l * l > Of<T>::kTiny) & (l * l < Of<T>::kHuge);
       const V p = next_w * inverse;
-      const V next_t = t + p * p, inverse_next = T(1) / next_t;
-      const V c = root(t * inverse_next), d = p * c * inverse_t, pl = p * sign;
-      const V less = p * p * inverse_next / (T(1) + c);
+      const V next_t = t + p * p, mean = root(t * next_t), sum = next_t + mean;
+      const V shared = T(1) / (next_t * sum), inverse_next = shared * sum;  // one division for two
+      const V c = mean * inverse_next, d = p * c * inverse_t, pl = p * sign;
+      const V less = p * p * (shared * next_t);  // 1 - c
       const V change = l * (less * (next_t * inverse_t * c)), pivot = l + change;
-      const V rounded = ((pivot - l) - change) / pivot;
+      const V rounded = ((pivot - l) - change) * (c * inverse);
       const V e = (sign - T(1)) - sign * (less - c * rounded);
       column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
@@ -744,22 +746,22 @@ struct Group {
       }
       const V less = sum * inverse, signed_less = sign * less;  // 1 - l / r
       const V change = a.down ? -less * r : less * r, pivot = l + change;
-      const V rounded = ((pivot - l) - change) / pivot;
+      const V rounded = ((pivot - l) - change) * over_r;
       const V dl =
           (a.down ? signed_less : -signed_less) + (sign - T(1)) + sign * (l * over_r) * rounded;
+      const V dw = sign + T(1);
       column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i];
-        V next = dl * old;
+        V more = dl * old;
         V held[K];
         for (int p = 0; p < K; ++p) {
           held[p] = w[p * D + i];
-          next += s[p] * held[p];
+          more += s[p] * held[p];
         }
-        next += old;
-        const V change = sign * old + next;
-        for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * change;
-        column[i] = next;
+        const V both = dw * old + more;
+        for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * both;
+        column[i] = old + more;
       }
     }
 

@@ -217,7 +217,7 @@ class RecursiveRidge(PreciseModule):
             self.rotated_targets.copy_(side)
             self.seen.add_(rows_x.shape[0])
         else:
-            state = self._buffers  # an attribute of a module takes half a microsecond
+            state: Any = self._buffers  # an attribute of a module takes half a microsecond
             factor, side, seen = state["factor"], state["rotated_targets"], state["seen"]
             error = self._learn(factor, side, rows_x, rows_y, sample_weight, self.forgetting)
             seen.add_(rows_x.shape[0])
@@ -309,8 +309,9 @@ class RecursiveRidge(PreciseModule):
     def _rows(self, method: str, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows as ``(B, D)`` and ``(B, K)``, of arguments that fit; the op looks at what they hold."""
         op = f"RecursiveRidge.{method}"
-        factor, *others = self._buffers.values()
-        if not is_compiling() and (factor.is_inference() or any(map(Tensor.is_inference, others))):
+        buffers: Any = self._buffers
+        factor = buffers["factor"]
+        if not is_compiling() and any(map(Tensor.is_inference, buffers.values())):
             self._make_normal()
         checks.floating(op, "x", x, 1)
         checks.floating(op, "y", y, 1)
