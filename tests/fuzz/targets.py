@@ -252,6 +252,8 @@ def _public() -> list[Target]:
         ("estimate_entropy", cfl_ops.estimate_entropy, {"w": values, "bits": 4, "fraction": 0.5}, ()),
         ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 0.9,
                                               "window": None, "x": x.double(), "y": y.double()}, ()),
+        ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 1.0,
+                                              "window": 5, "x": x, "y": y}, ()),
     ]  # fmt: skip
     return [_public_target(*row) for row in found]
 
