@@ -101,10 +101,13 @@ def proximal_step(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or penalties do not fit; NaN or Inf (naming the row).
         IndexError: a class index is out of range.
-        torch.linalg.LinAlgError: the system is singular, which takes a penalty of (nearly) zero.
+        torch.linalg.LinAlgError: the system is singular, or too nearly so for what follows.
 
-    Half-precision features are computed with in float32; float32 systems are factored in a precision that
-    resolves the penalty. Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
+    Loss and gradient are those of the new head as it is stored, to 5 % or 1e-9 of the targets' mean square, and the
+    loss is at most twice that of the exact head rounded to the same dtype, plus 1e-3 of the targets' mean square.
+    float32 and half precision are computed with in float32 where a bound on its rounding allows it, which features
+    with a large mean and small penalties do not; else in float64, at two to six times the cost (docs/formulas.md, 1.7).
+    Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
     ``2 (2 B D K + B D^2 / 2) + D^3 / 3``. Differentiable (twice) in all its tensors.
 
     Example:
