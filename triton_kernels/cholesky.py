@@ -13,7 +13,7 @@ import triton.language as tl
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
 from cfl_ops.ops.cholesky.codes import BREAKDOWN_EPS
-from cfl_ops.ops.cholesky.factor import copy_good_, with_bad_arguments
+from cfl_ops.ops.cholesky.factor import copy_good_, with_bad_arguments, with_lost_digits
 from torch import Tensor
 
 __all__ = ["cholesky_update", "cholesky_update_"]
@@ -98,6 +98,7 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[T
             )  # fmt: skip
     info = with_bad_arguments(info.reshape(batch), old, V)
     out = columns.mT
+    info = with_lost_digits(info, out, V, alpha)
     if rank == 0:  # no kernel ran: a negative diagonal is to be made positive all the same
         diagonal = out.diagonal(dim1=-2, dim2=-1)
         out = out * torch.where(diagonal < 0, -1.0, 1.0).to(out.dtype).unsqueeze(-2)

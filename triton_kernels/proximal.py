@@ -1,11 +1,12 @@
 """proximal_step on a GPU for B <= 128 rows and B <= D: seven kernels for the whole head.
 
 The dual form (docs/formulas.md, 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1
-R0, then one pass over the weight that adds A^T Phi and accumulates the gradient A W. The factor and its
-inverse are one program's work, panel by panel, so that the K right sides are a matrix product. On cards with
-slow float64 that program would take most of the time: there S^-1 is formed in float32 where its pivots allow
-it, and A is refined with residuals in float64. Everything else (larger batches, the primal side, row weights,
-penalties by feature, a free bias, float64) is left to the fallback in torch ops.
+R0, then one pass over the weight that adds A^T Phi. The factor and its inverse are one program's work, panel by
+panel, so that the K right sides are a matrix product. On cards with slow float64 that program would take most of
+the time: there S^-1 is formed in float32 where its pivots allow it, and A is refined with residuals in float64.
+The head is then refined by its own residual and rounded, and its loss and gradient are taken from it, in torch
+ops. Everything else (larger batches, the primal side, row weights, penalties by feature, a free bias, float64) is
+left to the fallback in torch ops.
 """
 
 from __future__ import annotations
@@ -261,10 +262,10 @@ def _normal_tile(
 
 @triton.jit
 def _alpha_kernel(
-    normal_ptr, residual_ptr, system_ptr, t_ptr, refined_ptr, work_ptr, alpha_ptr, squares_ptr, sums_ptr, rows, targets,
+    normal_ptr, residual_ptr, system_ptr, t_ptr, refined_ptr, work_ptr, alpha_ptr, sums_ptr, rows, targets,
     ONES: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """A = S^-1 R0 for some targets, its squares' sum and its columns' sums."""
+    """A = S^-1 R0 for some targets, and its columns' sums."""
     matrix, tile = _piece(tl.cdiv(targets, TILE_K))
     bs, ks = tl.arange(0, ROWS), tile * TILE_K + tl.arange(0, TILE_K)
     normal_ptr += matrix * ROWS * ROWS
@@ -298,8 +299,6 @@ def _alpha_kernel(
     total = tl.where(inside, total, 0.0)
     tl.store(alpha_ptr + matrix * rows * targets + here, total.to(tl.float32), mask=inside)
     tl.store(sums_ptr + matrix * targets + ks, tl.sum(total, axis=0), mask=ks < targets)
-    squares = tl.sum(tl.sum(total * total, axis=0), axis=0)
-    tl.store(squares_ptr + matrix * tl.cdiv(targets, TILE_K) + tile, squares)
 
 
 @triton.jit
@@ -325,12 +324,12 @@ def _times(
 
 @triton.jit
 def _update_kernel(
-    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, workspace_ptr, batch_stride, row_stride, col_stride,
+    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, batch_stride, row_stride, col_stride,
     weight_batch_stride, weight_row_stride, weight_col_stride, out_batch_stride, out_row_stride, out_col_stride,
-    split_stride, rows, width, targets, per_split,
+    rows, width, targets, per_split,
     ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """W_new = shrink W + A^T Phi for a stretch of columns and some targets, and their part of A W_new."""
+    """W_new = shrink W + A^T Phi for a stretch of columns and some targets."""
     matrix, stretch = _piece(tl.cdiv(width, TILE_D))
     bs = tl.arange(0, ROWS)
     ds = (stretch * TILE_D + tl.arange(0, TILE_D)).to(tl.int64)
@@ -345,7 +344,6 @@ def _update_kernel(
     alpha_ptr += matrix * rows * targets
     weight_ptr += matrix * weight_batch_stride
     out_ptr += matrix * out_batch_stride
-    total = tl.zeros((ROWS, TILE_D), dtype=tl.float32)
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, targets)
     for begin in range(first, last, TILE_K):
@@ -366,9 +364,6 @@ def _update_kernel(
             out_ptr + ks[:, None] * out_row_stride + ds[None, :] * out_col_stride,
             new.to(out_ptr.dtype.element_ty), mask=inside,
         )  # fmt: skip
-        total = tl.dot(alpha, new, total, input_precision="tf32x3")
-    workspace_ptr += tl.program_id(1).to(tl.int64) * split_stride + matrix * rows * width
-    tl.store(workspace_ptr + bs.to(tl.int64)[:, None] * width + ds[None, :], total, mask=here)
 
 
 def _served(arguments: ProximalArguments) -> bool:
@@ -459,10 +454,10 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
         SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4,
     )  # fmt: skip
     alpha = torch.empty_like(residual)
-    squares, sums = torch.empty(matrices, tiles_k, **float64), torch.empty(matrices, targets, **float64)
+    sums = torch.empty(matrices, targets, **float64)
     work = torch.empty(residual.shape if single else (0,), **float64)
     _alpha_kernel[(tiles_k * matrices,)](
-        normal, residual, system, t, refined, work, alpha, squares, sums, rows, targets,
+        normal, residual, system, t, refined, work, alpha, sums, rows, targets,
         ONES=ones, SINGLE=single, ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
     )  # fmt: skip
 
@@ -479,23 +474,35 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
     failed = info != 0
 
-    # W_new and A W_new
+    # W_new
     tiles_d = divide_up(width, use["TILE_D"])
     splits, each = split(targets, tile_k, tiles_d * matrices)
-    gradients = torch.empty(splits, matrices, rows, width, dtype=torch.float32, device=device)
     _update_kernel[(tiles_d * matrices, splits)](
-        phi, alpha, old, new, shrink, info, gradients, *phi.stride(), *old.stride(), *new.stride(),
-        gradients.stride(0), rows, width, targets, each,
+        phi, alpha, old, new, shrink, info, *phi.stride(), *old.stride(), *new.stride(),
+        rows, width, targets, each,
         ROWS=block, TILE_D=use["TILE_D"], TILE_K=tile_k, num_warps=use["num_warps"],
     )  # fmt: skip
-    gradient = (gradients.sum(0) if splits > 1 else gradients[0]) * (-2 / scale * t)[:, None, None].float()
-    gradient = torch.where(failed[:, None, None], 0.0, gradient).to(features.dtype)
-    loss = torch.where(failed, torch.nan, t * t * squares.sum(-1) / scale).float()
-    if flat_bias is None or bias is None:
+    # Sums of float32 lose what cancels in A^T Phi (features with a large mean), so the head is refined once by its own
+    # residual, in float64; loss, gradient and bias are those of the weight as it is stored.
+    wide = phi.double()
+    y64 = (y.unsqueeze(-1) == torch.arange(targets, device=device)).double() if classes else y.double()
+    moved = None if flat_bias is None else flat_bias.double() * shrink.unsqueeze(-1)
+    own = y64 - wide @ new.double().mT
+    missed = own - t[:, None, None] * alpha.double()
+    if moved is not None:
+        missed = missed - (moved + sums).unsqueeze(-2)
+    refinement = (normal[:, :rows, :rows] @ missed).mT @ wide
+    new.copy_(torch.where(failed[:, None, None], new, (new.double() + refinement).to(new.dtype)))
+    own = y64 - wide @ new.double().mT
+    if bias is None or moved is None or flat_bias is None:
         new_bias = weight.new_empty(*batch, 0)
     else:
-        moved = (flat_bias.double() * shrink.unsqueeze(-1) + sums).to(bias.dtype)
-        new_bias = torch.where(failed.unsqueeze(-1), flat_bias, moved).view(bias.shape)
+        fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
+        flat = torch.where(failed.unsqueeze(-1), flat_bias, fitted)
+        own = own - flat.double().unsqueeze(-2)
+        new_bias = flat.view(bias.shape)
+    gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ new.double()).to(features.dtype)
+    loss = torch.where(failed, torch.nan, own.square().sum((-2, -1)) / scale).float()
     return new_bias, loss.view(batch), gradient.view(features.shape), info.view(batch)
 
 

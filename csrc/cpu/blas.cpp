@@ -17,10 +17,12 @@ struct Routines {
   using Potrf = void (*)(const char*, const Int*, T*, const Int*, Int*);
   using Trsm = void (*)(const char*, const char*, const char*, const char*, const Int*, const Int*,
                         const T*, const T*, const Int*, T*, const Int*);
+  using Dot = T (*)(const Int*, const T*, const Int*, const T*, const Int*);
   Gemm gemm = nullptr;
   Potrf potrf = nullptr;
   Trsm trsm = nullptr;
-  bool complete() const { return gemm && potrf && trsm; }
+  Dot dot = nullptr;
+  bool complete() const { return gemm && potrf && trsm && dot; }
 };
 
 struct Library {
@@ -42,9 +44,11 @@ struct Library {
     find("sgemm_", f32.gemm);
     find("spotrf_", f32.potrf);
     find("strsm_", f32.trsm);
+    find("sdot_", f32.dot);
     find("dgemm_", f64.gemm);
     find("dpotrf_", f64.potrf);
     find("dtrsm_", f64.trsm);
+    find("ddot_", f64.dot);
     find("dsyevd_", syevd);
   }
 };
@@ -81,6 +85,12 @@ void gemm_impl(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, T al
   const Int la = leading(ldb), lb = leading(lda), lc = leading(ldc);
   const char ta = trans_b ? 'T' : 'N', tb = trans_a ? 'T' : 'N';
   routines<T>().gemm(&ta, &tb, &mm, &nn, &kk, &alpha, b, &la, a, &lb, &beta, c, &lc);
+}
+
+template <class T>
+T dot_impl(int64_t n, const T* a, const T* b) {
+  const Int count = narrow(n), one = 1;
+  return routines<T>().dot(&count, a, &one, b, &one);
 }
 
 template <class T>
@@ -143,6 +153,7 @@ int64_t eigh(int64_t n, double* a, double* values) {
             int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {                \
     gemm_impl(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);                \
   }                                                                                           \
+  T dot(int64_t n, const T* a, const T* b) { return dot_impl(n, a, b); }                      \
   int64_t potrf_lower(int64_t n, T* a, int64_t lda) { return potrf_impl(n, a, lda); }         \
   void potrs_lower(int64_t n, int64_t k, const T* l, int64_t ldl, T* b, int64_t ldb) {        \
     potrs_left_impl(n, k, l, ldl, b, ldb);                                                    \

@@ -20,6 +20,10 @@ void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, double al
           const double* a, int64_t lda, const double* b, int64_t ldb, double beta, double* c,
           int64_t ldc);
 
+// The sum of a_i b_i.
+float dot(int64_t n, const float* a, const float* b);
+double dot(int64_t n, const double* a, const double* b);
+
 // Lower Cholesky factor in place of the row-major symmetric a (n x n), the lower triangle read and
 // written. Returns LAPACK's info: 0, or the order of the first leading minor that is not positive
 // definite.

@@ -1,6 +1,8 @@
 // cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on
 // failure. Semantics: python/cfl_ops/ops/cholesky/update.py, safe.py (the fallback); mathematics:
 // cholesky_kernel.h.
+#include "cpu/cholesky.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,8 +12,7 @@
 #include <vector>
 
 #include "cpu/blas.h"
-#include "cpu/cholesky_kernel.h"
-#include "cpu/gram_kernel.h"
+#include "cpu/downdate.h"
 #include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
 
@@ -19,21 +20,6 @@ namespace cfl::cpu {
 namespace {
 
 enum Info : int32_t { kBadV = -1, kBadL = -2 };
-
-template <class T>
-const CholeskyKernel<T>& kernel() {
-  switch (isa()) {
-#if defined(CFL_HAVE_X86_ISAS)
-    case Isa::kAmx:
-    case Isa::kAvx512:
-      return detail::cholesky_avx512(T());
-    case Isa::kAvx2:
-      return detail::cholesky_avx2(T());
-#endif
-    default:
-      return detail::cholesky_generic(T());
-  }
-}
 
 // What a thread keeps of w and backup for its next call.
 constexpr size_t kKept = 16 << 20;  // bytes
@@ -45,33 +31,6 @@ Workspaces& workspaces() {
   return instance;
 }
 
-// One matrix with element strides.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row_stride, col_stride;
-  T& at(int64_t i, int64_t j) const { return data[i * row_stride + j * col_stride]; }
-};
-
-// The lower triangle of L as runs of consecutive entries: fn(pointer, length).
-template <class T, class Fn>
-void lower_runs(const Matrix<T>& l, int64_t order, Fn fn) {
-  if (l.col_stride == 1) {
-    for (int64_t i = 0; i < order; ++i) fn(l.data + i * l.row_stride, i + 1);
-  } else {
-    for (int64_t j = 0; j < order; ++j) fn(l.data + j * (l.col_stride + 1), order - j);
-  }
-}
-
-template <class T>
-bool lower_finite(const Matrix<T>& l, int64_t order) {
-  bool finite = true;
-  lower_runs(l, order, [&](const T* run, int64_t length) {
-    for (int64_t i = 0; i < length; ++i) finite &= std::isfinite(run[i]);
-  });
-  return finite;
-}
-
 template <class T>
 struct Update {
   int64_t order, rank;  // D, k
@@ -79,16 +38,9 @@ struct Update {
   bool down;
 };
 
-// With this times D vectors or more, forming and factoring the new matrix is faster, on BLAS.
-constexpr double kRefactorRatio = 1.0;
-constexpr int64_t kRefactorOrder = 64;
-// Forming it squares the condition number, so its factor is kept only if no pivot lost more than
-// this.
-constexpr double kRefactorLoss = 64;
-
 // The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
 template <class T>
-bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
+bool refactor(const UpdateArgs<T>& a, const FactorView<T>& l, KeptMemory& work) {
   const int64_t D = a.order;
   T* system = work.get<T>(2 * D * D);
   T* lower = system + D * D;
@@ -110,10 +62,16 @@ bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
   return true;
 }
 
+template <class T>
+Downdated<T> downdated(const Update<T>& u, const FactorView<T>& l, const FactorView<const T>& v) {
+  return {u.order, u.rank,       l.data,       l.row_stride, l.col_stride,
+          v.data,  v.row_stride, v.col_stride, u.v_scale};
+}
+
 // L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
 template <class T>
-int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
-  const CholeskyKernel<T>& k = kernel<T>();
+int32_t update_one(const Update<T>& u, const FactorView<T>& l, const FactorView<const T>& v) {
+  const CholeskyKernel<T>& k = cholesky_kernel<T>();
   const int64_t D = u.order;
   if (D == 0) return 0;
   Workspaces& work = workspaces();
@@ -163,7 +121,17 @@ int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>
       blas_available() && refactor(args, l, work.backup)) {
     return 0;
   }
-  const int64_t info = k.update(args);
+  int64_t info = k.update(args);
+  if (info == 0 && u.down) {
+    double growth = 1;
+    int64_t old = 0;  // of the backup's diagonal
+    for (int64_t i = 0; i < D; ++i) {
+      old += l.col_stride == 1 ? i : 0;
+      growth *= std::abs(double(u.scale) * double(backup[old])) / double(l.at(i, i));
+      old += l.col_stride == 1 ? 1 : D - i;
+    }
+    info = downdated(u, l, v).lost(growth);
+  }
   if (info != 0 && backup) {
     lower_runs(l, D, [&](T* run, int64_t length) {
       std::memcpy(run, backup, length * sizeof(T));
@@ -184,13 +152,13 @@ struct Batch {
   bool grouped;
   int32_t* info;
 
-  Matrix<T> factor(int64_t i) const { return {l.at<T>(i), l_row, l_col}; }
-  Matrix<const T> vectors(int64_t i) const { return {v.at<T>(i), v_row, v_col}; }
+  FactorView<T> factor(int64_t i) const { return {l.at<T>(i), l_row, l_col}; }
+  FactorView<const T> vectors(int64_t i) const { return {v.at<T>(i), v_row, v_col}; }
 
   void one(int64_t i) const { info[i] = update_one(update, factor(i), vectors(i)); }
 
   void group(int64_t begin, int64_t end) const {
-    const CholeskyKernel<T>& k = kernel<T>();
+    const CholeskyKernel<T>& k = cholesky_kernel<T>();
     const int64_t D = update.order;
     T* factors[16];
     const T* vs[16];
@@ -218,20 +186,36 @@ struct Batch {
     args.scale = update.scale;
     args.v_scale = update.v_scale;
     args.down = update.down;
+    T* before = nullptr;
+    if (update.down) {
+      before = work.backup.get<T>((end - begin) * D * D);
+      for (int64_t m = 0; m < end - begin; ++m) {
+        std::memcpy(before + m * D * D, factors[m], D * D * sizeof(T));
+      }
+    }
     const uint32_t done = k.update_group(args);
     for (int64_t i = begin; i < end; ++i) {
-      if (done >> (i - begin) & 1) {
-        info[i] = 0;
-      } else {
-        one(i);
+      if (!(done >> (i - begin) & 1)) continue;
+      info[i] = 0;
+      if (!update.down) continue;
+      const T* old = before + (i - begin) * D * D;
+      double growth = 1;
+      for (int64_t j = 0; j < D; ++j) {
+        growth *=
+            std::abs(double(update.scale) * double(old[j * (D + 1)])) / double(factor(i).at(j, j));
       }
+      info[i] = static_cast<int32_t>(downdated(update, factor(i), vectors(i)).lost(growth));
+      if (info[i] != 0) std::memcpy(factors[i - begin], old, D * D * sizeof(T));
+    }
+    for (int64_t i = begin; i < end; ++i) {  // these use the backup's memory, too
+      if (!(done >> (i - begin) & 1)) one(i);
     }
   }
 
   static void run(int64_t begin, int64_t end, void* context) {
     const Batch& batch = *static_cast<const Batch*>(context);
     if (batch.grouped) {
-      const int64_t lanes = kernel<T>().lanes;
+      const int64_t lanes = cholesky_kernel<T>().lanes;
       for (int64_t g = begin; g < end; ++g) {
         batch.group(g * lanes, std::min(batch.count, (g + 1) * lanes));
       }
@@ -261,7 +245,7 @@ void update_batch(const Tensor& l, const Tensor& v, double alpha, double decay,
   batch.v_row = v.stride(v_dims - 2);
   batch.v_col = v.stride(v_dims - 1);
   batch.info = static_cast<int32_t*>(info.data_ptr());
-  const int64_t lanes = kernel<T>().lanes;
+  const int64_t lanes = cholesky_kernel<T>().lanes;
   const bool dense = std::max(batch.l_row, batch.l_col) == D;
   batch.grouped = dense && k >= 1 && k <= kGroupRank && D * D >= lanes && D <= kGroupOrder &&
                   batch.count >= lanes / 2;
@@ -365,6 +349,8 @@ std::tuple<Tensor, Tensor> cholesky_update(const Tensor& l, const Tensor& v, dou
 // -------------------------
 
 constexpr int32_t kNotFinite = -1, kIndefinite = 1;
+// Their reasons: python/cfl_ops/ops/cholesky/codes.py.
+constexpr double kLeast = 10, kFirstJitter = 16, kMostRounding = 1024;
 
 // One matrix: S a S + jitter I, S = diag(a)^-1/2, factored with a jitter that grows eightfold.
 template <class T>
@@ -389,25 +375,25 @@ class SafeFactor {
       set_identity();
       return kNotFinite;
     }
-    // In a semi-definite matrix the rest of a dead row is zero; what is there has no business
-    // there.
-    const bool stray = some_dead && largest_of_dead() > static_cast<T>(max_jitter) * largest;
-
     const double eps = std::numeric_limits<T>::epsilon();
-    const double first = 4 * eps * std::sqrt(static_cast<double>(n_));
-    bool indefinite = potrf_lower(n_, out_, n_) != 0;
-    bool failed = indefinite || lost(static_cast<T>(first * 0.5));
-    for (double step = 2 * first; failed && step <= max_jitter; step *= 8) {
+    const double unit = eps * std::sqrt(static_cast<double>(n_));
+    // In a semi-definite matrix the rest of a dead row is zero; what is there is rounding, or has
+    // no business there.
+    const double rounding = std::min(max_jitter, kMostRounding * eps * static_cast<double>(n_));
+    const bool stray = some_dead && largest_of_dead() > static_cast<T>(rounding) * largest;
+
+    bool failed = potrf_lower(n_, out_, n_) != 0 || !accurate(static_cast<T>(kLeast * unit));
+    for (double step = kFirstJitter * unit; failed && step <= max_jitter; step *= 8) {
       fill(static_cast<T>(step));
       *jitter = static_cast<T>(step);
-      failed = indefinite = potrf_lower(n_, out_, n_) != 0;
+      failed = potrf_lower(n_, out_, n_) != 0 || !accurate(static_cast<T>(kLeast * unit));
     }
     for (int64_t i = 0; i < n_; ++i) {
       T* row = out_ + i * n_;
       for (int64_t j = 0; j <= i; ++j) row[j] *= root_[i];
       std::fill(row + i + 1, row + n_, T(0));
     }
-    return indefinite || stray ? kIndefinite : 0;
+    return failed || stray ? kIndefinite : 0;
   }
 
  private:
@@ -441,12 +427,28 @@ class SafeFactor {
     return largest;
   }
 
-  bool lost(T limit) const {
-    for (int64_t i = 0; i < n_; ++i) {
-      const T pivot = out_[i * n_ + i];
-      if (!(pivot * pivot > limit)) return true;
+  // Whether the least eigenvalue of the scaled matrix is above `least`, so that rounding leaves the
+  // factor and the inverse the digits that kLeast says. Two steps of inverse iteration, from the
+  // least pivot; a pivot far above `least` needs none.
+  bool accurate(T least) {
+    int64_t at = 0;
+    for (int64_t i = 1; i < n_; ++i) {
+      if (!(out_[i * n_ + i] >= out_[at * n_ + at])) at = i;
     }
-    return false;
+    const T pivot = n_ ? out_[at * n_ + at] * out_[at * n_ + at] : T(1);
+    if (!(pivot > least)) return false;
+    if (pivot > T(1e4) * least) return true;
+    vector_.assign(n_, T(0));
+    vector_[at] = 1;
+    double size = 0;
+    for (int step = 0; step < 2; ++step) {
+      potrs_lower(n_, 1, out_, n_, vector_.data(), 1);
+      size = 0;
+      for (T x : vector_) size += static_cast<double>(x) * x;
+      size = std::sqrt(size);
+      for (T& x : vector_) x = static_cast<T>(x / size);
+    }
+    return size * least < 1;
   }
 
   void set_identity() {
@@ -458,7 +460,7 @@ class SafeFactor {
   const T* a_;
   int64_t stride_;
   T* out_;
-  std::vector<T> root_, inverse_;
+  std::vector<T> root_, inverse_, vector_;
 };
 
 template <class T>

@@ -6,6 +6,11 @@
 //   dual (B < D):    A = (P P^T + t I)^-1 (Y - Phi Wa^T),  W <- Wa + A^T P,  residual = t A
 //   primal (B >= D): (P^T P + t I) W^T = (Y^T P + t Wa)^T, the residual recomputed
 // Both are solved in the working precision where that resolves the system, else in float64.
+//
+// The loss is that of the head as it is stored. Where a bound on the rounding errors allows it, the
+// dual residual t A is taken for the head's own; else the residual is computed from the head; and
+// where float32 could spoil the head itself, the step is taken in float64 (step_in_float64), the
+// head refined by its own residual, rounded, and the bias fitted to the rounded weight.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -51,6 +56,23 @@ bool trusted(double spread, int64_t order) {
          kTrustedError;
 }
 
+// The rounding errors of a residual, relative to it, at which the loss is still right to 5 %.
+constexpr double kSmallError = 0.02;
+// A step that is not good enough in its working precision: of a float32 step the float64 one
+// decides.
+constexpr int64_t kInaccurate = -200;
+
+// How far rounding may move a residual whose least norm is `best`: the loss stays below twice the
+// best one plus a thousandth of the targets' mean square.
+double tolerable(double best, double targets) { return 0.4 * best + 0.014 * targets; }
+
+template <class T>
+constexpr double kUnit = std::numeric_limits<T>::epsilon() / 2;  // unit roundoff
+
+template <class T>
+constexpr ScalarType kScalarType =
+    std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+
 template <class T>
 constexpr DType kDType = std::is_same_v<T, float> ? DType::kF32 : DType::kF64;
 
@@ -81,6 +103,32 @@ void transpose(int64_t rows, int64_t cols, const T* from, T* to) {
   }
 }
 
+template <class T>
+double sum_of_squares(const T* values, int64_t rows, int64_t cols, int64_t stride) {
+  if (stride == cols) {
+    cols *= rows;
+    rows = 1;
+  }
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += dot(cols, values + i * stride, values + i * stride);
+  return total;
+}
+
+// What is stored of a value in a tensor of `dtype`.
+template <class T>
+T stored(T value, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return static_cast<T>(static_cast<float>(value));
+    case ScalarType::Half:
+      return static_cast<float>(torch::headeronly::Half(static_cast<float>(value)));
+    case ScalarType::BFloat16:
+      return static_cast<float>(torch::headeronly::BFloat16(static_cast<float>(value)));
+    default:
+      return value;
+  }
+}
+
 // Below this many iterations conjugate gradients are not worth starting.
 constexpr int64_t kLeastIterations = 24;
 
@@ -104,8 +152,17 @@ struct Problem {
   double lam, ridge;
   bool mean, free_bias;
   Method method;
-  T* grad;      // (rows, width) contiguous
-  double loss;  // out
+  ScalarType weight_dtype, bias_dtype;  // what the new head is rounded to
+  T* grad;                              // (rows, width) contiguous
+  double loss;                          // out
+
+  T target_of(int64_t row, int64_t k) const {
+    return target ? target[row * target_stride + k] : T(labels[row * label_stride] == k);
+  }
+  T sample_of(int64_t row) const { return sample ? sample[row] : T(1); }
+  bool rounds() const {
+    return weight_dtype != kScalarType<T> || (bias && bias_dtype != kScalarType<T>);
+  }
 };
 
 // Memory for a step, of which a thread keeps up to kKept bytes for its next one.
@@ -474,6 +531,121 @@ bool conjugate_gradient(const SystemOperator<T>& op, T* b, T* x, int64_t k, int6
   return false;
 }
 
+// residual (B, K) = Y - Phi W^T - b, bias null for none.
+template <class T>
+void residual_of(const Problem<T>& pb, const T* weight, const T* bias, T* residual) {
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  for (int64_t i = 0; i < B; ++i) {
+    for (int64_t k = 0; k < K; ++k) {
+      residual[i * K + k] = pb.target_of(i, k) - (bias ? bias[k] : T(0));
+    }
+  }
+  gemm(false, true, B, K, D, T(-1), pb.phi, pb.phi_stride, weight, D, T(1), residual, K);
+}
+
+// The same without a bias, of a float32 head but with no rounding worth the name: a block of rows
+// widened at a time.
+void residual_in_float64(const Problem<float>& pb, const float* weight, double* residual,
+                         Scratch& scratch) {
+  constexpr int64_t kBlock = 64;
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  double* wide = scratch.take<double>(K * D);
+  double* block = scratch.take<double>(kBlock * D);
+  std::copy_n(weight, K * D, wide);
+  for (int64_t begin = 0; begin < B; begin += kBlock) {
+    const int64_t n = std::min(kBlock, B - begin);
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(pb.phi + (begin + i) * pb.phi_stride, D, block + i * D);
+      for (int64_t k = 0; k < K; ++k) residual[(begin + i) * K + k] = pb.target_of(begin + i, k);
+    }
+    gemm(false, true, n, K, D, -1.0, block, D, wide, D, 1.0, residual + begin * K, K);
+  }
+}
+
+// The bias (K) that fits best beside a weight whose residual without a bias is given; taken off it.
+template <class T, class R>
+void fit_bias(const Problem<T>& pb, const Penalties& pen, const T* anchor_bias, R* residual,
+              T* bias) {
+  const int64_t B = pb.rows, K = pb.targets;
+  const double pull = pb.free_bias ? 0.0 : pen.t_bias;
+  double total = pull;
+  std::vector<double> sums(K, 0.0);
+  for (int64_t i = 0; i < B; ++i) {
+    const double s = pb.sample_of(i);
+    total += s;
+    for (int64_t k = 0; k < K; ++k) sums[k] += s * residual[i * K + k];
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    bias[k] = stored(static_cast<T>((sums[k] + pull * anchor_bias[k]) / total), pb.bias_dtype);
+  }
+  for (int64_t i = 0; i < B; ++i) {
+    for (int64_t k = 0; k < K; ++k) residual[i * K + k] -= bias[k];
+  }
+}
+
+// The squared norm of the rows of (B, K) values, weighted.
+template <class T>
+double weighted_squares(const Problem<T>& pb, const T* values) {
+  double total = 0;
+  for (int64_t i = 0; i < pb.rows; ++i) {
+    total += pb.sample_of(i) * sum_of_squares(values + i * pb.targets, 1, pb.targets, pb.targets);
+  }
+  return total;
+}
+
+template <class T>
+double targets_norm(const Problem<T>& pb) {
+  double total = 0;
+  for (int64_t i = 0; i < pb.rows; ++i) {
+    double row = 0;
+    for (int64_t k = 0; k < pb.targets; ++k) {
+      row += static_cast<double>(pb.target_of(i, k)) * pb.target_of(i, k);
+    }
+    total += pb.sample_of(i) * row;
+  }
+  return std::sqrt(total);
+}
+
+// The head (weight (K, D), bias (K)) as it is stored, and its own residual (B, K), which has errors
+// of up to `error` times itself.
+template <class T>
+void settle(const Problem<T>& pb, const Penalties& pen, const T* anchor_bias, T* weight, T* bias,
+            T* residual, double error, Scratch& scratch) {
+  const int64_t size = pb.rows * pb.targets;
+  for (int64_t i = 0; i < pb.targets * pb.width; ++i)
+    weight[i] = stored(weight[i], pb.weight_dtype);
+  if constexpr (std::is_same_v<T, float>) {
+    if (!(error <= kSmallError / 2)) {
+      double* wide = scratch.take<double>(size);
+      residual_in_float64(pb, weight, wide, scratch);
+      if (pb.bias) fit_bias(pb, pen, anchor_bias, wide, bias);
+      for (int64_t i = 0; i < size; ++i) residual[i] = static_cast<float>(wide[i]);
+      return;
+    }
+  }
+  residual_of<T>(pb, weight, nullptr, residual);
+  if (pb.bias) fit_bias(pb, pen, anchor_bias, residual, bias);
+}
+
+// Loss and gradient of a head from its residual, which is scaled by the row weights; then the head
+// is written. -100 where one of them is not finite.
+template <class T>
+int64_t write_step(Problem<T>& pb, const Penalties& pen, const T* weight, const T* bias,
+                   T* residual) {
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  pb.loss = weighted_squares(pb, residual) / pen.scale;
+  if (!std::isfinite(pb.loss) || !all_finite(weight, K, D, D)) return -100;
+  if (pb.bias && !all_finite(bias, 1, K, K)) return -100;
+  for (int64_t i = 0; pb.sample && i < B; ++i) {
+    for (int64_t k = 0; k < K; ++k) residual[i * K + k] *= pb.sample[i];
+  }
+  gemm(false, false, B, D, K, static_cast<T>(-2.0 / pen.scale), residual, K, weight, D, T(0),
+       pb.grad, D);
+  std::memcpy(pb.weight, weight, K * D * sizeof(T));
+  if (pb.bias) std::memcpy(pb.bias, bias, K * sizeof(T));
+  return 0;
+}
+
 template <class T>
 int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
   const int64_t B = pb.rows, D = pb.width, K = pb.targets;
@@ -575,16 +747,25 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     ones_scale = 1.0 / pen.t_bias;
   }
 
+  double trace = 0;  // of the system without its penalty
   auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
+    trace = 0;
     if (static_cast<void*>(system) != gram) {
       side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
                         nullptr);
     }
+    double squares = 0, level = ones ? ones_scale : 0;
     for (int64_t i = 0; i < B; ++i) {
-      if (ones) {
-        for (int64_t j = 0; j < B; ++j) {
-          system[i * B + j] += static_cast<Acc>(ones_scale * root[i] * root[j]);
-        }
+      trace += system[i * B + i];
+      squares += root[i] * root[i];
+    }
+    // Centred rows leave the direction of the roots to the penalty alone. No right side has a part
+    // in it, so that whatever is added there changes nothing but the condition.
+    if (centred) level = trace / squares;
+    if (ones) trace += ones_scale * squares;
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; level > 0 && j < B; ++j) {
+        system[i * B + j] += static_cast<Acc>(level * root[i] * root[j]);
       }
       // A row of weight zero has nothing to say; without a penalty its pivot would be zero.
       const bool silent = root[i] == 0 && t == 0;
@@ -610,6 +791,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     if (solved) {
       alpha = x;
       remainder = q;
+      trace = sum_of_squares(op.p, B, D, op.stride);
+      for (int64_t i = 0; ones && i < B; ++i) trace += ones_scale * root[i] * root[i];
     }
   }
   if constexpr (std::is_same_v<T, float>) {
@@ -635,8 +818,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       if (solved) alpha = rhs;
     }
   }
+  double* system = nullptr;  // its factor in float64, where there is one
   if (!solved) {
-    double* system = nullptr;
     if constexpr (std::is_same_v<T, double>) system = gram;
     if (!system) system = scratch.take<double>(B * B);
     double* rhs = scratch.take<double>(B * K);
@@ -653,6 +836,76 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
   pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;  // the caller finds out why; nothing was written yet
+
+  // What rounding can do to the residual of the head: alpha solves its system up to about
+  // u |S| |A|, A^T P is summed up to u |A| |P|, and the head is stored up to u |W|.
+  const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
+  const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
+  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm;
+  if (pb.lam_diag) {
+    change_norm = std::sqrt(sum_of_squares(pe, B, D, pe_stride)) * alpha_norm;
+    reach = sum_of_squares(p, B, D, p_stride);
+  }
+  if (centred) {
+    double total = 0;
+    for (int64_t i = 0; i < B; ++i) total += pb.sample_of(i);
+    reach += total * sum_of_squares(mean_phi.data(), 1, D, D);
+  }
+  const double product = std::sqrt(reach) * (anchor_norm + change_norm);
+  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best);
+  if (noise > kSmallError * best || pb.rounds()) {
+    T* weight = scratch.take<T>(K * D);
+    T* residual = scratch.take<T>(B * K);
+    T* delta = scratch.take<T>(B * K);
+    std::vector<T> bias(pb.bias ? K : 0);
+    const double size = targets_norm(pb);
+    std::memcpy(weight, anchor, K * D * sizeof(T));
+    gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), weight,
+         D);
+    // How far the head is from the one that alpha promises: the residual by which t A misses its
+    // own.
+    auto missed = [&](bool is_settled) {
+      if (!is_settled) {
+        for (int64_t k = 0; ones && k < K; ++k) {
+          double sum = 0;
+          for (int64_t i = 0; i < B; ++i) sum += static_cast<double>(root[i]) * alpha[i * K + k];
+          bias[k] = static_cast<T>(anchor_bias[k] + ones_scale * sum);
+        }
+        residual_of<T>(pb, weight, ones ? bias.data() : nullptr, residual);
+        if (centred) {
+          Problem<T> exact = pb;
+          exact.bias_dtype = kScalarType<T>;
+          fit_bias(exact, pen, anchor_bias.data(), residual, bias.data());
+        }
+      }
+      for (int64_t i = 0; i < B; ++i) {
+        for (int64_t k = 0; k < K; ++k) {
+          delta[i * K + k] = static_cast<T>(root[i] * residual[i * K + k] - t * alpha[i * K + k]);
+        }
+      }
+      return std::sqrt(sum_of_squares(delta, B, K, K));
+    };
+    bool good = noise <= tolerable(best, size);
+    if constexpr (std::is_same_v<T, double>) {
+      // The head is refined by its own residual, which knows what was lost in A^T P: the change
+      // (S^-1 (R - t A))^T P is small, and so are its rounding errors.
+      double last = std::numeric_limits<double>::infinity();
+      for (int step = 0; step < 8 && noise > kSmallError * best; ++step) {
+        const double error = missed(false);
+        good = error <= tolerable(best, size);
+        if (error <= 1e-3 * best || !(error <= 0.5 * last) || !system) break;
+        last = error;
+        potrs_lower(B, K, system, B, delta, K);
+        for (int64_t i = 0; i < B * K; ++i) alpha[i] += delta[i];
+        gemm(true, false, K, D, B, T(1), delta, K, pe, pe_stride, T(1), weight, D);
+      }
+    }
+    const double weight_norm = std::sqrt(sum_of_squares(weight, K, D, D));
+    const double error = kUnit<T> * (std::sqrt(reach) * weight_norm + size);
+    settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual, error / best, scratch);
+    if (std::is_same_v<T, float> && !pb.rounds()) good = missed(true) <= tolerable(best, size);
+    return good ? write_step(pb, pen, weight, bias.data(), residual) : kInaccurate;
+  }
 
   // W <- anchor + A^T PE
   if (anchor != pb.weight) std::memcpy(pb.weight, anchor, K * D * sizeof(T));
@@ -735,7 +988,9 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
   }
 
+  double trace = 0;  // of X^T S X
   auto solve = [&]<class Acc>(Acc* system, Acc* rhs, double* spread) -> int64_t {
+    trace = 0;
     side_gram<T, Acc>(false, pb, pb.phi, pb.phi_stride, pb.sample, pb.bias != nullptr, system, rhs);
     // X^T S Y + t anchor gives the head itself: one product fewer than its change would cost.
     for (int64_t j = 0; j < order; ++j) {
@@ -743,7 +998,10 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         rhs[j * K + k] += static_cast<Acc>(penalty(j)) * anchor[j * K + k];
       }
     }
-    for (int64_t j = 0; j < order; ++j) system[j * order + j] += static_cast<Acc>(penalty(j));
+    for (int64_t j = 0; j < order; ++j) {
+      trace += system[j * order + j];
+      system[j * order + j] += static_cast<Acc>(penalty(j));
+    }
     const int64_t info = factor(system, order, spread);
     if (info == 0) potrs_lower(order, K, system, order, rhs, K);
     return info;
@@ -752,6 +1010,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   double spread = 0;
   int64_t info = 0;
   bool solved = false;
+  double head_error = 1e-5;  // relative; this is what conjugate gradients converge to
   T* head = scratch.take<T>(order * K);
   const int64_t budget = cg_budget(pb.method, B, D, K);
   if (budget > 0) {
@@ -773,24 +1032,90 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     for (int64_t k = 0; pb.bias && k < K; ++k) right[D * K + k] = static_cast<T>(sums[k]);
     solved = conjugate_gradient(op, right, head, K, budget, scratch);
     for (int64_t i = 0; solved && i < order * K; ++i) head[i] += anchor[i];
+    if (solved) {
+      std::vector<T> diagonal(order);
+      op.diagonal(diagonal.data());
+      for (int64_t j = 0; j < order; ++j) trace += diagonal[j] - penalties[j];
+    }
   }
+  auto error_of = [&](double unit) {
+    return unit * spread * spread * std::sqrt(static_cast<double>(order));
+  };
   if (std::is_same_v<T, float> && !solved) {
     T* system = scratch.take<T>(order * order);
     info = solve.template operator()<T>(system, head, &spread);
     solved = info == 0 && trusted(spread, order);
+    head_error = error_of(kUnit<float>);
   }
   if (!solved && B == D) return info == 0 ? 1 : info;  // left to the dual side
+  double* system = nullptr;                            // its factor in float64, where there is one
   if (!solved) {
-    double* system = scratch.take<double>(order * order);
+    system = scratch.take<double>(order * order);
     double* rhs = scratch.take<double>(order * K);
     info = solve.template operator()<double>(system, rhs, &spread);
     if (info != 0) return info;
     for (int64_t i = 0; i < order * K; ++i) head[i] = static_cast<T>(rhs[i]);
+    head_error = error_of(kUnit<double>);
   }
   if (!all_finite(head, order, K, K)) return -100;
 
   T* fresh = scratch.take<T>(K * D);
   transpose(D, K, head, fresh);
+  // How far rounding can move the residual: by what the head lost, and by what X W^T loses.
+  const double product = std::sqrt(std::max(trace, 0.0) * sum_of_squares(head, order, K, K));
+  if constexpr (std::is_same_v<T, double>) {
+    T* whole = scratch.take<T>(B * K);
+    std::vector<T> bias(pb.bias ? K : 0);
+    for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
+    residual_of<T>(pb, fresh, pb.bias ? bias.data() : nullptr, whole);
+    double best = std::sqrt(weighted_squares(pb, whole));
+    bool refined = head_error * product <= kSmallError * best;
+    if (!refined || pb.rounds()) {
+      const double size = targets_norm(pb);
+      T* change = scratch.take<T>(order * K);
+      bool good = refined || !system;
+      double last = std::numeric_limits<double>::infinity();
+      for (int step = 0; step < 8 && !refined && system; ++step) {
+        // The change H^-1 (X^T S R - t (W - Wa)) by which the head is refined, and what it gains.
+        std::vector<double> sums(K, 0.0);
+        for (int64_t i = 0; i < B; ++i) {
+          for (int64_t k = 0; k < K; ++k) sums[k] += whole[i * K + k] *= pb.sample_of(i);
+        }
+        gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, whole, K, T(0), change, K);
+        for (int64_t k = 0; pb.bias && k < K; ++k) change[D * K + k] = sums[k];
+        std::vector<double> slope(order * K);
+        for (int64_t j = 0; j < order; ++j) {
+          for (int64_t k = 0; k < K; ++k) {
+            change[j * K + k] -= penalty(j) * (head[j * K + k] - anchor[j * K + k]);
+            slope[j * K + k] = change[j * K + k];
+          }
+        }
+        potrs_lower(order, K, system, order, change, K);
+        double gain = 0;
+        for (int64_t i = 0; i < order * K; ++i) gain += slope[i] * change[i];
+        const double error = std::sqrt(std::abs(gain));
+        good = error <= tolerable(best, size);
+        if (error <= 1e-3 * best || !(error <= 0.5 * last)) break;
+        last = error;
+        for (int64_t i = 0; i < order * K; ++i) head[i] += change[i];
+        transpose(D, K, head, fresh);
+        for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
+        residual_of<T>(pb, fresh, pb.bias ? bias.data() : nullptr, whole);
+        best = std::sqrt(weighted_squares(pb, whole));
+      }
+      if (!good) return kInaccurate;
+      settle(pb, pen, anchor + D * K, fresh, bias.data(), whole, 0, scratch);
+      return write_step(pb, pen, fresh, bias.data(), whole);
+    }
+  } else if (pb.rounds()) {
+    T* whole = scratch.take<T>(B * K);
+    std::vector<T> bias(pb.bias ? K : 0);
+    settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
+           std::numeric_limits<double>::infinity(), scratch);
+    const double own = std::sqrt(weighted_squares(pb, whole));
+    if (!(head_error * product <= tolerable(own, targets_norm(pb)))) return kInaccurate;
+    return write_step(pb, pen, fresh, bias.data(), whole);
+  }
   // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
   constexpr int64_t kBlock = 256;
   T* residual = scratch.take<T>(std::min(B, kBlock) * K);
@@ -812,6 +1137,20 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   }
   pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;
+  if constexpr (std::is_same_v<T, float>) {
+    const double own = std::sqrt(loss);
+    if (head_error * product > tolerable(own, 0) &&
+        head_error * product > tolerable(own, targets_norm(pb))) {
+      return kInaccurate;
+    }
+    if (kUnit<T> * (2 * product + own) > kSmallError * own) {  // once more, in float64
+      T* whole = scratch.take<T>(B * K);
+      std::vector<T> bias(pb.bias ? K : 0);
+      settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
+             std::numeric_limits<double>::infinity(), scratch);
+      return write_step(pb, pen, fresh, bias.data(), whole);
+    }
+  }
   std::memcpy(pb.weight, fresh, K * D * sizeof(T));
   for (int64_t k = 0; pb.bias && k < K; ++k) pb.bias[k] = head[D * K + k];
   return 0;
@@ -825,6 +1164,68 @@ int32_t diagnose(const Problem<T>& pb) {
   if (!all_finite(pb.weight, pb.targets, pb.width, pb.width)) return kBadWeight;
   if (pb.bias && !all_finite(pb.bias, 1, pb.targets, pb.targets)) return kBadWeight;
   return 1;  // finite data that overflow: no leading minor can be trusted
+}
+
+// The side that a problem is solved on.
+template <class T>
+int64_t solve(Problem<T>& pb, const Penalties& pen, const std::vector<double>& t_diag) {
+  // A square problem costs less on the primal side, but with a bias that has an unknown more than
+  // there are rows: where the penalty does not resolve it well, as in large ones, the dual side has
+  // to.
+  const bool square = pb.rows == pb.width && pb.width <= 2048 && std::is_same_v<T, float>;
+  int64_t info = -1;
+  if (pb.rows > pb.width || square) info = primal_step(pb, pen, t_diag);
+  if (pb.rows <= pb.width && info != 0) info = dual_step(pb, pen, t_diag);
+  return info;
+}
+
+// The float32 problem in float64; the head is still rounded to what it is stored in.
+int64_t solve_in_float64(Problem<float>& pb, const Penalties& pen,
+                         const std::vector<double>& t_diag) {
+  const int64_t B = pb.rows, D = pb.width, K = pb.targets;
+  auto widened = [](const float* from, int64_t rows, int64_t cols, int64_t stride) {
+    std::vector<double> to(from ? rows * cols : 0);
+    for (int64_t i = 0; from && i < rows; ++i) {
+      std::copy_n(from + i * stride, cols, to.data() + i * cols);
+    }
+    return to;
+  };
+  std::vector<double> phi = widened(pb.phi, B, D, pb.phi_stride), grad(B * D);
+  std::vector<double> target = widened(pb.target, B, K, pb.target_stride);
+  std::vector<double> weight = widened(pb.weight, K, D, D), bias = widened(pb.bias, 1, K, K);
+  std::vector<double> sample = widened(pb.sample, 1, B, B), diag = widened(pb.lam_diag, 1, D, D);
+  auto pointer = [](std::vector<double>& values, const void* given) {
+    return given ? values.data() : nullptr;
+  };
+  Problem<double> wide{};
+  wide.rows = B;
+  wide.width = D;
+  wide.targets = K;
+  wide.phi = phi.data();
+  wide.phi_stride = D;
+  wide.target = pointer(target, pb.target);
+  wide.target_stride = K;
+  wide.labels = pb.labels;
+  wide.label_stride = pb.label_stride;
+  wide.weight = weight.data();
+  wide.bias = pointer(bias, pb.bias);
+  wide.sample = pointer(sample, pb.sample);
+  wide.lam_diag = pointer(diag, pb.lam_diag);
+  wide.lam = pb.lam;
+  wide.ridge = pb.ridge;
+  wide.mean = pb.mean;
+  wide.free_bias = pb.free_bias;
+  wide.method = kCholesky;
+  wide.weight_dtype = pb.weight_dtype;
+  wide.bias_dtype = pb.bias_dtype;
+  wide.grad = grad.data();
+  const int64_t info = solve(wide, pen, t_diag);
+  if (info != 0) return info;
+  pb.loss = wide.loss;
+  std::copy(grad.begin(), grad.end(), pb.grad);
+  std::copy(weight.begin(), weight.end(), pb.weight);
+  std::copy(bias.begin(), bias.end(), pb.bias);
+  return 0;
 }
 
 bool bad_penalty(double value) { return !(value >= 0) || !std::isfinite(value); }
@@ -879,16 +1280,20 @@ int32_t step(Problem<T>& pb) {
     return fail(code == 1 ? 0 : code);
   }
 
-  // A square problem costs less on the primal side, but with a bias that has an unknown more than
-  // there are rows: where the penalty does not resolve it well, as in large ones, the dual side has
-  // to.
-  const bool square = pb.rows == D && D <= 2048 && std::is_same_v<T, float>;
-  int64_t info = -1;
-  if (pb.rows > D || square) info = primal_step(pb, pen, t_diag);
-  if (pb.rows <= D && info != 0) info = dual_step(pb, pen, t_diag);
+  int64_t info = solve(pb, pen, t_diag);
   if (info == 0) return 0;
   const int32_t cause = diagnose(pb);
-  return fail(cause != 1 || info < 0 ? cause : static_cast<int32_t>(info));
+  if (cause != 1) return fail(cause);
+  if constexpr (std::is_same_v<T, float>) {
+    info = solve_in_float64(pb, pen, t_diag);
+  } else if (info == kInaccurate && pb.method != kCholesky) {
+    pb.method = kCholesky;
+    info = solve(pb, pen, t_diag);
+  }
+  if (info == 0) return 0;
+  // What no factorisation resolves is singular within rounding.
+  if (info == kInaccurate) info = std::min(pb.rows, D);
+  return fail(info < 0 ? 1 : static_cast<int32_t>(info));
 }
 
 // --- from tensors
@@ -921,12 +1326,17 @@ Tensor prepared(const Tensor& tensor, ScalarType dtype, int64_t core, bool packe
   return unit && rows ? result : torch::stable::contiguous(result);
 }
 
+// What the weight and the bias are rounded to.
+struct Stored {
+  ScalarType weight, bias;
+};
+
 template <class T>
 void run(const Tensor& features, const Tensor& target, const Tensor& weight,
          const std::optional<Tensor>& bias, const Tensor& lam, const std::optional<Tensor>& ridge,
          const std::optional<Tensor>& lam_diag, const std::optional<Tensor>& sample_weight,
-         Options options, const Tensor& loss, const Tensor& grad, const Tensor& info) {
-  constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+         Options options, Stored head, const Tensor& loss, const Tensor& grad, const Tensor& info) {
+  constexpr ScalarType kType = kScalarType<T>;
   const int64_t ndim = features.dim();
   Problem<T> base{};
   base.rows = features.size(ndim - 2);
@@ -935,6 +1345,8 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
   base.mean = options.reduction == kMean;
   base.method = options.method;
   base.free_bias = options.fit_bias == kFree;
+  base.weight_dtype = head.weight;
+  base.bias_dtype = head.bias;
   const Tensor phi = prepared(features, kType, 2, false);
   base.phi_stride = base.rows > 1 ? std::max(phi.stride(ndim - 2), base.width) : base.width;
   const bool classes = target.scalar_type() == ScalarType::Long;
@@ -983,17 +1395,21 @@ Tensor like(const Tensor& tensor, ScalarType dtype) {
 
 using InPlace = std::tuple<Tensor, Tensor, Tensor>;
 
+Stored stored_dtypes(const Tensor& weight, const std::optional<Tensor>& bias) {
+  return {weight.scalar_type(), bias ? bias->scalar_type() : weight.scalar_type()};
+}
+
 // `weight` and `bias` are contiguous, of the compute dtype, and updated in place.
 InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weight,
                 const std::optional<Tensor>& bias, const Tensor& lam,
                 const std::optional<Tensor>& ridge, const std::optional<Tensor>& lam_diag,
-                const std::optional<Tensor>& sample_weight, Options options) {
+                const std::optional<Tensor>& sample_weight, Options options, Stored head) {
   const ScalarType dtype = weight.scalar_type();
   Tensor loss = empty_cpu(batch_shape(features, 2), dtype);
   Tensor grad = like(features, dtype);
   Tensor info = empty_cpu(batch_shape(features, 2), ScalarType::Int);
   auto go = dtype == ScalarType::Double ? &run<double> : &run<float>;
-  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options, loss, grad,
+  go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options, head, loss, grad,
      info);
   if (features.scalar_type() != dtype) grad = torch::stable::to(grad, features.scalar_type());
   return {loss, grad, info};
@@ -1048,8 +1464,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
-  auto [loss, grad, info] =
-      step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight, options);
+  auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
+                                    sample_weight, options, stored_dtypes(weight, bias));
   if (weight.scalar_type() != dtype)
     new_weight = torch::stable::to(new_weight, weight.scalar_type());
   if (bias && bias->scalar_type() != dtype)
@@ -1068,13 +1484,14 @@ InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tenso
   const ScalarType dtype = compute_dtype(features, weight);
   auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
   if (direct(weight) && (!bias || direct(*bias))) {
-    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options);
+    return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options,
+                   stored_dtypes(weight, bias));
   }
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
-  auto result =
-      step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight, options);
+  auto result = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight,
+                        options, stored_dtypes(weight, bias));
   Tensor out = weight;
   torch::stable::copy_(out, new_weight);
   if (bias) {

@@ -1,8 +1,10 @@
 // ridge_solve on the CPU: batches of small systems side by side in the lanes of a vector register,
 // larger ones through torch's LAPACK. Semantics: python/cfl_ops/ops/solve/system.py (the fallback).
 //
-// float32 systems are factored in float32; those whose pivots come near what rounding leaves behind
-// are solved again in float64, so that the answer is float64's wherever the two differ much.
+// A solution is given only where its error is known to be small (solve_kernel.h says how a factor
+// shows it). float32 systems are factored in float32; where that proves nothing they are solved
+// again in float64, and what proves nothing there is solved with residuals in twice the precision,
+// which tell the error (solve_careful.cpp).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -14,6 +16,7 @@
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/kept_memory.h"
+#include "cpu/solve_careful.h"
 #include "cpu/solve_kernel.h"
 #include "cpu/tensor.h"
 
@@ -25,8 +28,34 @@ using detail::SolveKernel;
 
 constexpr int32_t kBadPenalty = -1;
 constexpr int64_t kSmall = 128;  // the largest order that is solved side by side
-// A float32 pivot below this many times n eps is not trusted.
-constexpr double kDoubt = 4.0;
+
+// A pivot below this times its diagonal entry is a rounding error.
+template <class T>
+constexpr double kTolerance = 4.0 * std::numeric_limits<T>::epsilon();
+// The largest (norm of the inverse) times (ratio of scales), see solve_kernel.h, at which an error
+// of 2 sqrt(n) eps times that is a small one: the rounding errors of n terms add up like their
+// root.
+template <class T>
+double limit_of(int64_t n) {
+  return 0.025 / (std::sqrt(static_cast<double>(n)) * std::numeric_limits<T>::epsilon());
+}
+// Of the limit, where float32 systems are solved in float64: what is right there to float32.
+constexpr double kAgain = 1e-5;
+// The range of a diagonal in which nothing over- or underflows.
+template <class T>
+constexpr double kSmallest =
+    100.0 * std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+template <class T>
+constexpr double kLargest = std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() *
+                            std::numeric_limits<T>::epsilon();
+
+template <class T>
+void set_limits(SolveGroup& group, double limit) {
+  group.tolerance = kTolerance<T>;
+  group.limit = limit * limit;
+  group.smallest = kSmallest<T>;
+  group.largest = kLargest<T>;
+}
 
 detail::SolveKernels kernels() {
   switch (isa()) {
@@ -108,46 +137,70 @@ void fill_nan(T* x, int64_t count) {
   std::fill_n(x, count, std::numeric_limits<T>::quiet_NaN());
 }
 
-// One system through LAPACK, in Acc; returns info. x may be written in any case.
+// Whether the factor L (n x n) of a system with this diagonal proves its solutions: as SolveGroup.
+// y is room for n numbers.
+template <class Acc>
+bool proven(int64_t n, const Acc* l, const Acc* diagonal, double limit, Acc* y) {
+  Acc largest = 0, smallest = std::numeric_limits<Acc>::infinity(), spread = Acc(2.7183);
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, diagonal[i]);
+    smallest = std::min(smallest, diagonal[i]);
+    spread *= diagonal[i] / l[i * n + i] / l[i * n + i];
+  }
+  if (!(smallest >= Acc(kSmallest<Acc>) && largest <= Acc(kLargest<Acc>))) return false;
+  const Acc most = Acc(limit) * std::sqrt(smallest / largest);
+  if (spread <= most) return true;
+  Acc before = 0, after = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    constexpr int64_t kParts = 16;  // so that the compiler can use vectors
+    const Acc* row = l + i * n;
+    Acc part[kParts] = {}, sum = 0;
+    int64_t j = 0;
+    for (; j + kParts <= i; j += kParts) {
+      for (int64_t p = 0; p < kParts; ++p) part[p] -= row[j + p] * y[j + p];
+    }
+    for (; j < i; ++j) sum -= row[j] * y[j];
+    for (int64_t p = 0; p < kParts; ++p) sum += part[p];
+    const Acc own = std::sqrt(diagonal[i]);
+    y[i] = (sum < 0 ? sum - own : sum + own) / row[i];
+    before += y[i] * y[i];
+  }
+  for (int64_t i = n - 1; i >= 0; --i) {
+    const Acc* row = l + i * n;
+    const Acc z = y[i] / row[i];
+    after += z * z * diagonal[i];
+    for (int64_t j = 0; j < i; ++j) y[j] -= row[j] * z;
+  }
+  return after / before <= most;
+}
+
+// One system through LAPACK, in Acc: whether its solution is right. x may be written in any case.
 template <class T, class Acc>
-int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
+bool solve_one(const Systems<T>& s, int64_t index, T* x) {
   const int64_t n = s.n, k = s.k;
   thread_local KeptMemory memory;
   constexpr bool kCopyRight = !std::is_same_v<T, Acc>;
-  Acc* system = memory.get<Acc>(static_cast<size_t>(n * n + n + (kCopyRight ? n * k : 0)));
-  Acc* original = system + n * n;
-  const T* a = s.a.template at<T>(index);
+  Acc* system = memory.get<Acc>(static_cast<size_t>(n * n + 2 * n + (kCopyRight ? n * k : 0)));
+  Acc *original = system + n * n, *y = original + n;
+  copy_lower(n, s.a.template at<T>(index), s.upper, system);
   const T* diag = s.has_diag ? s.shift_diag.template at<T>(index) : nullptr;
-  if (s.upper) {  // tiles, so that neither side is walked across its rows for long
-    constexpr int64_t kTile = 32;
-    for (int64_t i0 = 0; i0 < n; i0 += kTile) {
-      for (int64_t j0 = 0; j0 <= i0; j0 += kTile) {
-        for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i) {
-          for (int64_t j = j0; j < std::min(i + 1, j0 + kTile); ++j)
-            system[i * n + j] = a[j * n + i];
-        }
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) std::copy_n(a + i * n, i + 1, system + i * n);
-  }
   for (int64_t i = 0; i < n; ++i) {
     system[i * n + i] +=
         static_cast<Acc>(s.shift_of(index)) + (diag ? static_cast<Acc>(diag[i]) : Acc(0));
     original[i] = system[i * n + i];
   }
-  const int64_t info = potrf_lower(n, system, n);
-  const int64_t reached = info > 0 ? info - 1 : n;
-  for (int64_t i = 0; i < reached; ++i) {
+  if (potrf_lower(n, system, n) != 0) return false;
+  for (int64_t i = 0; i < n; ++i) {
     const Acc pivot = system[i * n + i] * system[i * n + i];
-    if (!(pivot > static_cast<Acc>(tolerance) * original[i]) || !std::isfinite(pivot)) {
-      return static_cast<int32_t>(i + 1);
+    if (!(pivot > static_cast<Acc>(kTolerance<Acc>) * original[i]) || !std::isfinite(pivot)) {
+      return false;
     }
   }
-  if (info > 0) return static_cast<int32_t>(info);
+  const double limit = limit_of<Acc>(n) * (std::is_same_v<T, Acc> ? 1.0 : kAgain);
+  if (!proven(n, system, original, limit, y)) return false;
   const T* b = s.b.template at<T>(index);
   if constexpr (kCopyRight) {
-    Acc* right = original + n;
+    Acc* right = y + n;
     std::copy_n(b, n * k, right);
     potrs_lower(n, k, system, n, right, k);
     std::copy_n(right, n * k, x);
@@ -155,29 +208,40 @@ int32_t solve_one(const Systems<T>& s, int64_t index, double tolerance, T* x) {
     std::copy_n(b, n * k, x);
     potrs_lower(n, k, system, n, x, k);
   }
-  return 0;
+  return true;
+}
+
+template <class T>
+int32_t carefully(const Systems<T>& s, int64_t index, T* x) {
+  CarefulSystem<T> system;
+  system.n = s.n;
+  system.k = s.k;
+  system.a = s.a.template at<T>(index);
+  system.upper = s.upper;
+  system.shift = s.shift_of(index);
+  system.shift_diag = s.has_diag ? s.shift_diag.template at<T>(index) : nullptr;
+  system.b = s.b.template at<T>(index);
+  system.x = x;
+  const int32_t info = solve_carefully(system);
+  if (info != 0) fill_nan(x, s.n * s.k);
+  return info;
 }
 
 template <class T>
 void solve_large(const Systems<T>& s, int64_t index) {
   T* x = s.x.template at<T>(index);
-  const double order = static_cast<double>(s.n);
-  int32_t info = kBadPenalty;
-  if (!penalty_is_bad(s, index)) {
-    const double eps = std::numeric_limits<T>::epsilon();
-    if constexpr (std::is_same_v<T, float>) {
-      info = solve_one<T, T>(s, index, kDoubt * order * eps, x);
-    }
-    if (info != 0) {
-      info = solve_one<T, double>(s, index, order * std::numeric_limits<double>::epsilon(), x);
-    }
+  if (penalty_is_bad(s, index)) {
+    fill_nan(x, s.n * s.k);
+    s.info[index] = kBadPenalty;
+    return;
   }
-  if (info != 0) fill_nan(x, s.n * s.k);
-  s.info[index] = info;
+  bool right = solve_one<T, T>(s, index, x);
+  if (std::is_same_v<T, float> && !right) right = solve_one<T, double>(s, index, x);
+  s.info[index] = right ? 0 : carefully(s, index, x);
 }
 
 // The float64 answer of the systems of a float32 group that are in doubt.
-void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info) {
+void solve_again(const Systems<float>& s, int64_t first, const SolveGroup& group, int32_t* info) {
   const SolveKernel& wide = kernel<double>();
   const int64_t n = s.n, k = s.k, size = n * n, right = n * k;
   thread_local KeptMemory numbers, scratch;
@@ -210,7 +274,7 @@ void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info
     again.upper = s.upper;
     again.shift = shift;
     again.shift_diag = s.has_diag ? diag.data() : nullptr;
-    again.tolerance = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+    set_limits<double>(again, kAgain * limit_of<double>(n));
     again.info = codes.data();
     again.scratch = scratch.get<char>(wide.scratch_bytes(n, k));
     wide.run(&again);
@@ -229,7 +293,7 @@ void solve_again(const Systems<float>& s, const SolveGroup& group, int32_t* info
     std::copy_n(static_cast<const float*>(group.b[lane]), right, base + size);
     if (s.has_diag)
       std::copy_n(static_cast<const float*>(group.shift_diag[lane]), n, base + size + 2 * right);
-    shift[lane_of.size()] = static_cast<double>(static_cast<const float*>(group.shift)[lane]);
+    shift[lane_of.size()] = s.shift_of(first + lane);
     lane_of.push_back(lane);
     if (static_cast<int>(lane_of.size()) == wide.lanes) flush();
   }
@@ -252,8 +316,7 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
   group.upper = s.upper;
   group.shift = shift;
   group.shift_diag = s.has_diag ? diag : nullptr;
-  group.tolerance = static_cast<double>(s.n) * std::numeric_limits<T>::epsilon() *
-                    (std::is_same_v<T, float> ? kDoubt : 1.0);
+  set_limits<T>(group, limit_of<T>(s.n));
   group.info = info;
   group.scratch = memory.get<char>(k.scratch_bytes(s.n, s.k));
 
@@ -283,7 +346,7 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
     group.first = false;
     if constexpr (std::is_same_v<T, float>) {
       if (std::any_of(info, info + group.valid, [](int32_t code) { return code != 0; })) {
-        solve_again(s, group, info);
+        solve_again(s, first, group, info);
       }
     }
     for (int64_t lane = 0; lane < group.valid; ++lane) {
@@ -291,6 +354,8 @@ void solve_groups(const Systems<T>& s, int64_t begin, int64_t end) {
       if ((!s.one_shift || s.has_diag) && penalty_is_bad(s, first + lane)) {
         code = kBadPenalty;
         fill_nan(static_cast<T*>(x[lane]), s.n * s.k);
+      } else if (code != 0) {
+        code = carefully(s, first + lane, static_cast<T*>(x[lane]));
       }
       s.info[first + lane] = code;
     }

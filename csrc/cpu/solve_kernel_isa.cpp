@@ -62,6 +62,31 @@ CFL_INLINE F64v root(F64v v) {
 #endif
 }
 
+// b, where one is NaN.
+#if defined(CFL_ISA_AVX512)
+CFL_INLINE F32v larger(F32v a, F32v b) {
+  return (F32v)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+}
+CFL_INLINE F32v smaller(F32v a, F32v b) {
+  return (F32v)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
+}
+CFL_INLINE F64v larger(F64v a, F64v b) {
+  return (F64v)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+}
+CFL_INLINE F64v smaller(F64v a, F64v b) {
+  return (F64v)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)a, (__m512d)b);
+}
+#else
+template <class V>
+CFL_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+CFL_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
+
 // 1 / sqrt(v) for v > 0 and finite.
 CFL_INLINE F64v inverse_root(F64v v) { return 1.0 / root(v); }
 CFL_INLINE F32v inverse_root(F32v v) {
@@ -317,9 +342,10 @@ CFL_INLINE void below_diagonal(T* tile, const T* diagonal, int64_t column) {
   }
 }
 
-// The diagonal tile: a 4 x 4 Cholesky in registers.
+// The diagonal tile: a 4 x 4 Cholesky in registers. `spread`, a vector in memory, is multiplied by
+// the diagonal entries over their pivots.
 template <class T>
-CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info) {
+CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>* info, T* spread) {
   constexpr int w = kLanes<T>;
   Tile<T> c;
   T* at = tile + column * kTile * w;
@@ -334,6 +360,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
 #pragma GCC unroll 4
   for (int j = 0; j < kTile; ++j) original[j] = c[j][j];
   subtract_product<T>(c, tile, tile, column);
+  Vec<T> total = load<T>(spread);
 #pragma GCC unroll 4
   for (int j = 0; j < kTile; ++j) {
     const Vec<T> pivot = c[j][j];
@@ -346,6 +373,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
     *info = fresh ? order : *info;
     const Vec<T> inverse = inverse_root(good ? pivot : Vec<T>{} + T(1));
     store<T>(at + (j * kTile + j) * w, inverse);
+    total *= (inverse * inverse) * original[j];
 #pragma GCC unroll 4
     for (int i = j + 1; i < kTile; ++i) {
       c[i][j] *= inverse;
@@ -357,6 +385,7 @@ CFL_INLINE void on_diagonal(T* tile, int64_t column, Vec<T> tolerance, Index<T>*
       for (int i = jj; i < kTile; ++i) c[i][jj] -= c[i][j] * c[jj][j];
     }
   }
+  store<T>(spread, total);
 }
 
 // X <- L^-T X for one tile row of right sides, one tile of it.
@@ -408,12 +437,16 @@ int64_t right_columns(int64_t tiles, int64_t k) {
   return min64(max64(kRightBytes / one, 1) * kTile, max64(k, 1));
 }
 
+// Of what is kept apart: the diagonal, a solution, and three vectors of what is known of the
+// factor.
+size_t apart_bytes(int64_t n) { return size_t((n + kTile - 1) / kTile * kTile * 2 + 3) * kBytes; }
+
 template <class T>
 size_t scratch_bytes(int64_t n, int64_t k) {
   const int64_t tiles = (n + kTile - 1) / kTile;
   const int64_t rights = (right_columns<T>(tiles, k) + kTile - 1) / kTile;
   const size_t vectors = size_t(tile_row(tiles) + rights * tiles * kTile * kTile + 1);
-  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t);
+  return vectors * kBytes + size_t(n * n + n * k) * sizeof(uint16_t) + apart_bytes(n);
 }
 
 // Asks for this group's results and the next one's right sides, where they are so small that the
@@ -432,12 +465,80 @@ void prefetch_right(const SolveGroup& g) {
   }
 }
 
+CFL_INLINE bool any(I32v v) {
+#if defined(CFL_ISA_AVX512)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(CFL_ISA_AVX2)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int32_t all = 0;
+  for (int l = 0; l < kLanes<float>; ++l) all |= v[l];
+  return all != 0;
+#endif
+}
+CFL_INLINE bool any(I64v v) { return any((I32v)v); }
+
+// About |H^-1|: |z|^2 / |y|^2 of L y = g and L^T z = y, with the signs of g chosen so that y grows.
+// `diag` is that of the system, y room for as many numbers.
+template <class T>
+__attribute__((noinline)) Vec<T> inverse_norm(const T* l, const T* diag, int64_t tiles, T* y) {
+  constexpr int w = kLanes<T>;
+  Vec<T> before{}, after{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const T* row = l + tile_row(t) * w;
+    Vec<T> s[2][kTile] = {};
+    for (int64_t j = 0; j < t * kTile; j += 2) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        const Vec<T> known = load<T>(y + (j + odd) * w);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTile; ++i)
+          s[odd][i] -= load<T>(row + ((j + odd) * kTile + i) * w) * known;
+      }
+    }
+    const T* d = row + t * kTile * kTile * w;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      const Vec<T> sum = s[0][j] + s[1][j], own = root(load<T>(diag + (t * kTile + j) * w));
+      const Vec<T> chosen = sum < Vec<T>{} ? sum - own : sum + own;
+      const Vec<T> known = chosen * load<T>(d + (j * kTile + j) * w);
+      before += known * known;
+      store<T>(y + (t * kTile + j) * w, known);
+#pragma GCC unroll 4
+      for (int i = j + 1; i < kTile; ++i) s[0][i] -= load<T>(d + (j * kTile + i) * w) * known;
+    }
+  }
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    const T *row = l + tile_row(t) * w, *d = row + t * kTile * kTile * w;
+    Vec<T> z[kTile];
+#pragma GCC unroll 4
+    for (int j = kTile - 1; j >= 0; --j) {
+      z[j] = load<T>(y + (t * kTile + j) * w);
+#pragma GCC unroll 4
+      for (int i = j + 1; i < kTile; ++i) z[j] -= load<T>(d + (j * kTile + i) * w) * z[i];
+      z[j] *= load<T>(d + (j * kTile + j) * w);
+      after += (z[j] * z[j]) * load<T>(diag + (t * kTile + j) * w);
+    }
+    for (int64_t j = 0; j < t * kTile; ++j) {
+      Vec<T> rest = load<T>(y + j * w);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; ++i) rest -= load<T>(row + (j * kTile + i) * w) * z[i];
+      store<T>(y + j * w, rest);
+    }
+  }
+  return after / before;
+}
+
 template <class T>
 void run(const SolveGroup* group) {
   constexpr int w = kLanes<T>;
   const SolveGroup& g = *group;
   const int64_t tiles = (g.n + kTile - 1) / kTile;
-  T* l = static_cast<T*>(g.scratch);
+  T* original = static_cast<T*>(g.scratch);
+  T* y = original + tiles * kTile * w;
+  // In memory, for the loops need all registers.
+  T *spread = y + tiles * kTile * w, *bounds = spread + w;
+  T* l = original + apart_bytes(g.n) / sizeof(T);
   T* right = l + tile_row(tiles) * w;
   const int64_t chunk = right_columns<T>(tiles, g.k);
   const int64_t unused =
@@ -451,6 +552,7 @@ void run(const SolveGroup* group) {
 
   const Vec<T> shift = load<T>(static_cast<const T*>(g.shift));
   const T* const* diag = reinterpret_cast<const T* const*>(g.shift_diag);
+  Vec<T> largest{}, smallest = Vec<T>{} + T(__builtin_inff());
   for (int64_t i = 0; i < g.n; ++i) {
     T* at = l + (tile_row(i / kTile) + i * kTile + i % kTile) * w;
     Vec<T> total = load<T>(at) + shift;
@@ -460,7 +562,14 @@ void run(const SolveGroup* group) {
       total += own;
     }
     store<T>(at, total);
+    store<T>(original + i * w, total);
+    largest = larger(total, largest);
+    smallest = smaller(total, smallest);
   }
+  for (int64_t i = g.n; i < tiles * kTile; ++i) store<T>(original + i * w, Vec<T>{});
+  store<T>(spread, Vec<T>{} + T(2.7183));
+  store<T>(bounds, smallest);
+  store<T>(bounds + w, largest);
 
   const Vec<T> tolerance = Vec<T>{} + T(g.tolerance);
   Index<T> info{};
@@ -471,7 +580,7 @@ void run(const SolveGroup* group) {
     for (int64_t t = 0; t < tiles; ++t) {
       T* diagonal = l + tile_row(t) * w;
       if (!factored) {
-        on_diagonal<T>(diagonal, t * kTile, tolerance, &info);
+        on_diagonal<T>(diagonal, t * kTile, tolerance, &info, spread);
         for (int64_t below = t + 1; below < tiles; ++below) {
           below_diagonal<T>(l + tile_row(below) * w, diagonal, t * kTile);
         }
@@ -479,6 +588,18 @@ void run(const SolveGroup* group) {
       for (int64_t r = 0; r < rights; ++r) {
         below_diagonal<T>(right + r * tiles * kTile * kTile * w, diagonal, t * kTile);
       }
+    }
+    if (!factored) {
+      const Vec<T> low = load<T>(bounds), high = load<T>(bounds + w);
+      const Vec<T> room = low * T(g.limit);
+      auto proven = [&](Vec<T> norm) { return norm * norm * high <= room; };
+      const Index<T> in_range = (low >= T(g.smallest)) & (high <= T(g.largest));
+      Index<T> doubt = ~(proven(load<T>(spread)) & in_range);
+      if (any(doubt & (info == Index<T>{}))) {
+        doubt = ~(proven(inverse_norm<T>(l, original, tiles, y)) & in_range);
+      }
+      const Index<T> code = Index<T>{} + typename VecOf<T>::lane(g.n + 1);
+      info = doubt & (info == Index<T>{}) ? code : info;
     }
     factored = true;
     for (int64_t t = tiles - 1; t >= 0; --t) {
@@ -696,11 +817,12 @@ void run_pinv(const PinvGroup* group) {
   }
 
   Index<double> info{};
+  double unused[kWide] = {};
   const F64v tolerance = F64v{} + g.tolerance;
   auto right = [&](int64_t r) { return memory + at.right_at(r * kTile, 0) * kWide; };
   for (int64_t t = 0; t < at.tiles; ++t) {
     double* diagonal = l + tile_row(t) * kWide;
-    on_diagonal<double>(diagonal, t * kTile, tolerance, &info);
+    on_diagonal<double>(diagonal, t * kTile, tolerance, &info, unused);
     for (int64_t below = t + 1; below < at.tiles; ++below) {
       below_diagonal<double>(l + tile_row(below) * kWide, diagonal, t * kTile);
     }

@@ -58,6 +58,17 @@ void solve_small_op(const Tensor& matrices, const Tensor& rights, double lam,
            "ridge_solve");
 }
 
+void solve_careful_op(const Tensor& matrices, const Tensor& rights, double lam,
+                      std::optional<Tensor> shift, Tensor solutions, Tensor info) {
+  Checked check("cuda_solve_careful");
+  Sizes sizes;
+  const SolveArgs args =
+      arguments(check, sizes, matrices, rights, lam, shift, 0.0, true, solutions, info);
+  check.all_contiguous();
+  const OnDevice device(matrices);
+  launched(solve_careful(args, device.stream()), "ridge_solve");
+}
+
 // flags: 2 batch (tiles + right tiles) tiles numbers and one more, all 0.
 void solve_tiled_op(const Tensor& matrices, const Tensor& rights, double lam,
                     std::optional<Tensor> shift, double tolerance, Tensor work, Tensor inverse,
@@ -117,6 +128,7 @@ void small_pinv_op(const Tensor& a, double limit, double tolerance, Tensor resul
 
 CFL_CUDA_KERNELS(m) {
   m.impl("cuda_solve_small", TORCH_BOX(&cfl::cuda::solve_small_op));
+  m.impl("cuda_solve_careful", TORCH_BOX(&cfl::cuda::solve_careful_op));
   m.impl("cuda_solve_tiled", TORCH_BOX(&cfl::cuda::solve_tiled_op));
   m.impl("cuda_small_pinv", TORCH_BOX(&cfl::cuda::small_pinv_op));
 }

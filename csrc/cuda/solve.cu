@@ -30,6 +30,16 @@ cudaError_t launch_order(const SolveArgs& a, const int* only, int* again, cudaSt
 }
 
 template <class T>
+cudaError_t launch_careful(const SolveArgs& a, cudaStream_t stream) {
+  if (a.n > kCareful) return cudaErrorInvalidValue;
+  if (a.batch == 0) return cudaSuccess;
+  return launch_threads(&solve_careful_kernel<T>, least<int64_t>(a.batch, kSecondLookBlocks),
+                        kCareful, 0, stream, static_cast<const T*>(a.matrices),
+                        static_cast<const T*>(a.rights), a.lam, a.shift, a.batch,
+                        static_cast<int>(a.n), a.columns, static_cast<T*>(a.solutions), a.info);
+}
+
+template <class T>
 cudaError_t launch_tiled(const SolveArgs& a, const TiledMemory& m, cudaStream_t stream) {
   const int64_t tiles = divide_up(a.n, kSide), right_tiles = divide_up(a.columns, kSide);
   const int64_t blocks = a.batch * (tiles * (tiles + 1) / 2 + 2 * tiles * right_tiles);
@@ -71,6 +81,11 @@ cudaError_t solve_small(const SolveArgs& a, const int* only, int* again, cudaStr
   if (a.dtype == Real::kF64) return launch_order<double, double>(a, only, again, stream);
   if (a.compute == Real::kF64) return launch_order<float, double>(a, only, again, stream);
   return launch_order<float, float>(a, only, again, stream);
+}
+
+cudaError_t solve_careful(const SolveArgs& a, cudaStream_t stream) {
+  return a.dtype == Real::kF64 ? launch_careful<double>(a, stream)
+                               : launch_careful<float>(a, stream);
 }
 
 int64_t solve_side() { return kSide; }

@@ -23,11 +23,16 @@ struct SolveArgs {
   int64_t batch, n, columns;
   double tolerance;  // a pivot up to tolerance times its diagonal entry fails
   void* solutions;
-  int* info;  // (batch): 0, or the order of the first leading minor that failed
+  // (batch): 0, or the order of the first leading minor that failed; of solve_small also n + 1,
+  // where the factor proves nothing.
+  int* info;
 };
 
 // n up to 64; `only`: (batch) which systems, or null for all; `again`: a copy of info, or null.
 cudaError_t solve_small(const SolveArgs& args, const int* only, int* again, cudaStream_t stream);
+
+// The systems with info other than 0 once more, with residuals in twice the precision; n up to 64.
+cudaError_t solve_careful(const SolveArgs& args, cudaStream_t stream);
 
 int64_t solve_side();  // of a tile
 // In float64, whatever `compute` says, with memory as TiledSolve has it (solve_kernel.cuh).

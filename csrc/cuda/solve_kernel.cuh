@@ -35,10 +35,98 @@ struct SmallSolve {
       kWarps * Layout::kSystems * kPinvTile * static_cast<int>(sizeof(A));
 };
 
+// --- what a factor proves: as csrc/cpu/solve_kernel.h says ---------------------------------------
+
+template <class A>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float kEps = 0x1p-23f, kSmallest = 1e-29f, kLargest = 1e24f;
+};
+template <>
+struct Range<double> {
+  static constexpr double kEps = 0x1p-52, kSmallest = 1e-290, kLargest = 1e276;
+};
+
+// About the norm of the inverse of the system with a diagonal of ones: |z|^2 / |y|^2 of L y = g and
+// L^T z = y, with the signs of g chosen so that y grows. As substitute.
+template <class A, int kOrder>
+__device__ inline A inverse_norm(const A (&row)[RowLayout<kOrder>::kRows][kOrder],
+                                 const A (&inverse)[RowLayout<kOrder>::kRows],
+                                 const A (&diagonal)[RowLayout<kOrder>::kRows], const A* tile,
+                                 int stride, int lane, int n) {
+  constexpr int kLanes = RowLayout<kOrder>::kLanes, kRows = RowLayout<kOrder>::kRows;
+  A y[kRows] = {}, own[kRows], before = 0, after = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) own[r] = diagonal[r] * inverse_root(diagonal[r]);
+#pragma unroll
+  for (int j = 0; j < kOrder; ++j) {
+    if (j >= n) continue;
+    const A sum = y[j / kLanes];
+    const A value =
+        (sum < A(0) ? sum - own[j / kLanes] : sum + own[j / kLanes]) * inverse[j / kLanes];
+    const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = lane + r * kLanes;
+      if (i == j) y[r] = known;
+      if (i > j) y[r] = fma(-row[r][j], known, y[r]);
+    }
+    before = fma(known, known, before);
+  }
+#pragma unroll
+  for (int j = kOrder - 1; j >= 0; --j) {
+    if (j >= n) continue;
+    const A value = y[j / kLanes] * inverse[j / kLanes];
+    const A known = __shfl_sync(kFull, value, j % kLanes, kLanes);
+    const A weight = __shfl_sync(kFull, diagonal[j / kLanes], j % kLanes, kLanes);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = lane + r * kLanes;
+      if (i < j) y[r] = fma(-tile[j * stride + i], known, y[r]);
+    }
+    after = fma(known * known, weight, after);
+  }
+  return after / before;
+}
+
+// Whether the factor proves the solutions of the lanes' system, to a share of the usual limit.
+template <class A, int kOrder>
+__device__ inline bool proves(const A (&row)[RowLayout<kOrder>::kRows][kOrder],
+                              const A (&inverse)[RowLayout<kOrder>::kRows],
+                              const A (&diagonal)[RowLayout<kOrder>::kRows], const A* tile,
+                              int stride, int lane, int n, A share) {
+  constexpr int kLanes = RowLayout<kOrder>::kLanes, kRows = RowLayout<kOrder>::kRows;
+  A spread = A(1), low = Range<A>::kLargest, high = A(0);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (lane + r * kLanes >= n) continue;
+    spread *= inverse[r] * inverse[r] * diagonal[r];
+    low = least(low, diagonal[r]);
+    high = most(high, diagonal[r]);
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    spread *= __shfl_xor_sync(kFull, spread, step);
+    low = least(low, __shfl_xor_sync(kFull, low, step));
+    high = most(high, __shfl_xor_sync(kFull, high, step));
+  }
+  // The square of share 0.025 / (sqrt(n) eps).
+  const A limit =
+      share * share * A(0.000625) / (static_cast<A>(n) * Range<A>::kEps * Range<A>::kEps);
+  auto good = [&](A norm) { return norm * norm * high <= low * limit; };  // false for NaN
+  bool proven = good(spread * A(2.7183));
+  if (__any_sync(kFull, !proven)) {
+    proven = good(inverse_norm<A, kOrder>(row, inverse, diagonal, tile, stride, lane, n));
+  }
+  return proven && low >= Range<A>::kSmallest && high < Range<A>::kLargest;
+}
+
 // One system and up to 64 right sides for each group of lanes of block `block`. A (n, n), B and X
 // (n, k) dense and row-major, computed in type A. `lam` and, if not null, shift (batch, n) are
 // added to the diagonal. With `only`, the systems that have a number other than 0 there. X of a
-// system that fails (see factor_rows) is NaN; `again` gets a copy of info, or is null.
+// system that fails (see factor_rows) or of which the factor proves nothing (info n + 1) is NaN;
+// `again` gets a copy of info, or is null.
 template <class T, class A, int kOrder>
 __device__ inline void solve_block(int64_t block, const T* matrices, const T* rights, double lam,
                                    const double* shift, int64_t batch, int n, int64_t columns,
@@ -98,9 +186,13 @@ __device__ inline void solve_block(int64_t block, const T* matrices, const T* ri
 #pragma unroll
   for (int r = 0; r < kRows; ++r) original[lane + r * kLanes] = diagonal[r];
   __syncwarp();
-  const int failed =
+  int failed =
       factor_rows<A, kOrder>(row, inverse, lane, n, static_cast<A>(tolerance), original, tile);
   store_rows<A, kOrder>(row, lane, kStride, tile);
+  // What float32 did not prove is to be right to float32.
+  const A share = sizeof(T) == sizeof(A) ? A(1) : A(1e-5);
+  const bool proven = proves<A, kOrder>(row, inverse, diagonal, tile, kStride, lane, n, share);
+  if (!failed && !proven) failed = n + 1;
 
   const T* right = rights + (mine ? system : 0) * n * columns;
   T* solution = solutions + (mine ? system : 0) * n * columns;
@@ -158,6 +250,173 @@ __global__ void __launch_bounds__(SmallSolve<A, kOrder>::kWarps* kLaneCount)
       solve(block);
       __syncwarp();
     }
+  }
+}
+
+// --- systems whose factor proves nothing ---------------------------------------------------------
+
+// As in python/cfl_ops/ops/solve/codes.py.
+constexpr int kProbes = 4, kCorrections = 3;
+constexpr double kPivot = 4.0, kContraction = 0.25, kSmallError = 0.02, kResidual = 0x1p-30;
+
+constexpr int kCareful = 64;  // the largest order, and a thread for each row
+
+#if defined(CFL_CUDA_ON_HOST)
+inline double rounded_product(double a, double b) { return a * b; }
+#else
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
+// a + b; *error gets what rounding lost.
+__device__ inline double two_sum(double a, double b, double* error) {
+  const double total = a + b, of_b = total - a;
+  *error = (a - (total - of_b)) + (b - of_b);
+  return total;
+}
+
+// 2^e <= |value| < 2^(e + 1) of a normal number, and within what a power of two can be.
+__device__ inline int exponent_of(double value) {
+  int exponent = 0;
+  if (is_finite(value) && value != 0.0) frexp(value, &exponent);
+  return least(1000, most(-1000, exponent));
+}
+
+// The systems with info other than 0 once more: corrected with residuals in twice the precision,
+// which tell the error. As solve_system in python/cfl_ops/ops/solve/system.py: a block walks over
+// the systems, a thread has a row.
+template <class T>
+__global__ void __launch_bounds__(kCareful)
+    solve_careful_kernel(const T* matrices, const T* rights, double lam, const double* shift,
+                         int64_t batch, int n, int64_t columns, T* solutions, int* info) {
+  constexpr int kStride = kCareful + 1;
+  __shared__ double l[kCareful * kStride], ones[kCareful], scales[kCareful], numbers[kCareful],
+      vector[kCareful], z[kCareful];
+  const int i = threadIdx.x;
+  const bool inside = i < n;
+  for (int64_t system = blockIdx.x; system < batch; system += gridDim.x) {
+    if (info[system] == 0) continue;
+    const T* matrix = matrices + system * n * n;
+    // The largest of all rows' values, NaN if there is one.
+    auto largest = [&](double value) {
+      __syncthreads();
+      numbers[i] = value;
+      __syncthreads();
+      double found = 0.0;
+      for (int r = 0; r < n; ++r) found = numbers[r] <= found ? found : numbers[r] + found * 0.0;
+      return found;
+    };
+    // Powers of two bring the diagonal to [1/4, 1): no rounding.
+    double lost = 0.0, scale = 1.0;
+    __syncthreads();
+    if (inside) {
+      const double total = two_sum(static_cast<double>(matrix[i * n + i]),
+                                   lam + (shift ? shift[system * n + i] : 0.0), &lost);
+      if (total > 0.0 && is_finite(total)) {
+        int exponent;
+        frexp(total, &exponent);
+        scale = ldexp(1.0, -((exponent + 1) >> 1));
+      }
+      lost = lost * scale * scale;
+      ones[i] = total * scale * scale;
+      scales[i] = scale;
+    }
+    __syncthreads();
+    auto entry = [&](int r, int c) {
+      if (r == c) return ones[r];
+      return static_cast<double>(r > c ? matrix[r * n + c] : matrix[c * n + r]) * scales[r] *
+             scales[c];
+    };
+    for (int c = 0; inside && c <= i; ++c) l[i * kStride + c] = entry(i, c);
+
+    int failed = 0, weakest = 0;
+    double smallest = 2.0;
+    for (int j = 0; j < n && !failed; ++j) {
+      __syncthreads();
+      const double pivot = l[j * kStride + j], share = pivot / fabs(ones[j]);
+      if (!(share > kPivot * Range<double>::kEps && is_finite(share))) failed = j + 1;
+      if (share < smallest) smallest = share, weakest = j + 1;
+      const double root = inverse_root(failed ? 1.0 : pivot);
+      __syncthreads();
+      if (inside && i >= j) l[i * kStride + j] *= root;  // of the pivot itself its root
+      __syncthreads();
+      for (int c = j + 1; inside && c <= i; ++c) {
+        l[i * kStride + c] = fma(-l[i * kStride + j], l[c * kStride + j], l[i * kStride + c]);
+      }
+    }
+    // vector <- L^-T L^-1 vector
+    auto substitute_vector = [&] {
+      for (int step = 0; step < 2 * n; ++step) {
+        const bool back = step >= n;
+        const int j = back ? 2 * n - 1 - step : step;
+        __syncthreads();
+        const double known = vector[j] / l[j * kStride + j];
+        __syncthreads();
+        if (i == j) vector[j] = known;
+        if (inside && (back ? i < j : i > j)) {
+          vector[i] = fma(-l[back ? j * kStride + i : i * kStride + j], known, vector[i]);
+        }
+      }
+      __syncthreads();
+    };
+    // vector <- right - (H + diag(lost)) z, for the thread's own right
+    auto residual = [&](double right) {
+      double total = right, rest = inside ? -lost * z[i] : 0.0;
+      for (int c = 0; inside && c < n; ++c) {
+        double error;
+        const double own = -entry(i, c), product = rounded_product(own, z[c]);
+        rest += fma(own, z[c], -product);
+        total = two_sum(total, product, &error);
+        rest += error;
+      }
+      if (inside) vector[i] = total + rest;
+    };
+
+    double rate = Range<double>::kEps;
+    for (int p = 1; p <= kProbes && !failed; ++p) {
+      const double right = cos(static_cast<double>((i + 1) * (i + 1) * p));
+      if (inside) vector[i] = right;
+      substitute_vector();
+      const double mine = inside ? vector[i] : 0.0;
+      if (inside) z[i] = mine;
+      const double of_z = largest(fabs(mine));
+      residual(right);
+      substitute_vector();
+      const double share = largest(inside ? fabs(vector[i]) : 0.0) / of_z + Range<double>::kEps;
+      if (!(share <= kContraction)) failed = weakest;
+      rate = most(rate, share);
+    }
+    const double largest_scale = largest(inside ? scale : 0.0);
+    for (int64_t k = 0; k < columns && !failed; ++k) {
+      const int64_t at = (system * n + i) * columns + k;
+      const double given = inside ? static_cast<double>(rights[at]) : 0.0;
+      const double highest = largest(fabs(given));
+      const double level = ldexp(1.0, exponent_of(highest)), right = given / level * scale;
+      if (inside) vector[i] = right;
+      substitute_vector();
+      double mine = inside ? vector[i] : 0.0;
+      bool good = false;
+      for (int step = 0; step < kCorrections && !good; ++step) {
+        if (inside) z[i] = mine;
+        __syncthreads();
+        residual(right);
+        substitute_vector();
+        const double change = inside ? vector[i] : 0.0;
+        mine += change;
+        const double of_change = largest(fabs(change)), of_z = largest(fabs(mine));
+        const double of_solution = largest(fabs(mine) * scale);
+        // The rate of the last change, and of what residuals do not see. A right side that is not
+        // finite has no solution to be wrong.
+        good = rate * largest_scale * (of_change + kResidual * of_z) <= kSmallError * of_solution ||
+               !is_finite(highest) || !is_finite(of_solution);
+      }
+      if (!good) failed = weakest;
+      if (inside) solutions[at] = static_cast<T>(mine * scale * level);
+    }
+    for (int64_t k = 0; k < columns && failed; ++k) {
+      if (inside) solutions[(system * n + i) * columns + k] = static_cast<T>(not_a_number());
+    }
+    __syncthreads();  // all have read info
+    if (i == 0) info[system] = failed;
   }
 }
 

@@ -38,8 +38,9 @@ from cfl_ops.ops.codec.quantize import (
 )
 from cfl_ops.ops.gram import exact_gram as _exact_gram  # noqa: F401  (an op that no public function calls)
 from cfl_ops.ops.gram.accumulate import GramAccumulator
-from cfl_ops.ops.gram.gram import GramMoments, gram, gram_
+from cfl_ops.ops.gram.gram import gram, gram_
 from cfl_ops.ops.gram.linear_gram import linear_gram
+from cfl_ops.ops.gram.moments import GramMoments
 from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
 from cfl_ops.ops.proximal.short_forms import proximal_update, ridge_step
 from cfl_ops.ops.proximal.step import (

@@ -49,3 +49,18 @@ def test_downdates_of_several_passes_fail_where_the_fallback_does(
     again = L.clone()
     assert torch.equal(cuda.cholesky_update_(kernels, again, V, -1.0, 1.0), info)
     assert torch.equal(again[info != 0], L[info != 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_downdate_that_lost_its_digits(kernels, dtype: torch.dtype) -> None:
+    """Every pivot keeps more than 10 eps of itself, and what the last one has left is rounding all the same."""
+    L = torch.linalg.cholesky(torch.eye(40) + torch.ones(40, 40)).to(dtype).repeat(3, 1, 1)
+    p = torch.nn.functional.normalize(torch.randn(3, 40, 1, dtype=torch.float64), dim=-2)
+    p[1] *= (1 - 40 * torch.finfo(dtype).eps) ** 0.5
+    p[::2] *= 0.5
+    V = (L.double() @ p).to(dtype)
+    got, codes = cuda.cholesky_update(kernels, L, V, -1.0, 1.0)
+    want, info = cfl_ops.ops.cholesky.update._update_python(L, V, -1.0, 1.0)
+    assert (codes > 0).tolist() == (info > 0).tolist() == [False, True, False]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    assert torch.equal(cuda.cholesky_update_(kernels, L, V, -1.0, 1.0), codes)

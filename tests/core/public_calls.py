@@ -128,7 +128,7 @@ class Call:
 CALLS: dict[str, list[Call]] = {
     "gram": [Call(cfl_ops.gram, **_GRAM), Call(cfl_ops.gram, x=X, y=LABELS, num_classes=K)],
     "gram_": [
-        Call(gram_, x=X, y=Y, sample_weight=S, decay=0.5),
+        Call(gram_, x=X, y=Y, bias_column=True, sample_weight=S, decay=0.5),
         Call(gram_of_classes_, x=X, y=LABELS, decay=0.5),
     ],
     "linear_gram": [

@@ -147,9 +147,6 @@ COEFFICIENTS: dict[str, Callable[[Any], Any]] = {
 randn43 = torch.randn(4, 3)
 FACTORS: dict[str, Callable[[Any], Any]] = {
     "class_ridge: scale": lambda v: cfl_ops.class_ridge(x, classes, 1.0, num_classes=3, scale=v),
-    "rescaled_proximal_step: kappa": lambda v: cfl_ops.rescaled_proximal_step(
-        *rows_of_step, lam=1.0, kappa=v
-    ),
     "rescaled_proximal_step: target_scale": lambda v: cfl_ops.rescaled_proximal_step(
         *rows_of_step, lam=1.0, target_scale=v
     ),
@@ -160,6 +157,9 @@ LAMS: dict[str, Callable[[Any], Any]] = {
 }
 # Numbers that the op itself takes as such.
 OF_OPS: dict[str, Callable[[Any], Any]] = {
+    "rescaled_proximal_step: kappa": lambda v: cfl_ops.rescaled_proximal_step(
+        *rows_of_step, lam=1.0, kappa=v
+    ),
     "class_ridge: kappa": lambda v: cfl_ops.class_ridge(x, classes, 1.0, num_classes=3, kappa=v),
     "gram_: decay": lambda v: cfl_ops.gram_(cfl_ops.gram(x), x, decay=v),
     "cholesky_update: decay": lambda v: cfl_ops.cholesky_update(L, V, decay=v),

@@ -221,7 +221,8 @@ def _public() -> list[Target]:
                                 "num_classes": None, "acc_dtype": None}, ()),
         ("gram", cfl_ops.gram, {"x": x, "y": labels, "bias_column": False, "sample_weight": None, "num_classes": 3,
                                 "acc_dtype": torch.float64}, ()),
-        ("gram_", gram_, {**moments._asdict(), "x": x, "y": y, "sample_weight": None, "decay": 0.9}, moments._fields),
+        ("gram_", gram_, {**moments._asdict(), "x": x, "y": y, "bias_column": False,
+                             "sample_weight": None, "decay": 0.9}, moments._fields),
         ("linear_gram", cfl_ops.linear_gram, {"x": x, "weight": weight, "bias": bias, "activation": "relu", "y": labels,
                                               "bias_column": True, "sample_weight": None, "num_classes": 3,
                                               "acc_dtype": None}, ()),
@@ -251,6 +252,8 @@ def _public() -> list[Target]:
         ("estimate_entropy", cfl_ops.estimate_entropy, {"w": values, "bits": 4, "fraction": 0.5}, ()),
         ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 0.9,
                                               "window": None, "x": x.double(), "y": y.double()}, ()),
+        ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 1.0,
+                                              "window": 5, "x": x, "y": y}, ()),
     ]  # fmt: skip
     return [_public_target(*row) for row in found]
 

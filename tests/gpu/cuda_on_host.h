@@ -21,7 +21,11 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
+using std::cos;
+using std::fabs;
 using std::fma;
+using std::frexp;
+using std::ldexp;
 using std::sqrt;
 
 struct Dim3 {

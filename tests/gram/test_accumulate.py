@@ -123,7 +123,11 @@ def test_gram_in_place_refuses_bad_rows_under_float64_accumulation(tmp_path: Pat
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((torch.ones(2, 5),), ValueError, r"x must have width 3 \(or 2 where m has a bias column\)"),
+        (
+            (torch.ones(2, 5),),
+            ValueError,
+            r"x must have width 3, for m is of order 3 and bias_column is False",
+        ),
         ((torch.ones(2, 3), torch.ones(2, 1)), ValueError, "m has no targets"),
         ((torch.ones(2, 3, dtype=torch.float64),), TypeError, "float64 for float64 x"),
         ((torch.ones(4, 2, 3),), ValueError, r"must have the batch shape \(\) of m"),
@@ -154,6 +158,21 @@ def test_compensated_sums_do_not_drift() -> None:
     # A recent sum of 1,024 terms errs by at most 1,024 eps of itself; folding carries its own rounding.
     assert error <= 1026 * eps
     assert ((drifting.moments.gram.double() - batches * once) / (batches * once)).abs().max() > 1e-6
+
+
+def test_many_batches_in_float32_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfl_ops.ops.gram import accumulate
+
+    monkeypatch.setattr(accumulate, "MANY_BATCHES", 5)
+    x = torch.ones(1, 2)
+    accumulator = GramAccumulator()
+    for _ in range(4):
+        accumulator.update(x)
+    with pytest.warns(UserWarning, match=r"5 batches in float32 may be off .* acc_dtype=torch\.float64"):
+        accumulator.update(x)
+    for quiet in (GramAccumulator(acc_dtype=torch.float64), GramAccumulator(decay=0.9)):
+        for _ in range(9):
+            quiet.update(x)
 
 
 @pytest.mark.slow
@@ -208,6 +227,139 @@ Slow(bias_column=True).fit_file(sys.argv[1] + "/x.npy", batch_rows=40, checkpoin
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".c.pt")] == []
 
 
+def rows_of_classes(width: int = 5, rows: int = 1000) -> tuple[torch.Tensor, ...]:
+    return torch.randn(rows, width, dtype=torch.float64), torch.randint(3, (rows,)), torch.rand(rows)
+
+
+def in_batches(
+    rows: tuple[torch.Tensor, ...], size: int, until: int = 1000
+) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(part[i : min(i + size, until)] for part in rows) for i in range(0, until, size)]
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("size", [100, 200, 300, 7, 1000])
+def test_a_checkpoint_is_resumed_by_rows(size: int, compensated: bool, tmp_path: Path) -> None:
+    """It was counted in batches, so that larger ones lost rows without a word."""
+    rows = rows_of_classes()
+    options = {"bias_column": True, "num_classes": 3}
+    GramAccumulator(**options, compensated=compensated).fit(
+        in_batches(rows, 100, 500), checkpoint=tmp_path / "c.pt"
+    )
+    resumed = GramAccumulator(**options, compensated=compensated)
+    resumed.fit(in_batches(rows, size), checkpoint=tmp_path / "c.pt")
+    assert resumed.rows == 1000
+    want = cfl_ops.gram(*rows[:2], sample_weight=rows[2], **options)
+    assert_same(resumed.moments, want)
+
+
+def test_batches_of_another_dtype_of_targets_are_split_too(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 30, 4), torch.randn(2, 30, 3)
+    GramAccumulator().fit([(x[:, :20], y[:, :20])], checkpoint=tmp_path / "c.pt")
+    resumed = GramAccumulator().fit(
+        [(x[:, :15], y[:, :15]), [x[:, 15:], y[:, 15:]]], checkpoint=tmp_path / "c.pt"
+    )
+    assert_same(resumed.moments, cfl_ops.gram(x, y), rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_with_what_does_not_fit(tmp_path: Path) -> None:
+    rows, path = rows_of_classes(), tmp_path / "c.pt"
+    options = {"num_classes": 3}
+    GramAccumulator(**options).fit(in_batches(rows, 100, 300), checkpoint=path)
+
+    def resume(batches: list, **other: object) -> None:
+        GramAccumulator(**{**options, **other}).fit(batches, checkpoint=path)
+
+    with pytest.raises(ValueError, match="the checkpoint has seen 300 rows, but batches have 200"):
+        resume(in_batches(rows, 100, 200))
+    with pytest.raises(ValueError, match=r"x must have width 5 .* got shape \(100, 4\)"):
+        resume(in_batches(rows_of_classes(4), 100))
+    with pytest.raises(TypeError, match=r"y must be class indices .* got torch\.float64"):
+        resume([(rows[0], rows[0])])
+    with pytest.raises(ValueError, match="y must have size 1000"):
+        resume([(rows[0], rows[1][:400])])
+    for other in ({"decay": 0.5}, {"bias_column": True}, {"num_classes": 4}, {"compensated": True}):
+        with pytest.raises(ValueError, match="other options"):
+            resume(in_batches(rows, 100), **other)
+    busy = GramAccumulator(**options)
+    busy.update(*rows)
+    with pytest.raises(ValueError, match="must be empty to begin a checkpoint, but it holds 1000 rows"):
+        busy.fit(in_batches(rows, 100), checkpoint=tmp_path / "new.pt")
+    assert busy.rows == 1000
+    assert not (tmp_path / "new.pt").exists()
+    np.save(tmp_path / "x.npy", rows[0][:200].numpy())
+    with pytest.raises(ValueError, match="the checkpoint has seen 300 rows, but batches have 200"):
+        GramAccumulator(**options).fit_file(tmp_path / "x.npy", rows[1][:200], checkpoint=path)
+
+
+def test_decay_is_by_batches_so_none_is_split(tmp_path: Path) -> None:
+    x = torch.randn(400, 3, dtype=torch.float64)
+    GramAccumulator(decay=0.5).fit(x[:200].split(100), checkpoint=tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="ends within a batch of 300"):
+        GramAccumulator(decay=0.5).fit(x.split(300), checkpoint=tmp_path / "c.pt")
+    whole, resumed = GramAccumulator(decay=0.5).fit(x.split(100)), GramAccumulator(decay=0.5)
+    assert_same(resumed.fit(x.split(100), checkpoint=tmp_path / "c.pt").moments, whole.moments)
+
+
+def test_interrupted_files(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    accumulator = GramAccumulator()
+    accumulator.update(torch.randn(9, 4))
+    accumulator.save(path)
+    whole = path.read_bytes()
+    for length in (0, 9, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"GramAccumulator\.load: .*c\.pt is no whole file"):
+            accumulator.load(path)
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="the state must be a dict of options"):
+        accumulator.load(path)
+    assert accumulator.rows == 9
+
+
+def test_counters_without_sums_are_refused() -> None:
+    accumulator = GramAccumulator()
+    state = accumulator.state_dict()
+    for counters in ({"batches": 3, "rows": 30}, {"rows": 30}):
+        with pytest.raises(ValueError, match="recent sums must be there where batches were added"):
+            accumulator.load_state_dict({**state, **counters})
+    accumulator.load_state_dict(state)
+    assert accumulator.rows == 0
+
+
+def test_batches_of_another_width_or_kind_change_nothing() -> None:
+    for options, y in (
+        ({"num_classes": 3}, torch.tensor([0, 1, 2])),
+        ({"bias_column": True}, torch.ones(3, 3)),
+    ):
+        accumulator = GramAccumulator(**options)
+        accumulator.update(torch.ones(3, 4), y)
+        before = [field.clone() for field in accumulator.moments]
+        for width in (2, 3, 5):
+            with pytest.raises(ValueError, match="x must have width 4 as in the batches before"):
+                accumulator.update(torch.ones(3, width), y)
+        other = torch.ones(3, 3) if "num_classes" in options else torch.tensor([0, 1, 2])
+        with pytest.raises(TypeError, match="y must be .* where num_classes is"):
+            accumulator.update(torch.ones(3, 4), other)
+        assert all(torch.equal(a, b) for a, b in zip(accumulator.moments, before, strict=True))
+        assert accumulator.rows == 3
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_gram_in_place_is_told_of_the_bias_column(targets: bool, backend: str) -> None:
+    """Rows one column short were taken for those of moments with a bias column, and rows with one too many."""
+    x, y = torch.randn(6, 3), torch.randn(6, 2) if targets else None
+    plain, with_bias = cfl_ops.gram(x, y), cfl_ops.gram(x, y, bias_column=True)
+    for m, width, bias in ((plain, 2, False), (plain, 4, False), (with_bias, 3, False), (with_bias, 4, True)):
+        before = m.gram.clone()
+        with pytest.raises(ValueError, match=rf"x must have width .* bias_column is {bias}, but got shape"):
+            cfl_ops.gram_(m, torch.randn(6, width), y, bias_column=bias)
+        assert torch.equal(m.gram, before)
+    cfl_ops.gram_(with_bias, x, y, bias_column=True)
+    twice = cfl_ops.gram(torch.cat([x, x]), None if y is None else torch.cat([y, y]), bias_column=True)
+    assert_same(with_bias, twice, rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
     accumulator = GramAccumulator()
     accumulator.update(torch.ones(2, 2))
@@ -233,6 +385,17 @@ want = cfl_ops.gram(x, y, bias_column=True, num_classes=3)
 for a, b in zip(moments, want):
     torch.testing.assert_close(a, b)
 assert accumulator.moments.count == len(mine)
+wider = cfl_ops.GramAccumulator()
+wider.update(x[:, : 3 + dist.get_rank() // 2])
+empty = cfl_ops.GramAccumulator()
+if dist.get_rank() != 2:
+    empty.update(x)
+for broken, error, text in (wider, ValueError, "rank 2 has"), (empty, RuntimeError, "rank 2 has added no batch"):
+    try:
+        broken.reduce()
+        raise SystemExit("nothing was raised")
+    except error as raised:
+        assert text in str(raised)
 print("rank", dist.get_rank(), "agrees", flush=True)
 dist.destroy_process_group()
 """

@@ -216,3 +216,66 @@ def test_triton_takes_half_precision_as_it_is(
             torch.testing.assert_close(moments.gram.double(), want.gram, rtol=1e-5, atol=1e-3)
             torch.testing.assert_close(moments.cross.double(), want.cross, rtol=1e-5, atol=1e-3)
             assert torch.equal(moments.gram, moments.gram.mT)
+
+
+@pytest.mark.parametrize("decay", [1 - 1e-7, 1 + 1e-7])
+def test_a_decay_that_float32_would_round_is_refused(decay: float) -> None:
+    """Float32 makes 1 - 1.2e-7 of it: forgetting a fifth faster than was said, and than the count."""
+    x = torch.randn(4, 3)
+    m = cfl_ops.gram(x)
+    before = m.gram.clone()
+    for call in (lambda: cfl_ops.gram_(m, x, decay=decay), lambda: m.decay(decay)):
+        with pytest.raises(ValueError, match="must be 1, or differ from it by 1e-6, for float32 moments"):
+            call()
+    assert torch.equal(m.gram, before)
+    cfl_ops.gram_(cfl_ops.gram(x, acc_dtype=torch.float64), x, decay=decay)
+    accumulator = cfl_ops.GramAccumulator(decay=decay)
+    accumulator.update(x)
+    with pytest.raises(ValueError, match="use acc_dtype=torch.float64"):
+        accumulator.update(x)
+    assert accumulator.batches == 1
+
+
+WORST = [  # rows, mean, scale, dtype, what the weights are: the worst cells of a sweep of 18,000
+    (2000, 1e6, 1e-6, torch.float32, None),
+    (2000, 1e3, 1.0, torch.float16, "wide"),
+    (130, 0.0, 1e-6, torch.bfloat16, None),
+    (3, 0.0, 1e18, torch.float32, "tiny"),
+    (13, 1.0, 1e6, torch.float64, "wide"),
+    (3, 0.0, 1e-16, torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize(("rows", "mean", "scale", "dtype", "weights"), WORST)
+@pytest.mark.parametrize("how", ["gram", "classes", "gram_", "sum"])
+def test_moments_keep_the_bound_of_a_sum(
+    rows: int, mean: float, scale: float, dtype: torch.dtype, weights: str | None, how: str, backend: str
+) -> None:
+    """(n + 3) eps of the sums of magnitudes, whatever the mean, scale and weights."""
+    x = (mean + scale * torch.randn(rows, 6, dtype=torch.float64)).to(dtype)
+    y, labels = torch.randn(rows, 2).to(dtype), torch.randint(3, (rows,))
+    spread = 10.0 ** (16 * torch.rand(rows, dtype=torch.float64) - 8)
+    s = {None: None, "wide": spread, "tiny": 1e-8 * torch.rand(rows, dtype=torch.float64)}[weights]
+    weight = torch.ones(rows, dtype=torch.float64) if s is None else s
+    options = {"bias_column": True, "num_classes": 3 if how == "classes" else None}
+    targets = labels if how == "classes" else y
+    half = rows // 2
+    if how in ("gram", "classes"):
+        m = cfl_ops.gram(x, targets, sample_weight=s, **options)
+    else:
+        first, rest = slice(None, half), slice(half, None)
+        m = cfl_ops.gram(x[first], y[first], bias_column=True, sample_weight=None if s is None else s[first])
+        more = None if s is None else s[rest]
+        if how == "gram_":
+            cfl_ops.gram_(m, x[rest], y[rest], bias_column=True, sample_weight=more, decay=0.5)
+        else:
+            m = m.decay(0.5) + cfl_ops.gram(x[rest], y[rest], bias_column=True, sample_weight=more)
+        weight = weight.clone()
+        weight[first] *= 0.5
+    wide = torch.cat([x.double(), torch.ones(rows, 1, dtype=torch.float64)], 1)
+    t = torch.nn.functional.one_hot(labels, 3).double() if how == "classes" else y.double()
+    eps = (rows + 3) * torch.finfo(m.gram.dtype).eps + (rows + 3) * torch.finfo(torch.float64).eps
+    for got, left, right in ((m.gram, wide, wide), (m.cross, wide, t)):
+        weighted = left * weight.unsqueeze(-1)
+        assert ((got.double() - weighted.mT @ right).abs() <= eps * (weighted.abs().mT @ right.abs())).all()
+    assert abs(float(m.count) / float(weight.sum()) - 1) < rows * torch.finfo(torch.float64).eps

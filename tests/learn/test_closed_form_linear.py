@@ -274,3 +274,61 @@ def test_update_compiles_in_one_graph() -> None:
 def test_check_must_be_known() -> None:
     with pytest.raises(ValueError, match="check must be one of"):
         ClosedFormLinear(6, 3, check="never")
+
+
+ORDERS = ("head-first", "backbone-first", "backbone-first-cached")
+BAD_TARGETS = [
+    (torch.full((6,), 7), IndexError, "must hold class indices from 0 to 2.* but got 7"),
+    (torch.full((6,), -1), IndexError, "but got -1"),
+    (torch.zeros(6, dtype=torch.int32), TypeError, "target must be .*but got torch.int32"),
+    (torch.randn(6, 2), ValueError, "target must"),
+    (torch.randn(3, 6), ValueError, "target must"),  # of the right number of values
+    (torch.randn(6), ValueError, "target must"),
+    (torch.full((6, 3), torch.nan), ValueError, "target (has|or the prediction has) NaN or Inf"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("target", "error", "message"), BAD_TARGETS)
+def test_a_bad_target_changes_neither_backbone_nor_head(order: str, target, error, message) -> None:
+    """The backbone had made its step on them, with a gradient of NaN or of targets in another order."""
+    backbone, closed_form = torch.nn.Linear(4, 8), ClosedFormLinear(8, 3, init="lecun")
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in (*backbone.parameters(), *closed_form.parameters())]
+    with pytest.raises(error, match=message):
+        cfl_ops.learn.train_step(backbone, closed_form, optimizer, torch.randn(6, 4), target, order=order)
+    after = [*backbone.parameters(), *closed_form.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_predictions_past_256_under_autocast(dtype: torch.dtype) -> None:
+    """Their squares overflow in float16: the loss, which must be finite, is float32."""
+    x, y = torch.randn(64, 4), torch.randint(3, (64,))
+    moved = {}
+    for name in (dtype, None):
+        torch.manual_seed(0)
+        backbone, closed_form = torch.nn.Linear(4, 8), ClosedFormLinear(8, 3)
+        with torch.no_grad():
+            closed_form.weight.normal_()
+            closed_form.bias.fill_(400)
+        optimizer = torch.optim.SGD(backbone.parameters(), lr=1e-6)
+        with torch.autocast("cpu", dtype=name or torch.bfloat16, enabled=name is not None):
+            cfl_ops.learn.train_step(backbone, closed_form, optimizer, x, y, order="backbone-first-cached")
+        moved[name] = backbone.weight.grad.clone()
+    assert moved[dtype].isfinite().all()
+    assert (moved[dtype] - moved[None]).norm() < 0.02 * moved[None].norm()
+
+
+def test_rows_in_another_order_are_refused() -> None:
+    """Labels (5, 4) for features (4, 5, D) were flattened, each to another row."""
+    x, labels = torch.randn(4, 5, 6), torch.randint(3, (4, 5))
+    model = ClosedFormLinear(6, 3, lam=0.1)
+    before = model.weight.clone()
+    for target, weight in ((labels.T, None), (torch.randn(5, 4, 3), None), (labels, torch.rand(5, 4))):
+        with pytest.raises(ValueError, match=r"must lie in the rows of features, \(4, 5\) or flat"):
+            model.update(x, target, sample_weight=weight)
+    assert torch.equal(model.weight, before)
+    loss, _ = model.update(x, labels.reshape(-1), sample_weight=torch.ones(20))
+    again = ClosedFormLinear(6, 3, lam=0.1)
+    assert torch.equal(again.update(x.reshape(20, 6), labels, sample_weight=torch.ones(4, 5))[0], loss)

@@ -127,9 +127,13 @@ def _bound(*args):
     primal = torch.linalg.matrix_norm(inverse, 2) * norm(root * phi) if rows > width else answer
     error = primal * residual_error + gamma * solve_eps * change
     narrow = torch.finfo(weight.dtype).eps if weight.dtype in HALVES else 0.0
-    error_weight = (error + narrow * norm(new))[..., None, None]
+    # Loss, gradient and bias are those of the weight as it is rounded.
+    error = error + narrow * norm(new)
+    error_weight = error[..., None, None]
     residual = torch.linalg.matrix_norm(root * (y - phi @ new.mT))
-    error_residual = residual_error + torch.linalg.matrix_norm(root * phi, 2) * error
+    reach = torch.linalg.matrix_norm(root * phi, 2)
+    error_residual = residual_error + reach * error
+    error_bias = (error + narrow * norm(new) * reach / s.sum(-1).clamp_min(1e-300).sqrt()).unsqueeze(-1)
     error_loss = (2 * residual * error_residual + error_residual**2) / scale + gamma * eps * loss
     top = s.sqrt().max(-1).values
     error_grad = 2 * top / scale * (error_residual * norm(head) + (residual + error_residual) * error)
@@ -139,7 +143,7 @@ def _bound(*args):
     )
     if features.dtype == torch.float16:
         error_grad = error_grad + 2.0**-24  # its least subnormal
-    return [error_weight, error_weight.squeeze(-1), error_loss, error_grad, 0]
+    return [error_weight, error_bias, error_loss, error_grad, 0]
 
 
 def _duplicate(features: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_no_data_is_no_step(weights, backend: str) -> None:
     step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2, ridge=0.3, sample_weight=weights)
     assert torch.equal(step.weight, weight)
     assert torch.equal(step.bias, bias)
-    assert step.loss == 0
+    assert step.loss < 1e-28  # that of the stored head: not 0, but rounding
     assert torch.equal(step.grad_features, torch.zeros_like(features))
 
 
@@ -98,7 +98,7 @@ def test_lambda_of_zero_interpolates_where_it_can(backend: str) -> None:
     features, target, weight, bias = problem(4, 9)
     step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.0)
     torch.testing.assert_close(F.linear(features, step.weight, step.bias), target)
-    assert step.loss == 0
+    assert step.loss < 1e-28  # that of the stored head: not 0, but rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

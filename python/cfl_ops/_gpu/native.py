@@ -32,6 +32,8 @@ _SCHEMAS = (
     "cuda_exact_gram(Tensor x, Tensor? weight, Tensor(a!) workspace, Tensor(b!) arrived, Tensor(c!) gram) -> ()",
     "cuda_solve_small(Tensor matrices, Tensor rights, float lam, Tensor? shift, float tolerance, bool in_float64,"
     " Tensor? only, Tensor(a!) solutions, Tensor(b!) info, Tensor(c!)? again) -> ()",
+    "cuda_solve_careful(Tensor matrices, Tensor rights, float lam, Tensor? shift, Tensor(a!) solutions,"
+    " Tensor(b!) info) -> ()",
     "cuda_solve_tiled(Tensor matrices, Tensor rights, float lam, Tensor? shift, float tolerance, Tensor(a!) work,"
     " Tensor(b!) inverse, Tensor(c!) flags, Tensor(d!) solutions, Tensor(e!)? factors, Tensor(f!) info) -> ()",
     "cuda_small_pinv(Tensor a, float limit, float tolerance, Tensor(a!) results, Tensor(b!) info) -> ()",

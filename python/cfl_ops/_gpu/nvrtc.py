@@ -40,7 +40,7 @@ def names(family: str) -> list[str]:
         "exact": [f"exact_gram_kernel<{t}>" for t in floats],
         "solve": [
             *(f"solve_small_kernel<{t}, {c}, {n}>" for t, c in _COMPUTED for n in _SMALL_ORDERS),
-            *(f"solve_tiled_kernel<{t}>" for t in ("float", "double")),
+            *(f"solve_{kind}_kernel<{t}>" for kind in ("careful", "tiled") for t in ("float", "double")),
             *(f"solve_pinv_kernel<{t}, {n}>" for t in ("float", "double") for n in _SMALL_ORDERS[:-1]),
         ],
         "cholesky": [
@@ -288,6 +288,25 @@ class Nvrtc:
             matrices, rights, np.float64(lam), shift, np.int64(batch), np.int32(n), np.int64(columns),
             np.float64(tolerance), only, solutions, info, again, threads=32 * warps,
         )  # fmt: skip
+
+    def solve_careful(
+        self,
+        matrices: Tensor,
+        rights: Tensor,
+        lam: float,
+        shift: Tensor | None,
+        solutions: Tensor,
+        info: Tensor,
+    ) -> None:
+        """The systems with info other than 0 once more."""
+        np = self.numpy
+        batch, n, columns = rights.shape
+        if batch:
+            self.launch(
+                f"solve_careful_kernel<{_FLOATS[matrices.dtype]}>", matrices.device,
+                min(batch, SOLVE.kSecondLookBlocks), 0, matrices, rights, np.float64(lam), shift, np.int64(batch),
+                np.int32(n), np.int64(columns), solutions, info, threads=SOLVE.kCareful,
+            )  # fmt: skip
 
     def small_pinv(self, a: Tensor, limit: float, tolerance: float, results: Tensor, info: Tensor) -> None:
         """The smaller side up to 32."""

@@ -39,6 +39,18 @@ def _as_rows(value: Tensor, core: int) -> Tensor:
     return value.unsqueeze(0) if leading < 1 else value.flatten(0, leading - 1)
 
 
+def _check_rows(name: str, value: Any, core: int, features: Tensor) -> None:
+    """Rows are flattened, as those of ``features`` are: in the same order only where they lie in the same shape."""
+    if not isinstance(value, Tensor):
+        checks.tensor(NAME, name, value, core)
+    mine, theirs = value.shape[: value.ndim - core], features.shape[:-1]
+    if len(mine) > 1 and len(theirs) > 1 and mine != theirs:
+        raise ValueError(
+            f"cfl_ops.{NAME}: {name} must lie in the rows of features, {tuple(theirs)} or flat, but got shape "
+            f"{tuple(value.shape)}"
+        )
+
+
 class ClosedFormLinear(StateModule):
     r"""``nn.Linear`` whose weight and bias are set by a closed-form step on each batch.
 
@@ -148,8 +160,8 @@ class ClosedFormLinear(StateModule):
 
         Args:
             features: ``(..., D)``; all dimensions but the last are rows.
-            target: ``(..., K)`` floating point, or class indices ``(...)`` int64.
-            sample_weight: ``(...)`` weights of the rows.
+            target: ``(..., K)`` floating point, or class indices ``(...)`` int64; its rows may be flat.
+            sample_weight: ``(...)`` weights of the rows, which may be flat, too.
 
         Returns:
             ``(loss, grad_features)``: the loss at the new head, and its gradient for the features, in their
@@ -174,10 +186,12 @@ class ClosedFormLinear(StateModule):
     ) -> tuple[Tensor, Tensor]:
         checks.floating(NAME, "features", features, 1)
         checks.size(NAME, "features", features, -1, self.in_features, "the head's in_features")
-        if not isinstance(target, Tensor):
-            checks.tensor(NAME, "target", target, 0)
+        core = 0 if isinstance(target, Tensor) and target.dtype == torch.int64 else 1
+        _check_rows("target", target, core, features)
+        if sample_weight is not None:
+            _check_rows("sample_weight", sample_weight, 0, features)
         rows = _as_rows(features.detach(), 1)
-        target = _as_rows(target, 0 if target.dtype == torch.int64 else 1)
+        target = _as_rows(target, core)
         lam, ridge = self.lam, self.ridge
         if self.relative or self.method == "ridge":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cfl_ops._core import checks
 
@@ -38,6 +39,10 @@ def train_step(
             graph). ``"backbone-first-cached"`` solves it on the features of the old one instead. With a head
             of zeros Algorithm 2's first backbone gradient is zero: it needs ``init="lecun"`` or a head step.
 
+    Raises:
+        TypeError, ValueError, IndexError: target does not fit, or is not finite; before the backbone is stepped (with
+            ``check="next"`` of the head what its values are is told later).
+
     Returns:
         The loss: at the new head for Algorithm 1 and for the refit of Algorithm 2.
 
@@ -58,17 +63,43 @@ def train_step(
         loss = head.step(features, target)
         optimizer.step()
         return loss
-    prediction = head(features)
-    rows = prediction.reshape(-1, head.out_features)
-    if target.dtype == torch.int64:
-        one_hot = F.one_hot(target.reshape(-1), head.out_features).to(rows.dtype)
-    else:
-        one_hot = target.reshape(rows.shape)
-    squared = (one_hot - rows).square().sum()
-    (squared / max(1, len(rows)) if head.reduction == "mean" else squared).backward()
+    _loss(head, features, target).backward()
     optimizer.step()
     if order == "backbone-first":
         with torch.no_grad():
             features = backbone(x)
     loss, _ = head.update(features, target)
     return loss
+
+
+def _loss(head: ClosedFormLinear, features: Tensor, target: Tensor) -> Tensor:
+    """The loss at the present head, of targets that the head would take: it takes them after the backbone's step."""
+    name = "learn.train_step"
+    checks.tensor(name, "target", target, 0)
+    rows = head(features)
+    lead, classes = tuple(features.shape[:-1]), head.out_features
+    now = head.check_when == "now"
+    if target.dtype == torch.int64:
+        if target.shape not in (lead, (math.prod(lead),)):
+            raise ValueError(f"cfl_ops.{name}: target must have shape {lead}, but got {tuple(target.shape)}")
+        bad = (target < 0) | (target >= classes)
+        if now and bool(bad.any()):
+            raise IndexError(
+                f"cfl_ops.{name}: target must hold class indices from 0 to {classes - 1}, but got {int(target[bad][0])}"
+            )
+        wanted = target.reshape(lead).unsqueeze(-1) == torch.arange(classes, device=target.device)
+    else:
+        checks.floating(name, "target", target, 1)
+        if target.shape not in ((*lead, classes), (math.prod(lead), classes)):
+            raise ValueError(
+                f"cfl_ops.{name}: target must have shape {(*lead, classes)}, but got {tuple(target.shape)}"
+            )
+        wanted = target.reshape(rows.shape)
+    # Under autocast predictions are half, whose squares overflow at 256.
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    squared: Tensor = (wanted.to(torch.promote_types(wanted.dtype, rows.dtype)) - rows).square().sum()
+    if now and not bool(squared.isfinite()):
+        raise ValueError(
+            f"cfl_ops.{name}: target or the prediction has NaN or Inf, or values whose squares overflow"
+        )
+    return squared / max(1, math.prod(lead)) if head.reduction == "mean" else squared

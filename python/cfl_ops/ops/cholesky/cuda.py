@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cfl_ops._gpu.sources import RANKS, Constants
 from cfl_ops.ops.cholesky.codes import BREAKDOWN_EPS
+from cfl_ops.ops.cholesky.factor import with_lost_digits
 
 CHOLESKY = Constants("cholesky")
 
@@ -68,4 +69,7 @@ def _passes(
         kept = out.diagonal(dim1=-2, dim2=-1) > math.sqrt(breakdown) * old
         which = kept.logical_not().to(torch.int32).argmax(-1).to(torch.int32) + 1
         found[0] = torch.maximum(found[0], torch.where(kept.all(-1), 0, CHOLESKY.kBadL - which))
+    if alpha < 0:
+        lost = with_lost_digits(found.amax(0), out.tril(), vectors, alpha)
+        found[0] = torch.where(found.amax(0) == 0, torch.where(lost > 0, CHOLESKY.kBadL - lost, 0), found[0])
     return found, torch.zeros(matrices, dtype=torch.int32, device=device)

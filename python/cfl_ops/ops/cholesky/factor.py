@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from cfl_ops._core import checks
 from cfl_ops._core.autocast import without_autocast
 from cfl_ops._core.op import transforming
-from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V
+from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, LEAST_EIGENVALUE
 
 
 def check_factor(op: str, name: str, value: Any) -> None:
@@ -27,6 +28,54 @@ def with_bad_arguments(info: Tensor, lower: Tensor, V: Tensor) -> Tensor:
     """The info (...) of an update, which says first what is wrong with L, given its lower triangle, and V."""
     info = torch.where(lower.isfinite().flatten(-2).all(-1), info, BAD_L)
     return torch.where(V.isfinite().flatten(-2).all(-1), info, BAD_V).to(torch.int32)
+
+
+def least_eigenvalue_above(factor: Tensor, least: float) -> Tensor:
+    """Whether L L^T has no eigenvalue below ``least``: two steps of inverse iteration from the least pivot."""
+    pivot, _ = factor.diagonal(dim1=-2, dim2=-1).square().min(-1)
+    return (pivot > least) & (inverse_size(factor) * least < 1)
+
+
+def inverse_size(factor: Tensor) -> Tensor:
+    """``|(L L^T)^-1|``, two steps of inverse iteration from the least pivot: a third of it at the least, mostly."""
+    at = factor.diagonal(dim1=-2, dim2=-1).argmin(-1)
+    size = vector = torch.zeros_like(factor[..., :1]).scatter(-2, at[..., None, None], 1.0)
+    for _ in range(2):
+        half = torch.linalg.solve_triangular(factor, vector, upper=False)
+        vector = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        size = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+        vector = vector / size
+    return size[..., 0, 0]
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """``(..., D, 1)``, also where squares leave the range of the dtype."""
+    largest = matrix.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)
+    norms: Tensor = unit * torch.linalg.vector_norm(matrix / unit, dim=-1, keepdim=True)
+    return norms
+
+
+def with_lost_digits(info: Tensor, out: Tensor, V: Tensor, alpha: float) -> Tensor:
+    """The info (...) of a downdate, which also says where the new factor L' has lost its digits.
+
+    A downdate is that of L and V changed by rounding, of eps for each row of L: so its pivots are off by
+    eps sqrt(D) |L'^-1 diag(A)^1/2| |L'^-1 L|, or a fourth of that as measured. A tenth is asked for.
+    """
+    order = out.shape[-1]
+    if alpha >= 0 or order == 0:
+        return info
+    w = V * math.sqrt(-alpha)
+    size = row_norms(torch.cat((out, w), -1))  # sqrt(A_ii) of the old A = L' L'^T + W W^T
+    size = torch.where((info == 0)[..., None, None], size, 1.0)
+    scaled = torch.where(
+        (info == 0)[..., None, None], out / size, torch.eye(order, dtype=out.dtype, device=out.device)
+    )
+    growth = torch.linalg.solve_triangular(scaled, w / size, upper=False).square().sum((-2, -1))
+    unit = LEAST_EIGENVALUE * torch.finfo(out.dtype).eps * math.sqrt(order)
+    digits = unit * ((1 + growth) * inverse_size(scaled)).sqrt() < 1
+    worst = scaled.diagonal(dim1=-2, dim2=-1).argmin(-1).to(info.dtype) + 1
+    return torch.where((info != 0) | digits, info, worst)
 
 
 def copy_good_(L: Tensor, out: Tensor, info: Tensor) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.autocast import without_autocast
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
+from cfl_ops._core.op import transforming
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.cholesky.factor import check_factor
+from cfl_ops.ops.cholesky.codes import LEAST_EIGENVALUE
+from cfl_ops.ops.cholesky.factor import check_factor, least_eigenvalue_above, row_norms
 from cfl_ops.ops.cholesky.update import cholesky_update
 
 __all__ = ["cholesky_append", "cholesky_append_ex", "cholesky_delete"]
@@ -39,7 +42,8 @@ def cholesky_append(L: Tensor, rows: Tensor, corner: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
-        torch.linalg.LinAlgError: the grown matrix is not positive definite; names the batch index and pivot.
+        torch.linalg.LinAlgError: the grown matrix is not positive definite, or rounding may have changed a new
+            squared pivot by a tenth; names the batch index and pivot.
 
     Costs ``m D^2 + m^2 D + m^3 / 3`` FLOPs, and the copy. Differentiable in all three.
 
@@ -59,7 +63,7 @@ def cholesky_append_ex(L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor,
     """As :func:`cholesky_append`, but returns ``(L', info)`` instead of raising for what the data holds.
 
     ``info (...)`` int32: 0, or the order of the first leading minor of the grown matrix that is not positive
-    definite (NaN included); the block of the new corner is then undefined.
+    definite to working precision (NaN included); the block of the new corner is then undefined.
 
     Example:
         >>> import torch, cfl_ops
@@ -132,7 +136,35 @@ def _append(op: str, L: Tensor, rows: Tensor, corner: Tensor) -> tuple[Tensor, T
     lower = corner.tril()
     symmetric = lower + lower.tril(-1).mT
     right, info = torch.linalg.cholesky_ex(symmetric - left @ left.mT)
+    if right.shape[-1] and not _clear(L, right, corner):
+        lost = _lost_pivot(L.detach(), left.detach(), right.detach(), lower.detach())
+        info = torch.where(info != 0, info, lost)
     return _joined(L, left, right), torch.where(info != 0, info + L.shape[-1], info)
+
+
+def _clear(L: Tensor, right: Tensor, corner: Tensor) -> bool:
+    """Whether the pivots are so large that none can be lost: on a CPU a look at them is cheaper than the sums below."""
+    if not L.is_cpu or is_compiling() or transforming() or L.numel() == 0 or right.numel() != 1:
+        return False
+    least, largest = L.diagonal(dim1=-2, dim2=-1).amin(), L.abs().amax()
+    return float(least) > 0.01 * float(largest) and float(right) ** 2 > 0.05 * float(corner)
+
+
+def _lost_pivot(L: Tensor, left: Tensor, right: Tensor, corner: Tensor) -> Tensor:
+    """The order of the new pivot that rounding may have changed by a tenth, as in with_lost_digits; 0 for none.
+
+    Rounding changes an entry of the grown matrix by eps of the sizes of its row and column, and so entry i, j of
+    C - R A^-1 R^T by eps of c_i r_j + r_i c_j, c the size of the corner's rows and r = c + 2 |R A^-1| diag(A)^1/2.
+    """
+    back = torch.linalg.solve_triangular(L, left, upper=False, left=False)
+    size = corner.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1)
+    known = L.shape[-1] > 0
+    reach = size + 2 * back.abs() @ row_norms(L) if known else size
+    scaled = right / (size.sqrt() * reach.sqrt())
+    # A fourth, for r is a sum of magnitudes, and roundings have signs.
+    least = LEAST_EIGENVALUE / 4 * torch.finfo(L.dtype).eps * (L.shape[-1] + right.shape[-1]) ** 0.5
+    worst = scaled.diagonal(dim1=-2, dim2=-1).argmin(-1) + 1
+    return torch.where(least_eigenvalue_above(scaled, least), 0, worst).to(torch.int32)
 
 
 def _joined(top: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -159,7 +191,7 @@ def _sorted_indices(op: str, index: int | Sequence[int], order: int) -> list[int
 def _append_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
     _, code, where = first_failure(info)
     error: Exception = LinAlgError(
-        f"cfl_ops.cholesky_append: {where}the grown matrix is not positive definite "
+        f"cfl_ops.cholesky_append: {where}the grown matrix is not positive definite to working precision "
         f"(the leading minor of order {code})"
     )
     return error

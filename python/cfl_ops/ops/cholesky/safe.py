@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message, first_failure
-from cfl_ops._core.op import Derivative, define_op
+from cfl_ops._core.op import Derivative, define_op, transforming
 from cfl_ops._core.results import result_type
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.cholesky.codes import INDEFINITE, NOT_FINITE
-from cfl_ops.ops.cholesky.factor import check_factor, factor_backward, inverse_of_factor
+from cfl_ops.ops.cholesky.codes import (
+    FIRST_JITTER,
+    INDEFINITE,
+    LEAST_EIGENVALUE,
+    MOST_ROUNDING,
+    NOT_FINITE,
+)
+from cfl_ops.ops.cholesky.factor import (
+    check_factor,
+    factor_backward,
+    inverse_of_factor,
+    least_eigenvalue_above,
+)
 
 __all__ = ["SafeCholesky", "safe_cholesky", "safe_cholesky_ex", "spd_inverse", "spd_inverse_ex"]
 
@@ -36,9 +49,10 @@ def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
     .. math:: L L^T = a + \tau \, \mathrm{diag}(a) + \mathrm{diag}(\text{dead})
 
     The matrix is scaled to a unit diagonal, so that columns of very different size do not need (or hide) a
-    jitter. Where its pivots are above rounding, tau is exactly 0; else tau starts at the size of the rounding
-    errors, ``8 eps sqrt(D)``, and grows eightfold until the factorisation succeeds. A column whose diagonal
-    entry is 0 is *dead*: its row and column of L are those of the identity.
+    jitter. Where its least eigenvalue is then above rounding, ``10 eps sqrt(D)`` by an estimate, tau is exactly 0;
+    else tau starts at ``16 eps sqrt(D)`` and grows eightfold until that is so. The factor, and an inverse made of
+    it, are off by a tenth at the most. A column whose diagonal entry is 0, or is negative and the rest of its row
+    small by rounding, ``1024 eps D`` of the largest, is *dead*: its row and column of L are those of the identity.
 
     Args:
         a: ``(..., D, D)``, float32 or float64, symmetric; only the lower triangle is read.
@@ -49,8 +63,7 @@ def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
 
     Raises:
         TypeError, ValueError: a does not fit, or has NaN or Inf.
-        torch.linalg.LinAlgError: a has a negative eigenvalue far beyond rounding (never for a semi-definite
-            matrix); names the batch index.
+        torch.linalg.LinAlgError: a needs a larger tau (never a semi-definite matrix); names the batch index.
 
     Costs ``D^3 / 3`` FLOPs per attempt. Differentiable in a, tau held fixed.
 
@@ -64,6 +77,7 @@ def safe_cholesky(a: Tensor, *, max_jitter: float = 0.5) -> SafeCholesky:
         True
 
     """
+    max_jitter = checks.number("safe_cholesky", "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     result, info = _safe("safe_cholesky", a, max_jitter)
     check_info("safe_cholesky", info, list(result), [])
     return result
@@ -82,6 +96,7 @@ def safe_cholesky_ex(a: Tensor, *, max_jitter: float = 0.5) -> tuple[SafeCholesk
         1
 
     """
+    max_jitter = checks.number("safe_cholesky_ex", "max_jitter", max_jitter, checks.NOT_NEGATIVE)
     return _safe("safe_cholesky_ex", a, max_jitter)
 
 
@@ -90,8 +105,9 @@ def spd_inverse(a: Tensor) -> Tensor:
 
     .. math:: (a + \tau \, \mathrm{diag}(a) + \mathrm{diag}(\text{dead}))^{-1}
 
-    with tau from :func:`safe_cholesky`: exactly 0 where none is needed. The row and column of a dead column
-    (a zero on the diagonal) are those of the identity.
+    with tau from :func:`safe_cholesky`: exactly 0 where none is needed, and of the size of rounding where it is,
+    ``1024 eps D`` at the most (the error of sums of 10^6 products), with a warning. The row and column of a dead
+    column (a zero on the diagonal) are those of the identity.
 
     Args:
         a: ``(..., D, D)``, float32 or float64, symmetric; only the lower triangle is read.
@@ -101,7 +117,7 @@ def spd_inverse(a: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: a does not fit, or has NaN or Inf.
-        torch.linalg.LinAlgError: a has a negative eigenvalue far beyond rounding.
+        torch.linalg.LinAlgError: a has a negative eigenvalue beyond rounding.
 
     Costs ``D^3`` FLOPs. Differentiable (twice).
 
@@ -111,7 +127,16 @@ def spd_inverse(a: Tensor) -> Tensor:
         tensor([0.2500, 1.0000])
 
     """
-    return inverse_of_factor(safe_cholesky(a).L)
+    result, info = _safe("spd_inverse", a, None)
+    check_info("safe_cholesky", info, list(result), [])
+    jitter = result.jitter
+    if not is_compiling() and not transforming() and (jitter.item() if jitter.numel() == 1 else jitter.any()):
+        warnings.warn(
+            f"cfl_ops.spd_inverse: a is singular to working precision, so this is the inverse of a + tau diag(a) with "
+            f"tau up to {float(jitter.max()):.1e}; spd_inverse_ex returns tau and does not warn",
+            stacklevel=2,
+        )
+    return inverse_of_factor(result.L)
 
 
 def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,20 +151,21 @@ def spd_inverse_ex(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (0, 0.0)
 
     """
-    (factor, jitter), info = _safe("spd_inverse_ex", a, 0.5)
+    (factor, jitter), info = _safe("spd_inverse_ex", a, None)
     return inverse_of_factor(factor), jitter, info
 
 
-def _safe(op: str, a: Tensor, max_jitter: float) -> tuple[SafeCholesky, Tensor]:
+def _safe(op: str, a: Tensor, max_jitter: float | None) -> tuple[SafeCholesky, Tensor]:
+    """``max_jitter`` None: as much as rounding explains."""
     check_factor(op, "a", a)
-    max_jitter = checks.number(op, "max_jitter", max_jitter, checks.NOT_NEGATIVE)
+    max_jitter = _rounding(a) if max_jitter is None else max_jitter
     factor, jitter, info = SAFE(a, float(max_jitter))
     return SafeCholesky(factor, jitter), info
 
 
-def _first_jitter(order: int, eps: float) -> float:
-    """Below this the pivots of a matrix with unit diagonal are rounding errors."""
-    return 4 * eps * math.sqrt(max(order, 1))
+def _rounding(a: Tensor) -> float:
+    """The largest jitter that rounding can be blamed for."""
+    return min(0.5, MOST_ROUNDING * torch.finfo(a.dtype).eps * a.shape[-1])
 
 
 def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,20 +188,20 @@ def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
         # In a semi-definite matrix the rest of a dead row is zero; what is there has no business there.
         of_dead = dead.unsqueeze(-1) | dead.unsqueeze(-2)
         scale = torch.where(dead, 0.0, diagonal).amax(-1)
-        stray = torch.where(of_dead, scaled, 0.0).abs().amax((-2, -1)) > max_jitter * scale
+        rounding = min(max_jitter, _rounding(a))
+        stray = torch.where(of_dead, scaled, 0.0).abs().amax((-2, -1)) > rounding * scale
         scaled = scaled.masked_fill(of_dead, 0.0)
     sqrt_diagonal = torch.where(dead, 1.0, diagonal).sqrt()
     inverse = 1 / sqrt_diagonal
     scaled.mul_(inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
-    first = _first_jitter(order, torch.finfo(a.dtype).eps)
+    unit = torch.finfo(a.dtype).eps * math.sqrt(order)
     step = 0.0
     factor, info = torch.linalg.cholesky_ex(scaled)
     while True:
-        breakdown = ~(factor.diagonal(dim1=-2, dim2=-1).square() > first * 0.5).all(-1)
-        failed = (info != 0) | (breakdown & (jitter == 0))
-        step = 2 * first if step == 0.0 else 8 * step
+        failed = (info != 0) | ~least_eigenvalue_above(factor, LEAST_EIGENVALUE * unit)
+        step = FIRST_JITTER * unit if step == 0.0 else 8 * step
         if step > max_jitter or (not gpu and not bool(failed.any())):
             break
         shifted = scaled.clone()
@@ -184,7 +210,7 @@ def _safe_python(a: Tensor, max_jitter: float) -> tuple[Tensor, Tensor, Tensor]:
         factor = torch.where(failed[..., None, None], again, factor)
         info = torch.where(failed, info_again, info)
         jitter = torch.where(failed, step, jitter)
-    code = torch.where((info != 0) | stray, INDEFINITE, 0)
+    code = torch.where(failed | stray, INDEFINITE, 0)
     code = torch.where(finite, code, NOT_FINITE).to(torch.int32)
     return (sqrt_diagonal.unsqueeze(-1) * factor).contiguous(), jitter, code
 
@@ -228,6 +254,6 @@ def _safe_error(info: Tensor, context: Sequence[Tensor]) -> Exception:
     if code == NOT_FINITE:
         return ValueError(f"{prefix}a has NaN or Inf in its lower triangle")
     error: Exception = LinAlgError(
-        f"{prefix}a is not positive semi-definite: even a jitter of max_jitter times its diagonal is not enough"
+        f"{prefix}a is not positive semi-definite: even the most jitter allowed on its diagonal is not enough"
     )
     return error

@@ -19,7 +19,13 @@ from cfl_ops._gpu.launch import cuda_cpp, triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.cholesky import cuda
 from cfl_ops.ops.cholesky.codes import BAD_L, BAD_V, BREAKDOWN_EPS
-from cfl_ops.ops.cholesky.factor import check_factor, copy_good_, factor_backward, with_bad_arguments
+from cfl_ops.ops.cholesky.factor import (
+    check_factor,
+    copy_good_,
+    factor_backward,
+    with_bad_arguments,
+    with_lost_digits,
+)
 
 __all__ = [
     "cholesky_downdate",
@@ -53,10 +59,13 @@ def cholesky_update(L: Tensor, V: Tensor, alpha: float = 1.0, *, decay: float = 
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or NaN or Inf in ``V`` or ``L``.
-        torch.linalg.LinAlgError: a downdate leaves a matrix that is not positive definite (a squared pivot
-            falls to less than 10 eps of itself); names the batch index.
+        torch.linalg.LinAlgError: a downdate leaves a matrix that is not positive definite to working precision: a
+            squared pivot falls to less than 10 eps of itself, or rounding may have changed one by a tenth; names
+            the batch index.
 
-    Costs ``2 k D^2`` FLOPs, against ``D^3 / 3 + k D^2`` for forming and factoring the new matrix.
+    ``L' L'^T`` is off by a few eps of the norm of the old and the new matrix, for each update of a stream. A pivot
+    that is smaller than that, of a ``V`` far larger than ``L`` say, an update gives without its digits; a downdate
+    raises. Costs ``2 k D^2`` FLOPs, against ``D^3 / 3 + k D^2`` for forming and factoring the new matrix.
     Differentiable (twice) in L and V, at the cost of a few triangular solves, ``O(D^3)``.
 
     Example:
@@ -239,18 +248,25 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         unit = torch.maximum(length, v.abs().amax(-1)) if v.shape[-1] else length
         safe_unit = torch.where(unit > 0, unit, 1.0)
         l1, v1 = length / safe_unit, v / safe_unit.unsqueeze(-1)
-        square = l1 * l1 + side * (v1 * v1).sum(-1)
+        added = (v1 * v1).sum(-1)
+        square = l1 * l1 + side * added
         breakdown = ~(square > BREAKDOWN_EPS * eps * l1 * l1) if alpha < 0 else ~(square >= 0)
         r1 = square.clamp(min=0).sqrt()
-        r = r1 * safe_unit
-        pivots.append(breakdown | ~r.isfinite())
         zero_pivot = r1 == 0  # a zero column of a semi-definite factor stays one
         safe_r1 = torch.where(zero_pivot, 1.0, r1)
+        # The change, 1 - l / r, not a cosine near 1: roundings of that one all go the same way.
+        less = side * added / (safe_r1 * torch.where(zero_pivot, 1.0, l1 + r1))
+        change = less * r1
+        r2 = l1 + change
+        r = r2 * safe_unit
+        pivots.append(breakdown | ~r.isfinite())
         s = (v1 / safe_r1.unsqueeze(-1)).masked_fill(zero_pivot.unsqueeze(-1), 0.0)
         g = v1 / torch.where(zero_pivot, 1.0, l1 + r1).unsqueeze(-1)
-        c = torch.where(zero_pivot, 1.0, l1 / safe_r1)
+        # What the rounding of the pivot added to it, as a share of it, is added to the whole column.
+        rounded = ((r2 - l1) - change) / torch.where(r2 > 0, r2, 1.0)
+        less = torch.where(zero_pivot, 0.0, less - l1 / safe_r1 * rounded)
         below = w[..., j:, :]
-        new = c.unsqueeze(-1) * column + side * (below @ s.unsqueeze(-1)).squeeze(-1)
+        new = column + (side * (below @ s.unsqueeze(-1)).squeeze(-1) - less.unsqueeze(-1) * column)
         w[..., j:, :] = below - (column + new).unsqueeze(-1) * g.unsqueeze(-2)
         out[..., j:, j] = new
         out[..., j, j] = r
@@ -259,6 +275,7 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         failed = torch.stack(pivots, -1)
         first = failed.to(torch.int32).argmax(-1) + 1
         info = with_bad_arguments(torch.where(failed.any(-1), first, info), old, V)
+        info = with_lost_digits(info, out, V, alpha)
     return torch.where((info != 0)[..., None, None], old, out), info
 
 

@@ -13,82 +13,14 @@ from cfl_ops._core.arguments import DTYPES, same_dtype, trailing, within
 from cfl_ops._core.batching import expand_batch
 from cfl_ops._core.failures import check_info, error_message, first_failure
 from cfl_ops._core.op import Derivative, define_op, gradients
-from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.ops.gram.codes import BAD_CLASS, BAD_WEIGHT, NOT_FINITE
+from cfl_ops.ops.gram.moments import GramMoments, check_decay
 
-__all__ = ["GramMoments", "gram", "gram_"]
+__all__ = ["gram", "gram_"]
 
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@result_type("gram")
-class GramMoments(NamedTuple):
-    """The second moments of features ``x (..., B, D)`` and targets ``y (..., B, K)`` with row weights ``s``.
-
-    With ``D' = D + 1`` where a bias column was asked for (a last feature that is 1), else ``D' = D``:
-    """
-
-    gram: Tensor
-    """``(..., D', D')``: sum of s x x^T, exactly symmetric."""
-    cross: Tensor | None
-    """``(..., D', K)``: sum of s x y^T, or None without targets."""
-    target_sum: Tensor | None
-    """``(..., K)``: sum of s y."""
-    target_sq: Tensor | None
-    """``(..., K)``: sum of s y^2."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs of moments
-    """``(...)`` float64: sum of s, the number of rows where no weights are given."""
-
-    def __add__(self, other: object) -> GramMoments:
-        """The moments of both sets of rows together."""
-        if not isinstance(other, GramMoments):
-            return NotImplemented
-        return self._combine(other)
-
-    def _combine(self, other: GramMoments) -> GramMoments:
-        for name, mine, theirs in zip(self._fields, self, other, strict=True):
-            if (mine is None) != (theirs is None):
-                raise ValueError(
-                    f"cfl_ops.GramMoments: cannot add moments with and without targets ({name} is None in one)"
-                )
-            if mine is not None and theirs is not None and mine.shape[-2:] != theirs.shape[-2:]:
-                raise ValueError(
-                    f"cfl_ops.GramMoments: cannot add {name} of shape {tuple(mine.shape)} "
-                    f"and {tuple(theirs.shape)}"
-                )
-        return GramMoments(
-            self.gram + other.gram,
-            None if self.cross is None or other.cross is None else self.cross + other.cross,
-            None
-            if self.target_sum is None or other.target_sum is None
-            else self.target_sum + other.target_sum,
-            None if self.target_sq is None or other.target_sq is None else self.target_sq + other.target_sq,
-            self.count + other.count,
-        )
-
-    def decay(self, rho: float | Tensor) -> GramMoments:
-        """All moments times ``rho``, one for all batch elements or one for each: older rows count less."""
-        op = "GramMoments.decay"
-        factor = checks.coefficient(op, "rho", rho, self.gram.device)
-        if factor.ndim and factor.shape != self.count.shape:
-            raise ValueError(
-                f"cfl_ops.{op}: rho must be 0-d or have the batch shape {tuple(self.count.shape)}, "
-                f"but got shape {tuple(factor.shape)}"
-            )
-
-        def decayed(field: Tensor) -> Tensor:
-            rows = field.ndim - factor.ndim if factor.ndim else 0
-            return field * factor.to(field.dtype)[(...,) + (None,) * rows]
-
-        return GramMoments._make(None if field is None else decayed(field) for field in self)
-
-    def to(self, *args: Any, **kwargs: Any) -> GramMoments:
-        """As ``Tensor.to``, for every field; a dtype leaves ``count`` in float64."""
-        moved = [None if field is None else field.to(*args, **kwargs) for field in self[:4]]
-        assert moved[0] is not None
-        return GramMoments._make([*moved, self.count.to(moved[0].device)])
 
 
 def gram(
@@ -115,7 +47,8 @@ def gram(
         sample_weight: ``(..., B)`` weights ``s >= 0`` of the rows.
         num_classes: K for class indices.
         acc_dtype: the dtype of accumulation and result: float32 or float64. By default float32 for half
-            inputs, else the dtype of ``x``. float64 for narrower inputs is called *float64 accumulation*.
+            inputs, else the dtype of ``x``. float64 for narrower inputs is called *float64 accumulation*. Sums in
+            float32 are infinite past 3e38, and have few digits or are 0 below 1e-38 (features of 1e-19).
 
     Returns:
         :class:`GramMoments`: ``gram (..., D', D')``, ``cross (..., D', K)``, ``target_sum (..., K)``,
@@ -149,21 +82,23 @@ def gram_(
     x: Tensor,
     y: Tensor | None = None,
     *,
+    bias_column: bool = False,
     sample_weight: Tensor | None = None,
     decay: float = 1.0,
 ) -> GramMoments:
     r"""Add the moments of new rows to ``m`` in place: ``m <- decay * m + gram(x, y)``.
 
-    No D x D temporary is made on the CPU. Whether there is a bias column, and how many classes, is read off
-    ``m``; half inputs add to float32 moments, and narrower inputs to float64 moments (float64 accumulation).
+    No D x D temporary is made on the CPU. How many classes there are is read off ``m``; half inputs add to
+    float32 moments, and narrower inputs to float64 moments (float64 accumulation).
 
     Args:
         m: moments from :func:`gram`, updated in place.
-        x: ``(..., B, D)`` in the batch shape of ``m``. Rows one column narrower than ``m`` are taken for those of
-            moments with a bias column: a width that is short by one goes unnoticed.
+        x: ``(..., B, D)`` in the batch shape of ``m``.
         y: targets as in :func:`gram`, where ``m`` has them.
+        bias_column: whether ``m`` has one, as it was said to :func:`gram`: moments do not show it.
         sample_weight: ``(..., B)`` weights of the rows.
-        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew.
+        decay: what the old rows' weights are multiplied by: exponential forgetting below 1; 0 starts anew. In
+            float32 it is 1, or differs from 1 by 1e-6 or more: what is closer would be rounded.
 
     Returns:
         ``m``.
@@ -180,7 +115,8 @@ def gram_(
 
     """
     decay = checks.number("gram_", "decay", decay, checks.NOT_NEGATIVE)
-    new = _new_rows(m, x, y, sample_weight)
+    new = _new_rows(m, x, y, bias_column, sample_weight)
+    check_decay("gram_", "decay", decay, m.gram.dtype)
     a = in_place(_moments(m), new, decay)
     info = GRAM_(*a)
     refuse_bad_rows(info, [field for field in m if field is not None], new, a.target_sum)
@@ -372,10 +308,13 @@ def gram_arguments(
     return GramArguments(x, y, sample_weight, bias_column, classes, acc_dtype)
 
 
-def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor | None) -> GramArguments:
+def _new_rows(
+    m: GramMoments, x: Tensor, y: Tensor | None, bias_column: bool, sample_weight: Tensor | None
+) -> GramArguments:
     """Check what :func:`gram_` takes: the new rows as in :func:`gram`, and that they fit ``m``."""
     if not isinstance(m, GramMoments):
         raise TypeError(f"cfl_ops.gram_: m must be GramMoments, but got {type(m).__name__}")
+    bias_column = checks.flag("gram_", "bias_column", bias_column)
     for name, value in zip(m._fields, m, strict=True):
         if not isinstance(value, Tensor) and (value is not None or name in ("gram", "count")):
             raise TypeError(f"cfl_ops.gram_: m.{name} must be a tensor, but got {type(value).__name__}")
@@ -384,11 +323,11 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     if m.cross is not None:
         checks.tensor("gram_", "m.cross", m.cross, 2)
     checks.floating("gram_", "x", x, 2)
-    order, width = m.gram.shape[-1], x.shape[-1]
-    if order not in (width, width + 1):
+    order = m.gram.shape[-1]
+    if x.shape[-1] + int(bias_column) != order:
         raise ValueError(
-            f"cfl_ops.gram_: x must have width {order} (or {order - 1} where m has a bias column), "
-            f"but got shape {tuple(x.shape)}"
+            f"cfl_ops.gram_: x must have width {order - int(bias_column)}, for m is of order {order} "
+            f"and bias_column is {bias_column}, but got shape {tuple(x.shape)}"
         )
     if (m.cross is None) != (y is None):
         raise ValueError(f"cfl_ops.gram_: m has {'no ' * (m.cross is None)}targets, so y must be as well")
@@ -396,7 +335,6 @@ def _new_rows(m: GramMoments, x: Tensor, y: Tensor | None, sample_weight: Tensor
     if y is not None and isinstance(y, Tensor) and y.dtype == torch.int64 and m.cross is not None:
         classes = m.cross.shape[-1]
     acc_dtype = m.gram.dtype if m.gram.dtype in (torch.float32, torch.float64) else None
-    bias_column = True if order > width else False  # noqa: SIM210  # in a graph the comparison is no bool
     new = gram_arguments("gram_", x, y, bias_column, sample_weight, classes, acc_dtype)
     if new.acc_dtype != m.gram.dtype:
         raise TypeError(

@@ -16,7 +16,6 @@ from cfl_ops._core.op import Derivative, define_op, gradients
 from cfl_ops.ops.gram.gram import (
     GRAM_,
     GramArguments,
-    GramMoments,
     as_moments,
     check_rows,
     gram_arguments,
@@ -27,6 +26,7 @@ from cfl_ops.ops.gram.gram import (
     row_dims,
     row_shapes,
 )
+from cfl_ops.ops.gram.moments import GramMoments
 
 __all__ = ["linear_gram"]
 

@@ -9,7 +9,8 @@ from torch.compiler import is_compiling
 from cfl_ops._core import checks
 from cfl_ops.ops.proximal.arguments import check_arguments
 from cfl_ops.ops.proximal.step import PROXIMAL_STEP, ProximalStep, raise_if_failed
-from cfl_ops.ops.solve.system import cholesky_solve, on_device
+from cfl_ops.ops.solve.class_ridge import CLASS_SOLVE
+from cfl_ops.ops.solve.system import on_device
 
 __all__ = ["rescaled_proximal_step"]
 
@@ -32,8 +33,8 @@ def rescaled_proximal_step(
         \ell(f, c) = \kappa (f_c - M)^2 + \sum_{i \ne c} f_i^2
 
     (Hui and Belkin's loss, Closed-Form Last Layer Optimization, Eq. 29-32, with a proximal term.) Each class
-    has its own weighted system, which differs from a shared one on the rows of the class alone: so one
-    factorisation of the shared system, in float64, and one B x B solve serve all classes.
+    has its own weighted system, which differs from a shared one on the rows of the class alone: the systems of
+    :func:`class_ridge`, in float64. Loss and gradient are those of the head as it is stored.
 
     Args:
         features: ``(B, D)``, floating point.
@@ -53,7 +54,7 @@ def rescaled_proximal_step(
         TypeError, ValueError: shapes, dtypes or coefficients do not fit, or NaN and Inf.
         IndexError: a class index is out of range.
 
-    Costs one factorisation of the smaller side and ``2 B^3 / 3`` FLOPs. Differentiable.
+    Costs what :func:`class_ridge` does, and ``2 B D K`` multiply-adds for loss and gradient. Differentiable.
 
     Example:
         >>> import torch, cfl_ops
@@ -66,9 +67,8 @@ def rescaled_proximal_step(
 
     """
     op = "rescaled_proximal_step"
-    plain_loss = kappa == 1
-    if not is_compiling():  # in a graph they are checked below, once there is something to tie the checks to
-        checks.number(op, "kappa", kappa, checks.POSITIVE)
+    kappa = checks.number(op, "kappa", kappa, checks.POSITIVE)
+    if not is_compiling():  # in a graph it is checked below, once there is something to tie the check to
         checks.number(op, "target_scale", target_scale, checks.POSITIVE)
     checks.tensor(op, "labels", labels, 1)
     if labels.dtype != torch.int64:
@@ -91,7 +91,6 @@ def rescaled_proximal_step(
     ridge = checks.one_coefficient(op, "ridge", ridge, features.device)
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
     old = weight.clone()
-    kappa = checks.scalar(op, "kappa", kappa, checks.POSITIVE, [own, old])
     target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
     # The plain step on targets of size 1 checks the rest of the arguments and the data.
     scaled_bias = None if bias is None else bias / target_scale
@@ -100,7 +99,7 @@ def rescaled_proximal_step(
     )  # fmt: skip
     *plain, info = PROXIMAL_STEP(*arguments)
     raise_if_failed(info, [own, *plain], features, labels, weight)
-    if plain_loss or features.shape[0] == 0:
+    if features.shape[0] == 0:
         return ProximalStep(
             plain[0] * target_scale,
             None if bias is None else plain[1] * target_scale,
@@ -109,52 +108,33 @@ def rescaled_proximal_step(
         )
 
     rows, width = features.shape
-    phi, old = features.double(), old.double()
+    phi, previous = features, old.double()
     if bias is not None:
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
-        old = torch.cat([old, bias.double().unsqueeze(-1)], -1)
+        previous = torch.cat([previous, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
     mu = scale * on_device(lam, phi)
     t = mu + scale * on_device(ridge, phi)
-    anchor = old * (mu / t)
-    same_class = labels.unsqueeze(-1) == labels.unsqueeze(-2)
-    residual = target_scale * own - phi @ anchor.mT
-
-    if rows <= phi.shape[-1]:
-        # (Phi Phi^T + t diag(1 / s_k)) a_k = r_k, where 1 / s_k is 1 / kappa on the rows of class k, else 1.
-        shared = phi @ phi.mT
-        shared.diagonal().add_(t)
-        factor, info = torch.linalg.cholesky_ex(shared)
-        # Not torch.cholesky_inverse, whose forward-mode derivative is wrong (torch 2.13).
-        inverse = cholesky_solve(torch.eye(rows, dtype=factor.dtype, device=factor.device), factor)
-        alpha = torch.cholesky_solve(residual, factor)
-        shift = t * (1 / kappa - 1)
-        inner = (
-            torch.where(same_class, inverse, 0.0)
-            + torch.eye(rows, dtype=phi.dtype, device=phi.device) / shift
-        )
-        z = torch.linalg.solve(inner, alpha.gather(-1, labels.unsqueeze(-1)))
-        alpha = alpha - inverse @ (own * z)
-        change = alpha.mT @ phi
-    else:
-        # (Phi^T Phi + t I + (kappa - 1) P_k^T P_k) delta_k = Phi^T diag(s_k) r_k, P_k the rows of class k.
-        shared = phi.mT @ phi
-        shared.diagonal().add_(t)
-        factor, info = torch.linalg.cholesky_ex(shared)
-        delta = torch.cholesky_solve(phi.mT @ ((1 + (kappa - 1) * own) * residual), factor)
-        through = torch.cholesky_solve(phi.mT, factor)
-        inner = torch.where(same_class, phi @ through, 0.0)
-        inner = inner + torch.eye(rows, dtype=phi.dtype, device=phi.device) / (kappa - 1)
-        z = torch.linalg.solve(inner, (phi @ delta).gather(-1, labels.unsqueeze(-1)))
-        change = (delta - through @ (own * z)).mT
+    anchor = previous * torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
+    design = phi.double()
+    change, info = CLASS_SOLVE(
+        phi, labels, target_scale * own - design @ anchor.mT, None, t.expand(len(old)), kappa
+    )
     raise_if_failed(info, [change], features, labels, weight)
-    new = anchor + change
-    final = target_scale * own - phi @ new.mT
-    weighted = (1 + (kappa - 1) * own) * final
+    solved = anchor + change.mT
+    new = solved[:, :width].to(weight.dtype)
+    square = 1 + (kappa - 1) * own
+    final = target_scale * own - features.double() @ new.double().mT
+    new_bias = None
+    if bias is not None:  # what fits best beside the rounded weight
+        new_bias = ((square * final).sum(0) + t * anchor[:, width]) / (square.sum(0) + t)
+        new_bias = new_bias.to(bias.dtype)
+        final = final - new_bias.double()
+    weighted = square * final
     dtype = plain[2].dtype
     return ProximalStep(
-        new[:, :width].to(weight.dtype),
-        None if bias is None else new[:, width].to(bias.dtype),
+        new,
+        new_bias,
         ((weighted * final).sum() / scale).to(dtype),
-        ((-2 / scale) * weighted @ new[:, :width]).to(features.dtype),
+        ((-2 / scale) * weighted @ new.double()).to(features.dtype),
     )

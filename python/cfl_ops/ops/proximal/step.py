@@ -26,8 +26,7 @@ from cfl_ops.ops.proximal.codes import (
     FREE,
     MEAN,
 )
-from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
-from cfl_ops.ops.solve.system import on_device
+from cfl_ops.ops.solve.system import cholesky_solve, factor_system, on_device
 
 __all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
 
@@ -102,10 +101,13 @@ def proximal_step(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or penalties do not fit; NaN or Inf (naming the row).
         IndexError: a class index is out of range.
-        torch.linalg.LinAlgError: the system is singular, which takes a penalty of (nearly) zero.
+        torch.linalg.LinAlgError: the system is singular, or too nearly so for what follows.
 
-    Half-precision features are computed with in float32; float32 systems are factored in a precision that
-    resolves the penalty. Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
+    Loss and gradient are those of the new head as it is stored, to 5 % or 1e-9 of the targets' mean square, and the
+    loss is at most twice that of the exact head rounded to the same dtype, plus 1e-3 of the targets' mean square.
+    float32 and half precision are computed with in float32 where a bound on its rounding allows it, which features
+    with a large mean and small penalties do not; else in float64, at two to six times the cost (docs/formulas.md, 1.7).
+    Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
     ``2 (2 B D K + B D^2 / 2) + D^3 / 3``. Differentiable (twice) in all its tensors.
 
     Example:
@@ -273,12 +275,13 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
 
     With mu, t the proximal and the total penalty (sum convention) and the anchor Wa = (mu / t) W, the
     residual R0 = Y - Phi Wa^T is the target of a ridge problem for W_new - Wa (docs/formulas.md, 1.2-1.6).
-    The system of the smaller side is formed, factored and solved in float64.
+    The system of the smaller side is formed, factored and solved in float64, and the head refined by its own
+    residual. Then it is rounded to what it is stored in; bias, loss and gradient are those of the rounded weight.
     """
     features, target, weight, bias, lam, ridge, lam_diag, sample_weight, reduction, fit_bias, _ = arguments
     rows, width = features.shape[-2:]
     dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
-    phi, old = features.to(dtype), weight.to(dtype)
+    phi, old = features.to(torch.float64), weight.to(torch.float64)
     # Not left on the host: a 0-d condition of torch.where would be copied, which synchronises.
     lam = on_device(lam, phi)
     ridge = None if ridge is None else on_device(ridge, phi)
@@ -286,11 +289,11 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
 
     # The row weights s enter as square roots, which allows zeros.
     if sample_weight is None:
-        total = phi.new_full(phi.shape[:-2], rows, dtype=torch.float64)
+        total = phi.new_full(phi.shape[:-2], rows)
         sqrt_s = phi.new_ones(*phi.shape[:-1], 1)
     else:
         total = sample_weight.sum(-1, dtype=torch.float64)
-        sqrt_s = sample_weight.to(dtype).sqrt().unsqueeze(-1)
+        sqrt_s = sample_weight.to(torch.float64).sqrt().unsqueeze(-1)
     empty = total == 0
     safe_total = torch.where(empty, 1.0, total)
     scale = safe_total if reduction == MEAN else torch.ones_like(total)
@@ -303,78 +306,49 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         extra = scale.unsqueeze(-1) * lam_diag.to(torch.float64)
         mu, t = mu + extra, t + extra
     shrink = torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
-    anchor = old * shrink.unsqueeze(-2).to(dtype)
+    anchor = old * shrink.unsqueeze(-2)
     free = fit_bias == FREE
     if bias is not None:
         shrink_bias = torch.where(t_bias > 0, mu_bias / torch.where(t_bias > 0, t_bias, 1.0), 1.0)
-        anchor_bias = bias.to(dtype) if free else bias.to(dtype) * shrink_bias.unsqueeze(-1).to(dtype)
+        anchor_bias = bias.to(torch.float64) if free else bias.to(torch.float64) * shrink_bias.unsqueeze(-1)
 
-    prediction = phi @ anchor.mT
-    if bias is not None:
-        prediction = prediction + anchor_bias.unsqueeze(-2)
     if classes:
         outside = (target < 0) | (target >= weight.shape[-2])
-        label = torch.where(outside, 0, target).unsqueeze(-1)
-        residual = -prediction
+        y = phi.new_zeros(*target.shape, weight.shape[-2])
         if weight.shape[-2]:  # without classes every index is outside
-            residual = residual.scatter_add(-1, label, torch.ones_like(prediction[..., :1]))
+            y = y.scatter(-1, torch.where(outside, 0, target).unsqueeze(-1), 1.0)
     else:
-        residual = target.to(dtype) - prediction
+        y = target.to(torch.float64)
+    residual = y - phi @ anchor.mT
+    if bias is not None:
+        residual = residual - anchor_bias.unsqueeze(-2)
 
     if bias is not None and free:  # centring the rows fits the bias without a penalty
-        share = (sqrt_s * sqrt_s) / safe_total.to(dtype)[..., None, None]
-        mean_phi, mean_residual = (share * phi).sum(-2), (share * residual).sum(-2)
-        p, q = sqrt_s * (phi - mean_phi.unsqueeze(-2)), sqrt_s * (residual - mean_residual.unsqueeze(-2))
+        share = (sqrt_s * sqrt_s) / safe_total[..., None, None]
+        p = sqrt_s * (phi - (share * phi).sum(-2, keepdim=True))
+        q = sqrt_s * (residual - (share * residual).sum(-2, keepdim=True))
     else:
         p, q = sqrt_s * phi, sqrt_s * residual
-    p64, q64, sqrt64 = p.to(torch.float64), q.to(torch.float64), sqrt_s.to(torch.float64)
-    ones_column = bias is not None and not free
+    ones = sqrt_s if bias is not None and not free else None
+    size = (sqrt_s * y).square().sum((-2, -1)).sqrt()
+    if rows <= width:
+        centred = sqrt_s if bias is not None and free else None
+        change, info = _dual_change(p, q, t, ones, centred, t_bias if lam_diag is not None else None, size)
+    else:
+        change, info = _primal_change(p, q, t, ones, t_bias, size)
 
-    if rows <= width:  # dual: B x B
-        if lam_diag is None:
-            pe64, ridge_term, ones_scale = p64, t[..., 0], torch.ones_like(t_bias)
-        else:
-            pe64, ridge_term = p64 / t.unsqueeze(-2), torch.ones_like(total)
-            ones_scale = 1 / t_bias
-        system = plain_gram(p.mT, None, torch.float64)[0] if lam_diag is None else pe64 @ p64.mT
-        if ones_column:
-            system = system + ones_scale[..., None, None] * (sqrt64 @ sqrt64.mT)
-        # A row of weight zero has nothing to say; without a penalty its pivot would be zero.
-        zero_weight = (sqrt64.squeeze(-1) == 0) & (ridge_term.unsqueeze(-1) == 0)
-        diagonal = ridge_term.unsqueeze(-1) + zero_weight.to(torch.float64)
-        system = system + torch.diag_embed(diagonal.expand(*p.shape[:-1]))
-        alpha, info = RIDGE_SOLVE(system, q64, torch.zeros((), dtype=torch.float64), None)
-        change = alpha.mT @ pe64
-        scaled_residual = ridge_term[..., None, None] * alpha
-        if ones_column:
-            change_bias = ones_scale.unsqueeze(-1) * (sqrt64 * alpha).sum(-2)
-    else:  # primal: D x D
-        moments = plain_gram(p, q, torch.float64)
-        system, right = moments[0] + torch.diag_embed(t.expand(*t.shape[:-1], width)), moments[1]
-        if ones_column:  # eliminate the column of ones
-            pivot = total + t_bias
-            safe_pivot = torch.where(pivot > 0, pivot, 1.0)[..., None, None]
-            column, ones_right = p64.mT @ sqrt64, q64.mT @ sqrt64
-            system = system - column @ column.mT / safe_pivot
-            right = right - column @ ones_right.mT / safe_pivot
-        solution, info = RIDGE_SOLVE(system, right, torch.zeros((), dtype=torch.float64), None)
-        change = solution.mT
-        scaled_residual = q64 - p64 @ change.mT
-        if ones_column:
-            change_bias = ((ones_right - change @ column) / safe_pivot).squeeze(-1)
-            scaled_residual = scaled_residual - sqrt64 * change_bias.unsqueeze(-2)
-
-    new = (anchor.to(torch.float64) + change).to(dtype)
+    new = (anchor + change).to(weight.dtype)
+    final = y - phi @ new.to(torch.float64).mT
     if bias is None:
         new_bias = weight.new_empty(*new.shape[:-2], 0)
-    elif free:
-        # A centred fit passes through the means.
-        new_bias = anchor_bias + mean_residual - (change.to(dtype) @ mean_phi.unsqueeze(-1)).squeeze(-1)
-    else:
-        new_bias = (anchor_bias.to(torch.float64) + change_bias).to(dtype)
-    loss = (scaled_residual * scaled_residual).sum((-2, -1)) / scale
-    gradient = (-2 / scale[..., None, None]) * sqrt64 * scaled_residual
-    grad_features = gradient.to(dtype) @ new
+    else:  # what fits best beside the rounded weight
+        pull = torch.zeros_like(t_bias) if free else t_bias
+        sums = (sqrt_s * sqrt_s * final).sum(-2) + pull.unsqueeze(-1) * anchor_bias
+        new_bias = (sums / (safe_total + pull).unsqueeze(-1)).to(bias.dtype)
+        final = final - new_bias.to(torch.float64).unsqueeze(-2)
+    weighted = sqrt_s * final
+    loss = (weighted * weighted).sum((-2, -1)) / scale
+    grad_features = (-2 / scale[..., None, None]) * sqrt_s * weighted @ new.to(torch.float64)
 
     # Failures, and steps without data, leave the head as it was.
     bad_penalty = ~((lam >= 0) & lam.isfinite())
@@ -382,7 +356,10 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         bad_penalty = bad_penalty | ~((ridge >= 0) & ridge.isfinite())
     if lam_diag is not None:
         per_feature = (lam_diag >= 0) & lam_diag.isfinite() & (t > 0)
-        bad_penalty = bad_penalty | ~per_feature.all(-1) | (ones_column & ~(t_bias > 0))
+        bad_penalty = bad_penalty | ~per_feature.all(-1)
+        if bias is not None and not free:
+            bad_penalty = bad_penalty | ~(t_bias > 0)
+    info = torch.where((info == 0) & ~new.isfinite().all(-1).all(-1), 1, info)  # finite data that overflow
     if bias is not None:
         bad_weight = ~(weight.isfinite().all(-1).all(-1) & bias.isfinite().all(-1))
     else:
@@ -398,12 +375,100 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         info = torch.where(good.all(-1), info, BAD_SAMPLE_WEIGHT)
     info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
     keep = (info != 0) | empty
-    new = torch.where(keep[..., None, None], old, new).to(weight.dtype)
+    new = torch.where(keep[..., None, None], weight, new)
     if bias is not None:
-        new_bias = torch.where(keep.unsqueeze(-1), bias.to(dtype), new_bias).to(bias.dtype)
+        new_bias = torch.where(keep.unsqueeze(-1), bias, new_bias)
     loss = torch.where(info != 0, torch.nan, torch.where(empty, 0.0, loss)).to(dtype)
     grad_features = torch.where(keep[..., None, None], 0.0, grad_features).to(features.dtype)
     return new, new_bias, loss, grad_features, info
+
+
+REFINEMENTS = 2
+
+
+def _dual_change(
+    p: Tensor,
+    q: Tensor,
+    t: Tensor,
+    ones: Tensor | None,
+    centred: Tensor | None,
+    t_bias: Tensor | None,
+    size: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """W_new - Wa (..., K, D) from the B x B system, of weighted rows p and targets q; and info.
+
+    ones: the weighted column of ones of a penalised bias; centred: that of a free one. t_bias: the penalty of the bias,
+    where t is one for each feature. size: the norm of the targets, against which an error counts.
+    """
+    pe, penalty, ones_scale = p, t[..., 0], torch.ones_like(size)
+    if t_bias is not None:
+        pe, penalty, ones_scale = p / t.unsqueeze(-2), torch.ones_like(size), 1 / t_bias
+        system = pe @ p.mT
+    else:
+        system = plain_gram(p.mT, None, torch.float64)[0]
+    if ones is not None:
+        system = system + ones_scale[..., None, None] * (ones @ ones.mT)
+    if centred is not None:
+        # Centred rows leave this direction to the penalty alone. No right side has a part in it, so that whatever is
+        # added there changes nothing but the condition.
+        squares = centred.square().sum((-2, -1))
+        level = system.diagonal(dim1=-2, dim2=-1).sum(-1) / torch.where(squares > 0, squares, 1.0)
+        system = system + level[..., None, None] * (centred @ centred.mT)
+    # A row of weight zero has nothing to say; without a penalty its pivot would be zero.
+    silent = (p == 0).all(-1) & (q == 0).all(-1) & (penalty.unsqueeze(-1) == 0)
+    diagonal = penalty.unsqueeze(-1) + silent.to(torch.float64)
+    factor, info = factor_system(system + torch.diag_embed(diagonal.expand(*p.shape[:-1])))
+    alpha = torch.zeros_like(q)
+    change, missed = alpha.mT @ pe, q
+    for _ in range(1 + REFINEMENTS):
+        step = cholesky_solve(missed, factor)
+        # Not alpha^T P of the whole: it would lose again what a refinement gave back.
+        alpha, change = alpha + step, change + step.mT @ pe
+        own = q - p @ change.mT
+        if ones is not None:
+            own = own - ones_scale[..., None, None] * ones @ (ones.mT @ alpha)
+        # The residual of the head, which knows what was lost in A^T P, less the one that alpha promises.
+        missed = own - penalty[..., None, None] * alpha
+    best = penalty * alpha.square().sum((-2, -1)).sqrt()
+    return change, _or_inaccurate(info, missed.square().sum((-2, -1)).sqrt(), best, size, p.shape[-2])
+
+
+def _primal_change(
+    p: Tensor, q: Tensor, t: Tensor, ones: Tensor | None, t_bias: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same from the D x D system, a penalised bias eliminated."""
+    width = p.shape[-1]
+    t = t.expand(*t.shape[:-1], width)
+    system = plain_gram(p, None, torch.float64)[0] + torch.diag_embed(t)
+    column, pivot = p.new_zeros(()), p.new_ones(())
+    if ones is not None:
+        pivot = ones.square().sum((-2, -1)) + t_bias
+        pivot = torch.where(pivot > 0, pivot, 1.0)[..., None, None]
+        column = p.mT @ ones
+        system = system - column @ column.mT / pivot
+    factor, info = factor_system(system)
+    change = torch.zeros_like(p.mT @ q)
+    change_bias = torch.zeros_like(change[..., :1, :])
+    own, gain = q, torch.zeros_like(size)
+    for _ in range(1 + REFINEMENTS):
+        slope = p.mT @ own - t.unsqueeze(-1) * change
+        if ones is not None:
+            slope_bias = ones.mT @ own - t_bias[..., None, None] * change_bias
+            slope = slope - column @ slope_bias / pivot
+        step = cholesky_solve(slope, factor)
+        change = change + step
+        own = q - p @ change
+        if ones is not None:
+            change_bias = change_bias + (slope_bias - column.mT @ step) / pivot
+            own = own - ones @ change_bias
+        gain = (slope * step).sum((-2, -1))  # what this step gained, and the next one at most
+    best = own.square().sum((-2, -1)).sqrt()
+    return change.mT, _or_inaccurate(info, gain.abs().sqrt(), best, size, width)
+
+
+def _or_inaccurate(info: Tensor, error: Tensor, best: Tensor, size: Tensor, order: int) -> Tensor:
+    """Info, and the order where the loss may be twice the best one and more than 1e-3 of the targets' squares off."""
+    return torch.where((info == 0) & ~(error <= 0.4 * best + 0.014 * size), order, info)
 
 
 def _fallback_in_place(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor]:

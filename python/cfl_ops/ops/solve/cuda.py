@@ -1,10 +1,10 @@
 """ridge_solve and small_pinv on a GPU by the kernels of csrc/cuda/solve_kernel.cuh: penalties and memory around them.
 
-Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; those whose pivots
-come near their rounding errors are solved again in float64, as on a CPU. Larger systems are factored tile by tile in
-float64, as long as they are few: with narrow right sides in one kernel, else with torch's triangular solves, and
-beyond 2,048 in blocks with torch's products between them. Many of them lack no parallelism: torch's batched
-factorisation serves.
+Up to 64 unknowns a system is solved in a warp's registers, in float32 first where it is float32; what that does not
+prove is solved again in float64, and what that does not prove with residuals in twice the precision, as on a CPU.
+Larger systems are factored tile by tile in float64, as long as they are few: with narrow right sides in one kernel,
+else with torch's triangular solves, and beyond 2,048 in blocks with torch's products between them. Many of them lack
+no parallelism: torch's batched factorisation serves. All of those are corrected as the fallback does it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
 from cfl_ops._gpu.sources import Constants
-from cfl_ops.ops.solve.codes import BAD_PENALTY, DOUBT
-from cfl_ops.ops.solve.system import factor_system, first_breakdown, penalties, solve_system
+from cfl_ops.ops.solve.codes import BAD_PENALTY, PIVOT
+from cfl_ops.ops.solve.system import cholesky_solve, first_breakdown, penalties, solve_system
 
 SOLVE = Constants("solve")
 
@@ -38,22 +38,19 @@ def ridge_solve(
     batch = gram.shape[:-2]
     if order == 0 or cross.numel() == 0:
         return UNSERVED
-    tiled = order > SMALL
-    if tiled and not _few(gram.device, order, columns, batch.numel()):
-        own = _few(gram.device, min(order, BLOCK), 0, batch.numel())
-        chosen = functools.partial(factor, kernels) if own else factor_system
-        return solve_system(gram, cross, lam, lam_diag, chosen)
+    if order > SMALL:
+        if _few(gram.device, order, columns, batch.numel()):
+            return solve_system(gram, cross, lam, lam_diag, functools.partial(_tiled_solve, kernels))
+        if _few(gram.device, min(order, BLOCK), 0, batch.numel()):
+            return solve_system(gram, cross, lam, lam_diag, functools.partial(_blocked_solve, kernels))
+        return solve_system(gram, cross, lam, lam_diag)
     number, shift, good = _penalty(gram, lam, lam_diag)
     dtype = torch.promote_types(gram.dtype, cross.dtype)
     working = torch.promote_types(dtype, torch.float32)
     matrices = gram.to(working).reshape(-1, order, order).contiguous()
     rights = cross.to(working).reshape(-1, order, columns).contiguous()
     solution = torch.empty_like(rights)
-    if tiled:
-        info = _tiled(kernels, matrices, rights, number, shift, solution, None)
-    else:
-        info = _small(kernels, matrices, rights, number, shift, solution)
-    info = info.view(batch)
+    info = _small(kernels, matrices, rights, number, shift, solution).view(batch)
     if good is not None:
         info = torch.where(good.squeeze(-1), info, BAD_PENALTY).to(torch.int32)
     return solution.view(cross.shape).to(dtype), info
@@ -104,7 +101,7 @@ def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
         corner = work[:, begin:end, begin:end]
         factors = torch.empty(corner.shape, dtype=work.dtype, device=work.device)
         nothing = work.new_empty(len(work), end - begin, 0)
-        failed = _tiled(kernels, corner.contiguous(), nothing, 0.0, None, nothing, factors)
+        failed = _tiled(kernels, corner.contiguous(), nothing, nothing, factors)
         info = torch.where((info == 0) & (failed > 0), failed + begin, info)
         corner.copy_(factors)
         if end < order:
@@ -113,6 +110,23 @@ def factor(kernels: Any, system: Tensor) -> tuple[Tensor, Tensor]:
             work[:, end:, end:].baddbmm_(below, below.mT, alpha=-1)
     factors = work.tril_().reshape(system.shape)
     return factors, first_breakdown(factors, info.reshape(batch), system)
+
+
+def _blocked_solve(kernels: Any, system: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """factor_and_solve for a few large systems."""
+    factors, info = factor(kernels, system)
+    return factors, cholesky_solve(right, factors), info
+
+
+def _tiled_solve(kernels: Any, system: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """factor_and_solve for a few systems and narrow right sides: in one kernel."""
+    batch, (order, columns) = system.shape[:-2], right.shape[-2:]
+    matrices = system.reshape(-1, order, order).contiguous()
+    rights = right.reshape(-1, order, columns).contiguous()
+    solution, factors = torch.empty_like(rights), torch.empty_like(matrices)
+    info = _tiled(kernels, matrices, rights, solution, factors).view(batch)
+    factors = factors.view(system.shape)
+    return factors, solution.view(right.shape), first_breakdown(factors, info, system)
 
 
 def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
@@ -124,29 +138,22 @@ def _few(device: torch.device, order: int, columns: int, batch: int) -> bool:
 def _small(
     kernels: Any, matrices: Tensor, rights: Tensor, lam: float, shift: Tensor | None, solution: Tensor
 ) -> Tensor:
-    """Systems in a warp's registers; float32 ones that are in doubt again in float64."""
-    batch, order = matrices.shape[:2]
-    info = torch.empty(2, batch, dtype=torch.int32, device=matrices.device)
-    tolerance = order * torch.finfo(torch.float64).eps
+    """Systems in a warp's registers: float32 first in float32, what that does not prove in float64, then carefully."""
+    info = torch.empty(2, len(matrices), dtype=torch.int32, device=matrices.device)
+    given = matrices, rights, lam, shift
+    wide = PIVOT * torch.finfo(torch.float64).eps
     if matrices.dtype == torch.float64:
-        kernels.solve_small(matrices, rights, lam, shift, tolerance, True, None, solution, info[0], None)
-        return info[0]
-    doubt = DOUBT * order * torch.finfo(torch.float32).eps
-    kernels.solve_small(matrices, rights, lam, shift, doubt, False, None, solution, info[0], info[1])
-    kernels.solve_small(matrices, rights, lam, shift, tolerance, True, info[0], solution, info[1], None)
+        kernels.solve_small(*given, wide, True, None, solution, info[1], None)
+    else:
+        narrow = PIVOT * torch.finfo(torch.float32).eps
+        kernels.solve_small(*given, narrow, False, None, solution, info[0], info[1])
+        kernels.solve_small(*given, wide, True, info[0], solution, info[1], None)
+    kernels.solve_careful(*given, solution, info[1])
     return info[1]
 
 
-def _tiled(
-    kernels: Any,
-    matrices: Tensor,
-    rights: Tensor,
-    lam: float,
-    shift: Tensor | None,
-    solution: Tensor,
-    factors: Tensor | None,
-) -> Tensor:
-    """Systems tile by tile, in one kernel."""
+def _tiled(kernels: Any, matrices: Tensor, rights: Tensor, solution: Tensor, factors: Tensor) -> Tensor:
+    """Float64 systems tile by tile, in one kernel."""
     batch, order, columns = rights.shape
     side = SOLVE.kSide
     tiles, right_tiles = -(-order // side), -(-columns // side)
@@ -156,8 +163,6 @@ def _tiled(
     inverse = torch.empty(batch * tiles * side, dtype=torch.float64, device=device)
     flags = torch.zeros(2 * held + 1, dtype=torch.int32, device=device)
     info = torch.empty(batch, dtype=torch.int32, device=device)
-    tolerance = order * torch.finfo(torch.float64).eps
-    kernels.solve_tiled(
-        matrices, rights, lam, shift, tolerance, work, inverse, flags, solution, factors, info
-    )
+    tolerance = PIVOT * torch.finfo(torch.float64).eps
+    kernels.solve_tiled(matrices, rights, 0.0, None, tolerance, work, inverse, flags, solution, factors, info)
     return info
