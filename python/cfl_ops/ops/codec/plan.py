@@ -1,0 +1,315 @@
+"""plan: how many bits a tensor gets, which of its weights are kept exactly, and how large the error will be.
+
+All of it is found on a few weights (sample.py), with sums of integers: the decisions stand in the bytes, so they must
+not depend on the order in which a device or an instruction set adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfl_ops._core.failures import check_info
+from cfl_ops.ops.codec.quantize import WEIGHT_RANGE, allocate_bits, entropy_of, from_bins, probe, to_bins
+from cfl_ops.ops.codec.sample import LEAST_SAMPLE, sample_index
+
+LOOK = 1024
+"""Weights of a tensor that are looked at; 32 of each group where rows or blocks have ranges of their own."""
+LEAST_GROUP = 256
+"""In a smaller group an exception costs more than the bits that it saves."""
+_FEW = 64
+_GRAIN = 2.0**20
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_plain(counts: Tensor, bits: int, max_error: float, zero_bins: bool) -> bool:
+    """Whether a histogram of 256 bins (on the CPU) shows that ``bits`` keep to the error, without a closer look.
+
+    It never says so wrongly: the standard deviation is that of the bins less half a bin, and the fullest bin may be
+    a single value at the edge of its bin. Few occupied bins may be few values, and a wide gap two clusters.
+    """
+    bins = torch.arange(256)
+    total, mean, squares = (int((counts * bins**power).sum()) for power in range(3))
+    occupied = counts.nonzero().flatten()
+    if len(occupied) <= _FEW or int(occupied.diff().max()) > 192:
+        return False
+    deviation = math.sqrt(max(0.0, squares / total - (mean / total) ** 2)) - 0.5
+    share = int(counts.max()) / total * (1.0 if zero_bins else 0.25)
+    return 2.0 ** (8 - bits) * math.sqrt(1 / 12 + share) <= max_error * deviation
+
+
+def palette_of(flat: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+    """The different values of a 1-d tensor, bit for bit, and the number of each weight's; None if they are many."""
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    found = bits[sample_index(len(bits), max(1, len(bits) // LOOK), bits.device)].unique()
+    for _ in range(2):  # the second time with what the sample had not met
+        if len(found) > limit:
+            return None
+        symbols = torch.bucketize(bits, found, out_int32=True)
+        strange = found[symbols.clamp(max=len(found) - 1)] != bits
+        count = int(strange.sum())
+        if count == 0:
+            return found.view(flat.dtype), symbols.to(torch.uint8)
+        if count > len(bits) // 8:
+            return None
+        found = torch.cat([found, bits[strange].unique()]).unique()
+    return None
+
+
+class Spread(NamedTuple):
+    """How the weights of each group lie. Quarters of weights, float64, on the CPU: their differences cannot overflow."""
+
+    low: Tensor
+    """Outside of low..high is what the bulk of the group does not reach by far."""
+    high: Tensor
+    middle: Tensor
+    deviation: Tensor
+    """The standard deviation without the outermost weights; of two clusters far apart, that within a cluster."""
+
+
+def spread_of(look: Tensor, max_error: float) -> Spread:
+    """Of some weights of each group, ``(groups, n)`` on the CPU."""
+    whole = look.to(torch.float64).mul(0.25).sort(-1).values
+    trim = 1 if whole.shape[1] >= 32 else 0
+    x = whole[:, trim : whole.shape[1] - trim]
+    low, high, n = x[:, 0], x[:, -1], x.shape[1]
+    everywhere = torch.ones_like(x, dtype=torch.bool)
+    deviation = _deviation(x, everywhere, low, high)
+    middle = x[:, n // 2]
+    if n > 2:
+        gap, at = x.diff(dim=-1).max(-1)
+        split = gap > 0.75 * (high - low)
+        first = torch.arange(n) <= at.unsqueeze(-1)
+        ends = x.gather(1, torch.stack([at, at + 1], 1))
+        parts = _deviation(x, first, low, ends[:, 0]), _deviation(x, ~first, ends[:, 1], high)
+        share = (at + 1) / n
+        within = torch.maximum(parts[0] * share.sqrt(), parts[1] * (1 - share).sqrt())
+        split &= within > 0
+        deviation = torch.where(split, within, deviation)
+        # No grid has room for both clusters: the larger one is what is quantised.
+        apart = split & ((high - low) > 2.0**16 * math.sqrt(12) * max_error * deviation)
+        left = share >= 0.5
+        low = torch.where(apart & ~left, ends[:, 1], low)
+        high = torch.where(apart & left, ends[:, 0], high)
+        inside = torch.where(left, at // 2, (at + n) // 2)
+        middle = torch.where(apart, x.gather(1, inside.unsqueeze(-1)).squeeze(-1), middle)
+    all_of_it = _deviation(whole, torch.ones_like(whole, dtype=torch.bool), whole[:, 0], whole[:, -1])
+    deviation = torch.where(deviation > 0, deviation, all_of_it)
+    margin = (high - low) * 0.5
+    return Spread(low - margin, high + margin, middle, deviation)
+
+
+def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The standard deviation of the kept ones of each row, which lie in low..high: sums of integers."""
+    span = (high - low).unsqueeze(-1)
+    place = torch.where(kept & (span > 0), (x - low.unsqueeze(-1)) / span * _GRAIN, 0.0).round().to(torch.int64)
+    n = kept.sum(-1)
+    spread = n * (place * place).sum(-1) - place.sum(-1) ** 2
+    return spread.to(torch.float64).sqrt() / (n.clamp(min=1) * _GRAIN) * span.squeeze(-1)
+
+
+def look_at(rows: Tensor) -> Tensor:
+    """Some weights of each row, on the CPU."""
+    groups, size = rows.shape
+    count = LOOK if groups == 1 else 32
+    return rows[:, sample_index(size, max(1, size // count), rows.device)].cpu()
+
+
+def outside(rows: Tensor, spread: Spread, span: Tensor, bits: int, max_error: float) -> Tensor | None:
+    """Which weights are better kept exactly than within the range, as the budget of the error asks; None: none.
+
+    ``span``: the quarter of each row's range.
+    """
+    groups, size = rows.shape
+    needed = bins_needed(span, spread.deviation, max_error)
+    cut = (needed > 2.0**bits) & (span > spread.high - spread.low)
+    if not bool(cut.any()):
+        return None
+    low = torch.where(cut, spread.low * 4, -math.inf).to(rows.dtype).to(rows.device)
+    high = torch.where(cut, spread.high * 4, math.inf).to(rows.dtype).to(rows.device)
+    if groups == 1:  # numbers: comparing with them is faster
+        found = (rows < low.item()) | (rows > high.item())
+    else:
+        found = (rows < low.unsqueeze(-1)) | (rows > high.unsqueeze(-1))
+    # An exception costs its index and its value. Where no number of bits serves: half of what raw bytes would.
+    element = rows.element_size()
+    most = torch.where(needed > 2.0**16, size * element // (2 * (8 + element)), 4 + size // 1024)
+    count = found.sum(-1).cpu()
+    kept = count <= most
+    if not bool((kept & (count > 0)).any()):
+        return None
+    return found if bool(kept.all()) else found & kept.to(rows.device).unsqueeze(-1)
+
+
+def bins_needed(span: Tensor, deviation: Tensor, max_error: float) -> Tensor:
+    """Of a range, so that the error of a uniform grid, step / sqrt(12), keeps to the budget."""
+    needed = span / (math.sqrt(12) * max_error * deviation)
+    return torch.where(span > 0, needed, 0.0)
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Of float64 numbers, added without rounding: their order does not matter."""
+    few = values[sample_index(len(values), max(1, len(values) // LOOK))].tolist()
+    if not all(map(math.isfinite, few)):
+        return math.inf
+    return math.sqrt(math.fsum(value * value for value in few) / max(1, len(few)))
+
+
+def measured_error(
+    look: Tensor, minimum: Tensor, maximum: Tensor, bits: int, deviation: Tensor, zero_bins: bool
+) -> float:
+    """The rms error of the weights that were looked at, relative to their groups' deviations."""
+    low, high = minimum.unsqueeze(-1), maximum.unsqueeze(-1)
+    back = from_bins(to_bins(look, minimum, maximum, bits), minimum, maximum, bits)
+    if zero_bins:
+        back = torch.where(back == zero_bin(minimum, maximum, bits).unsqueeze(-1), 0, back)
+    step = (maximum.to(torch.float64) * 0.25 - minimum.to(torch.float64) * 0.25) / 2.0**bits
+    off = (back.to(torch.float64) * 0.25 - look.to(torch.float64) * 0.25).abs() / step.unsqueeze(-1) * 2.0**16
+    kept = (look >= low) & (look <= high) & (step > 0).unsqueeze(-1)
+    off = torch.where(kept, off, 0.0).round().clamp(max=2.0**24).to(torch.int64)
+    mean = (off * off).sum(-1).to(torch.float64) / kept.sum(-1).clamp(min=1)
+    error = mean.sqrt() / 2.0**16 * step / deviation
+    return root_mean_square(torch.where(mean > 0, error, 0.0))
+
+
+def zero_bin(minimum: Tensor, maximum: Tensor, bits: int) -> Tensor:
+    """The centre of the bin that 0 falls into, of each range; NaN where 0 is not in it."""
+    zero = to_bins(torch.zeros_like(minimum).unsqueeze(-1), minimum, maximum, bits)
+    centre = from_bins(zero, minimum, maximum, bits).squeeze(-1)
+    return torch.where((minimum <= 0) & (maximum >= 0), centre, math.nan)
+
+
+def as_rows(flat: Tensor, per: str, width: int, block_size: int | None) -> Sequence[Tensor]:
+    """The groups of weights as rows; the last block may be shorter than the others."""
+    if per == "tensor":
+        return [flat.unsqueeze(0)]
+    if per == "row":
+        return [flat.view(-1, width)]
+    assert block_size is not None
+    whole = len(flat) // block_size * block_size
+    parts = [flat[:whole].view(-1, block_size)] if whole else []
+    return [*parts, flat[whole:].unsqueeze(0)] if whole < len(flat) else parts
+
+
+class Grid(NamedTuple):
+    """How a tensor is quantised."""
+
+    weights: Tensor
+    """Those given, with others of the range in the place of the exceptions."""
+    bits: int
+    minimum: Tensor
+    """Of all of them, whatever shares a range."""
+    maximum: Tensor
+    index: Tensor | None
+    """Of the exceptions: int64, rising; None where there are none."""
+    entropy: float
+    """What the bits came from, or NaN."""
+    error: float
+    """The rms error relative to the standard deviation; 0 where it is not passed for certain."""
+
+
+class Palette(NamedTuple):
+    """A tensor of few different values."""
+
+    values: Tensor
+    symbols: Tensor
+
+
+def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
+    """What compress does with weights (at least one); None: no grid serves, keep their bytes. ``options``: its own."""
+    flat, given, max_error = w.reshape(-1), options.bits, options.max_error
+    zero_bins = options.zero == "exact"
+    exceptions = None
+    weights = flat
+    if options.nonfinite == "keep":
+        bad = ~flat.isfinite()
+        if bool(bad.any()):
+            exceptions, good = bad, flat[~bad]
+            weights = torch.where(bad, good[0] if good.numel() else 0, flat).to(w.dtype)
+
+    def measure(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int]:
+        """Range, histogram of 256 bins, entropy and bits."""
+        if given is not None:
+            minimum, maximum, counts = probe("compress", weights, 8, LEAST_SAMPLE / weights.numel())
+            return minimum, maximum, counts.cpu(), math.nan, given
+        # The bins of fewer bits are unions of those of more.
+        minimum, maximum, counts = probe("compress", weights, max(8, options.probe_bits), options.fraction)
+        counts = counts.cpu()
+        entropy = float(entropy_of(counts.view(1 << options.probe_bits, -1).sum(1)))
+        return minimum, maximum, counts.view(256, -1).sum(1), entropy, allocate_bits(entropy, floor=options.floor)
+
+    minimum, maximum, counts, entropy, bits = measure(weights)
+
+    def grid(error: float = 0.0) -> Grid:
+        index = None if exceptions is None else exceptions.nonzero().flatten()
+        return Grid(weights.view(w.shape), bits, minimum, maximum, index, entropy, error)
+
+    if exceptions is None and (
+        bool(minimum == maximum) or (options.per == "tensor" and is_plain(counts, bits, max_error, zero_bins))
+    ):
+        return grid()
+    if int((counts > 0).sum()) <= _FEW:
+        palette = palette_of(flat, min(256, flat.numel() // 32, 256 if given is None else 1 << bits))
+        if palette is not None:
+            return Palette(*palette)
+    if max_error == math.inf or bool(minimum == maximum):
+        return grid()
+
+    views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
+    looks = [look_at(rows) for rows in views]
+    spreads = [spread_of(look, max_error) for look in looks]
+    ranges = [_ranges(rows) for rows in views]
+    cuts = [
+        outside(rows, spread, span, bits, max_error) if options.per == "tensor" or rows.shape[1] >= LEAST_GROUP else None
+        for rows, spread, (_, _, span) in zip(views, spreads, ranges, strict=True)
+    ]
+    if any(cut is not None for cut in cuts):
+        parts = []
+        for rows, spread, cut in zip(views, spreads, cuts, strict=True):
+            middle = (spread.middle * 4).to(rows.dtype).to(rows.device).unsqueeze(-1)
+            parts.append(rows if cut is None else torch.where(cut, middle, rows))
+        left_out = torch.cat([
+            (torch.zeros_like(rows, dtype=torch.bool) if cut is None else cut).flatten()
+            for rows, cut in zip(views, cuts, strict=True)
+        ])
+        exceptions = left_out if exceptions is None else exceptions | left_out
+        weights = torch.cat([part.flatten() for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
+        minimum, maximum, counts, entropy, bits = measure(weights)
+        views = [part.view(rows.shape) for part, rows in zip(parts, views, strict=True)]
+        ranges = [_ranges(rows) for rows in views]
+    if given is None:
+        needed = torch.cat([
+            bins_needed(span, spread.deviation, max_error)
+            for (_, _, span), spread in zip(ranges, spreads, strict=True)
+        ])
+        most = root_mean_square(needed.clamp(max=2.0**16) if len(needed) > 1 else needed)
+        if most > 2.0**16:
+            return None
+        bits = max(bits, math.ceil(math.log2(max(most, 1.0))))
+
+    def error_of(bits: int) -> float:
+        errors = [
+            measured_error(look, low, high, bits, spread.deviation, zero_bins)
+            for look, spread, (low, high, _) in zip(looks, spreads, ranges, strict=True)
+        ]
+        groups = [len(look) for look in looks]
+        return math.sqrt(sum(n * error**2 for n, error in zip(groups, errors, strict=True)) / sum(groups))
+
+    error = error_of(bits)
+    for _ in range(3):  # a value that many share may lie at the edge of its bin
+        if given is None and bits < 16 and error > max_error:
+            bits += 1
+            error = error_of(bits)
+    return grid(error)
+
+
+def _ranges(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest and the largest weight of each row, and the quarter of what lies between, on the CPU."""
+    minimum, maximum, _, info = WEIGHT_RANGE(rows, 0, 1)
+    check_info("compress", info, [minimum, maximum], [])
+    minimum, maximum = minimum.cpu(), maximum.cpu()
+    return minimum, maximum, maximum.to(torch.float64) * 0.25 - minimum.to(torch.float64) * 0.25
