@@ -82,7 +82,7 @@ Affine make_affine(Float dtype, double minimum, double maximum, int bits, int* w
     *wide = 1;
     if (maximum * 0.5 - minimum * 0.5 > 0x1p899) {
       a.pre = 0x1p-4;
-    } else if (range < 0x1p-899) {
+    } else if (range > 0 && range < 0x1p-899) {
       a.pre = 0x1p200;
     }
     a.post = 1 / a.pre;

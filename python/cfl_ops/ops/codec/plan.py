@@ -33,7 +33,8 @@ def is_plain(counts: Tensor, bits: int, max_error: float, zero_bins: bool) -> bo
     a single value at the edge of its bin. Few occupied bins may be few values, and a wide gap two clusters.
     """
     bins = torch.arange(256)
-    total, mean, squares = (int((counts * bins**power).sum()) for power in range(3))
+    first = counts * bins
+    total, mean, squares = int(counts.sum()), int(first.sum()), int((first * bins).sum())
     occupied = counts.nonzero().flatten()
     if len(occupied) <= _FEW or int(occupied.diff().max()) > 192:
         return False
@@ -67,49 +68,57 @@ class Spread(NamedTuple):
     """Outside of low..high is what the bulk of the group does not reach by far."""
     high: Tensor
     middle: Tensor
+    """One of that bulk."""
     deviation: Tensor
     """The standard deviation without the outermost weights; of two clusters far apart, that within a cluster."""
 
 
 def spread_of(look: Tensor, max_error: float) -> Spread:
     """Of some weights of each group, ``(groups, n)`` on the CPU."""
-    whole = look.to(torch.float64).mul(0.25).sort(-1).values
-    trim = 1 if whole.shape[1] >= 32 else 0
-    x = whole[:, trim : whole.shape[1] - trim]
-    low, high, n = x[:, 0], x[:, -1], x.shape[1]
-    everywhere = torch.ones_like(x, dtype=torch.bool)
-    deviation = _deviation(x, everywhere, low, high)
-    middle = x[:, n // 2]
-    if n > 2:
-        gap, at = x.diff(dim=-1).max(-1)
-        split = gap > 0.75 * (high - low)
-        first = torch.arange(n) <= at.unsqueeze(-1)
-        ends = x.gather(1, torch.stack([at, at + 1], 1))
-        parts = _deviation(x, first, low, ends[:, 0]), _deviation(x, ~first, ends[:, 1], high)
-        share = (at + 1) / n
-        within = torch.maximum(parts[0] * share.sqrt(), parts[1] * (1 - share).sqrt())
-        split &= within > 0
-        deviation = torch.where(split, within, deviation)
-        # No grid has room for both clusters: the larger one is what is quantised.
-        apart = split & ((high - low) > 2.0**16 * math.sqrt(12) * max_error * deviation)
-        left = share >= 0.5
-        low = torch.where(apart & ~left, ends[:, 1], low)
-        high = torch.where(apart & left, ends[:, 0], high)
-        inside = torch.where(left, at // 2, (at + n) // 2)
-        middle = torch.where(apart, x.gather(1, inside.unsqueeze(-1)).squeeze(-1), middle)
-    all_of_it = _deviation(whole, torch.ones_like(whole, dtype=torch.bool), whole[:, 0], whole[:, -1])
-    deviation = torch.where(deviation > 0, deviation, all_of_it)
-    margin = (high - low) * 0.5
+    x = look.to(torch.float64).mul(0.25)
+    n = x.shape[1]
+    kept = torch.ones_like(x, dtype=torch.bool)
+    if n >= 32:
+        for outermost in (x.argmin(-1, keepdim=True), x.argmax(-1, keepdim=True)):
+            kept.scatter_(1, outermost, False)
+    low, high = torch.where(kept, x, math.inf).amin(-1), torch.where(kept, x, -math.inf).amax(-1)
+    deviation, middle = _deviation(x, kept, low, high), low.clone()
+    # Two clusters far apart leave the middle of the range empty.
+    place = (x - low.unsqueeze(-1)) / (high - low).unsqueeze(-1)
+    hollow = (high > low) & ~(kept & (place > 0.25) & (place < 0.75)).any(-1)
+    for row in hollow.nonzero().flatten().tolist():
+        values = x[row][kept[row]].sort().values
+        gap, at = values.diff().max(0)
+        left, right = values.tensor_split([int(at) + 1])
+        share = len(left) / len(values)
+        within = max(_deviation_of(left) * math.sqrt(share), _deviation_of(right) * math.sqrt(1 - share))
+        if within == 0 or float(gap) <= 0.75 * float(high[row] - low[row]):
+            continue  # two values, or no such gap
+        deviation[row] = within
+        if float(high[row] - low[row]) > 2.0**16 * math.sqrt(12) * max_error * within:
+            # No grid has room for both clusters: the larger one is what is quantised.
+            larger = left if share >= 0.5 else right
+            low[row], middle[row], high[row] = larger[0], larger[0], larger[-1]
+    rare = (deviation == 0) & (x.amax(-1) > x.amin(-1))
+    if bool(rare.any()):  # nothing but the outermost differs
+        rows = x[rare]
+        deviation[rare] = _deviation(rows, torch.ones_like(rows, dtype=torch.bool), rows.amin(-1), rows.amax(-1))
+    margin = (high - low) * (0.5 if n > LOOK // 2 else 1.0)  # fewer weights reach less far
     return Spread(low - margin, high + margin, middle, deviation)
 
 
 def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The standard deviation of the kept ones of each row, which lie in low..high: sums of integers."""
-    span = (high - low).unsqueeze(-1)
+    span, n = (high - low).unsqueeze(-1), kept.sum(-1)
     place = torch.where(kept & (span > 0), (x - low.unsqueeze(-1)) / span * _GRAIN, 0.0).round().to(torch.int64)
-    n = kept.sum(-1)
     spread = n * (place * place).sum(-1) - place.sum(-1) ** 2
-    return spread.to(torch.float64).sqrt() / (n.clamp(min=1) * _GRAIN) * span.squeeze(-1)
+    return spread.to(torch.float64).sqrt() / (n * _GRAIN) * span.squeeze(-1)
+
+
+def _deviation_of(values: Tensor) -> float:
+    """Of all values of one row."""
+    row = values.unsqueeze(0)
+    return float(_deviation(row, torch.ones_like(row, dtype=torch.bool), row.amin(-1), row.amax(-1)))
 
 
 def look_at(rows: Tensor) -> Tensor:
@@ -162,7 +171,9 @@ def root_mean_square(values: Tensor) -> float:
 def measured_error(
     look: Tensor, minimum: Tensor, maximum: Tensor, bits: int, deviation: Tensor, zero_bins: bool
 ) -> float:
-    """The rms error of the weights that were looked at, relative to their groups' deviations."""
+    """The rms error of the weights that were looked at, relative to their groups' deviations (of 256 groups)."""
+    some = sample_index(len(look), max(1, len(look) // 256))
+    look, minimum, maximum, deviation = look[some], minimum[some], maximum[some], deviation[some]
     low, high = minimum.unsqueeze(-1), maximum.unsqueeze(-1)
     back = from_bins(to_bins(look, minimum, maximum, bits), minimum, maximum, bits)
     if zero_bins:
@@ -263,6 +274,19 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
     looks = [look_at(rows) for rows in views]
     spreads = [spread_of(look, max_error) for look in looks]
     ranges = [_ranges(rows) for rows in views]
+
+    def needed() -> Tensor:
+        found = [
+            bins_needed(span, spread.deviation, max_error)
+            for (_, _, span), spread in zip(ranges, spreads, strict=True)
+        ]
+        return torch.cat(found)
+
+    def at_least(bits: int, levels: float) -> int:
+        return max(bits, math.ceil(math.log2(max(levels, 1.0)))) if given is None else bits
+
+    if options.per != "tensor":  # H, which is the whole tensor's, may be far from what its groups need
+        bits = at_least(bits, min(2.0**16, float(needed().nan_to_num(0.0).median())))
     cuts = [
         outside(rows, spread, span, bits, max_error) if options.per == "tensor" or rows.shape[1] >= LEAST_GROUP else None
         for rows, spread, (_, _, span) in zip(views, spreads, ranges, strict=True)
@@ -282,14 +306,11 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
         views = [part.view(rows.shape) for part, rows in zip(parts, views, strict=True)]
         ranges = [_ranges(rows) for rows in views]
     if given is None:
-        needed = torch.cat([
-            bins_needed(span, spread.deviation, max_error)
-            for (_, _, span), spread in zip(ranges, spreads, strict=True)
-        ])
-        most = root_mean_square(needed.clamp(max=2.0**16) if len(needed) > 1 else needed)
+        levels = needed()
+        most = root_mean_square(levels.clamp(max=2.0**16) if len(levels) > 1 else levels)
         if most > 2.0**16:
             return None
-        bits = max(bits, math.ceil(math.log2(max(most, 1.0))))
+        bits = at_least(bits, most)
 
     def error_of(bits: int) -> float:
         errors = [

@@ -273,7 +273,7 @@ def _affine(minimum: Tensor, maximum: Tensor, bits: int) -> _Affine:
     if minimum.dtype == torch.float64:
         in_float64 = torch.ones_like(low, dtype=torch.bool)
         # Powers of two keep ranges near the ends of float64 away from overflow and underflow.
-        pre = torch.where(high - low < 2.0**-899, 2.0**200, pre)
+        pre = torch.where((high > low) & (high - low < 2.0**-899), 2.0**200, pre)
         pre = torch.where(high * 0.5 - low * 0.5 > 2.0**899, 2.0**-4, pre)
         low, high = low * pre, high * pre
         span = high - low
