@@ -306,15 +306,24 @@ def decompress(
     info = DECOMPRESS(parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first)
     check_info("decompress_", info, [out], [])
     if parsed.zero_bins is not None:
-        centre = parsed.zero_bins
-        if centre.numel() > 1:
-            centre = centre[torch.arange(first, first + count, device=out.device) // parsed.group_size]
-        flat = out.detach().view(-1)
-        flat.masked_fill_(flat == centre, 0)
+        _zero_bins(out.detach().view(-1), parsed.zero_bins, first, parsed.group_size)
     if parsed.where is not None and parsed.exceptions is not None:
         here = (parsed.where >= first) & (parsed.where < first + count)
         out.view(-1)[parsed.where[here] - first] = parsed.exceptions[here]
     return out
+
+
+def _zero_bins(flat: Tensor, centre: Tensor, first: int, group_size: int) -> None:
+    """Set to 0 what stands for it, in pieces that stay in the cache. (torch compares to a float faster than to a bool.)"""
+    piece = 1 << 16 if flat.device.type == "cpu" else max(1, flat.numel())
+    other = torch.empty(min(piece, flat.numel()), dtype=flat.dtype, device=flat.device)
+    for at in range(0, flat.numel(), piece):
+        part = flat[at : at + piece]
+        here = centre
+        if centre.numel() > 1:
+            begin = first + at
+            here = centre[torch.arange(begin, begin + len(part), device=flat.device) // group_size]
+        part.mul_(torch.ne(part, here, out=other[: len(part)])).add_(0.0)  # no negative zeros
 
 
 def store_raw(op: str, name: str, w: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def palette_of(flat: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
             return None
         symbols = torch.bucketize(bits, found, out_int32=True)
         strange = found[symbols.clamp(max=len(found) - 1)] != bits
-        count = int(strange.sum())
+        count = int(strange.count_nonzero())
         if count == 0:
             return found.view(flat.dtype), symbols.to(torch.uint8)
         if count > len(bits) // 8:
@@ -128,30 +128,46 @@ def look_at(rows: Tensor) -> Tensor:
     return rows[:, sample_index(size, max(1, size // count), rows.device)].cpu()
 
 
-def outside(rows: Tensor, spread: Spread, span: Tensor, bits: int, max_error: float) -> Tensor | None:
+def outside(rows: Tensor, spread: Spread, span: Tensor, bits: int, max_error: float) -> tuple[Tensor, Tensor] | None:
     """Which weights are better kept exactly than within the range, as the budget of the error asks; None: none.
 
-    ``span``: the quarter of each row's range.
+    ``span``: the quarter of each row's range. Returns their places, rising, and their rows.
     """
-    groups, size = rows.shape
+    size, element = rows.shape[1], rows.element_size()
     needed = bins_needed(span, spread.deviation, max_error)
-    cut = (needed > 2.0**bits) & (span > spread.high - spread.low)
-    if not bool(cut.any()):
+    cut = ((needed > 2.0**bits) & (span > spread.high - spread.low)).nonzero().flatten()
+    if len(cut) == 0:
         return None
-    low = torch.where(cut, spread.low * 4, -math.inf).to(rows.dtype).to(rows.device)
-    high = torch.where(cut, spread.high * 4, math.inf).to(rows.dtype).to(rows.device)
-    if groups == 1:  # numbers: comparing with them is faster
-        found = (rows < low.item()) | (rows > high.item())
+    low, high = ((end[cut] * 4).to(rows.dtype).to(rows.device) for end in (spread.low, spread.high))
+    there = cut.to(rows.device)
+    if len(rows) == 1:
+        found = _outside_of_pieces(rows[0], low, high)
+        owner = torch.zeros_like(found)
     else:
-        found = (rows < low.unsqueeze(-1)) | (rows > high.unsqueeze(-1))
+        some = rows[there]
+        owner, column = ((some < low.unsqueeze(-1)) | (some > high.unsqueeze(-1))).nonzero(as_tuple=True)
+        found = there[owner] * size + column
     # An exception costs its index and its value. Where no number of bits serves: half of what raw bytes would.
-    element = rows.element_size()
-    most = torch.where(needed > 2.0**16, size * element // (2 * (8 + element)), 4 + size // 1024)
-    count = found.sum(-1).cpu()
-    kept = count <= most
-    if not bool((kept & (count > 0)).any()):
+    most = torch.where(needed[cut] > 2.0**16, size * element // (2 * (8 + element)), 4 + size // 1024)
+    count = torch.bincount(owner, minlength=len(cut))
+    kept = (count <= most.to(rows.device))[owner]
+    if not bool(kept.any()):
         return None
-    return found if bool(kept.all()) else found & kept.to(rows.device).unsqueeze(-1)
+    return found[kept], there[owner[kept]]
+
+
+def _outside_of_pieces(flat: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Places of the weights outside of low..high: most pieces have none, as their ranges tell in one quick pass."""
+    width = 1024
+    whole = len(flat) // width * width
+    found = []
+    for first, rows in ((0, flat[:whole].view(-1, width)), (whole, flat[whole:].unsqueeze(0))):
+        minimum, maximum, _, _ = WEIGHT_RANGE(rows, 0, 1)
+        some = ((minimum < low) | (maximum > high)).nonzero().flatten()
+        piece = rows[some]
+        row, column = ((piece < low) | (piece > high)).nonzero(as_tuple=True)
+        found.append(first + some[row] * width + column)
+    return torch.cat(found)
 
 
 def bins_needed(span: Tensor, deviation: Tensor, max_error: float) -> Tensor:
@@ -239,7 +255,7 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
     if options.nonfinite == "keep":
         bad = ~flat.isfinite()
         if bool(bad.any()):
-            exceptions, good = bad, flat[~bad]
+            exceptions, good = bad.nonzero().flatten(), flat[~bad]
             weights = torch.where(bad, good[0] if good.numel() else 0, flat).to(w.dtype)
 
     def measure(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int]:
@@ -256,14 +272,13 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
     minimum, maximum, counts, entropy, bits = measure(weights)
 
     def grid(error: float = 0.0) -> Grid:
-        index = None if exceptions is None else exceptions.nonzero().flatten()
-        return Grid(weights.view(w.shape), bits, minimum, maximum, index, entropy, error)
+        return Grid(weights.view(w.shape), bits, minimum, maximum, exceptions, entropy, error)
 
     if exceptions is None and (
         bool(minimum == maximum) or (options.per == "tensor" and is_plain(counts, bits, max_error, zero_bins))
     ):
         return grid()
-    if int((counts > 0).sum()) <= _FEW:
+    if int(counts.count_nonzero()) <= _FEW:
         palette = palette_of(flat, min(256, flat.numel() // 32, 256 if given is None else 1 << bits))
         if palette is not None:
             return Palette(*palette)
@@ -292,18 +307,16 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
         for rows, spread, (_, _, span) in zip(views, spreads, ranges, strict=True)
     ]
     if any(cut is not None for cut in cuts):
-        parts = []
+        weights, first, found = weights.clone(), 0, [] if exceptions is None else [exceptions]
         for rows, spread, cut in zip(views, spreads, cuts, strict=True):
-            middle = (spread.middle * 4).to(rows.dtype).to(rows.device).unsqueeze(-1)
-            parts.append(rows if cut is None else torch.where(cut, middle, rows))
-        left_out = torch.cat([
-            (torch.zeros_like(rows, dtype=torch.bool) if cut is None else cut).flatten()
-            for rows, cut in zip(views, cuts, strict=True)
-        ])
-        exceptions = left_out if exceptions is None else exceptions | left_out
-        weights = torch.cat([part.flatten() for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
+            if cut is not None:
+                place, row = cut
+                weights[first + place] = (spread.middle * 4).to(rows.dtype).to(rows.device)[row]
+                found.append(first + place)
+            first += rows.numel()
+        exceptions = torch.cat(found).sort().values
         minimum, maximum, counts, entropy, bits = measure(weights)
-        views = [part.view(rows.shape) for part, rows in zip(parts, views, strict=True)]
+        views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
         ranges = [_ranges(rows) for rows in views]
     if given is None:
         levels = needed()
