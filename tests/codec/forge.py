@@ -49,7 +49,13 @@ PAYLOAD: tuple[Field, ...] = (
 )
 BLOB: tuple[Field, ...] = (
     *(("version", 4, "B"), ("kind", 5, "B"), ("dtype", 6, "B"), ("bits", 7, "B"), ("total", 8, "Q")),
-    *(("group", 16, "Q"), ("groups", 24, "Q"), ("exceptions", 32, "Q"), ("entropy", 40, "Q"), ("flags", 48, "I")),
+    *(
+        ("group", 16, "Q"),
+        ("groups", 24, "Q"),
+        ("exceptions", 32, "Q"),
+        ("entropy", 40, "Q"),
+        ("flags", 48, "I"),
+    ),
 )
 FILE: tuple[Field, ...] = (
     *(("version", 4, "I"), ("total", 8, "Q"), ("entries", 16, "I"), ("index", 20, "I")),
@@ -220,7 +226,9 @@ def files() -> Iterator[tuple[str, bytes]]:
     """Forged files, and files of forged blobs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.cflz"
-        cfl_ops.save_file({"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30, max_error=1)
+        cfl_ops.save_file(
+            {"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30, max_error=1
+        )
         data = path.read_bytes()
     yield from ((f"file, {what}", bad) for what, bad in forged(data, FILE, repair_file, 100))
     for what, blob in blobs():

@@ -188,9 +188,10 @@ def test_numbers_of_other_libraries_are_numbers(backend: str) -> None:
         )
         assert cfl_ops.compress_state_dict({"w": w}, min_numel=of(2), bits=of(5)).keys() == {"w"}
     for of in REALS:
-        assert same(cfl_ops.compress(
-                w, floor=of(2.5), probe_bits=np.int32(3), fraction=of(0.5), max_error=of(0.5)
-            ), estimated)
+        assert same(
+            cfl_ops.compress(w, floor=of(2.5), probe_bits=np.int32(3), fraction=of(0.5), max_error=of(0.5)),
+            estimated,
+        )
         assert cfl_ops.allocate_bits(of(2.5), floor=of(6)) == 9
 
 

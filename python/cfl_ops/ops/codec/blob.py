@@ -44,7 +44,7 @@ from cfl_ops.ops.codec.huffman import (
     read_header,
     span,
 )
-from cfl_ops.ops.codec.plan import Grid, Palette, find_grid, zero_bin
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, find_grid, zero_bin
 from cfl_ops.ops.codec.quantize import (
     check_bits,
     check_fraction,
@@ -141,20 +141,6 @@ def compress(
     return compress_named("compress", "w", w, Options(*options))
 
 
-class Options(NamedTuple):
-    """Of :func:`compress`, as it takes them."""
-
-    floor: float = 6
-    probe_bits: int = 4
-    bits: int | None = None
-    fraction: float = 0.03
-    per: str = "tensor"
-    block_size: int | None = None
-    nonfinite: str = "refuse"
-    max_error: float = 0.02
-    zero: str = "centre"
-
-
 def _checked(w: Tensor, options: Options) -> Options:
     checks.floating("compress", "w", w, 0)
     checks.choice("compress", "nonfinite", options.nonfinite, ("refuse", "keep"))
@@ -205,8 +191,8 @@ def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
         minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
     low, high = _raw_bytes(minimum), _raw_bytes(maximum)
     tables = [low, high]
-    if grid.index is not None:
-        tables = [_raw_bytes(grid.index), low, high, _raw_bytes(w.reshape(-1)[grid.index])]
+    if grid.exceptions is not None:
+        tables = [_raw_bytes(grid.exceptions), low, high, _raw_bytes(w.reshape(-1)[grid.exceptions])]
     table = (
         torch.cat(tables)
         if len(tables) > 2 or low.numel() > 64
@@ -221,7 +207,12 @@ def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
     zero_bins = options.zero == "exact"
     head = _BLOB.pack(
         *(_BLOB_MAGIC, 2 if zero_bins else 1, _QUANTIZED, _DTYPES.index(w.dtype), bits, blob.numel()),
-        *(group_size, minimum.numel(), 0 if grid.index is None else grid.index.numel(), grid.entropy),
+        *(
+            group_size,
+            minimum.numel(),
+            0 if grid.exceptions is None else grid.exceptions.numel(),
+            grid.entropy,
+        ),
         _ZERO_BINS if zero_bins else 0,
     )
     raw = as_bytes(table)
@@ -314,7 +305,7 @@ def decompress(
 
 
 def _zero_bins(flat: Tensor, centre: Tensor, first: int, group_size: int) -> None:
-    """Set to 0 what stands for it, in pieces that stay in the cache. (torch compares to a float faster than to a bool.)"""
+    """Set to 0 what stands for it, in pieces that stay in the cache (torch writes a float faster than a bool)."""
     piece = 1 << 16 if flat.device.type == "cpu" else max(1, flat.numel())
     other = torch.empty(min(piece, flat.numel()), dtype=flat.dtype, device=flat.device)
     for at in range(0, flat.numel(), piece):
@@ -381,7 +372,9 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if cuda.synchronises(blob):
         near = cuda.to_host(blob[: prefix(size)])
     fixed = as_bytes(near[:_BLOB_BYTES])
-    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, last = _BLOB.unpack_from(fixed)
+    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, last = _BLOB.unpack_from(
+        fixed
+    )
     (checksum,) = struct.unpack_from("<I", fixed, _BLOB.size)
     if magic != _BLOB_MAGIC:
         raise corrupt(op, "the blob does not start with the codec's mark")
@@ -416,7 +409,12 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
 
     header = read_header(op, data, None if near is blob or head >= near.numel() else near[head:])
     if kind == _PALETTE:
-        if code > 3 or header.symbol_bytes != 1 or not 1 <= group_size <= 256 or any((groups, exceptions, bits, last)):
+        if (
+            code > 3
+            or header.symbol_bytes != 1
+            or not 1 <= group_size <= 256
+            or any((groups, exceptions, bits, last))
+        ):
             raise _contradiction(op)
         palette = from_bytes(table, blob.device).view(dtype)
         return _Blob(header.shape, header.numel, dtype, header.payload, False, palette=palette)

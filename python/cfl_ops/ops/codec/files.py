@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec.blob import Options, compress_named, decompress, store_raw
+from cfl_ops.ops.codec.blob import compress_named, decompress, store_raw
 from cfl_ops.ops.codec.huffman import corrupt
+from cfl_ops.ops.codec.plan import Options
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
 
 __all__ = ["compress_state_dict", "decompress_state_dict", "load_file", "save_file"]
@@ -60,7 +61,9 @@ def compress_state_dict(
         checks.tensor(op, where, value, 0)
         try:
             compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
-            out[name] = compress_named(op, where, value, asked) if compressible else store_raw(op, where, value)
+            out[name] = (
+                compress_named(op, where, value, asked) if compressible else store_raw(op, where, value)
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in {where})") from None
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def palette_of(flat: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
 
 
 class Spread(NamedTuple):
-    """How the weights of each group lie. Quarters of weights, float64, on the CPU: their differences cannot overflow."""
+    """How the weights of each group lie. Quarters of weights, float64, on the CPU: no difference overflows."""
 
     low: Tensor
     """Outside of low..high is what the bulk of the group does not reach by far."""
@@ -102,7 +102,9 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
     rare = (deviation == 0) & (x.amax(-1) > x.amin(-1))
     if bool(rare.any()):  # nothing but the outermost differs
         rows = x[rare]
-        deviation[rare] = _deviation(rows, torch.ones_like(rows, dtype=torch.bool), rows.amin(-1), rows.amax(-1))
+        deviation[rare] = _deviation(
+            rows, torch.ones_like(rows, dtype=torch.bool), rows.amin(-1), rows.amax(-1)
+        )
     margin = (high - low) * (0.5 if n > LOOK // 2 else 1.0)  # fewer weights reach less far
     return Spread(low - margin, high + margin, middle, deviation)
 
@@ -110,7 +112,9 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
 def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The standard deviation of the kept ones of each row, which lie in low..high: sums of integers."""
     span, n = (high - low).unsqueeze(-1), kept.sum(-1)
-    place = torch.where(kept & (span > 0), (x - low.unsqueeze(-1)) / span * _GRAIN, 0.0).round().to(torch.int64)
+    place = (
+        torch.where(kept & (span > 0), (x - low.unsqueeze(-1)) / span * _GRAIN, 0.0).round().to(torch.int64)
+    )
     spread = n * (place * place).sum(-1) - place.sum(-1) ** 2
     return spread.to(torch.float64).sqrt() / (n * _GRAIN) * span.squeeze(-1)
 
@@ -128,7 +132,9 @@ def look_at(rows: Tensor) -> Tensor:
     return rows[:, sample_index(size, max(1, size // count), rows.device)].cpu()
 
 
-def outside(rows: Tensor, spread: Spread, span: Tensor, bits: int, max_error: float) -> tuple[Tensor, Tensor] | None:
+def outside(
+    rows: Tensor, spread: Spread, span: Tensor, bits: int, max_error: float
+) -> tuple[Tensor, Tensor] | None:
     """Which weights are better kept exactly than within the range, as the budget of the error asks; None: none.
 
     ``span``: the quarter of each row's range. Returns their places, rising, and their rows.
@@ -222,6 +228,20 @@ def as_rows(flat: Tensor, per: str, width: int, block_size: int | None) -> Seque
     return [*parts, flat[whole:].unsqueeze(0)] if whole < len(flat) else parts
 
 
+class Options(NamedTuple):
+    """Of :func:`compress`, as it takes them."""
+
+    floor: float = 6
+    probe_bits: int = 4
+    bits: int | None = None
+    fraction: float = 0.03
+    per: str = "tensor"
+    block_size: int | None = None
+    nonfinite: str = "refuse"
+    max_error: float = 0.02
+    zero: str = "centre"
+
+
 class Grid(NamedTuple):
     """How a tensor is quantised."""
 
@@ -231,8 +251,8 @@ class Grid(NamedTuple):
     minimum: Tensor
     """Of all of them, whatever shares a range."""
     maximum: Tensor
-    index: Tensor | None
-    """Of the exceptions: int64, rising; None where there are none."""
+    exceptions: Tensor | None
+    """The places of what is kept exactly: int64, rising; None where nothing is."""
     entropy: float
     """What the bits came from, or NaN."""
     error: float
@@ -246,8 +266,8 @@ class Palette(NamedTuple):
     symbols: Tensor
 
 
-def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
-    """What compress does with weights (at least one); None: no grid serves, keep their bytes. ``options``: its own."""
+def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
+    """What compress does with weights (at least one); None: no grid serves, keep their bytes."""
     flat, given, max_error = w.reshape(-1), options.bits, options.max_error
     zero_bins = options.zero == "exact"
     exceptions = None
@@ -267,7 +287,13 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
         minimum, maximum, counts = probe("compress", weights, max(8, options.probe_bits), options.fraction)
         counts = counts.cpu()
         entropy = float(entropy_of(counts.view(1 << options.probe_bits, -1).sum(1)))
-        return minimum, maximum, counts.view(256, -1).sum(1), entropy, allocate_bits(entropy, floor=options.floor)
+        return (
+            minimum,
+            maximum,
+            counts.view(256, -1).sum(1),
+            entropy,
+            allocate_bits(entropy, floor=options.floor),
+        )
 
     minimum, maximum, counts, entropy, bits = measure(weights)
 
@@ -303,7 +329,9 @@ def find_grid(w: Tensor, options: Any) -> Grid | Palette | None:
     if options.per != "tensor":  # H, which is the whole tensor's, may be far from what its groups need
         bits = at_least(bits, min(2.0**16, float(needed().nan_to_num(0.0).median())))
     cuts = [
-        outside(rows, spread, span, bits, max_error) if options.per == "tensor" or rows.shape[1] >= LEAST_GROUP else None
+        outside(rows, spread, span, bits, max_error)
+        if options.per == "tensor" or rows.shape[1] >= LEAST_GROUP
+        else None
         for rows, spread, (_, _, span) in zip(views, spreads, ranges, strict=True)
     ]
     if any(cut is not None for cut in cuts):
