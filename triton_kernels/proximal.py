@@ -390,6 +390,8 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     # As float32, for Triton's float64 products cannot start from half precision.
     phi, old = features.reshape(matrices, rows, width).float(), weight.reshape(matrices, targets, width)
     new = out.view(matrices, targets, width)
+    if out is weight:  # a step that fails leaves it as it was
+        old = old.clone()
     classes = not target.is_floating_point()
     y = target.reshape(matrices, rows, *(() if classes else (targets,)))
     y_strides = (*y.stride(), 0) if classes else y.stride()
@@ -491,17 +493,31 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     missed = own - t[:, None, None] * alpha.double()
     if moved is not None:
         missed = missed - (moved + sums).unsqueeze(-2)
-    refinement = (normal[:, :rows, :rows] @ missed).mT @ wide
-    new.copy_(torch.where(failed[:, None, None], new, (new.double() + refinement).to(new.dtype)))
-    own = y64 - wide @ new.double().mT
+    again = normal[:, :rows, :rows] @ missed
+    refined_weight = new.double() + again.mT @ wide
+    # As in the fallback: what the head misses of what its A promises.
+    promise = t[:, None, None] * (alpha.double() + again)
+    missed = y64 - wide @ refined_weight.mT - promise
+    if moved is not None:
+        missed = missed - (moved + sums + again.sum(-2)).unsqueeze(-2)
+    off, best, size = (value.square().sum((-2, -1)).sqrt() for value in (missed, promise, y64))
+    stored = refined_weight.to(new.dtype)
+    own = y64 - wide @ stored.double().mT
     if bias is None or moved is None or flat_bias is None:
         new_bias = weight.new_empty(*batch, 0)
     else:
         fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
-        flat = torch.where(failed.unsqueeze(-1), flat_bias, fitted)
-        own = own - flat.double().unsqueeze(-2)
-        new_bias = flat.view(bias.shape)
-    gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ new.double()).to(features.dtype)
+        own = own - fitted.double().unsqueeze(-2)
+        off = torch.where(fitted.isfinite().all(-1), off, torch.inf)
+    off = torch.where(stored.isfinite().flatten(1).all(-1), off, torch.inf)
+    info = torch.where(failed | (off <= 0.4 * best + 0.014 * size), info, rows)
+    failed = info != 0
+    new.copy_(torch.where(failed[:, None, None], old, stored))
+    if bias is not None and flat_bias is not None:
+        new_bias = torch.where(failed.unsqueeze(-1), flat_bias, fitted).view(bias.shape)
+    gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ stored.double()).to(
+        features.dtype
+    )
     loss = torch.where(failed, torch.nan, own.square().sum((-2, -1)) / scale).float()
     return new_bias, loss.view(batch), gradient.view(features.shape), info.view(batch)
 

@@ -310,7 +310,9 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     free = fit_bias == FREE
     if bias is not None:
         shrink_bias = torch.where(t_bias > 0, mu_bias / torch.where(t_bias > 0, t_bias, 1.0), 1.0)
-        anchor_bias = bias.to(torch.float64) if free else bias.to(torch.float64) * shrink_bias.unsqueeze(-1)
+        # A free bias does not depend on the old one, which may be so large that targets drown in it.
+        old_bias = torch.zeros_like(bias, dtype=torch.float64) if free else bias.to(torch.float64)
+        anchor_bias = old_bias * shrink_bias.unsqueeze(-1)
 
     if classes:
         outside = (target < 0) | (target >= weight.shape[-2])
@@ -335,16 +337,22 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         centred = sqrt_s if bias is not None and free else None
         change, info = _dual_change(p, q, t, ones, centred, t_bias if lam_diag is not None else None, size)
     else:
-        change, info = _primal_change(p, q, t, ones, t_bias, size)
+        # Both are zeros, but with derivatives where the penalties are zero: mu and rho then pull differently.
+        pull = (mu.unsqueeze(-2) * old - t.unsqueeze(-2) * anchor).mT
+        pull_bias = (
+            None if ones is None else mu_bias.unsqueeze(-1) * old_bias - t_bias.unsqueeze(-1) * anchor_bias
+        )
+        change, info = _primal_change(p, q, t, ones, t_bias, pull, pull_bias, size)
 
     new = (anchor + change).to(weight.dtype)
     final = y - phi @ new.to(torch.float64).mT
     if bias is None:
         new_bias = weight.new_empty(*new.shape[:-2], 0)
     else:  # what fits best beside the rounded weight
-        pull = torch.zeros_like(t_bias) if free else t_bias
-        sums = (sqrt_s * sqrt_s * final).sum(-2) + pull.unsqueeze(-1) * anchor_bias
-        new_bias = (sums / (safe_total + pull).unsqueeze(-1)).to(bias.dtype)
+        sums, weights = (sqrt_s * sqrt_s * final).sum(-2), safe_total
+        if not free:
+            sums, weights = sums + mu_bias.unsqueeze(-1) * old_bias, weights + t_bias
+        new_bias = (sums / weights.unsqueeze(-1)).to(bias.dtype)
         final = final - new_bias.to(torch.float64).unsqueeze(-2)
     weighted = sqrt_s * final
     loss = (weighted * weighted).sum((-2, -1)) / scale
@@ -359,7 +367,8 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         bad_penalty = bad_penalty | ~per_feature.all(-1)
         if bias is not None and not free:
             bad_penalty = bad_penalty | ~(t_bias > 0)
-    info = torch.where((info == 0) & ~new.isfinite().all(-1).all(-1), 1, info)  # finite data that overflow
+    finite = new.isfinite().all(-1).all(-1) & new_bias.isfinite().all(-1)
+    info = torch.where((info == 0) & ~finite, 1, info)  # finite data that overflow
     if bias is not None:
         bad_weight = ~(weight.isfinite().all(-1).all(-1) & bias.isfinite().all(-1))
     else:
@@ -434,9 +443,16 @@ def _dual_change(
 
 
 def _primal_change(
-    p: Tensor, q: Tensor, t: Tensor, ones: Tensor | None, t_bias: Tensor, size: Tensor
+    p: Tensor,
+    q: Tensor,
+    t: Tensor,
+    ones: Tensor | None,
+    t_bias: Tensor,
+    pull: Tensor,
+    pull_bias: Tensor | None,
+    size: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same from the D x D system, a penalised bias eliminated."""
+    """The same from the D x D system, a penalised bias eliminated; the pulls are added to the right side."""
     width = p.shape[-1]
     t = t.expand(*t.shape[:-1], width)
     system = plain_gram(p, None, torch.float64)[0] + torch.diag_embed(t)
@@ -451,9 +467,9 @@ def _primal_change(
     change_bias = torch.zeros_like(change[..., :1, :])
     own, gain = q, torch.zeros_like(size)
     for _ in range(1 + REFINEMENTS):
-        slope = p.mT @ own - t.unsqueeze(-1) * change
-        if ones is not None:
-            slope_bias = ones.mT @ own - t_bias[..., None, None] * change_bias
+        slope = p.mT @ own - t.unsqueeze(-1) * change + pull
+        if ones is not None and pull_bias is not None:
+            slope_bias = ones.mT @ own - t_bias[..., None, None] * change_bias + pull_bias.unsqueeze(-2)
             slope = slope - column @ slope_bias / pivot
         step = cholesky_solve(slope, factor)
         change = change + step
@@ -493,25 +509,35 @@ def _fake(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: ProximalArguments, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-OPTIONS])
+    ctx.save_for_backward(*inputs[:-OPTIONS], output[-1])
     ctx.options = inputs[-OPTIONS:]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivative of the fallback, which is made of differentiable torch ops (so twice, too)."""
-    saved = ProximalArguments(*ctx.saved_tensors, *ctx.options)
+    *tensors, info = ctx.saved_tensors
+    saved = ProximalArguments(*tensors, *ctx.options)
     needed = zip(saved._fields, ctx.needs_input_grad, strict=True)
     wanted = [name for name, need in needed if need]
 
-    def outputs(*varied: Tensor) -> tuple[Tensor, ...]:
+    def outputs(*varied: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
-        return _fallback(saved._replace(**changed))[:4]
+        *results, own_info = _fallback(saved._replace(**changed))
+        return tuple(results), own_info
 
-    primals, pullback = torch.func.vjp(outputs, *(getattr(saved, name) for name in wanted))  # type: ignore[misc]
-    cotangents = tuple(
-        torch.zeros_like(primal) if grad is None else grad
-        for primal, grad in zip(primals, grads[:4], strict=True)
+    primals, pullback, own_info = torch.func.vjp(  # type: ignore[misc]
+        outputs, *(getattr(saved, name) for name in wanted), has_aux=True
     )
+    # A step which another backend has made and the fallback cannot: its derivative is not known.
+    unknown = (info == 0) & (own_info != 0)
+
+    def cotangent(primal: Tensor, grad: Tensor | None) -> Tensor:
+        given = torch.zeros_like(primal) if grad is None else grad
+        return torch.where(
+            unknown.reshape(unknown.shape + (1,) * (primal.ndim - unknown.ndim)), torch.nan, given
+        )
+
+    cotangents = tuple(cotangent(*pair) for pair in zip(primals, grads[:4], strict=True))
     return gradients(ProximalArguments, **dict(zip(wanted, pullback(cotangents), strict=True)))
 
 
