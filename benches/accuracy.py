@@ -22,9 +22,18 @@ import cfl_ops
 import mpmath
 import numpy as np
 import torch
+from extended_precision import (
+    NoOracle,
+    Wide,
+    least_squares,
+    left_out,
+    mean_loss,
+    ridge_oracle,
+    rounded,
+    wide,
+)
 from torch import Tensor
 
-Wide = np.longdouble  # 64 bits of mantissa on x86: oracle of what is computed in float64
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -84,64 +93,6 @@ def data(cell: Cell, seed: int = 0) -> tuple[Tensor, Tensor]:
     if cell.kind == "dead":
         x[:, 2] = 0
     return x.to(DTYPES[cell.dtype]), y.to(DTYPES[cell.dtype])
-
-
-def wide(value: Tensor) -> np.ndarray:
-    return value.detach().double().numpy().astype(Wide)
-
-
-def least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """argmin |a x - b| for a of full column rank, by Householder reflections in extended precision."""
-    a, b = a.copy(), b.copy()
-    columns = a.shape[1]
-    for j in range(columns):
-        v = a[j:, j].copy()
-        norm = np.sqrt(v @ v)
-        if norm == 0:
-            raise ZeroDivisionError("the oracle needs a full column rank")
-        v[0] += norm if v[0] >= 0 else -norm
-        v /= np.sqrt(v @ v)
-        a[j:] -= 2 * np.outer(v, v @ a[j:])
-        b[j:] -= 2 * np.outer(v, v @ b[j:])
-    x = np.zeros((columns, b.shape[1]), Wide)
-    for j in range(columns - 1, -1, -1):
-        x[j] = (b[j] - a[j, j + 1 : columns] @ x[j + 1 :]) / a[j, j]
-    return x
-
-
-def ridge_oracle(
-    x: np.ndarray,
-    y: np.ndarray,
-    lam: float | np.ndarray,
-    bias: str = "none",
-    anchor: np.ndarray | None = None,
-    weight: np.ndarray | None = None,
-) -> np.ndarray:
-    """argmin sum s |y - x w|^2 + lam |w - anchor|^2: (D, K), or (D + 1, K) with a "free" or "penalized" bias."""
-    rows, columns = x.shape
-    if bias != "none":
-        x = np.concatenate([x, np.ones((rows, 1), Wide)], 1)
-    penalty = np.full(x.shape[1], lam, Wide)
-    if bias == "free":
-        penalty[columns] = 0
-    root = np.ones((rows, 1), Wide) if weight is None else np.sqrt(weight)[:, None]
-    pull = np.zeros((x.shape[1], y.shape[1]), Wide) if anchor is None else anchor
-    below = np.diag(np.sqrt(penalty))
-    return least_squares(np.concatenate([x * root, below]), np.concatenate([y * root, below @ pull]))
-
-
-def mean_loss(x: np.ndarray, y: np.ndarray, head: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """The mean over rows of |y - x w|^2, (D + 1, K) heads having the bias last."""
-    if head.shape[0] > x.shape[1]:
-        x = np.concatenate([x, np.ones((x.shape[0], 1), Wide)], 1)
-    squares = np.square(y - x @ head)
-    if weight is not None:
-        return float((weight @ squares).sum() / weight.sum())
-    return float(squares.sum() / x.shape[0])
-
-
-def rounded(head: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return wide(torch.from_numpy(head.astype(np.float64)).to(dtype))
 
 
 def loss_over_bound(
@@ -276,7 +227,8 @@ def _ridge_cv(cell: Cell) -> dict[str, float]:
     lams, result = (1e-8, 1e-4, 1.0, 1e4, 1e8), {}
     for bias, cv in itertools.product((False, True), ("loo", 2)):
         fit = cfl_ops.ridge_cv(x, y, lams, cv=cv, bias=bias)
-        exact = np.array([_left_out(wide(x), wide(y), lam, bias, cv) for lam in lams], np.float64)
+        folds = None if cv == "loo" else cv
+        exact = np.array([left_out(wide(x), wide(y), lam, bias, folds) for lam in lams], np.float64)
         scores = fit.scores.numpy()
         chosen = [lams.index(float(lam)) for lam in fit.lam]
         best, got = exact.min(0), exact[chosen, range(TARGETS)]
@@ -290,17 +242,6 @@ def _ridge_cv(cell: Cell) -> dict[str, float]:
             result.get(f"{what} scores, 1 %", 0.0),
         )
     return result
-
-
-def _left_out(x: np.ndarray, y: np.ndarray, lam: float, bias: bool, cv: str | int) -> np.ndarray:
-    """(K): the mean squared error of rows left out, by refits."""
-    rows, total = len(x), np.zeros(y.shape[1], Wide)
-    for held in np.array_split(np.arange(rows), rows if cv == "loo" else cv):
-        keep = np.setdiff1d(np.arange(rows), held)
-        head = ridge_oracle(x[keep], y[keep], lam, "free" if bias else "none")
-        design = np.concatenate([x[held], np.ones((len(held), 1), Wide)], 1) if bias else x[held]
-        total += np.square(y[held] - design @ head).sum(0)
-    return total / rows
 
 
 @probe("lstsq", lam=(0.0,), kind=("plain", "outlier"), ratio=(1.0, 2.0, 10.0))
@@ -456,7 +397,10 @@ def _spd_inverse(cell: Cell) -> dict[str, float]:
     a = (x.double().mT @ x.double() + cell.lam * torch.eye(WIDTH, dtype=torch.float64)).to(x.dtype)
     inverse = wide(cfl_ops.spd_inverse(a))
     with mpmath.workdps(50):
-        exact = mpmath.matrix(((a.double() + a.double().mT) / 2).tolist()) ** -1
+        try:
+            exact = mpmath.matrix(((a.double() + a.double().mT) / 2).tolist()) ** -1
+        except ZeroDivisionError:  # a singular matrix has been inverted
+            return {"forward error, 10 %": math.inf}
         best = np.array([[float(exact[i, j]) for j in range(WIDTH)] for i in range(WIDTH)])
     return {
         "forward error, 10 %": float(np.linalg.norm((inverse - best).astype(float)) / np.linalg.norm(best))
@@ -512,7 +456,9 @@ def sweep(name: str, every: int = 1) -> list[Row]:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 measures = run(cell)
-        except (torch.linalg.LinAlgError, ValueError, ZeroDivisionError, UserWarning):
+        except NoOracle:
+            continue
+        except (torch.linalg.LinAlgError, ValueError, UserWarning):
             told += 1
             continue
         for measure, value in measures.items():

@@ -109,6 +109,20 @@ def backend(request: pytest.FixtureRequest):
         yield name
 
 
+@pytest.fixture(params=[0, 1, 2], ids=["generic", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Any:
+    """The native kernels of each instruction set that this machine has, in turn."""
+    if not dispatch.extension_available():
+        pytest.skip("the extension is not installed")
+    from cfl_ops import _C
+
+    if request.param > _C.best_isa():
+        pytest.skip("this machine lacks it")
+    _C.set_isa(request.param)
+    yield
+    _C.set_isa(_C.best_isa())
+
+
 @pytest.fixture
 def kernels() -> Any:
     """The kernels of csrc/cuda, emulated on the CPU."""

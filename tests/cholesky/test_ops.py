@@ -25,17 +25,6 @@ def factor_and_vectors(order: int, rank: int, dtype: torch.dtype) -> tuple[Tenso
     return torch.linalg.cholesky(spd(order)).to(dtype), V.to(dtype)
 
 
-@pytest.fixture(params=["best", "avx2", "generic"])
-def instruction_set(request: pytest.FixtureRequest):
-    if not dispatch.extension_available():
-        pytest.skip("the extension is not installed")
-    from cfl_ops import _C
-
-    _C.set_isa({"best": _C.best_isa(), "avx2": 1, "generic": 0}[request.param])
-    yield
-    _C.set_isa(_C.best_isa())
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("order", "rank"), [(5, 1), (48, 2), (129, 1), (200, 17), (256, 64), (96, 200)])

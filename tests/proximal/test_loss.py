@@ -6,7 +6,7 @@ import cfl_ops
 import numpy as np
 import pytest
 import torch
-from accuracy import mean_loss, ridge_oracle, rounded, wide
+from extended_precision import mean_loss, ridge_oracle, rounded, wide
 
 OPS = ("proximal_step",)
 

@@ -17,21 +17,10 @@ everywhere = pytest.mark.parametrize("dtype", [torch.float32, F64])
 
 
 @everywhere
-@pytest.mark.parametrize("isa", [0, 1, 2])
-def test_on_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
-    if not cfl_ops._core.dispatch.extension_available():
-        pytest.skip("no extension")
-    from cfl_ops import _C
-
-    if isa > _C.best_isa():
-        pytest.skip("this machine lacks it")
-    _C.set_isa(isa)
-    try:
-        for order in ORDERS:
-            given = exact.sample(order, dtype)
-            exact.check(given, *cfl_ops.ridge_solve_ex(given.gram, given.cross))
-    finally:
-        _C.set_isa(_C.best_isa())
+def test_on_every_instruction_set(instruction_set, dtype: torch.dtype) -> None:
+    for order in ORDERS:
+        given = exact.sample(order, dtype)
+        exact.check(given, *cfl_ops.ridge_solve_ex(given.gram, given.cross))
 
 
 @everywhere

@@ -6,9 +6,10 @@ import cfl_ops
 import numpy as np
 import pytest
 import torch
+from extended_precision import Wide, wide
 
 from tests.solve.data import F64, randn
-from tests.solve.oracle import Wide, assert_loss_is_right, features, ridge_head, wide
+from tests.solve.oracle import assert_loss_is_right, features, ridge_head
 
 
 @pytest.mark.parametrize("kappa", [0.25, 1.0, 6.0])

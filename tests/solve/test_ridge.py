@@ -6,9 +6,10 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops.ops.solve.narrow_ridge import NARROW_RIDGE
+from extended_precision import wide
 
 from tests.solve.data import F64, randn
-from tests.solve.oracle import assert_loss_is_right, features, ridge_head, targets, wide
+from tests.solve.oracle import assert_loss_is_right, features, ridge_head, targets
 
 
 @pytest.mark.parametrize("bias", [False, True])

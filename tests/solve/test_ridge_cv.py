@@ -8,9 +8,10 @@ import pytest
 import torch
 from cfl_ops.ops.solve import ridge_cv as module
 from cfl_ops.ops.solve import validation
+from extended_precision import left_out, wide
 
 from tests.solve.data import F64, randn
-from tests.solve.oracle import features, left_out, targets, wide
+from tests.solve.oracle import features, targets
 
 
 def test_ridge_cv_scales() -> None:

@@ -13,7 +13,7 @@ from cfl_ops.ops.solve.regression import (
     free_rows,
     gram_of_rows,
     moments,
-    same_dtype,
+    promoted,
     with_free_rows,
 )
 
@@ -62,7 +62,7 @@ class EigenRidge:
     def _cross(self, y: Tensor) -> Tensor:
         """X^T Y in float64; X^T X and the squares of Y are kept with it."""
         if self._moments is None or self._moments[0] is not y:
-            rows, targets = same_dtype(self.rows, y)
+            rows, targets = promoted(self.rows, y)
             self.gram, cross, _, self.squares, *_ = plain_gram(rows, targets, torch.float64)
             self._moments = y, cross
         return self._moments[1]

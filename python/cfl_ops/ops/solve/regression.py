@@ -52,14 +52,14 @@ def result_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, y.dtype)
 
 
-def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype."""
     return (x, y) if x.dtype == y.dtype else (x.double(), y.double())
 
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """X^T X and X^T Y in float64."""
-    gram, cross, *_ = plain_gram(*same_dtype(x, y), torch.float64)
+    gram, cross, *_ = plain_gram(*promoted(x, y), torch.float64)
     return gram, cross
 
 

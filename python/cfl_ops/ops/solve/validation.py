@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfl_ops.ops.gram.gram import plain_gram
 from cfl_ops.ops.solve.eigen_ridge import EPS, GRAM_LIMIT, EigenRidge, shrinkage
-from cfl_ops.ops.solve.regression import centred, column_means, same_dtype
+from cfl_ops.ops.solve.regression import centred, column_means, promoted
 
 PREDICTION_BYTES = 4 << 20
 """Runs of predictions, which pass through the second-level cache several times."""
@@ -245,7 +245,7 @@ class KFold:
         if not x.shape[-2] - held - int(bias) >= x.shape[-1] > 0:
             return None
         each: list[tuple[Tensor, ...]] = []
-        x, y = same_dtype(x, y)
+        x, y = promoted(x, y)
         for begin, end in self.pieces:
             gram, cross, y_sum, squares, *_ = plain_gram(x[begin:end], y[begin:end], torch.float64)
             x_sum = x[begin:end].sum(-2, dtype=torch.float64) if bias else y_sum.new_zeros(())
