@@ -56,7 +56,9 @@ bool trusted(double spread, int64_t order) {
          kTrustedError;
 }
 
-// The rounding errors of a residual, relative to it, at which the loss is still right to 5 %.
+// The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
+// gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
+// |S R| / max(S)^1/2, which is never more than |S^1/2 R|.
 constexpr double kSmallError = 0.02;
 // A step that is not good enough in its working precision: of a float32 step the float64 one
 // decides.
@@ -829,31 +831,40 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t i = 0; i < B * K; ++i) q[i] = static_cast<T>(rhs[i]);
   }
 
-  double loss = 0;
-  for (int64_t i = 0; i < B * K; ++i) {
-    const double residual = t * alpha[i] + (remainder ? remainder[i] : T(0));
-    loss += residual * residual;
+  double loss = 0, pull = 0, heaviest = 1;
+  for (int64_t i = 0; i < B; ++i) {
+    double row = 0;
+    for (int64_t j = i * K; j < (i + 1) * K; ++j) {
+      const double residual = t * alpha[j] + (remainder ? remainder[j] : T(0));
+      row += residual * residual;
+    }
+    loss += row;
+    pull += row * root[i] * root[i];
+    if (pb.sample) heaviest = std::max<double>(i == 0 ? 0 : heaviest, pb.sample[i]);
   }
   pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;  // the caller finds out why; nothing was written yet
 
   // What rounding can do to the residual of the head: alpha solves its system up to about
-  // u |S| |A|, A^T P is summed up to u |A| |P|, and the head is stored up to u |W|.
+  // u |S| |A|, A^T P is summed up to u |A| |P|, and the head is stored up to u |W|. And what
+  // conjugate gradients have left of the right side.
   const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
   const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
-  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm;
+  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0, total = 0;
   if (pb.lam_diag) {
     change_norm = std::sqrt(sum_of_squares(pe, B, D, pe_stride)) * alpha_norm;
     reach = sum_of_squares(p, B, D, p_stride);
   }
-  if (centred) {
-    double total = 0;
-    for (int64_t i = 0; i < B; ++i) total += pb.sample_of(i);
-    reach += total * sum_of_squares(mean_phi.data(), 1, D, D);
-  }
-  const double product = std::sqrt(reach) * (anchor_norm + change_norm);
-  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best);
-  if (noise > kSmallError * best || pb.rounds()) {
+  for (int64_t i = 0; pb.bias && i < B; ++i) total += pb.sample_of(i);
+  if (centred) reach += total * sum_of_squares(mean_phi.data(), 1, D, D);
+  if (pb.bias) bias_norm += sum_of_squares(anchor_bias.data(), 1, K, K);
+  if (centred) bias_norm += sum_of_squares(mean_q.data(), 1, K, K);
+  const double product =
+      std::sqrt(reach) * (anchor_norm + change_norm) + std::sqrt(total * bias_norm);
+  const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
+  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
+  const double worth = std::sqrt(pull / heaviest);
+  if (noise > kSmallError * worth || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);
     T* residual = scratch.take<T>(B * K);
     T* delta = scratch.take<T>(B * K);
@@ -863,14 +874,17 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), weight,
          D);
     // How far the head is from the one that alpha promises: the residual by which t A misses its
-    // own.
+    // own, and the penalty of a bias that was fitted to a weight gone wrong.
     auto missed = [&](bool is_settled) {
+      double penalty = 0;
+      for (int64_t k = 0; ones && k < K; ++k) {
+        double sum = 0;
+        for (int64_t i = 0; i < B; ++i) sum += static_cast<double>(root[i]) * alpha[i * K + k];
+        const double promised = anchor_bias[k] + ones_scale * sum;
+        if (!is_settled) bias[k] = static_cast<T>(promised);
+        penalty += pen.t_bias * (bias[k] - promised) * (bias[k] - promised);
+      }
       if (!is_settled) {
-        for (int64_t k = 0; ones && k < K; ++k) {
-          double sum = 0;
-          for (int64_t i = 0; i < B; ++i) sum += static_cast<double>(root[i]) * alpha[i * K + k];
-          bias[k] = static_cast<T>(anchor_bias[k] + ones_scale * sum);
-        }
         residual_of<T>(pb, weight, ones ? bias.data() : nullptr, residual);
         if (centred) {
           Problem<T> exact = pb;
@@ -883,7 +897,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
           delta[i * K + k] = static_cast<T>(root[i] * residual[i * K + k] - t * alpha[i * K + k]);
         }
       }
-      return std::sqrt(sum_of_squares(delta, B, K, K));
+      return std::sqrt(sum_of_squares(delta, B, K, K) + penalty);
     };
     bool good = noise <= tolerable(best, size);
     if constexpr (std::is_same_v<T, double>) {
@@ -902,7 +916,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     }
     const double weight_norm = std::sqrt(sum_of_squares(weight, K, D, D));
     const double error = kUnit<T> * (std::sqrt(reach) * weight_norm + size);
-    settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual, error / best, scratch);
+    settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual, error / worth, scratch);
     if (std::is_same_v<T, float> && !pb.rounds()) good = missed(true) <= tolerable(best, size);
     return good ? write_step(pb, pen, weight, bias.data(), residual) : kInaccurate;
   }
@@ -1010,9 +1024,12 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   double spread = 0;
   int64_t info = 0;
   bool solved = false;
-  double head_error = 1e-5;  // relative; this is what conjugate gradients converge to
+  double head_error = 0;  // relative, of the direct solve
+  double left = 0;        // by conjugate gradients: the root of what the objective can still gain
   T* head = scratch.take<T>(order * K);
-  const int64_t budget = cg_budget(pb.method, B, D, K);
+  double least = penalty(0);
+  for (int64_t j = 1; j < D; ++j) least = std::min(least, penalty(j));
+  const int64_t budget = least > 0 ? cg_budget(pb.method, B, D, K) : 0;
   if (budget > 0) {
     std::vector<T> penalties(order);
     for (int64_t j = 0; j < order; ++j) penalties[j] = static_cast<T>(penalty(j));
@@ -1023,6 +1040,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     T* residual = scratch.take<T>(B * K);
     T* right = scratch.take<T>(order * K);
     fill_residual(pb, 0, B, anchor, residual);
+    const double start = std::sqrt(weighted_squares(pb, residual));
     std::vector<double> sums(K, 0.0);
     for (int64_t i = 0; i < B; ++i) {
       const T s = pb.sample ? pb.sample[i] : T(1);
@@ -1036,6 +1054,28 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
       std::vector<T> diagonal(order);
       op.diagonal(diagonal.data());
       for (int64_t j = 0; j < order; ++j) trace += diagonal[j] - penalties[j];
+      // They stop at a fraction of the right side, which a far anchor makes large. The objective
+      // can gain r^T H^-1 r by the remainder r: with the bias eliminated, at most |r|^2 / min t.
+      std::vector<double> means(D, 0.0);
+      double total = pb.free_bias ? 0.0 : pen.t_bias, squares = 0;
+      for (int64_t i = 0; pb.bias && i < B; ++i) {
+        const double s = pb.sample_of(i);
+        total += s;
+        for (int64_t j = 0; j < D; ++j) means[j] += s * pb.phi[i * pb.phi_stride + j];
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const double shift = pb.bias ? right[D * K + k] / total : 0.0;
+        if (pb.bias) squares += shift * right[D * K + k];
+        for (int64_t j = 0; j < D; ++j) {
+          const double slope = right[j * K + k] - means[j] * shift;
+          squares += slope * slope / least;
+        }
+      }
+      // Twice, for the remainder has rounding errors of its size; and the right side X^T S R has
+      // those of R, and of the sum.
+      left = 2 * std::sqrt(squares) +
+             kUnit<T> * std::sqrt(trace * sum_of_squares(anchor, order, K, K)) +
+             kUnit<T> * std::sqrt(trace / least) * start;
     }
   }
   auto error_of = [&](double unit) {
@@ -1063,17 +1103,18 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   transpose(D, K, head, fresh);
   // How far rounding can move the residual: by what the head lost, and by what X W^T loses.
   const double product = std::sqrt(std::max(trace, 0.0) * sum_of_squares(head, order, K, K));
+  const double error = head_error * product + left;
   if constexpr (std::is_same_v<T, double>) {
     T* whole = scratch.take<T>(B * K);
     std::vector<T> bias(pb.bias ? K : 0);
     for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
     residual_of<T>(pb, fresh, pb.bias ? bias.data() : nullptr, whole);
     double best = std::sqrt(weighted_squares(pb, whole));
-    bool refined = head_error * product <= kSmallError * best;
+    bool refined = error <= kSmallError * best;
     if (!refined || pb.rounds()) {
       const double size = targets_norm(pb);
       T* change = scratch.take<T>(order * K);
-      bool good = refined || !system;
+      bool good = error <= tolerable(best, size);
       double last = std::numeric_limits<double>::infinity();
       for (int step = 0; step < 8 && !refined && system; ++step) {
         // The change H^-1 (X^T S R - t (W - Wa)) by which the head is refined, and what it gains.
@@ -1093,10 +1134,10 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         potrs_lower(order, K, system, order, change, K);
         double gain = 0;
         for (int64_t i = 0; i < order * K; ++i) gain += slope[i] * change[i];
-        const double error = std::sqrt(std::abs(gain));
-        good = error <= tolerable(best, size);
-        if (error <= 1e-3 * best || !(error <= 0.5 * last)) break;
-        last = error;
+        const double gained = std::sqrt(std::abs(gain));
+        good = gained <= tolerable(best, size);
+        if (gained <= 1e-3 * best || !(gained <= 0.5 * last)) break;
+        last = gained;
         for (int64_t i = 0; i < order * K; ++i) head[i] += change[i];
         transpose(D, K, head, fresh);
         for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
@@ -1113,13 +1154,13 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
            std::numeric_limits<double>::infinity(), scratch);
     const double own = std::sqrt(weighted_squares(pb, whole));
-    if (!(head_error * product <= tolerable(own, targets_norm(pb)))) return kInaccurate;
+    if (!(error <= tolerable(own, targets_norm(pb)))) return kInaccurate;
     return write_step(pb, pen, fresh, bias.data(), whole);
   }
   // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
   constexpr int64_t kBlock = 256;
   T* residual = scratch.take<T>(std::min(B, kBlock) * K);
-  double loss = 0;
+  double loss = 0, pull = 0, heaviest = 0;
   for (int64_t begin = 0; begin < B; begin += kBlock) {
     const int64_t n = std::min(kBlock, B - begin);
     fill_residual(pb, begin, n, head, residual);
@@ -1131,6 +1172,8 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         residual[i * K + k] *= s;
       }
       loss += s * sum;
+      pull += s * s * sum;
+      heaviest = std::max<double>(heaviest, s);
     }
     gemm(false, false, n, D, K, static_cast<T>(-2.0 / pen.scale), residual, K, fresh, D, T(0),
          pb.grad + begin * D, D);
@@ -1139,11 +1182,9 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   if (!std::isfinite(pb.loss)) return -100;
   if constexpr (std::is_same_v<T, float>) {
     const double own = std::sqrt(loss);
-    if (head_error * product > tolerable(own, 0) &&
-        head_error * product > tolerable(own, targets_norm(pb))) {
-      return kInaccurate;
-    }
-    if (kUnit<T> * (2 * product + own) > kSmallError * own) {  // once more, in float64
+    if (error > tolerable(own, 0) && error > tolerable(own, targets_norm(pb))) return kInaccurate;
+    const double worth = std::sqrt(pull / heaviest);
+    if (kUnit<T> * (2 * product + own) > kSmallError * worth) {  // once more, in float64
       T* whole = scratch.take<T>(B * K);
       std::vector<T> bias(pb.bias ? K : 0);
       settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
