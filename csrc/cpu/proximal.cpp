@@ -596,6 +596,26 @@ double weighted_squares(const Problem<T>& pb, const T* values) {
 }
 
 template <class T>
+double total_of(const Problem<T>& pb) {  // of the row weights
+  double total = 0;
+  for (int64_t i = 0; i < pb.rows; ++i) total += pb.sample_of(i);
+  return total;
+}
+
+template <class T>
+std::vector<double> mean_features(const Problem<T>& pb) {
+  std::vector<double> mean(pb.width, 0.0);
+  for (int64_t i = 0; i < pb.rows; ++i) {
+    const double s = pb.sample_of(i);
+    const T* row = pb.phi + i * pb.phi_stride;
+    for (int64_t j = 0; j < pb.width; ++j) mean[j] += s * row[j];
+  }
+  const double total = total_of(pb);
+  for (double& value : mean) value /= total;
+  return mean;
+}
+
+template <class T>
 double targets_norm(const Problem<T>& pb) {
   double total = 0;
   for (int64_t i = 0; i < pb.rows; ++i) {
@@ -701,18 +721,15 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t i = 0; i < B; ++i) root[i] = std::sqrt(pb.sample[i]);
   }
   if (centred) {
-    std::vector<double> phi_sum(D, 0.0), q_sum(K, 0.0);
-    double total = 0;
+    std::vector<double> q_sum(K, 0.0);
     for (int64_t i = 0; i < B; ++i) {
-      const double s = pb.sample ? static_cast<double>(pb.sample[i]) : 1.0;
-      total += s;
-      for (int64_t j = 0; j < D; ++j) phi_sum[j] += s * pb.phi[i * pb.phi_stride + j];
-      for (int64_t k = 0; k < K; ++k) q_sum[k] += s * q[i * K + k];
+      for (int64_t k = 0; k < K; ++k)
+        q_sum[k] += static_cast<double>(pb.sample_of(i)) * q[i * K + k];
     }
-    mean_phi.resize(D);
+    const std::vector<double> mean = mean_features(pb);
+    mean_phi.assign(mean.begin(), mean.end());
     mean_q.resize(K);
-    for (int64_t j = 0; j < D; ++j) mean_phi[j] = static_cast<T>(phi_sum[j] / total);
-    for (int64_t k = 0; k < K; ++k) mean_q[k] = static_cast<T>(q_sum[k] / total);
+    for (int64_t k = 0; k < K; ++k) mean_q[k] = static_cast<T>(q_sum[k] / total_of(pb));
   }
   if (pb.sample || centred) {
     T* copy = scratch.take<T>(B * D);
@@ -850,12 +867,12 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // conjugate gradients have left of the right side.
   const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
   const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
-  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0, total = 0;
+  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0;
   if (pb.lam_diag) {
     change_norm = std::sqrt(sum_of_squares(pe, B, D, pe_stride)) * alpha_norm;
     reach = sum_of_squares(p, B, D, p_stride);
   }
-  for (int64_t i = 0; pb.bias && i < B; ++i) total += pb.sample_of(i);
+  const double total = total_of(pb);
   if (centred) reach += total * sum_of_squares(mean_phi.data(), 1, D, D);
   if (pb.bias) bias_norm += sum_of_squares(anchor_bias.data(), 1, K, K);
   if (centred) bias_norm += sum_of_squares(mean_q.data(), 1, K, K);
@@ -1002,23 +1019,60 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
   }
 
+  // In float64 a bias is solved for at the mean m of the features, as c = b + W m: a large mean
+  // takes no digits then. Its penalty is t_b |c - W m - b_a|^2.
+  const T* solved_phi = pb.phi;
+  int64_t solved_stride = pb.phi_stride;
+  std::vector<double> mean;
+  if (std::is_same_v<T, double> && pb.bias) {
+    mean = mean_features(pb);
+    T* copy = scratch.take<T>(B * D);
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        copy[i * D + j] = static_cast<T>(pb.phi[i * pb.phi_stride + j] - mean[j]);
+      }
+    }
+    solved_phi = copy;
+    solved_stride = D;
+  }
+  // Of a gradient (order, K) with respect to W and b: that to W and c. Of W and c: W and b.
+  auto shift_gradient = [&](auto* gradient) {
+    for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
+      for (int64_t k = 0; k < K; ++k) gradient[j * K + k] -= mean[j] * gradient[D * K + k];
+    }
+  };
+  auto unshift_head = [&](auto* values) {
+    for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
+      for (int64_t k = 0; k < K; ++k) values[D * K + k] -= mean[j] * values[j * K + k];
+    }
+  };
+
   double trace = 0;  // of X^T S X
   auto solve = [&]<class Acc>(Acc* system, Acc* rhs, double* spread) -> int64_t {
     trace = 0;
-    side_gram<T, Acc>(false, pb, pb.phi, pb.phi_stride, pb.sample, pb.bias != nullptr, system, rhs);
+    side_gram<T, Acc>(false, pb, solved_phi, solved_stride, pb.sample, pb.bias != nullptr, system,
+                      rhs);
     // X^T S Y + t anchor gives the head itself: one product fewer than its change would cost.
     for (int64_t j = 0; j < order; ++j) {
       for (int64_t k = 0; k < K; ++k) {
-        rhs[j * K + k] += static_cast<Acc>(penalty(j)) * anchor[j * K + k];
+        Acc pull = static_cast<Acc>(penalty(j)) * anchor[j * K + k];
+        if (!mean.empty() && j < D) pull -= penalty(D) * mean[j] * anchor[D * K + k];
+        rhs[j * K + k] += pull;
       }
     }
     for (int64_t j = 0; j < order; ++j) {
       trace += system[j * order + j];
       system[j * order + j] += static_cast<Acc>(penalty(j));
+      for (int64_t i = 0; !mean.empty() && j < D && i < D; ++i) {
+        system[i * order + j] += penalty(D) * mean[i] * mean[j];
+      }
+      if (!mean.empty() && j < D) system[D * order + j] -= penalty(D) * mean[j];
     }
     const int64_t info = factor(system, order, spread);
-    if (info == 0) potrs_lower(order, K, system, order, rhs, K);
-    return info;
+    if (info != 0) return info;
+    potrs_lower(order, K, system, order, rhs, K);
+    unshift_head(rhs);
+    return 0;
   };
 
   double spread = 0;
@@ -1056,18 +1110,16 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
       for (int64_t j = 0; j < order; ++j) trace += diagonal[j] - penalties[j];
       // They stop at a fraction of the right side, which a far anchor makes large. The objective
       // can gain r^T H^-1 r by the remainder r: with the bias eliminated, at most |r|^2 / min t.
-      std::vector<double> means(D, 0.0);
-      double total = pb.free_bias ? 0.0 : pen.t_bias, squares = 0;
-      for (int64_t i = 0; pb.bias && i < B; ++i) {
-        const double s = pb.sample_of(i);
-        total += s;
-        for (int64_t j = 0; j < D; ++j) means[j] += s * pb.phi[i * pb.phi_stride + j];
+      const double total = total_of(pb), whole = total + penalty(D);
+      const std::vector<double> center = pb.bias ? mean_features(pb) : std::vector<double>(D, 0.0);
+      double squares = 0;
+      for (int64_t k = 0; pb.bias && k < K; ++k) {
+        squares += static_cast<double>(right[D * K + k]) * right[D * K + k] / whole;
       }
-      for (int64_t k = 0; k < K; ++k) {
-        const double shift = pb.bias ? right[D * K + k] / total : 0.0;
-        if (pb.bias) squares += shift * right[D * K + k];
-        for (int64_t j = 0; j < D; ++j) {
-          const double slope = right[j * K + k] - means[j] * shift;
+      for (int64_t j = 0; j < D; ++j) {
+        const double share = pb.bias ? center[j] * total / whole : 0.0;
+        for (int64_t k = 0; k < K; ++k) {
+          const double slope = right[j * K + k] - (pb.bias ? share * right[D * K + k] : 0.0);
           squares += slope * slope / least;
         }
       }
@@ -1124,16 +1176,17 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         }
         gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, whole, K, T(0), change, K);
         for (int64_t k = 0; pb.bias && k < K; ++k) change[D * K + k] = sums[k];
-        std::vector<double> slope(order * K);
         for (int64_t j = 0; j < order; ++j) {
           for (int64_t k = 0; k < K; ++k) {
             change[j * K + k] -= penalty(j) * (head[j * K + k] - anchor[j * K + k]);
-            slope[j * K + k] = change[j * K + k];
           }
         }
+        shift_gradient(change);
+        const std::vector<double> slope(change, change + order * K);
         potrs_lower(order, K, system, order, change, K);
         double gain = 0;
         for (int64_t i = 0; i < order * K; ++i) gain += slope[i] * change[i];
+        unshift_head(change);
         const double gained = std::sqrt(std::abs(gain));
         good = gained <= tolerable(best, size);
         if (gained <= 1e-3 * best || !(gained <= 0.5 * last)) break;
