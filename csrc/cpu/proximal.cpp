@@ -60,6 +60,9 @@ bool trusted(double spread, int64_t order) {
 // gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
 // |S R| / max(S)^1/2, which is never more than |S^1/2 R|.
 constexpr double kSmallError = 0.02;
+// And relative to the targets: a loss below 1e-9 of their mean square is 0 for all that anybody
+// does with it. (Steps on one batch over and over come there.)
+constexpr double kNegligibleError = 5e-6;
 // A step that is not good enough in its working precision: of a float32 step the float64 one
 // decides.
 constexpr int64_t kInaccurate = -200;
@@ -617,11 +620,13 @@ std::vector<double> mean_features(const Problem<T>& pb) {
 
 template <class T>
 double targets_norm(const Problem<T>& pb) {
+  if (pb.labels) return std::sqrt(total_of(pb));
   double total = 0;
   for (int64_t i = 0; i < pb.rows; ++i) {
     double row = 0;
     for (int64_t k = 0; k < pb.targets; ++k) {
-      row += static_cast<double>(pb.target_of(i, k)) * pb.target_of(i, k);
+      const double y = pb.target[i * pb.target_stride + k];
+      row += y * y;
     }
     total += pb.sample_of(i) * row;
   }
@@ -881,7 +886,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
   const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
   const double worth = std::sqrt(pull / heaviest);
-  if (noise > kSmallError * worth || pb.rounds()) {
+  const bool visible = noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb);
+  if (visible || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);
     T* residual = scratch.take<T>(B * K);
     T* delta = scratch.take<T>(B * K);
@@ -1237,7 +1243,9 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     const double own = std::sqrt(loss);
     if (error > tolerable(own, 0) && error > tolerable(own, targets_norm(pb))) return kInaccurate;
     const double worth = std::sqrt(pull / heaviest);
-    if (kUnit<T> * (2 * product + own) > kSmallError * worth) {  // once more, in float64
+    const double noise = kUnit<T> * (2 * product + own);
+    if (noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb)) {
+      // Once more, in float64.
       T* whole = scratch.take<T>(B * K);
       std::vector<T> bias(pb.bias ? K : 0);
       settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
