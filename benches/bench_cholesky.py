@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cfl_ops
+import numpy as np
 import pytest
 import torch
 from _ratio import compare
@@ -71,20 +72,33 @@ def bench_break_even(benchmark, rank: int) -> None:
     )
 
 
-@pytest.mark.parametrize("width", [16, 128, 512])
-@pytest.mark.benchmark(group="RecursiveRidge.update of one row against solving anew")
-def bench_recursive(benchmark, width: int) -> None:
-    x, y = torch.randn(1, width), torch.randn(1, 1)
-    model = cfl_ops.RecursiveRidge(width, 1)
-    gram, cross = torch.eye(width), torch.zeros(width, 1)
+@pytest.mark.parametrize("targets", [1, 10])
+@pytest.mark.parametrize("width", [8, 32, 96, 200, 512])
+@pytest.mark.benchmark(
+    group="RecursiveRidge.update of one row against NumPy's recursion and solving anew (float64)"
+)
+def bench_recursive(benchmark, width: int, targets: int) -> None:
+    x, y = torch.randn(width, dtype=torch.float64), torch.randn(targets, dtype=torch.float64)
+    model = cfl_ops.RecursiveRidge(width, targets)
+    gram, cross = torch.eye(width, dtype=torch.float64), torch.zeros(width, targets, dtype=torch.float64)
+    row, target = x.numpy(), y.numpy()
+    covariance, weight = np.eye(width), np.zeros((width, targets))
+
+    def recursion() -> None:
+        """Without a check, and in covariance form, which loses positive definiteness in the long run."""
+        nonlocal covariance, weight
+        side = covariance @ row
+        gain = side / (1 + row @ side)
+        weight += np.outer(gain, target - row @ weight)
+        covariance = covariance - np.outer(gain, side)
 
     def anew() -> torch.Tensor:
-        gram.addmm_(x.mT, x, alpha=1e-3)
-        cross.addmm_(x.mT, y, alpha=1e-3)
+        gram.addmm_(x[:, None], x[None], alpha=1e-3)
+        cross.addmm_(x[:, None], y[None], alpha=1e-3)
         return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
 
-    compare(benchmark, f"D={width}", lambda: model.update(x, y), {"cholesky + solve": anew},
-            flops=4 * width**2)  # fmt: skip
+    compare(benchmark, f"D={width} K={targets}", lambda: model.update(x, y),
+            {"NumPy": recursion, "cholesky + solve": anew}, flops=4 * width**2)  # fmt: skip
 
 
 def percdamp_loop(hessian: torch.Tensor) -> torch.Tensor:

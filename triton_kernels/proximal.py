@@ -435,33 +435,39 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     info = or_inaccurate(
         info, torch.linalg.vector_norm(missed(), dim=(-2, -1)), best, torch.linalg.vector_norm(y64, dim=(-2, -1)), rows
     )  # fmt: skip
-    rounded = head.to(new.dtype)
+
+    # Loss, gradient and bias are those of the weight as it is stored.
+    stored = head.to(new.dtype)
+    own, fitted = y64 - wide @ stored.double().mT, None
+    if bias is not None and moved is not None:
+        fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
+        own = own - fitted.double().unsqueeze(-2)
 
     # What failed, before the weight is written.
-    def bad(value: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1)
-        return ~largest.isfinite()
+    def bad(*values: Tensor | None) -> Tensor:
+        norms = [
+            torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1)
+            for value in values
+            if value is not None
+        ]
+        return ~sum(norms[1:], norms[0]).isfinite()
 
-    info = torch.where((info == 0) & bad(rounded), 1, info)  # finite data that overflow
-    bad_weight = bad(old) if flat_bias is None else bad(old) | bad(flat_bias)
-    info = torch.where(bad_weight, BAD_WEIGHT, info)
+    info = torch.where((info == 0) & bad(stored, fitted), 1, info)  # finite data that overflow
+    info = torch.where(bad(old, flat_bias), BAD_WEIGHT, info)
     bad_target = ((y < 0) | (y >= targets)).any(-1) if classes else bad(y)
     info = torch.where(bad_target, BAD_TARGET, info)
     info = torch.where(bad(phi), BAD_FEATURES, info)
     info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
     failed = info != 0
 
-    new.copy_(torch.where(failed[:, None, None], old, rounded))
-    # Loss, gradient and bias are those of the weight as it is stored.
-    own = y64 - wide @ new.double().mT
-    if bias is None or moved is None or flat_bias is None:
+    new.copy_(torch.where(failed[:, None, None], old, stored))
+    if bias is None or flat_bias is None or fitted is None:
         new_bias = weight.new_empty(*batch, 0)
     else:
-        fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
-        flat = torch.where(failed.unsqueeze(-1), flat_bias, fitted)
-        own = own - flat.double().unsqueeze(-2)
-        new_bias = flat.view(bias.shape)
-    gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ new.double()).to(features.dtype)
+        new_bias = torch.where(failed.unsqueeze(-1), flat_bias, fitted).view(bias.shape)
+    gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ stored.double()).to(
+        features.dtype
+    )
     loss = torch.where(failed, torch.nan, own.square().sum((-2, -1)) / scale).float()
     return new_bias, loss.view(batch), gradient.view(features.shape), info.view(batch)
 

@@ -1,6 +1,8 @@
 // cholesky_update on the CPU: which kernel treats which matrix, and what is left as it was on
 // failure. Semantics: python/cfl_ops/ops/cholesky/update.py, safe.py (the fallback); mathematics:
 // cholesky_kernel.h.
+#include "cpu/cholesky.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,9 +12,7 @@
 #include <vector>
 
 #include "cpu/blas.h"
-#include "cpu/cholesky_kernel.h"
 #include "cpu/downdate.h"
-#include "cpu/gram_kernel.h"
 #include "cpu/kept_memory.h"
 #include "cpu/tensor.h"
 
@@ -20,21 +20,6 @@ namespace cfl::cpu {
 namespace {
 
 enum Info : int32_t { kBadV = -1, kBadL = -2 };
-
-template <class T>
-const CholeskyKernel<T>& kernel() {
-  switch (isa()) {
-#if defined(CFL_HAVE_X86_ISAS)
-    case Isa::kAmx:
-    case Isa::kAvx512:
-      return detail::cholesky_avx512(T());
-    case Isa::kAvx2:
-      return detail::cholesky_avx2(T());
-#endif
-    default:
-      return detail::cholesky_generic(T());
-  }
-}
 
 // What a thread keeps of w and backup for its next call.
 constexpr size_t kKept = 16 << 20;  // bytes
@@ -46,33 +31,6 @@ Workspaces& workspaces() {
   return instance;
 }
 
-// One matrix with element strides.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row_stride, col_stride;
-  T& at(int64_t i, int64_t j) const { return data[i * row_stride + j * col_stride]; }
-};
-
-// The lower triangle of L as runs of consecutive entries: fn(pointer, length).
-template <class T, class Fn>
-void lower_runs(const Matrix<T>& l, int64_t order, Fn fn) {
-  if (l.col_stride == 1) {
-    for (int64_t i = 0; i < order; ++i) fn(l.data + i * l.row_stride, i + 1);
-  } else {
-    for (int64_t j = 0; j < order; ++j) fn(l.data + j * (l.col_stride + 1), order - j);
-  }
-}
-
-template <class T>
-bool lower_finite(const Matrix<T>& l, int64_t order) {
-  bool finite = true;
-  lower_runs(l, order, [&](const T* run, int64_t length) {
-    for (int64_t i = 0; i < length; ++i) finite &= std::isfinite(run[i]);
-  });
-  return finite;
-}
-
 template <class T>
 struct Update {
   int64_t order, rank;  // D, k
@@ -80,16 +38,9 @@ struct Update {
   bool down;
 };
 
-// With this times D vectors or more, forming and factoring the new matrix is faster, on BLAS.
-constexpr double kRefactorRatio = 1.0;
-constexpr int64_t kRefactorOrder = 64;
-// Forming it squares the condition number, so its factor is kept only if no pivot lost more than
-// this.
-constexpr double kRefactorLoss = 64;
-
 // The same by refactorisation; false, with L unchanged, where that is not as accurate as an update.
 template <class T>
-bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
+bool refactor(const UpdateArgs<T>& a, const FactorView<T>& l, KeptMemory& work) {
   const int64_t D = a.order;
   T* system = work.get<T>(2 * D * D);
   T* lower = system + D * D;
@@ -112,15 +63,15 @@ bool refactor(const UpdateArgs<T>& a, const Matrix<T>& l, KeptMemory& work) {
 }
 
 template <class T>
-Downdated<T> downdated(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
+Downdated<T> downdated(const Update<T>& u, const FactorView<T>& l, const FactorView<const T>& v) {
   return {u.order, u.rank,       l.data,       l.row_stride, l.col_stride,
           v.data,  v.row_stride, v.col_stride, u.v_scale};
 }
 
 // L (unit stride in one dimension) in place; 0 or why not, with L then unchanged.
 template <class T>
-int32_t update_one(const Update<T>& u, const Matrix<T>& l, const Matrix<const T>& v) {
-  const CholeskyKernel<T>& k = kernel<T>();
+int32_t update_one(const Update<T>& u, const FactorView<T>& l, const FactorView<const T>& v) {
+  const CholeskyKernel<T>& k = cholesky_kernel<T>();
   const int64_t D = u.order;
   if (D == 0) return 0;
   Workspaces& work = workspaces();
@@ -201,13 +152,13 @@ struct Batch {
   bool grouped;
   int32_t* info;
 
-  Matrix<T> factor(int64_t i) const { return {l.at<T>(i), l_row, l_col}; }
-  Matrix<const T> vectors(int64_t i) const { return {v.at<T>(i), v_row, v_col}; }
+  FactorView<T> factor(int64_t i) const { return {l.at<T>(i), l_row, l_col}; }
+  FactorView<const T> vectors(int64_t i) const { return {v.at<T>(i), v_row, v_col}; }
 
   void one(int64_t i) const { info[i] = update_one(update, factor(i), vectors(i)); }
 
   void group(int64_t begin, int64_t end) const {
-    const CholeskyKernel<T>& k = kernel<T>();
+    const CholeskyKernel<T>& k = cholesky_kernel<T>();
     const int64_t D = update.order;
     T* factors[16];
     const T* vs[16];
@@ -264,7 +215,7 @@ struct Batch {
   static void run(int64_t begin, int64_t end, void* context) {
     const Batch& batch = *static_cast<const Batch*>(context);
     if (batch.grouped) {
-      const int64_t lanes = kernel<T>().lanes;
+      const int64_t lanes = cholesky_kernel<T>().lanes;
       for (int64_t g = begin; g < end; ++g) {
         batch.group(g * lanes, std::min(batch.count, (g + 1) * lanes));
       }
@@ -294,7 +245,7 @@ void update_batch(const Tensor& l, const Tensor& v, double alpha, double decay,
   batch.v_row = v.stride(v_dims - 2);
   batch.v_col = v.stride(v_dims - 1);
   batch.info = static_cast<int32_t*>(info.data_ptr());
-  const int64_t lanes = kernel<T>().lanes;
+  const int64_t lanes = cholesky_kernel<T>().lanes;
   const bool dense = std::max(batch.l_row, batch.l_col) == D;
   batch.grouped = dense && k >= 1 && k <= kGroupRank && D * D >= lanes && D <= kGroupOrder &&
                   batch.count >= lanes / 2;

@@ -36,6 +36,10 @@ struct UpdateArgs {
   T scale = 1;                // sqrt(decay) >= 0
   bool down = false;
   bool moderate = false;  // all entries are below kModerate<T> in magnitude
+  // Rows beneath the triangle, (beneath_rows, D) row-major, that the reflectors act on as well,
+  // with their part of w: `rank` columns of ldw entries each, a vector of them past the last row.
+  int64_t beneath_rows = 0, beneath_stride = 0;
+  T *beneath = nullptr, *beneath_w = nullptr;
 };
 
 template <class T>
@@ -68,6 +72,9 @@ struct CholeskyKernel {
   uint32_t (*update_group)(const GroupArgs<T>& args);
   // The sum of |x| over n entries, NaN or Inf if any is.
   T (*abs_sum)(const T* x, int64_t n);
+  // x <- L^-1 x for each of `rows` rows of x (ldx apart); the rows of L are `stride` apart.
+  void (*solve_lower)(const T* l, int64_t stride, int64_t order, T* x, int64_t ldx, int64_t rows);
+  T (*dot)(const T* a, const T* b, int64_t n);
 };
 
 namespace detail {

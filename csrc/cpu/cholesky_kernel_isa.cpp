@@ -129,11 +129,18 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // ---- reflectors
 // ------------------------------------------------------------------------------------
 
-// What one column's reflector does to a row: L' = cl L + s . W, W <- W - g (sl L + L'). The signs
-// of a negative diagonal entry and the decay ride in cl and sl.
+// What one column's reflector does to a row: with the change C = dl L + s . W,
+//   L' = L + C,   W <- W - g (dw L + C).
+// The signs of a negative diagonal entry and the decay ride in dl and dw.
+//
+// It is the change that is computed, not the new entry from a cosine near 1: roundings of that one
+// all go the same way, and n updates by small vectors would be n eps off. Changes of a pivot below
+// its rounding are lost more often than not all the same. So what its rounding added to a pivot, as
+// a share of it, is added to its whole column, which is then consistent: a factor of a column makes
+// no difference to L^-T times what is beneath.
 template <class T, int K>
 struct Reflector {
-  T cl, sl, s[K], g[K];
+  T dl, dw, s[K], g[K];
 };
 
 // r = sqrt(l^2 + sign |v|^2) and the like where squares leave the range of T.
@@ -176,12 +183,16 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
       h.s[p] = down ? -v[p] * over_r : v[p] * over_r;
       h.g[p] = v[p] * over_sum;
     }
-    h.cl = sign * (l * over_r);
-    h.sl = sign;
-    return r;
+    h.dw = sign + 1;
+    const T less = sum * inverse;  // 1 - l / r
+    h.dl = (down ? sign * less : -(sign * less)) + (sign - 1);
+    const T change = down ? -less * r : less * r, pivot = l + change;
+    h.dl += sign * (l * over_r) * (((pivot - l) - change) * over_r);
+    return pivot;
   }
   r = scaled_root(l, v, K, down);
-  h.cl = h.sl = sign;
+  h.dw = sign + 1;
+  h.dl = sign - 1;
   for (int p = 0; p < K; ++p) h.s[p] = h.g[p] = 0;
   if (!(r > 0)) return r;  // 0: a zero column of a semi-definite factor stays one
   for (int p = 0; p < K; ++p) {
@@ -189,15 +200,15 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
     h.s[p] = down ? -ratio : ratio;
     h.g[p] = ratio / (l / r + 1);
   }
-  h.cl = sign * (l / r);
+  h.dl = sign * (l / r) - 1;
   return r;
 }
 
-// The rotations of one panel: L' = c L + d w, w <- w - p L, and after the panel w is made of its
-// true length.
+// The rotations of one panel: L' = L + (e L + d w), w <- w - p L, and after the panel w is made of
+// its true length.
 template <class T>
 struct Rotations {
-  T c[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
+  T e[kPanel], d[kPanel], p[kPanel], sign[kPanel], normalise;
 };
 
 // ---- one matrix
@@ -297,24 +308,24 @@ struct Single {
         if (j + 1 < cols) {
           // The next pivot's row ahead of the vectors: it is what the next reflector waits for.
           const T old = column[j + 1];
-          T next = h.cl * old;
+          T change = h.dl * old;
           for (int p = 0; p < K; ++p) {
             row[p] = w[p * kPanel + j + 1];
-            next += h.s[p] * row[p];
+            change += h.s[p] * row[p];
           }
-          const T change = h.sl * old + next;
-          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * change;
+          const T both = h.dw * old + change;
+          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * both;
           diagonal_entry = column[kPanel + j + 1];
         }
         for (int64_t x = j / n * n; x < kPanel; x += n) {
           const Vec<T> old = load(column + x);
-          Vec<T> next = h.cl * old;
-          for (int p = 0; p < K; ++p) next += h.s[p] * load(w + p * kPanel + x);
-          const Vec<T> change = h.sl * old + next;
+          Vec<T> change = h.dl * old;
+          for (int p = 0; p < K; ++p) change += h.s[p] * load(w + p * kPanel + x);
+          const Vec<T> both = h.dw * old + change;
           for (int p = 0; p < K; ++p) {
-            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * change);
+            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * both);
           }
-          store(column + x, next);
+          store(column + x, old + change);
         }
         column[j] = r;
       }
@@ -350,20 +361,26 @@ struct Single {
         if (j >= cols) break;
         const Mask<T> pick = Mask<T>{} + typename VecOf<T>::lane(lane);
         const T p = __builtin_shuffle(w[x0], pick)[0] * inverse[j];
-        const T next_t = t + p * p, inverse_next = T(1) / next_t;
-        const T c = root(t * inverse_next);
+        const T next_t = t + p * p, mean = root(t * next_t), sum = next_t + mean;
+        const T shared = T(1) / (next_t * sum),
+                inverse_next = shared * sum;  // one division for two
+        const T c = mean * inverse_next;
         const T d = p * c * inverse_t;
-        out.c[j] = c * out.sign[j];
+        const T less = p * p * (shared * next_t);  // 1 - c
+        const T over_c = next_t * inverse_t * c;
+        const T change = length[j] * (less * over_c), pivot = length[j] + change;
+        const T rounded = ((pivot - length[j]) - change) * (c * inverse[j]);
+        out.e[j] = (out.sign[j] - 1) - out.sign[j] * (less - c * rounded);
         out.d[j] = d;
         out.p[j] = p * out.sign[j];
         T* column = block + j * kPanel;
 #pragma GCC unroll 16
         for (int x = x0; x < kBlockVecs; ++x) {
           const Vec<T> old = load(column + x * n);
-          store(column + x * n, out.c[j] * old + d * w[x]);
+          store(column + x * n, old + (out.e[j] * old + d * w[x]));
           w[x] -= out.p[j] * old;
         }
-        column[j] = length[j] / c;
+        column[j] = pivot;
         t = next_t;
         inverse_t = inverse_next;
       }
@@ -375,16 +392,16 @@ struct Single {
   }
 
   template <int kVecs>
-  static CFL_INLINE void rotate(const Rotations<T>& h, T* tile, int64_t ld, T* w) {
+  static CFL_INLINE void rotate(const Rotations<T>& h, int64_t cols, T* tile, int64_t ld, T* w) {
     Vec<T> held[kVecs];
 #pragma GCC unroll 8
     for (int x = 0; x < kVecs; ++x) held[x] = load(w + x * n);
-    for (int64_t j = 0; j < kPanel; ++j) {
+    for (int64_t j = 0; j < cols; ++j) {
       T* column = tile + j * ld;
 #pragma GCC unroll 8
       for (int x = 0; x < kVecs; ++x) {
         const Vec<T> old = load(column + x * n);
-        store(column + x * n, h.c[j] * old + h.d[j] * held[x]);
+        store(column + x * n, old + (h.e[j] * old + h.d[j] * held[x]));
         held[x] -= h.p[j] * old;
       }
     }
@@ -392,10 +409,10 @@ struct Single {
     for (int x = 0; x < kVecs; ++x) store(w + x * n, h.normalise * held[x]);
   }
 
-  // Applies all reflectors of a full panel to kVecs * n rows, whose part of W starts at w.
+  // Applies all reflectors of a panel to kVecs * n rows, whose part of W starts at w.
   template <int kVecs>
-  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors, T* tile,
-                               int64_t ld, T* w) {
+  static CFL_INLINE void apply(const UpdateArgs<T>& a, const Reflector<T, K>* reflectors,
+                               int64_t cols, T* tile, int64_t ld, T* w) {
     for (int64_t chunk = 0; chunk < a.rank; chunk += K) {
       Vec<T> held[K][kVecs];
 #pragma GCC unroll 4
@@ -404,23 +421,23 @@ struct Single {
         for (int x = 0; x < kVecs; ++x) held[p][x] = load(w + (chunk + p) * a.ldw + x * n);
       }
       const Reflector<T, K>* h = reflectors + chunk / K * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j, ++h) {
+      for (int64_t j = 0; j < cols; ++j, ++h) {
         T* column = tile + j * ld;
 #pragma GCC unroll 8
         for (int x = 0; x < kVecs; ++x) {
           const Vec<T> old = load(column + x * n);
-          Vec<T> next = h->cl * old + h->s[0] * held[0][x];
-          if constexpr (K == 2) next += h->s[1] * held[1][x];
+          Vec<T> change = h->dl * old + h->s[0] * held[0][x];
+          if constexpr (K == 2) change += h->s[1] * held[1][x];
           if constexpr (K == 4) {  // two chains are shorter than one
             Vec<T> other = h->s[1] * held[1][x];
-            next += h->s[2] * held[2][x];
+            change += h->s[2] * held[2][x];
             other += h->s[3] * held[3][x];
-            next += other;
+            change += other;
           }
-          const Vec<T> change = h->sl * old + next;
+          const Vec<T> both = h->dw * old + change;
 #pragma GCC unroll 4
-          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * change;
-          store(column + x * n, next);
+          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * both;
+          store(column + x * n, old + change);
         }
       }
 #pragma GCC unroll 4
@@ -474,9 +491,9 @@ struct Single {
     T* at = a.l + i0 * a.row_stride + j0 * a.col_stride;
     auto act = [&](T* columns, int64_t stride) {
       if (K == 1 && rotations) {
-        rotate<kVecs>(*rotations, columns, stride, a.w + i0);
+        rotate<kVecs>(*rotations, kPanel, columns, stride, a.w + i0);
       } else {
-        apply<kVecs>(a, reflectors, columns, stride, a.w + i0);
+        apply<kVecs>(a, reflectors, kPanel, columns, stride, a.w + i0);
       }
     };
     if (a.col_stride != 1 && rows == ld) return act(at, a.col_stride);
@@ -494,6 +511,36 @@ struct Single {
     act(tile, ld);
     for (int64_t c = 0; c < kPanel; ++c) {
       for (int64_t i = 0; i < rows; ++i) at[c * a.col_stride + i] = tile[c * ld + i];
+    }
+  }
+
+  // The panel's columns in the rows beneath the triangle.
+  static void beneath(const UpdateArgs<T>& a, int64_t j0, int64_t cols,
+                      const Rotations<T>* rotations, const Reflector<T, K>* reflectors) {
+    alignas(64) T tile[kPanel * n];
+    for (int64_t i0 = 0; i0 < a.beneath_rows; i0 += n) {
+      const int64_t rows = min64(n, a.beneath_rows - i0);
+      T* at = a.beneath + i0 * a.beneath_stride + j0;
+      if (cols == kPanel) {
+        gather<1>(at, a.beneath_stride, rows, tile);
+      } else {
+        memset(tile, 0, sizeof(T) * cols * n);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < cols; ++c) tile[c * n + i] = at[i * a.beneath_stride + c];
+        }
+      }
+      if (K == 1 && rotations) {
+        rotate<1>(*rotations, cols, tile, n, a.beneath_w + i0);
+      } else {
+        apply<1>(a, reflectors, cols, tile, n, a.beneath_w + i0);
+      }
+      if (cols == kPanel) {
+        scatter<1>(tile, at, a.beneath_stride, rows);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < cols; ++c) at[i * a.beneath_stride + c] = tile[c * n + i];
+        }
+      }
     }
   }
 
@@ -515,6 +562,7 @@ struct Single {
         rows_below<1>(a, i0, j0, min64(n, a.order - i0), rotated ? &rotations : nullptr,
                       reflectors);
       }
+      if (a.beneath_rows) beneath(a, j0, cols, rotated ? &rotations : nullptr, reflectors);
     }
     return 0;
   }
@@ -615,12 +663,17 @@ struct Group {
       const V l = sign * column[j], inverse = T(1) / l;
       good &= (l * l > Of<T>::kTiny) & (l * l < Of<T>::kHuge);
       const V p = next_w * inverse;
-      const V next_t = t + p * p, inverse_next = T(1) / next_t;
-      const V c = root(t * inverse_next), d = p * c * inverse_t, cl = c * sign, pl = p * sign;
-      column[j] = l * (next_t * inverse_t * c);
+      const V next_t = t + p * p, mean = root(t * next_t), sum = next_t + mean;
+      const V shared = T(1) / (next_t * sum), inverse_next = shared * sum;  // one division for two
+      const V c = mean * inverse_next, d = p * c * inverse_t, pl = p * sign;
+      const V less = p * p * (shared * next_t);  // 1 - c
+      const V change = l * (less * (next_t * inverse_t * c)), pivot = l + change;
+      const V rounded = ((pivot - l) - change) * (c * inverse);
+      const V e = (sign - T(1)) - sign * (less - c * rounded);
+      column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i], before = w[i];
-        column[i] = cl * old + d * before;
+        column[i] = old + (e * old + d * before);
         w[i] = before - pl * old;
         if (i == j + 1) next_w = w[i];
       }
@@ -691,19 +744,24 @@ struct Group {
         s[p] = a.down ? -v[p] * over_r : v[p] * over_r;
         g[p] = v[p] * over_sum;
       }
-      const V cl = sign * (l * over_r);
-      column[j] = r;
+      const V less = sum * inverse, signed_less = sign * less;  // 1 - l / r
+      const V change = a.down ? -less * r : less * r, pivot = l + change;
+      const V rounded = ((pivot - l) - change) * over_r;
+      const V dl =
+          (a.down ? signed_less : -signed_less) + (sign - T(1)) + sign * (l * over_r) * rounded;
+      const V dw = sign + T(1);
+      column[j] = pivot;
       for (int64_t i = j + 1; i < D; ++i) {
         const V old = column[i];
-        V next = cl * old;
+        V more = dl * old;
         V held[K];
         for (int p = 0; p < K; ++p) {
           held[p] = w[p * D + i];
-          next += s[p] * held[p];
+          more += s[p] * held[p];
         }
-        const V change = sign * old + next;
-        for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * change;
-        column[i] = next;
+        const V both = dw * old + more;
+        for (int p = 0; p < K; ++p) w[p * D + i] = held[p] - g[p] * both;
+        column[i] = old + more;
       }
     }
 
@@ -757,8 +815,75 @@ T abs_sum(const T* x, int64_t count) {
   return total;
 }
 
+// ---- triangular solves
+// ----------------------------------------------------------------------------
+
+// The sum of a vector's lanes, halves first.
+template <class T, int S = kLanes<T> / 2>
+CFL_INLINE T lane_sum(Vec<T> v) {
+  if constexpr (S == 0) {
+    return v[0];
+  } else {
+    return lane_sum<T, S / 2>(v + __builtin_shuffle(v, lane_numbers<T>() ^ S));
+  }
+}
+
+// R rows of x at a time: they share what is read of l.
+template <class T, int R>
+CFL_INLINE void solve_rows(const T* l, int64_t stride, int64_t order, T* x, int64_t ldx) {
+  constexpr int n = kLanes<T>;
+  for (int64_t i = 0; i < order; ++i, l += stride) {
+    Vec<T> sums[R] = {};
+    int64_t c = 0;
+    for (; c + n <= i; c += n) {
+      const Vec<T> v = load(l + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] += v * load(x + r * ldx + c);
+    }
+    T total[R] = {};
+    if (c < i && i >= n) {  // the last vector again, without what was counted
+      const Mask<T> fresh = lane_numbers<T>() >= typename VecOf<T>::lane(n - (i - c));
+      const Vec<T> v = fresh ? load(l + i - n) : Vec<T>{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] += v * load(x + r * ldx + i - n);
+    } else {
+      for (; c < i; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) total[r] += l[c] * x[r * ldx + c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if (i >= n) total[r] += lane_sum<T>(sums[r]);
+      x[r * ldx + i] = (x[r * ldx + i] - total[r]) / l[i];
+    }
+  }
+}
+
 template <class T>
-constexpr CholeskyKernel<T> kKernel = {kLanes<T>, update<T>, Group<T>::update, abs_sum<T>};
+void solve_lower(const T* l, int64_t stride, int64_t order, T* x, int64_t ldx, int64_t rows) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) solve_rows<T, 4>(l, stride, order, x + r * ldx, ldx);
+  for (; r < rows; ++r) solve_rows<T, 1>(l, stride, order, x + r * ldx, ldx);
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t count) {
+  constexpr int n = kLanes<T>;
+  Vec<T> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * n <= count; i += 2 * n) {
+    sums[0] += load(a + i) * load(b + i);
+    sums[1] += load(a + i + n) * load(b + i + n);
+  }
+  T total = lane_sum<T>(sums[0] + sums[1]);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+template <class T>
+constexpr CholeskyKernel<T> kKernel = {kLanes<T>,  update<T>,      Group<T>::update,
+                                       abs_sum<T>, solve_lower<T>, dot<T>};
 
 }  // namespace
 

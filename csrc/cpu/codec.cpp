@@ -82,7 +82,7 @@ Affine make_affine(Float dtype, double minimum, double maximum, int bits, int* w
     *wide = 1;
     if (maximum * 0.5 - minimum * 0.5 > 0x1p899) {
       a.pre = 0x1p-4;
-    } else if (range < 0x1p-899) {
+    } else if (range > 0 && range < 0x1p-899) {
       a.pre = 0x1p200;
     }
     a.post = 1 / a.pre;
@@ -159,16 +159,25 @@ void write_ranges(Float dtype, const std::vector<Range>& ranges, Tensor& minimum
   }
 }
 
-// The range of each group and, with bits > 0, a histogram of 2^bits bins of every `every`-th
-// weight.
+// Where the sample looks in stretch i of `length` weights: a hash of i, so that no pattern of the
+// weights (the columns of a matrix) meets one of the sample. As sample_index in
+// python/cfl_ops/ops/codec/sample.py.
+int64_t sample_place(int64_t i, int64_t length) {
+  uint64_t x = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 32) * 0xd6e8feb86659fd93u;
+  return static_cast<int64_t>((x >> 32) * static_cast<uint64_t>(length) >> 32);
+}
+constexpr int64_t kMostEvery = int64_t{1} << 31;  // so that the product above fits
+
+// The range of each group and, with bits > 0, a histogram of 2^bits bins of one of each `every`
+// weights.
 std::tuple<Tensor, Tensor, Tensor, Tensor> weight_range_op(const Tensor& strided, int64_t bits,
                                                            int64_t every) {
   Checked check("weight_range");
   Size columns{"size"};
   check.tensor("w", strided, kFloats, {columns});
   check_bits(check, bits, 0);
-  check.integer("every", every, 1);
-  every = std::min(every, std::max<int64_t>(1, columns.value));  // the same sample, and no overflow
+  check.integer("every", every, 1, kMostEvery);
   const Tensor w = torch::stable::contiguous(strided);
   const Float dtype = float_kind(w.scalar_type());
   const int64_t element = static_cast<int64_t>(w.element_size()), size = w.size(w.dim() - 1);
@@ -187,8 +196,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_range_op(const Tensor& strided
       using T = decltype(zero);
       const T* from = reinterpret_cast<const T*>(in) + g * size;
       T* to = reinterpret_cast<T*>(sample.data()) + g * sampled;
-      for (int64_t i = (at + every - 1) / every; i * every < at + count; ++i)
-        to[i] = from[i * every];
+      if (every == 1) {
+        std::copy_n(from + at, count, to + at);
+        return;
+      }
+      for (int64_t i = at / every; i * every < at + count; ++i) {
+        const int64_t place = i * every + sample_place(i, std::min(every, size - i * every));
+        if (place >= at && place < at + count) to[i] = from[place];  // else it is another piece's
+      }
     };
     if (element == 8) {
       copy(uint64_t{0});

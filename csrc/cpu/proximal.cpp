@@ -67,9 +67,12 @@ constexpr double kNegligibleError = 5e-6;
 // decides.
 constexpr int64_t kInaccurate = -200;
 
-// How far rounding may move a residual whose least norm is `best`: the loss stays below twice the
-// best one plus a thousandth of the targets' mean square.
-double tolerable(double best, double targets) { return 0.4 * best + 0.014 * targets; }
+// Whether an error of the residual leaves the loss below twice the best one plus a thousandth of
+// the targets' mean square. `own` is the norm of the residual that the head has, which the error
+// may have raised.
+bool tolerable(double error, double own, double targets) {
+  return error <= 0.4 * std::max(0.0, own - error) + 0.014 * targets;
+}
 
 template <class T>
 constexpr double kUnit = std::numeric_limits<T>::epsilon() / 2;  // unit roundoff
@@ -683,7 +686,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   T* q = scratch.take<T>(B * K);
   std::vector<T> anchor_bias(pb.bias ? K : 0);
   for (int64_t k = 0; pb.bias && k < K; ++k) {
-    anchor_bias[k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
+    // A free bias does not depend on the old one, which may be so large that targets drown in it.
+    anchor_bias[k] = pb.free_bias ? T(0) : static_cast<T>(pb.bias[k] * pen.shrink_bias);
   }
   const T* anchor = pb.weight;
   double anchor_scale = pen.shrink;
@@ -721,7 +725,8 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // P: the features, centred and scaled by the root of the row weights. Most steps need no copy.
   const T* p = pb.phi;
   int64_t p_stride = pb.phi_stride;
-  std::vector<T> root(B, T(1)), mean_phi, mean_q;
+  std::vector<T> root(B, T(1));
+  std::vector<double> mean_phi, mean_q;
   if (pb.sample) {
     for (int64_t i = 0; i < B; ++i) root[i] = std::sqrt(pb.sample[i]);
   }
@@ -731,20 +736,20 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       for (int64_t k = 0; k < K; ++k)
         q_sum[k] += static_cast<double>(pb.sample_of(i)) * q[i * K + k];
     }
-    const std::vector<double> mean = mean_features(pb);
-    mean_phi.assign(mean.begin(), mean.end());
+    mean_phi = mean_features(pb);
     mean_q.resize(K);
-    for (int64_t k = 0; k < K; ++k) mean_q[k] = static_cast<T>(q_sum[k] / total_of(pb));
+    for (int64_t k = 0; k < K; ++k) mean_q[k] = q_sum[k] / total_of(pb);
   }
   if (pb.sample || centred) {
     T* copy = scratch.take<T>(B * D);
     for (int64_t i = 0; i < B; ++i) {
       for (int64_t j = 0; j < D; ++j) {
         const T value = pb.phi[i * pb.phi_stride + j];
-        copy[i * D + j] = root[i] * (centred ? value - mean_phi[j] : value);
+        copy[i * D + j] = root[i] * (centred ? static_cast<T>(value - mean_phi[j]) : value);
       }
       for (int64_t k = 0; k < K; ++k) {
-        q[i * K + k] = root[i] * (centred ? q[i * K + k] - mean_q[k] : q[i * K + k]);
+        const T value = q[i * K + k];
+        q[i * K + k] = root[i] * (centred ? static_cast<T>(value - mean_q[k]) : value);
       }
     }
     p = copy;
@@ -922,14 +927,14 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       }
       return std::sqrt(sum_of_squares(delta, B, K, K) + penalty);
     };
-    bool good = noise <= tolerable(best, size);
+    bool good = tolerable(noise, best, size);
     if constexpr (std::is_same_v<T, double>) {
       // The head is refined by its own residual, which knows what was lost in A^T P: the change
       // (S^-1 (R - t A))^T P is small, and so are its rounding errors.
       double last = std::numeric_limits<double>::infinity();
       for (int step = 0; step < 8 && noise > kSmallError * best; ++step) {
         const double error = missed(false);
-        good = error <= tolerable(best, size);
+        good = tolerable(error, std::sqrt(weighted_squares(pb, residual)), size);
         if (error <= 1e-3 * best || !(error <= 0.5 * last) || !system) break;
         last = error;
         potrs_lower(B, K, system, B, delta, K);
@@ -939,8 +944,13 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     }
     const double weight_norm = std::sqrt(sum_of_squares(weight, K, D, D));
     const double error = kUnit<T> * (std::sqrt(reach) * weight_norm + size);
-    settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual, error / worth, scratch);
-    if (std::is_same_v<T, float> && !pb.rounds()) good = missed(true) <= tolerable(best, size);
+    // Rounded to half precision the residual may be smaller than before.
+    settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual,
+           pb.rounds() ? std::numeric_limits<double>::infinity() : error / worth, scratch);
+    if (std::is_same_v<T, float> && !pb.rounds()) {
+      const double off = missed(true);
+      good = tolerable(off, std::sqrt(weighted_squares(pb, residual)), size);
+    }
     return good ? write_step(pb, pen, weight, bias.data(), residual) : kInaccurate;
   }
 
@@ -1022,7 +1032,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     for (int64_t k = 0; k < K; ++k) anchor[j * K + k] *= shrink;
   }
   for (int64_t k = 0; pb.bias && k < K; ++k) {
-    anchor[D * K + k] = static_cast<T>(pb.bias[k] * (pb.free_bias ? 1.0 : pen.shrink_bias));
+    anchor[D * K + k] = pb.free_bias ? T(0) : static_cast<T>(pb.bias[k] * pen.shrink_bias);
   }
 
   // In float64 a bias is solved for at the mean m of the features, as c = b + W m: a large mean
@@ -1161,18 +1171,18 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   transpose(D, K, head, fresh);
   // How far rounding can move the residual: by what the head lost, and by what X W^T loses.
   const double product = std::sqrt(std::max(trace, 0.0) * sum_of_squares(head, order, K, K));
-  const double error = head_error * product + left;
+  const double off = head_error * product + left;
   if constexpr (std::is_same_v<T, double>) {
     T* whole = scratch.take<T>(B * K);
     std::vector<T> bias(pb.bias ? K : 0);
     for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
     residual_of<T>(pb, fresh, pb.bias ? bias.data() : nullptr, whole);
     double best = std::sqrt(weighted_squares(pb, whole));
-    bool refined = error <= kSmallError * best;
+    const bool refined = off <= kSmallError * best;
     if (!refined || pb.rounds()) {
       const double size = targets_norm(pb);
       T* change = scratch.take<T>(order * K);
-      bool good = error <= tolerable(best, size);
+      bool good = tolerable(off, best, size);
       double last = std::numeric_limits<double>::infinity();
       for (int step = 0; step < 8 && !refined && system; ++step) {
         // The change H^-1 (X^T S R - t (W - Wa)) by which the head is refined, and what it gains.
@@ -1193,10 +1203,10 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         double gain = 0;
         for (int64_t i = 0; i < order * K; ++i) gain += slope[i] * change[i];
         unshift_head(change);
-        const double gained = std::sqrt(std::abs(gain));
-        good = gained <= tolerable(best, size);
-        if (gained <= 1e-3 * best || !(gained <= 0.5 * last)) break;
-        last = gained;
+        const double error = std::sqrt(std::abs(gain));
+        good = tolerable(error, best, size);
+        if (error <= 1e-3 * best || !(error <= 0.5 * last)) break;
+        last = error;
         for (int64_t i = 0; i < order * K; ++i) head[i] += change[i];
         transpose(D, K, head, fresh);
         for (int64_t k = 0; pb.bias && k < K; ++k) bias[k] = head[D * K + k];
@@ -1213,7 +1223,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,
            std::numeric_limits<double>::infinity(), scratch);
     const double own = std::sqrt(weighted_squares(pb, whole));
-    if (!(error <= tolerable(own, targets_norm(pb)))) return kInaccurate;
+    if (!tolerable(off, own, targets_norm(pb))) return kInaccurate;
     return write_step(pb, pen, fresh, bias.data(), whole);
   }
   // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
@@ -1241,7 +1251,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   if (!std::isfinite(pb.loss)) return -100;
   if constexpr (std::is_same_v<T, float>) {
     const double own = std::sqrt(loss);
-    if (error > tolerable(own, 0) && error > tolerable(own, targets_norm(pb))) return kInaccurate;
+    if (!tolerable(off, own, 0) && !tolerable(off, own, targets_norm(pb))) return kInaccurate;
     const double worth = std::sqrt(pull / heaviest);
     const double noise = kUnit<T> * (2 * product + own);
     if (noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb)) {

@@ -517,7 +517,7 @@ __device__ inline Affine make_affine(bool is_double, double minimum, double maxi
   if (is_double) {
     if (__dadd_rn(maximum * 0.5, -(minimum * 0.5)) > 0x1p899) {
       a.pre = 0x1p-4;
-    } else if (range < 0x1p-899) {
+    } else if (range > 0 && range < 0x1p-899) {
       a.pre = 0x1p200;
     }
     a.post = 1 / a.pre;

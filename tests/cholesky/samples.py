@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.ops.cholesky.recursive_rows import RECURSIVE_RIDGE_
 from cfl_ops.ops.cholesky.safe import SAFE
 from cfl_ops.ops.cholesky.update import UPDATE, UPDATE_
 from torch import Tensor
@@ -223,11 +224,165 @@ def _safe_export():
     return [spd(5, (3,)).float(), 0.5], ({0: batch},), [spd(5, (4,)).float(), 0.5]
 
 
+# recursive_ridge_
+
+
+def _rows_case(name, order, targets, rows, batch=(), decay=1.0, floor=0.0, remove=False, weighted=False, scale=1.0,
+               edit=None, dtypes=WIDE, rows_dtype=None, opcheck=False):  # fmt: skip
+    """A state, and rows of which half of what could be removed goes where they are."""
+
+    def make(dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(order * 100 + rows)
+        L, V, *_ = _case("", order, rows, -1.0 if remove else 1.0, batch=batch).make(torch.float64)
+        rotated = torch.randn(*batch, targets, order, generator=generator, dtype=torch.float64)
+        y = torch.randn(*batch, rows, targets, generator=generator, dtype=torch.float64)
+        weight = torch.rand(*batch, rows, generator=generator, dtype=torch.float64) if weighted else None
+        if weight is not None and rows > 1:
+            weight[..., 1] = 0
+        state = [(L * scale).to(dtype), (rotated * scale).to(dtype)]
+        given = [(t * scale).to(rows_dtype or dtype) for t in (V.mT, y)]
+        args = [*state, *given, None if weight is None else weight.to(dtype), decay, floor, remove]
+        if edit is not None:
+            edit(args)
+        return args
+
+    return Case(name, make, dtypes=dtypes, opcheck=opcheck)
+
+
+def _rows_system(factor, rotated, x, y, sample_weight, decay, floor, remove):
+    """In float64: L and z after the decay; the rows, scaled; the errors, and info."""
+    lower, side, x, y = (value.double() for value in (factor.tril(), rotated, x, y))
+    weight = x.new_ones(x.shape[:-1]) if sample_weight is None else sample_weight.double()
+    info = torch.where((weight >= 0).all(-1), 0, 2)
+    scale = weight.clamp(min=0).sqrt().unsqueeze(-1)
+    x, y = torch.where(scale > 0, x, 0.0), torch.where(scale > 0, y, 0.0)
+    info = torch.where(info != 0, info, -1 * ~(x.isfinite().all(-1).all(-1) & y.isfinite().all(-1).all(-1)))
+    known = lower.isfinite().all(-1).all(-1) & side.isfinite().all(-1).all(-1)
+    info = torch.where(info != 0, info, 3 * ~known).to(torch.int32)
+    lower, side, x, y = (value.nan_to_num(0, 0, 0) for value in (lower, side, x, y))
+    weights = torch.linalg.solve_triangular(lower.mT, side.mT, upper=True)
+    error = y - x @ weights
+    lower, side = lower * decay**0.5, side * decay**0.5
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
+    if floor:
+        lower = lower + torch.diag_embed((floor**0.5 - pivots).clamp(min=0))
+        side = torch.where((pivots**2 < floor).any(-1)[..., None, None], (lower.mT @ weights).mT, side)
+    return lower, side, x * scale, y * scale, error, info
+
+
+def _rows_new(*args):
+    lower, side, x, y, error, info = _rows_system(*args)
+    sign = -1.0 if args[-1] else 1.0
+    matrix = lower @ lower.mT + sign * x.mT @ x
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    info = torch.where((info == 0) & (failed != 0), 1 if args[-1] else 4, info).to(torch.int32)
+    rotated = torch.linalg.solve_triangular(factor, lower @ side.mT + sign * x.mT @ y, upper=False).mT
+    return factor, rotated, error, info
+
+
+def _rows_oracle(*args):
+    factor, rotated, error, info = _rows_new(*args)
+    bad = (info != 0)[..., None, None]
+    upper = args[0].double().triu(1)
+    return (
+        torch.where(bad, args[0].double(), factor + upper),
+        torch.where(bad, args[1].double(), rotated),
+        torch.where(bad, torch.nan, error),
+        info,
+    )
+
+
+def _rows_bound(*args):
+    """Backward stable as a QR: what went in is off by eps sqrt(D + B) of its norm, and comes to L and z by N / s.
+
+    N is the norm of [L X^T], s the smallest singular value of the new L (of the old one in a removal, too: the rows
+    are half of what could go). The errors take a triangular solve with the old L.
+    """
+    lower, side, x, y, _, info = _rows_system(*args)
+    factor = _rows_new(*args)[0]
+    if factor.numel() == 0 or factor.shape[-1] == 0:
+        return 0.0, 0.0, 4 * torch.finfo(args[0].dtype).eps * y.abs(), 0
+
+    def norm(*parts):
+        return (
+            torch.linalg.matrix_norm(torch.cat(parts, -1), 2) if parts[0].numel() else torch.zeros(info.shape)
+        )
+
+    eps = torch.finfo(args[0].dtype).eps * (sum(x.shape[-2:])) ** 0.5
+    size, smallest = norm(lower, x.mT), torch.linalg.svdvals(factor)[..., -1]
+    targets = torch.cat((side.mT, y), -2).norm(dim=(-1, -2))
+    old = torch.linalg.svdvals(args[0].double().tril().nan_to_num(1, 1, 1))
+    condition = old[..., 0] / old[..., -1]
+    errors = (
+        args[3].double().nan_to_num(0, 0, 0).abs().amax((-1, -2)) if y.numel() else torch.zeros(info.shape)
+    )
+    raw = (
+        args[2].double().nan_to_num(0, 0, 0).norm(dim=(-1, -2))
+        / old[..., -1]
+        * args[1].double().nan_to_num(0).norm(dim=(-1, -2))
+    )
+    bounds = (8 * eps * size * size / smallest, 8 * eps * targets * (1 + size / smallest),
+              8 * eps * (errors + condition * raw))  # fmt: skip
+    good = (info == 0)[..., None, None]
+    # A semi-definite factor (a vmap test's flipped L) has no bound.
+    return *(torch.where(good, bound.nan_to_num(torch.inf)[..., None, None], 0.0) for bound in bounds), 0
+
+
+def _set(position, index, value):
+    def edit(args):
+        args[position][index] = value
+
+    return edit
+
+
+def _low(args):
+    """A pivot far below the others, under which the decay would bring it."""
+    args[0][..., 2, :] *= 1e-4
+
+
+ROWS = [
+    _rows_case("one row", 7, 2, 1, opcheck=True),
+    _rows_case("weights", 6, 3, 5, batch=(3,), weighted=True, decay=0.9, opcheck=True),
+    _rows_case("two panels", 50, 2, 1),
+    _rows_case("panels and many targets", 71, 19, 3, decay=0.7),
+    _rows_case("full panel", 64, 33, 2),
+    _rows_case("more rows than features", 66, 3, 150),
+    _rows_case("column of rows", 1, 1, 9),
+    _rows_case("remove", 12, 2, 3, remove=True, opcheck=True),
+    _rows_case("remove one", 40, 17, 1, batch=(2, 2), remove=True, weighted=True),
+    _rows_case("floor", 9, 2, 2, batch=(2,), decay=0.5, floor=1e-4, edit=_low, opcheck=True),
+    _rows_case("floor of all", 35, 3, 1, decay=1e-3, floor=2.0),
+    _rows_case("half rows", 6, 2, 3, rows_dtype=torch.bfloat16),
+    _rows_case("no rows", 5, 2, 0, decay=0.25),
+    _rows_case("no targets", 5, 0, 2),
+    _rows_case("no features", 0, 2, 3),
+    _rows_case("no batch", 4, 2, 3, batch=(0,)),
+    _rows_case("tiny", 20, 2, 2, scale=1e-30, dtypes=F32),
+    _rows_case("huge", 20, 2, 2, scale=1e15, dtypes=F32),
+    _rows_case("nan in x", 9, 2, 3, batch=(2,), edit=_set(2, (1, 2, 3), torch.nan)),
+    _rows_case("inf in y", 9, 2, 3, edit=_set(3, (2, 1), torch.inf)),
+    _rows_case("nan in a row of weight 0", 9, 2, 3, weighted=True, edit=_set(2, (1, 4), torch.nan)),
+    _rows_case("negative weight", 9, 2, 3, batch=(2,), weighted=True, edit=_set(4, (0, 2), -1.0)),
+    _rows_case("nan in L", 9, 2, 3, edit=_set(0, (5, 2), torch.nan)),
+    _rows_case("inf in z", 9, 2, 3, edit=_set(1, (1, 2), torch.inf)),
+    _rows_case("unknown rows", 9, 2, 1, batch=(2,), remove=True, edit=_set(2, (1, 0, 3), 1e3)),
+]
+
+
+def _rows_export():
+    args = _rows_case("", 6, 2, 1, batch=(3,)).make(torch.float32)
+    other = _rows_case("", 6, 2, 1, batch=(5,)).make(torch.float32)
+    batch = torch.export.Dim("batch", min=2, max=512)
+    return args, ({0: batch}, {0: batch}, {0: batch}, {0: batch}), other
+
+
 SPECS = [
     # Triton's interpreter takes a second for each sample: test_ops.py runs some of them on it.
     OpSpec(UPDATE, UPDATES, _oracle, _bound, differentiable=(0, 1), grad_outputs=1, triton_dtypes=(),
            export_dynamic=_export),
     OpSpec(UPDATE_, UPDATES, _oracle_, _bound, mutates=(0,), triton_dtypes=(), export_dynamic=_export),
+    OpSpec(RECURSIVE_RIDGE_, ROWS, _rows_oracle, _rows_bound, mutates=(0, 1), triton_dtypes=(),
+           export_dynamic=_rows_export),
     OpSpec(SAFE, SAFE_CASES, _safe_oracle, _safe_bound, differentiable=(0,), grad_outputs=1,
            export_dynamic=_safe_export),
 ]  # fmt: skip

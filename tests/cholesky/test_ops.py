@@ -392,3 +392,20 @@ def test_triton_compiles_without_a_gpu() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_small_changes_do_not_drift(backend: str, rank: int) -> None:
+    """The roundings of n updates by small vectors are as good as random: they all went one way, n / 2 eps."""
+    if backend == "triton":
+        pytest.skip("a thousand launches in the interpreter")
+    updates, generator = 1000, torch.Generator().manual_seed(0)
+    V = 1e-6 * torch.randn(updates, 2, rank, generator=generator, dtype=torch.float64)
+    L = torch.eye(2, dtype=torch.float64)
+    for v in V:
+        cfl_ops.cholesky_update_(L, v)
+    eps = torch.finfo(torch.float64).eps
+    # Of L L^T - I, which is small enough to be exact.
+    added = torch.einsum("nik,njk->ij", V, V)
+    change = L @ L.mT - torch.eye(2, dtype=torch.float64)
+    assert (change - added).abs().max() <= 4 * eps * updates**0.5

@@ -49,7 +49,13 @@ PAYLOAD: tuple[Field, ...] = (
 )
 BLOB: tuple[Field, ...] = (
     *(("version", 4, "B"), ("kind", 5, "B"), ("dtype", 6, "B"), ("bits", 7, "B"), ("total", 8, "Q")),
-    *(("group", 16, "Q"), ("groups", 24, "Q"), ("exceptions", 32, "Q"), ("entropy", 40, "Q")),
+    *(
+        ("group", 16, "Q"),
+        ("groups", 24, "Q"),
+        ("exceptions", 32, "Q"),
+        ("entropy", 40, "Q"),
+        ("flags", 48, "I"),
+    ),
 )
 FILE: tuple[Field, ...] = (
     *(("version", 4, "I"), ("total", 8, "Q"), ("entries", 16, "I"), ("index", 20, "I")),
@@ -70,7 +76,8 @@ def repair_blob(data: bytearray) -> None:
     kind, dtype = data[5], data[6]
     group, groups, exceptions = struct.unpack_from("<QQQ", data, 16)
     element = ITEMSIZE[dtype % len(ITEMSIZE)]
-    head = 56 + (8 * group if kind == 0 else 2 * groups * element + exceptions * (8 + element))
+    tables = {0: 8 * group, 2: group * element}
+    head = 56 + tables.get(kind, 2 * groups * element + exceptions * (8 + element))
     head = min(len(data), head)
     if kind == 0:
         struct.pack_into("<I", data, 48, zlib.crc32(data[head:]))
@@ -169,20 +176,27 @@ def payloads() -> Iterator[tuple[str, bytes]]:
 
 def blobs() -> Iterator[tuple[str, bytes]]:
     """Forged blobs, and blobs around forged payloads."""
-    w = torch.randn(5, 8, generator=torch.Generator().manual_seed(14))
+    generator = torch.Generator().manual_seed(14)
+    w = torch.randn(5, 8, generator=generator)
     kept = w.clone()
     kept[1, 2], kept[4, 4] = math.inf, math.nan
     samples = {
-        "quantised": cfl_ops.compress(w, bits=4),
-        "16 bits": cfl_ops.compress(w.double(), bits=16),
-        "rows": cfl_ops.compress(w, bits=4, per="row"),
-        "blocks": cfl_ops.compress(w.half(), bits=4, per="block", block_size=7),
-        "kept": cfl_ops.compress(kept, bits=4, nonfinite="keep"),
+        "quantised": cfl_ops.compress(w, bits=4, max_error=1),
+        "16 bits": cfl_ops.compress(torch.randn(300, generator=generator).double(), bits=9),
+        "zero bins": cfl_ops.compress(w, bits=4, per="row", zero="exact", max_error=1),
+        "palette": cfl_ops.compress((torch.arange(300) % 3).half()),
+        "rows": cfl_ops.compress(w, bits=4, per="row", max_error=1),
+        "blocks": cfl_ops.compress(
+            torch.randn(400, generator=generator).half(), bits=4, per="block", block_size=70, max_error=1
+        ),
+        "kept": cfl_ops.compress(kept, bits=4, nonfinite="keep", max_error=1),
         "raw": cfl_ops.compress_state_dict({"w": w})["w"],
         "raw flags": cfl_ops.compress_state_dict({"w": w > 0})["w"],
         "nothing": cfl_ops.compress(torch.empty(0, 3)),
     }
+    kinds = {"quantised": 1, "16 bits": 1, "rows": 1, "blocks": 1, "kept": 1, "zero bins": 1, "palette": 2}
     for name, blob in samples.items():
+        assert blob[5] == kinds.get(name, 0), name
         table = tuple((f"table {i}", 56 + 8 * i, "Q") for i in range(3))
         for what, bad in forged(as_bytes(blob), BLOB + table, repair_blob, 100):
             yield f"blob {name}, {what}", bad
@@ -196,6 +210,15 @@ def blobs() -> Iterator[tuple[str, bytes]]:
         yield f"{groups} groups of {group}", quantised(payload((9,), 9), group, groups)
     for where in ((0,), (8,), (9,), (-1,), (2**63 - 1,), (-(2**63),), (3, 3), (5, 2), tuple(range(10))):
         yield f"exceptions at {where}", quantised(payload((9,), 9), 9, 1, where)
+    for used in (1, 2, 256, 257, 2**40):
+        inner = payload((300,), 300)  # of ones
+        table = bytes(4 * min(used, 300))
+        fixed = (b"CFLC", 2, 2, 2, 0, 56 + len(table) + len(inner), used, 0, 0, 0.0, 0)
+        head = struct.pack("<4s4BQQQQdI", *fixed)
+        yield (
+            f"palette of {used} for symbols of 1",
+            head + struct.pack("<I", zlib.crc32(table, zlib.crc32(head))) + table + inner,
+        )
     yield "flags that are 2", raw((4,), b"\0\1\2\1", 4)
 
 
@@ -203,7 +226,9 @@ def files() -> Iterator[tuple[str, bytes]]:
     """Forged files, and files of forged blobs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.cflz"
-        cfl_ops.save_file({"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30)
+        cfl_ops.save_file(
+            {"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30, max_error=1
+        )
         data = path.read_bytes()
     yield from ((f"file, {what}", bad) for what, bad in forged(data, FILE, repair_file, 100))
     for what, blob in blobs():

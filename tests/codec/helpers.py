@@ -62,3 +62,13 @@ def golden_symbols(n: int, top: int) -> Tensor:
 
 def golden_weights(dtype: torch.dtype) -> Tensor:
     return (golden_symbols(2000, 97).to(torch.float64).view(20, 100) / 64 - 0.5).to(dtype)
+
+
+def sample_places(size: int, every: int) -> list[int]:
+    """What docs/format.md says of the sample, in plain integers."""
+    places = []
+    for i, first in enumerate(range(0, size, every)):
+        x = (i + 1) * 0x9E3779B97F4A7C15 % 2**64
+        x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 % 2**64
+        places.append(first + ((x >> 32) * min(every, size - first) >> 32))
+    return places

@@ -10,6 +10,7 @@ from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
 from cfl_ops.ops.codec.reference import payload as reference
 from torch import Tensor
 
+from tests.codec.helpers import sample_places
 from tests.contract import Case, OpSpec
 
 
@@ -56,7 +57,12 @@ def _range_oracle(w: Tensor, bits: int, every: int):
     low, high = _ends(w)
     counts = torch.zeros(*w.shape[:-1], 2**bits if bits else 0, dtype=torch.int64)
     if bits and w.shape[-1]:
-        index = (w.double()[..., ::every] * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.int64)
+        index = (
+            (w.double()[..., sample_places(w.shape[-1], every)] * 2**bits)
+            .floor()
+            .clamp(0, 2**bits - 1)
+            .to(torch.int64)
+        )
         counts.scatter_add_(-1, index, torch.ones_like(index))
     return low, high, counts, torch.zeros(w.shape[:-1], dtype=torch.int64)
 

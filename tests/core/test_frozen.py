@@ -75,9 +75,8 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
         assert type(got[name]) is type(value) is getattr(cfl_ops, name)
         for mine, theirs in zip(got[name], value, strict=True):
             if isinstance(theirs, torch.Tensor):
-                torch.testing.assert_close(
-                    mine, theirs, rtol=1e-6, atol=1e-6
-                )  # scores had float32's rounding
+                # Those of ridge_cv had float32's rounding.
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
             else:
                 assert mine == theirs
 

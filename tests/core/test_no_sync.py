@@ -31,7 +31,7 @@ WAITING = {
 OPS = (
     *("cholesky_update", "cholesky_update_", "safe_cholesky", "gram", "gram_", "linear_gram", "quantize"),
     *("dequantize", "proximal_step", "proximal_step_", "ridge_solve", "lstsq", "pinv", "small_pinv"),
-    *("tall_gram", "tall_factor", "exact_gram"),
+    *("tall_gram", "tall_factor", "exact_gram", "recursive_ridge_"),
 )
 
 

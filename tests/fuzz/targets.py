@@ -242,7 +242,8 @@ def _public() -> list[Target]:
                                         "histogram": True}, ()),
         ("dequantize", dequantize, {**quantized._asdict(), "histogram": 0}, ()),
         ("compress", cfl_ops.compress, {"w": values, "floor": 6.0, "probe_bits": 4, "bits": None, "fraction": 0.03,
-                                        "per": "tensor", "block_size": None, "nonfinite": "refuse"}, ()),
+                                        "per": "tensor", "block_size": None, "nonfinite": "refuse", "max_error": 0.02,
+                                        "zero": "centre"}, ()),
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": None, "start": None, "stop": None}, ("out",)),
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": torch.zeros(3, 400), "start": None, "stop": None},
          ("out",)),
@@ -252,6 +253,8 @@ def _public() -> list[Target]:
         ("estimate_entropy", cfl_ops.estimate_entropy, {"w": values, "bits": 4, "fraction": 0.5}, ()),
         ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 0.9,
                                               "window": None, "x": x.double(), "y": y.double()}, ()),
+        ("RecursiveRidge.update", recursive, {"features": 4, "targets": 2, "alpha": 1.0, "forgetting": 1.0,
+                                              "window": 5, "x": x, "y": y}, ()),
     ]  # fmt: skip
     return [_public_target(*row) for row in found]
 

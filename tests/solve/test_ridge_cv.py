@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cfl_ops.ops.solve import ridge_cv as module
+from cfl_ops.ops.solve import validation
 
 from tests.solve.data import F64, randn
 from tests.solve.oracle import features, left_out, targets, wide
@@ -57,7 +58,7 @@ def test_ridge_cv_many_targets_in_runs(
     options = {"cv": cv, "per_target": per_target, "bias": True}
     want = cfl_ops.ridge_cv(x, y, [0.1, 10.0], **options)
     monkeypatch.setattr(module, "MOMENT_BYTES", 1)
-    monkeypatch.setattr(module, "PREDICTION_BYTES", 1)
+    monkeypatch.setattr(validation, "PREDICTION_BYTES", 1)
     got = cfl_ops.ridge_cv(x, y, [0.1, 10.0], **options)
     assert torch.equal(got.lam, want.lam)
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-11, atol=0)

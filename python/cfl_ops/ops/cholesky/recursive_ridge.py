@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops._core.failures import check_info, error_message
+from cfl_ops._core.op import transforming
 from cfl_ops._core.results import public
-from cfl_ops._core.state import PreciseModule, makes_state
+from cfl_ops._core.state import PreciseModule, from_inference_mode, makes_state
 from cfl_ops.errors import LinAlgError
-from cfl_ops.ops.cholesky.codes import BAD_WEIGHT, NOT_FINITE, UNKNOWN_ROWS
-from cfl_ops.ops.cholesky.factor import inverse_by_solves
-from cfl_ops.ops.cholesky.update import cholesky_downdate_ex_, cholesky_update_
+from cfl_ops.ops.cholesky.codes import BAD_STATE, BAD_WEIGHT, LOSSY, TOO_LARGE, UNKNOWN_ROWS
+from cfl_ops.ops.cholesky.recursive_rows import RECURSIVE_RIDGE_
 
 __all__ = ["RecursiveRidge"]
 
@@ -33,11 +33,29 @@ class RecursiveRidge(PreciseModule):
         \Lambda_0 = \alpha I
 
     (Closed-Form Last Layer Optimization, Appendix B.) All K outputs share one D x D covariance
-    ``P = noise Lambda^-1``. It is kept as the Cholesky factor of Lambda (square-root information form), so it
-    stays positive definite whatever the rounding; W, which is small, is kept in float64.
+    ``P = noise Lambda^-1``. What is kept is the triangular system of a QR factorisation (square-root information
+    form): the Cholesky factor L of Lambda, and the targets z as the rotations of the rows left them, so that
+    ``L^T W^T = z``. W is solved for when it is asked for.
 
     After any number of updates (with forgetting = 1 and no process noise) W is the ridge solution of all rows:
     scikit-learn's ``Ridge(alpha, fit_intercept=False)``. For an intercept append a feature that is 1.
+
+    *How exact W is.* As exact as least squares by QR, in whatever order and scale the rows come: with C = cond(L),
+    which is the square root of that of Lambda, and r the residuals of all rows and of the prior,
+
+    .. math::
+        \|\delta W\| \le c \cdot \text{eps} \cdot C \left(\|W\| + C \|r\| / \|L\|\right)
+
+    (Higham, Accuracy and Stability, Theorem 20.1). c grows with the square root of the number of updates, or with
+    forgetting of those that are remembered. Past about 1 / eps rows (8e6 in float32) new ones are lost in rounding.
+
+    *Forgetting and silence.* Where nothing comes (rows of zeros, of weight 0, or never in some direction), forgetting
+    lets Lambda sink, at last below what numbers can hold; rounding errors would pass for knowledge then, and W would
+    run away (wind-up). So no squared pivot ``L_jj^2`` sinks below ``eps alpha`` (2e-16 alpha in float64, 1e-7 alpha
+    in float32; with process noise below ``eps min(alpha, noise / q2)``): what is known of a weight, given those after
+    it, is never less. Where a pivot is kept there,
+    W is what it was: silence does not move it, however long, and what comes later is weighed against it with the
+    weight eps alpha. While all pivots are above, W is exactly the solution with weights that fade.
 
     Args:
         features: D.
@@ -49,16 +67,19 @@ class RecursiveRidge(PreciseModule):
         process_noise: q2 >= 0: each call of :meth:`update` first adds q2 to the variance of every weight
             (``P + q2 I``), a random walk of the truth. Costs ``O(D^3)`` a call.
         window: keep the last ``window`` rows only: older ones are removed by downdates. Their rows are
-            stored. Takes neither forgetting nor process noise.
-        dtype: of the factor, whatever the dtype of the rows. After n updates the factor is off by about
-            ``eps sqrt(n)`` of its norm, and W by that times the condition number of Lambda at most; float32
-            halves time and memory where that is good enough.
+            stored. A downdate leaves the rounding of what was there before, eps / (1 - h) of what stays for a row of
+            leverage h. Where that adds up to more than ``eps max(eps^-1/4, 2 window)`` of a squared pivot or of the
+            length of z (after an outlier has left, say, and once in so many rows), the state is computed anew from
+            the rows of the window: what downdates add to eps in the bound is no more than that, 2e-12 in float64 and
+            6e-6 in float32 for windows of up to 4096 and 27 rows. Takes neither forgetting nor process noise.
+        dtype: of the state, float32 or float64, whatever the dtype of the rows. float32 takes half the memory, and
+            less time, where its eps is good enough.
         device: where the state lives.
 
     The state keeps its dtypes, on whose precision it depends: ``half()``, ``parent.to(torch.bfloat16)`` and a
-    state_dict of other dtypes do not change them; ``to(device)`` moves it. A state_dict that does not fit leaves
-    it as it was. State that was made under :func:`torch.inference_mode` can be updated outside it, and the other
-    way round.
+    state_dict of other dtypes do not change them; ``to(device)`` moves it. A state_dict that does not fit, or that
+    was made with another alpha, leaves it as it was. The other options are not in it: a model goes on with its own.
+    State that was made under :func:`torch.inference_mode` can be updated outside it, and the other way round.
 
     A call of :meth:`update` with B rows costs ``4 B D^2 + 4 B D K`` FLOPs.
 
@@ -75,13 +96,17 @@ class RecursiveRidge(PreciseModule):
     """
 
     factor: Tensor
-    """``(D, D)``: the lower Cholesky factor of Lambda."""
-    wide_weight: Tensor
-    """``(K, D)`` float64; saved states know it by this name."""
+    """``(D, D)``: the lower Cholesky factor L of Lambda."""
+    rotated_targets: Tensor
+    """``(K, D)``: z^T, with ``L^T W^T = z``."""
     window_rows: Tensor
-    """``(window, D + K + 1)``: x, y and weight of the rows in the window, a ring."""
+    """``(window, D + K + 1)``: x, y and the square root of the weight of the rows in the window, a ring."""
     seen: Tensor
     """How many rows came so far (those of weight 0 included)."""
+    downdated: Tensor
+    """``(D + K,)`` float64: what downdates have lost of the squared pivots and of the lengths of z, over eps."""
+    prior: Tensor
+    """alpha, which the state was made with."""
 
     @makes_state
     def __init__(
@@ -120,11 +145,17 @@ class RecursiveRidge(PreciseModule):
         self.forgetting, self.process_noise, self.window = float(forgetting), float(process_noise), window
         row = features + targets + 1
         self.register_buffer("factor", torch.eye(features, dtype=dtype, device=device) * math.sqrt(alpha))
-        self.register_buffer(
-            "wide_weight", torch.zeros(targets, features, dtype=torch.float64, device=device)
-        )
+        self.register_buffer("rotated_targets", torch.zeros(targets, features, dtype=dtype, device=device))
         self.register_buffer("window_rows", torch.zeros(window or 0, row, dtype=dtype, device=device))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("downdated", torch.zeros(features + targets, dtype=torch.float64, device=device))
+        self.register_buffer("prior", torch.full((), alpha, dtype=torch.float64, device=device))
+        eps = torch.finfo(dtype).eps
+        # Of what a random walk leaves alone, Lambda <= noise / q2, where that is less.
+        most = min(self.alpha, self.noise / self.process_noise) if process_noise > 0 else self.alpha
+        self._floor = eps * most if forgetting < 1 else 0.0
+        self._most_lost = max(eps**-0.25, 2.0 * (window or 0))
+        self._solved: tuple[Any, Tensor] | None = None
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -134,9 +165,20 @@ class RecursiveRidge(PreciseModule):
         )
 
     @property
+    def wide_weight(self) -> Tensor:
+        """``(K, D)`` float64: W, as the state has it."""
+        key = self._state_key()
+        if key is not None and self._solved is not None and self._solved[0] == key:
+            return self._solved[1]
+        lower, side = self.factor.double(), self.rotated_targets.double()
+        weight: Tensor = torch.linalg.solve_triangular(lower.mT, side.mT, upper=True).mT
+        self._solved = None if key is None else (key, weight)
+        return weight
+
+    @property
     def weight(self) -> Tensor:
-        """``(K, D)``, in the dtype of the factor."""
-        return self.wide_weight.to(self.factor.dtype)
+        """``(K, D)``: W, in the dtype of the state."""
+        return self.wide_weight.to(self.factor.dtype, copy=True)
 
     @property
     def covariance(self) -> Tensor:
@@ -160,45 +202,65 @@ class RecursiveRidge(PreciseModule):
         Not under ``fullgraph=True`` nor ``torch.export`` with a window: which rows leave depends on how many came.
 
         Raises:
-            TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, or a
-                negative weight. The state is then unchanged.
+            TypeError, ValueError: shapes or dtypes do not fit, NaN or Inf in a row of positive weight, a
+                negative weight, or rows that overflow the dtype of the state. The state is then unchanged.
 
         """
-        rows, sqrt_weight, error, single = self._rows("update", x, y, sample_weight)
-        if self.window is None:
-            decay = self.forgetting
-            if self.process_noise > 0:
-                self._diffuse()
-                decay = 1.0
-            self._learn(rows, sqrt_weight, error, decay)
-            self.seen += rows.shape[0]
+        rows_x, rows_y = self._rows("update", x, y, sample_weight)
+        if self.window is not None:
+            error = self._slide(rows_x, rows_y, sample_weight)
+        elif self.process_noise > 0:
+            # Diffused apart, since rows that are refused leave all as it was.
+            factor, side = self._diffused()
+            error = self._learn(factor, side, rows_x, rows_y, sample_weight, 1.0)
+            self.factor.copy_(factor)
+            self.rotated_targets.copy_(side)
+            self.seen.add_(rows_x.shape[0])
         else:
-            target = error + self._mean(rows)
-            for begin in range(0, rows.shape[0], self.window):
-                part = slice(begin, begin + self.window)
-                sqrt_of_part = None if sqrt_weight is None else sqrt_weight[part]
-                self._slide(rows[part], target[part].to(rows.dtype), sqrt_of_part)
-        out = error.to(x.dtype)
-        return out[0] if single else out
+            state: Any = self._buffers  # an attribute of a module takes half a microsecond
+            factor, side, seen = state["factor"], state["rotated_targets"], state["seen"]
+            error = self._learn(factor, side, rows_x, rows_y, sample_weight, self.forgetting)
+            seen.add_(rows_x.shape[0])
+        if self.forgetting < 1:
+            self.downdated.mul_(self.forgetting)
+        if error.dtype != x.dtype:
+            error = error.to(x.dtype)
+        return error.squeeze(0) if x.ndim == 1 else error
 
     @makes_state
     def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
         """Forget rows that were learnt before, exactly, by a downdate (with forgetting = 1 and no process noise).
 
+        A downdate leaves the rounding of what was there before: W is then as exact as if eps were eps / (1 - h), for
+        rows of leverage h. There are no rows to start anew from, so what would cost more than half of the digits is
+        refused.
+
         Args and errors are those of :meth:`update`; besides:
 
         Raises:
-            torch.linalg.LinAlgError: the rows hold more than the state does, so they cannot have been learnt.
-                The state is then unchanged.
+            torch.linalg.LinAlgError: the rows hold more than the state does, so they cannot have been learnt; or
+                so nearly all of it that what this and earlier downdates left behind could exceed ``sqrt(eps)`` of a
+                squared pivot. The state is then unchanged.
 
         """
         if self.window is not None:
             raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
-        rows, sqrt_weight, error, _ = self._rows("remove", x, y, sample_weight)
-        rows, error = _weighted(rows, sqrt_weight, error)
-        failed = cholesky_downdate_ex_(self.factor, rows.mT) != 0
-        check_info("RecursiveRidge.remove", failed.to(torch.int32) * UNKNOWN_ROWS, [self.factor, error], [])
-        self._move(rows, -error)
+        rows_x, rows_y = self._rows("remove", x, y, sample_weight)
+        factor, side = self.factor.clone(), self.rotated_targets.clone()
+        error, info = RECURSIVE_RIDGE_(factor, side, rows_x, rows_y, sample_weight, 1.0, 0.0, True)
+        before, after = _sizes(self.factor, self.rotated_targets), _sizes(factor, side)
+        rows = rows_x
+        if sample_weight is not None:
+            scale = sample_weight.double().sqrt().unsqueeze(-1)
+            rows = torch.where(scale > 0, rows_x * scale, 0.0)
+        lost = self.downdated + _lost(before, after, factor, rows)
+        # z may sink to nothing, and W with it: what that leaves is small beside what W was.
+        lossy = (lost * torch.finfo(factor.dtype).eps ** 0.5 > after)[: self.features].any() & (info == 0)
+        info = torch.where(lossy, LOSSY, info).to(torch.int32)
+        self._check("remove", info, [error, factor, side], rows_x, rows_y, sample_weight)
+        self.factor.copy_(factor)
+        self.rotated_targets.copy_(side)
+        self.downdated.copy_(lost)
 
     @torch.no_grad()
     def predict(self, x: Tensor, *, return_variance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -228,124 +290,222 @@ class RecursiveRidge(PreciseModule):
         assert isinstance(mean, Tensor)
         return mean
 
-    def _rows(
-        self, method: str, x: Any, y: Any, sample_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, bool]:
-        """The checked rows ``(B, D)``, the square roots of their weights ``(B, 1)`` and their errors ``(B, K)``.
+    def _state_key(self) -> Any:
+        """What changes when the state does; None where that cannot be told.
 
-        The square roots are None where no weights are given.
+        Written to by a captured graph or another process, tensors do not count up their versions.
         """
+        factor, side = self.factor, self.rotated_targets
+        if is_compiling() or transforming() or not factor.is_cpu or factor.is_shared():
+            return None
+        if from_inference_mode(factor) or from_inference_mode(side):
+            return None
+        return factor.data_ptr(), factor._version, side.data_ptr(), side._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the solution that is kept."""
+        return {**self.__dict__, "_solved": None}
+
+    def _rows(self, method: str, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows as ``(B, D)`` and ``(B, K)``, of arguments that fit; the op looks at what they hold."""
         op = f"RecursiveRidge.{method}"
-        self._make_normal()
+        buffers: Any = self._buffers
+        factor = buffers["factor"]
+        if not is_compiling() and any(map(Tensor.is_inference, buffers.values())):
+            self._make_normal()
         checks.floating(op, "x", x, 1)
         checks.floating(op, "y", y, 1)
-        single = x.ndim == 1
-        if single:
+        if x.ndim == 1:
             x, y = x.unsqueeze(0), y.unsqueeze(0)
-        if x.ndim != 2 or y.ndim != 2 or y.shape[0] != x.shape[0]:
+        shape, shape_of_y = x.shape, y.shape
+        if len(shape) != 2 or len(shape_of_y) != 2 or shape_of_y[0] != shape[0]:
             raise ValueError(
                 f"cfl_ops.{op}: x and y must have shapes (B, D) and (B, K), or (D,) and (K,), "
-                f"but got {tuple(x.shape)} and {tuple(y.shape)}"
+                f"but got {tuple(shape)} and {tuple(shape_of_y)}"
             )
-        checks.size(op, "x", x, -1, self.features, "features")
-        checks.size(op, "y", y, -1, self.targets, "targets")
-        checks.same_device(op, "the state", self.factor, x=x, y=y, sample_weight=sample_weight)
-        dtype = self.factor.dtype
-        # In a graph what a check hands on is written to, as far as the compiler knows.
-        x, y = x.detach().to(dtype, copy=is_compiling()), y.detach().to(torch.float64)
-        if sample_weight is None:
-            sqrt_weight = None
-        else:
-            checks.sample_weight(op, sample_weight, x.shape[0], "the rows of x")
+        if shape[1] != self.features or shape_of_y[1] != self.targets:
+            checks.size(op, "x", x, -1, self.features, "features")
+            checks.size(op, "y", y, -1, self.targets, "targets")
+        if not x.device == y.device == factor.device or sample_weight is not None:
+            checks.same_device(op, "the state", factor, x=x, y=y, sample_weight=sample_weight)
+        if sample_weight is not None:
+            checks.sample_weight(op, sample_weight, shape[0], "the rows of x")
             if sample_weight.ndim != 1:
                 raise ValueError(
                     f"cfl_ops.{op}: sample_weight must have shape (B,), but got {tuple(sample_weight.shape)}"
                 )
-            bad = ~((sample_weight >= 0) & sample_weight.isfinite()).all()
-            check_info(op, bad.to(torch.int32) * BAD_WEIGHT, [x], [])
-            sqrt_weight = sample_weight.detach().reshape(-1, 1).to(dtype).sqrt()
-            present = sqrt_weight > 0
-            x, y = torch.where(present, x, 0.0), torch.where(present, y, 0.0)
-        error = y - self._mean(x)
-        if is_compiling() or not math.isfinite(float(error.sum() + x.sum())):  # one look for the usual case
-            bad = ~(x.isfinite().all() & y.isfinite().all())
-            check_info(op, bad.to(torch.int32) * NOT_FINITE, [x, error], [x.clone(), y])
-        return x, sqrt_weight, error, single
+        return x, y
 
-    def _mean(self, x: Tensor) -> Tensor:
-        return x.double() @ self.wide_weight.mT
+    def _learn(
+        self,
+        factor: Tensor,
+        side: Tensor,
+        x: Tensor,
+        y: Tensor,
+        sample_weight: Tensor | None,
+        decay: float,
+    ) -> Tensor:
+        """Fold rows into a state; their errors before."""
+        error: Tensor
+        error, info = RECURSIVE_RIDGE_(factor, side, x, y, sample_weight, decay, self._floor, False)
+        self._check("update", info, [error, factor, side], x, y, sample_weight)
+        return error
 
-    def _learn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor, decay: float) -> None:
-        x, error = _weighted(x, sqrt_weight, error)
-        cholesky_update_(self.factor, x.mT, decay=decay)
-        self._move(x, error)
+    def _check(
+        self,
+        method: str,
+        info: Tensor,
+        results: Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        sample_weight: Tensor | None,
+    ) -> None:
+        # In a graph the results are written to, as far as the compiler knows; what tells the dtype is not.
+        state = results[1].new_empty(0) if is_compiling() else results[1]
+        context = (state, x, y) if sample_weight is None else (state, x, y, sample_weight)
+        check_info(f"RecursiveRidge.{method}", info, results, context)
 
-    def _unlearn(self, x: Tensor, sqrt_weight: Tensor | None, error: Tensor) -> bool:
-        x, error = _weighted(x, sqrt_weight, error)
-        if int(cholesky_downdate_ex_(self.factor, x.mT)) != 0:
-            return False
-        self._move(x, -error)
-        return True
+    def _diffused(self) -> tuple[Tensor, Tensor]:
+        """L and z^T after ``Lambda^-1 <- Lambda^-1 / rho + t I``, t = q2 / noise, which leaves W.
 
-    def _move(self, scaled: Tensor, error: Tensor) -> None:
-        """W += error^T X Lambda^-1, Lambda being the new one."""
-        gain = torch.cholesky_solve(scaled.mT, self.factor)
-        self.wide_weight += (gain.double() @ error).mT
-
-    def _diffuse(self) -> None:
-        """Lambda^-1 <- Lambda^-1 / rho + (q2 / noise) I, in float64.
-
-        With Lambda^-1 = U U^T for an upper U (a Cholesky factorisation from the last row up), the new lower
-        factor is U^-T.
+        With R = L^T the new Lambda is ``R^T (I + t R R^T)^-1 R``. For an upper U with ``U U^T = I + t R R^T``, by a QR
+        of ``[sqrt(t) R, I]^T`` from the last column on, ``U^-1 R`` is its factor and ``U^-1 z`` its right side: what is
+        rounded in U is a factor of both, and nothing is inverted or squared.
         """
-        eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
-        inverse = inverse_by_solves(self.factor.double())
-        spread = inverse / self.forgetting + (self.process_noise / self.noise) * eye
-        upper = torch.linalg.cholesky(spread.flip(-1, -2)).flip(-1, -2)
-        self.factor.copy_(torch.linalg.solve_triangular(upper, eye, upper=True).mT)
+        scale, order = math.sqrt(self.forgetting), self.features
+        upper, side = self.factor.tril().mT * scale, self.rotated_targets.mT * scale
+        eye = torch.eye(order, dtype=upper.dtype, device=upper.device)
+        tall = torch.cat((upper.mT * math.sqrt(self.process_noise / self.noise), eye), 0)
+        r = torch.linalg.qr(tall.flip(-1), mode="r")[1]
+        r = r * torch.where(r.diagonal() < 0, -1.0, 1.0).to(r.dtype).unsqueeze(-1)
+        both = torch.linalg.solve_triangular(r.mT.flip(0, 1), torch.cat((upper, side), -1), upper=True)
+        return both[:, :order].mT.contiguous(), both[:, order:].mT.contiguous()
 
-    def _slide(self, x: Tensor, y: Tensor, sqrt_weight: Tensor | None) -> None:
-        """Learn at most ``window`` rows, then remove as many of the oldest as the window has no room for."""
+    def _slide(self, x: Tensor, y: Tensor, sample_weight: Tensor | None) -> Tensor:
+        """Learn rows, then remove as many of the oldest as the window has no room for; the errors before."""
         assert self.window is not None
         seen, count = int(self.seen), x.shape[0]
-        places = torch.arange(seen, seen + count, device=x.device) % self.window
-        leaving = self.window_rows[places]  # zeros, which change nothing, until the window is full
-        self._learn(x, sqrt_weight, y.double() - self._mean(x), 1.0)
-        weight = x.new_ones(count, 1) if sqrt_weight is None else sqrt_weight
-        self.window_rows[places] = torch.cat((x, y, weight), -1)
-        self.seen += count
-        if seen + count <= self.window:
-            return
-        old_x, old_y, old_sqrt_weight = leaving.split((self.features, self.targets, 1), -1)
-        if not self._unlearn(old_x, old_sqrt_weight, old_y.double() - self._mean(old_x)):
+        anew = count >= self.window
+        factor, side = self.factor, self.rotated_targets
+        if anew:  # all that was there leaves: what is learnt here is only for the errors
+            factor, side = factor.clone(), side.clone()
+        error = self._learn(factor, side, x, y, sample_weight, 1.0)
+        rows = torch.cat((x, y, x.new_ones(count, 1)), -1).to(factor.dtype)
+        if sample_weight is not None:
+            scale = sample_weight.double().sqrt().to(factor.dtype).unsqueeze(-1)
+            rows[:, -1:] = scale
+            rows = torch.where(scale > 0, rows, 0.0)
+        kept = rows[-self.window :]
+        first = (seen + count - len(kept)) % self.window
+        if first + len(kept) <= self.window:
+            places: Any = slice(first, first + len(kept))
+        else:
+            places = torch.arange(first, first + len(kept), device=x.device) % self.window
+        leaving = self.window_rows[places].clone()  # zeros, which change nothing, until the window is full
+        self.window_rows[places] = kept
+        self.seen.add_(count)
+        if anew or (seen + count > self.window and not self._unlearn(leaving)):
             self._rebuild()
+        return error
+
+    def _unlearn(self, rows: Tensor) -> bool:
+        """Remove rows of the window; False where that may have cost too many digits."""
+        x, y, scale = rows.split((self.features, self.targets, 1), -1)
+        before = _sizes(self.factor, self.rotated_targets)
+        _, info = RECURSIVE_RIDGE_(
+            self.factor, self.rotated_targets, x * scale, y * scale, None, 1.0, 0.0, True
+        )
+        after = _sizes(self.factor, self.rotated_targets)
+        lost = self.downdated.add_(_lost(before, after, self.factor, x * scale))
+        return int(info) == 0 and bool((lost <= after * self._most_lost).all())
 
     def _rebuild(self) -> None:
-        """Where rounding leaves a downdate nothing positive: start from the rows of the window."""
-        x, y, sqrt_weight = self.window_rows.double().split((self.features, self.targets, 1), -1)
-        scaled = x * sqrt_weight
+        """The state from the rows of the window, in float64."""
+        x, y, scale = self.window_rows.double().split((self.features, self.targets, 1), -1)
         factor = torch.eye(self.features, dtype=torch.float64, device=x.device) * math.sqrt(self.alpha)
-        cholesky_update_(factor, scaled.mT)  # which no condition number can make fail
+        side = factor.new_zeros(self.targets, self.features)
+        self._learn(factor, side, x * scale, y * scale, None, 1.0)
         self.factor.copy_(factor)
-        self.wide_weight.copy_(torch.cholesky_solve(scaled.mT @ (y * sqrt_weight), factor).mT)
+        self.rotated_targets.copy_(side)
+        self.downdated.zero_()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        given = _of_now(state_dict, prefix, self)
+        alpha = given.get(prefix + "prior")
+        if (
+            isinstance(alpha, Tensor)
+            and alpha.numel() == 1
+            and not alpha.is_meta
+            and float(alpha) != self.alpha
+        ):
+            error_msgs = rest[-1]
+            error_msgs.append(
+                f"{prefix}prior: the state was made with alpha={float(alpha)}, not {self.alpha}."
+            )
+            return
+        super()._load_from_state_dict(given, prefix, *rest)
 
 
-def _weighted(x: Tensor, sqrt_weight: Tensor | None, error: Tensor) -> tuple[Tensor, Tensor]:
-    return (x, error) if sqrt_weight is None else (x * sqrt_weight, error * sqrt_weight)
+def _sizes(factor: Tensor, side: Tensor) -> Tensor:
+    """The squared pivots of L, which is what a downdate computes with, and the lengths of z."""
+    return torch.cat((factor.diagonal().double().square(), torch.linalg.vector_norm(side.double(), dim=-1)))
+
+
+def _lost(before: Tensor, after: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
+    """What the downdate by rows lost of the sizes, over eps: ``1 + |L'^-1 X^T|^2`` times those of the new L.
+
+    For one row that is 1 / (1 - leverage), what is left of its direction (Stewart 1979).
+    """
+    half = torch.linalg.solve_triangular(factor, rows.to(factor.dtype).mT, upper=False)
+    share = 1 + half.double().square().sum()
+    sizes = torch.cat((after[: len(factor)], before[len(factor) :]))
+    return sizes.mul_(share)
+
+
+def _of_now(state_dict: Mapping[str, Any], prefix: str, model: RecursiveRidge) -> Mapping[str, Any]:
+    """A state that was saved when W was kept instead of z, with z. Its window is computed anew at the next chance."""
+    weight, factor = state_dict.get(prefix + "wide_weight"), state_dict.get(prefix + "factor")
+    if (
+        not isinstance(weight, Tensor)
+        or not isinstance(factor, Tensor)
+        or prefix + "rotated_targets" in state_dict
+    ):
+        return state_dict
+    if weight.shape != (model.targets, model.features) or factor.shape != model.factor.shape:
+        return state_dict
+    out = {key: value for key, value in state_dict.items() if key != prefix + "wide_weight"}
+    out[prefix + "rotated_targets"] = weight.double() @ factor.double().tril()
+    unknown = 0.0 if model.window is None else math.inf
+    out.setdefault(
+        prefix + "downdated", torch.full((model.features + model.targets,), unknown, dtype=torch.float64)
+    )
+    out.setdefault(prefix + "prior", torch.tensor(model.alpha, dtype=torch.float64))
+    return out
 
 
 def _explain(method: str, info: Tensor, context: Sequence[Tensor]) -> Exception:
     prefix = f"cfl_ops.RecursiveRidge.{method}:"
-    if int(info) == BAD_WEIGHT:
+    code = int(info)
+    dtype = context[0].dtype
+    if code == BAD_WEIGHT:
         return ValueError(f"{prefix} sample_weight must be finite and not negative")
-    if int(info) == UNKNOWN_ROWS:
-        error: Exception = LinAlgError(
-            f"{prefix} x holds more than the state does: no positive definite matrix is left"
-        )
+    if code in (UNKNOWN_ROWS, LOSSY):
+        rest = {
+            UNKNOWN_ROWS: "x holds more than the state does: no positive definite matrix is left",
+            LOSSY: "x holds so nearly all that the state does that half of the digits would be lost: "
+            "learn the rows that stay anew",
+        }
+        error: Exception = LinAlgError(f"{prefix} {rest[code]}")
         return error
-    name, value = next(
-        item for item in zip(("x", "y"), context, strict=True) if not bool(item[1].isfinite().all())
-    )
+    if code == BAD_STATE:
+        return ValueError(f"{prefix} the state has NaN, Inf or a zero pivot")
+    if code == TOO_LARGE:
+        return ValueError(f"{prefix} x, y or sample_weight is too large for {dtype}, the dtype of the state")
+    x, y = (value.to(dtype) for value in context[1:3])  # a number may be too large for it
+    if len(context) > 3:
+        present = context[3].double().sqrt().to(dtype).unsqueeze(-1) > 0
+        x, y = torch.where(present, x, 0.0), torch.where(present, y, 0.0)
+    name, value = next(item for item in (("x", x), ("y", y)) if not bool(item[1].isfinite().all()))
     row = int((~value.isfinite().all(-1)).nonzero()[0])
     return ValueError(f"{prefix} {name} has NaN or Inf in row {row}")
 

@@ -248,18 +248,25 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         unit = torch.maximum(length, v.abs().amax(-1)) if v.shape[-1] else length
         safe_unit = torch.where(unit > 0, unit, 1.0)
         l1, v1 = length / safe_unit, v / safe_unit.unsqueeze(-1)
-        square = l1 * l1 + side * (v1 * v1).sum(-1)
+        added = (v1 * v1).sum(-1)
+        square = l1 * l1 + side * added
         breakdown = ~(square > BREAKDOWN_EPS * eps * l1 * l1) if alpha < 0 else ~(square >= 0)
         r1 = square.clamp(min=0).sqrt()
-        r = r1 * safe_unit
-        pivots.append(breakdown | ~r.isfinite())
         zero_pivot = r1 == 0  # a zero column of a semi-definite factor stays one
         safe_r1 = torch.where(zero_pivot, 1.0, r1)
+        # The change, 1 - l / r, not a cosine near 1: roundings of that one all go the same way.
+        less = side * added / (safe_r1 * torch.where(zero_pivot, 1.0, l1 + r1))
+        change = less * r1
+        r2 = l1 + change
+        r = r2 * safe_unit
+        pivots.append(breakdown | ~r.isfinite())
         s = (v1 / safe_r1.unsqueeze(-1)).masked_fill(zero_pivot.unsqueeze(-1), 0.0)
         g = v1 / torch.where(zero_pivot, 1.0, l1 + r1).unsqueeze(-1)
-        c = torch.where(zero_pivot, 1.0, l1 / safe_r1)
+        # What the rounding of the pivot added to it, as a share of it, is added to the whole column.
+        rounded = ((r2 - l1) - change) / torch.where(r2 > 0, r2, 1.0)
+        less = torch.where(zero_pivot, 0.0, less - l1 / safe_r1 * rounded)
         below = w[..., j:, :]
-        new = c.unsqueeze(-1) * column + side * (below @ s.unsqueeze(-1)).squeeze(-1)
+        new = column + (side * (below @ s.unsqueeze(-1)).squeeze(-1) - less.unsqueeze(-1) * column)
         w[..., j:, :] = below - (column + new).unsqueeze(-1) * g.unsqueeze(-2)
         out[..., j:, j] = new
         out[..., j, j] = r

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 import zlib
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
     DATA_DEPENDENT,
+    HUFFMAN_DECODE,
     HUFFMAN_ENCODE,
     NO_VMAP,
     check_out,
@@ -42,15 +44,12 @@ from cfl_ops.ops.codec.huffman import (
     read_header,
     span,
 )
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, find_grid, zero_bin
 from cfl_ops.ops.codec.quantize import (
-    WEIGHT_RANGE,
-    allocate_bits,
     check_bits,
     check_fraction,
     check_groups,
-    entropy_of,
     from_bins,
-    probe,
     quantize_ex,
     to_bins,
 )
@@ -59,10 +58,15 @@ from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, prefix, sym
 
 __all__ = ["compress", "decompress"]
 
-_BLOB_MAGIC, _BLOB_VERSION = b"CFLC", 1
+_BLOB_MAGIC = b"CFLC"
 _BLOB = struct.Struct("<4s4BQQQQdI")  # then a checksum: 56 bytes
 _BLOB_BYTES = _BLOB.size + 4
-_RAW, _QUANTIZED = 0, 1
+_RAW, _QUANTIZED, _PALETTE = 0, 1, 2
+_KINDS = {1: (_RAW, _QUANTIZED), 2: (_QUANTIZED, _PALETTE)}
+"""What each version has; a writer uses the lowest that says what it has to, so that old readers read on."""
+_ZERO_BINS = 1
+"""Version 2, quantised: the bin that 0 falls into reads as 0."""
+_ERROR = checks.Range("above 0 (it may be inf)", lambda value: value > 0)
 _DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -81,6 +85,8 @@ def compress(
     per: str = "tensor",
     block_size: int | None = None,
     nonfinite: str = "refuse",
+    max_error: float = 0.02,
+    zero: str = "centre",
 ) -> Tensor:
     """Weights to bytes: quantise to N bits, Huffman-code the bins, add checksums.
 
@@ -88,15 +94,27 @@ def compress(
     ``probe_bits`` and ``fraction``; or ``bits``. The thesis reports 3.55 bits a weight at no loss of accuracy
     with ``floor=5`` and 3.78 with ``floor=6``.
 
+    Beyond the thesis, so that no weight comes back wrong unsaid (docs/format.md, what compress decides):
+
+    - where that N does not keep to ``max_error``, outliers are left out of the range and kept exactly, and N
+      (unless given as ``bits``) grows; where no N serves, the bytes are kept as they are;
+    - few different values (a mask's 0 and ``finfo.min``) are kept exactly, as a palette;
+    - and so is every tensor whose own bytes are no more than the coded ones.
+
     Args:
         w: floating-point weights of up to 64 dimensions and any strides, up to 2^40 of them.
         floor: c, the bits kept above the entropy.
         probe_bits: M, the bits of the histogram that H is measured on.
         bits: N itself, from 1 to 16, instead of the three above.
-        fraction: F, the part of the weights that H is measured on.
+        fraction: F, the part of the weights that H is measured on (at least 4,096 of them, or all).
         per: what shares a range (:func:`quantize`).
         block_size: with ``per="block"``, the weights of a block.
         nonfinite: ``"refuse"`` NaN and Inf with an error that counts them, or ``"keep"`` them exactly.
+        max_error: the rms error that is asked for, as a part of the standard deviation (of the group; outliers not
+            counted, and of two clusters far apart that within a cluster). With ``inf``, N and the range are the
+            thesis' and nothing warns.
+        zero: ``"exact"``: what falls into the bin of 0 comes back as 0, for pruned weights; otherwise 0 comes back
+            as the centre of its bin, up to half a bin off.
 
     Returns:
         A 1-d uint8 tensor (docs/format.md describes it), for :func:`decompress`.
@@ -104,59 +122,77 @@ def compress(
     Raises:
         TypeError, ValueError: bad arguments, or NaN or Inf weights.
 
+    Warns:
+        UserWarning: the rms error (measured on 1,024 weights) passes ``max_error``, for so few ``bits`` were asked.
+
     Not under ``fullgraph=True`` nor ``torch.export``: the bytes are written on the host.
 
     Example:
         >>> import torch, cfl_ops
         >>> w = torch.randn(1000, 50)
-        >>> blob = cfl_ops.compress(w, bits=6)
-        >>> len(blob) < w.numel() * 6 / 8
+        >>> blob = cfl_ops.compress(w, bits=7)
+        >>> len(blob) < w.numel() * 7 / 8
         True
-        >>> bool((cfl_ops.decompress(blob) - w).abs().max() <= (w.max() - w.min()) / 2**7 * 1.001)
+        >>> bool((cfl_ops.decompress(blob) - w).abs().max() <= (w.max() - w.min()) / 2**8 * 1.001)
         True
 
     """
+    options = (floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
+    return compress_named("compress", "w", w, Options(*options))
+
+
+def _checked(w: Tensor, options: Options) -> Options:
     checks.floating("compress", "w", w, 0)
-    checks.choice("compress", "nonfinite", nonfinite, ("refuse", "keep"))
-    floor = checks.number("compress", "floor", floor)
-    probe_bits = check_bits("compress", probe_bits, "probe_bits")
-    fraction = check_fraction("compress", fraction)
-    bits = None if bits is None else check_bits("compress", bits)
-    block_size = check_groups("compress", w, per, block_size)
+    checks.choice("compress", "nonfinite", options.nonfinite, ("refuse", "keep"))
+    checks.choice("compress", "zero", options.zero, ("centre", "exact"))
+    found = options._replace(
+        floor=checks.number("compress", "floor", options.floor),
+        probe_bits=check_bits("compress", options.probe_bits, "probe_bits"),
+        fraction=check_fraction("compress", options.fraction),
+        bits=None if options.bits is None else check_bits("compress", options.bits),
+        block_size=check_groups("compress", w, options.per, options.block_size),
+        max_error=checks.number("compress", "max_error", options.max_error, _ERROR),
+    )
     check_shape("compress", "w", w, codes.MAX_SYMBOLS)
+    return found
+
+
+def compress_named(op: str, name: str, w: Tensor, asked: Options) -> Tensor:
+    """As :func:`compress`; warnings call the weights ``name``."""
+    options = _checked(w, asked)
     w = w.detach()
     if w.numel() == 0:
         return store_raw("compress", "w", w)
-    index = values = None
-    if nonfinite == "keep":
-        flat = w.reshape(-1)
-        bad = ~flat.isfinite()
-        if bool(bad.any()):
-            index = bad.nonzero().flatten()
-            values = flat[index]
-            good = flat[~bad]
-            w = torch.where(bad, good[0] if good.numel() else 0, flat).to(w.dtype).view(w.shape)
-    entropy, minimum, maximum = math.nan, None, None
-    if bits is None:
-        minimum, maximum, counts = probe("compress", w, probe_bits, fraction)
-        entropy = float(entropy_of(counts.cpu()))  # it stands in the bytes, which do not depend on the device
-        bits = allocate_bits(entropy, floor=floor)
-    q = None
-    if per == "tensor" and block_size is None and w.device.type == "cpu":
-        # The symbols of a chunk are encoded while they are in the cache.
-        if minimum is None or maximum is None:
-            minimum, maximum, _, info = WEIGHT_RANGE(w.reshape(-1), 0, 1)
-            check_info("compress", info, [minimum, maximum], [])
-        group_size = w.numel()
+    grid = find_grid(w, options)
+    if isinstance(grid, Palette):
+        blob = _store_palette(w, grid)
+    elif grid is None:
+        return store_raw("compress", "w", w)
     else:
-        q, info = quantize_ex(w, bits, per=per, block_size=block_size)
+        blob = _store_bins(w, grid, options)
+    if blob.numel() >= w.numel() * w.element_size() + _BLOB_BYTES + 8 * w.ndim:
+        return store_raw("compress", "w", w)
+    if isinstance(grid, Grid) and grid.error > options.max_error:
+        warnings.warn(
+            f"cfl_ops.{op}: {name} comes back with an rms error of about {grid.error:.2g} of its standard deviation, "
+            f"which passes max_error={options.max_error:g}: {grid.bits} bits are too few for it",
+            UserWarning,
+            stacklevel=3,
+        )
+    return blob
+
+
+def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
+    q = None
+    bits, minimum, maximum, group_size = grid.bits, grid.minimum, grid.maximum, w.numel()
+    if options.per != "tensor" or w.device.type != "cpu":
+        q, info = quantize_ex(grid.weights, bits, per=options.per, block_size=options.block_size)
         check_info("compress", info, [q.symbols], [])
         minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
-
     low, high = _raw_bytes(minimum), _raw_bytes(maximum)
     tables = [low, high]
-    if index is not None and values is not None:
-        tables = [_raw_bytes(index), low, high, _raw_bytes(values)]
+    if grid.exceptions is not None:
+        tables = [_raw_bytes(grid.exceptions), low, high, _raw_bytes(w.reshape(-1)[grid.exceptions])]
     table = (
         torch.cat(tables)
         if len(tables) > 2 or low.numel() > 64
@@ -164,15 +200,35 @@ def compress(
     )
     head_bytes = _BLOB_BYTES + table.numel()
     where = list(w.shape), CHUNK_LOG2, head_bytes
-    if q is None:
-        blob: Tensor = QUANTIZE_ENCODE(w.reshape(-1), minimum, maximum, bits, *where)
+    if q is None:  # the symbols of a chunk are encoded while they are in the cache
+        blob: Tensor = QUANTIZE_ENCODE(grid.weights.reshape(-1), minimum, maximum, bits, *where)
     else:
         blob = HUFFMAN_ENCODE(q.symbols, *where)
+    zero_bins = options.zero == "exact"
     head = _BLOB.pack(
-        *(_BLOB_MAGIC, _BLOB_VERSION, _QUANTIZED, _DTYPES.index(w.dtype), bits, blob.numel()),
-        *(group_size, minimum.numel(), 0 if index is None else index.numel(), entropy, 0),
+        *(_BLOB_MAGIC, 2 if zero_bins else 1, _QUANTIZED, _DTYPES.index(w.dtype), bits, blob.numel()),
+        *(
+            group_size,
+            minimum.numel(),
+            0 if grid.exceptions is None else grid.exceptions.numel(),
+            grid.entropy,
+        ),
+        _ZERO_BINS if zero_bins else 0,
     )
     raw = as_bytes(table)
+    head += struct.pack("<I", zlib.crc32(raw, zlib.crc32(head)))
+    blob[:head_bytes] = from_bytes(head + raw, w.device)
+    return blob
+
+
+def _store_palette(w: Tensor, palette: Palette) -> Tensor:
+    raw = as_bytes(_raw_bytes(palette.values))
+    head_bytes = _BLOB_BYTES + len(raw)
+    blob: Tensor = HUFFMAN_ENCODE(palette.symbols, list(w.shape), CHUNK_LOG2, head_bytes)
+    head = _BLOB.pack(
+        *(_BLOB_MAGIC, 2, _PALETTE, _DTYPES.index(w.dtype), 0, blob.numel()),
+        *(palette.values.numel(), 0, 0, 0.0, 0),
+    )
     head += struct.pack("<I", zlib.crc32(raw, zlib.crc32(head)))
     blob[:head_bytes] = from_bytes(head + raw, w.device)
     return blob
@@ -230,12 +286,35 @@ def decompress(
         if count:
             out.view(-1).copy_(part.clone().view(parsed.dtype))
         return out
+    if parsed.palette is not None:
+        symbols = torch.empty(count, dtype=torch.uint8, device=blob.device)
+        info = HUFFMAN_DECODE(parsed.data, symbols, first)
+        check_info("decompress_", info, [symbols], [])
+        if count and int(symbols.max()) >= parsed.palette.numel():
+            raise _contradiction(op)
+        torch.index_select(parsed.palette, 0, symbols.to(torch.int32), out=out.detach().view(-1))
+        return out
     info = DECOMPRESS(parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first)
     check_info("decompress_", info, [out], [])
+    if parsed.zero_bins is not None:
+        _zero_bins(out.detach().view(-1), parsed.zero_bins, first, parsed.group_size)
     if parsed.where is not None and parsed.exceptions is not None:
         here = (parsed.where >= first) & (parsed.where < first + count)
         out.view(-1)[parsed.where[here] - first] = parsed.exceptions[here]
     return out
+
+
+def _zero_bins(flat: Tensor, centre: Tensor, first: int, group_size: int) -> None:
+    """Set to 0 what stands for it, in pieces that stay in the cache (torch writes a float faster than a bool)."""
+    piece = 1 << 16 if flat.device.type == "cpu" else max(1, flat.numel())
+    other = torch.empty(min(piece, flat.numel()), dtype=flat.dtype, device=flat.device)
+    for at in range(0, flat.numel(), piece):
+        part = flat[at : at + piece]
+        here = centre
+        if centre.numel() > 1:
+            begin = first + at
+            here = centre[torch.arange(begin, begin + len(part), device=flat.device) // group_size]
+        part.mul_(torch.ne(part, here, out=other[: len(part)])).add_(0.0)  # no negative zeros
 
 
 def store_raw(op: str, name: str, w: Tensor) -> Tensor:
@@ -247,7 +326,7 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
     shape = struct.pack(f"<{w.ndim}Q", *w.shape)
     total = _BLOB_BYTES + len(shape) + len(data)
     head = _BLOB.pack(
-        *(_BLOB_MAGIC, _BLOB_VERSION, _RAW, _DTYPES.index(w.dtype), 0, total),
+        *(_BLOB_MAGIC, 1, _RAW, _DTYPES.index(w.dtype), 0, total),
         *(w.ndim, len(data), 0, 0.0, zlib.crc32(data)),
     )
     head += struct.pack("<I", zlib.crc32(shape, zlib.crc32(head)))
@@ -276,6 +355,9 @@ class _Blob(NamedTuple):
     maximum: Tensor | None = None
     where: Tensor | None = None
     exceptions: Tensor | None = None
+    zero_bins: Tensor | None = None
+    """The weight of each group that stands for 0, in a blob where 0 is exact."""
+    palette: Tensor | None = None
 
 
 def _contradiction(op: str) -> CorruptDataError:
@@ -290,13 +372,13 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     if cuda.synchronises(blob):
         near = cuda.to_host(blob[: prefix(size)])
     fixed = as_bytes(near[:_BLOB_BYTES])
-    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, data_crc = _BLOB.unpack_from(
+    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, last = _BLOB.unpack_from(
         fixed
     )
     (checksum,) = struct.unpack_from("<I", fixed, _BLOB.size)
     if magic != _BLOB_MAGIC:
         raise corrupt(op, "the blob does not start with the codec's mark")
-    if version != _BLOB_VERSION or kind not in (_RAW, _QUANTIZED) or code >= len(_DTYPES):
+    if kind not in _KINDS.get(version, ()) or code >= len(_DTYPES):
         raise corrupt(op, "the blob was written in a version that this reader does not know")
     if total != size:
         raise corrupt(op, "the blob has another length than its header says (truncated or extended)")
@@ -304,6 +386,8 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
     element = dtype.itemsize
     if kind == _RAW:
         ndim, table_bytes = group_size, 8 * group_size
+    elif kind == _PALETTE:
+        table_bytes = group_size * element
     else:
         table_bytes = 2 * groups * element + exceptions * (8 + element)
     head = _BLOB_BYTES + table_bytes
@@ -317,14 +401,26 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
         shape = struct.unpack(f"<{ndim}Q", table)
         if not codes.shape_fits(shape) or math.prod(shape) * element != groups:
             raise _contradiction(op)
-        if zlib.crc32(as_bytes(data)) != data_crc:
+        if zlib.crc32(as_bytes(data)) != last:
             raise corrupt(op, "the data of the blob are damaged (checksum)")
         if dtype == torch.bool and bool((data > 1).any()):
             raise corrupt(op, "the data of the blob are neither true nor false")
         return _Blob(shape, math.prod(shape), dtype, data, True)
 
     header = read_header(op, data, None if near is blob or head >= near.numel() else near[head:])
+    if kind == _PALETTE:
+        if (
+            code > 3
+            or header.symbol_bytes != 1
+            or not 1 <= group_size <= 256
+            or any((groups, exceptions, bits, last))
+        ):
+            raise _contradiction(op)
+        palette = from_bytes(table, blob.device).view(dtype)
+        return _Blob(header.shape, header.numel, dtype, header.payload, False, palette=palette)
     if not 1 <= bits <= 16 or code > 3 or header.symbol_bytes != (1 if bits <= 8 else 2):
+        raise _contradiction(op)
+    if last != (_ZERO_BINS if version == 2 else 0):
         raise _contradiction(op)
     if not 1 <= group_size < 2**63 or -(-header.numel // group_size) != groups:
         raise _contradiction(op)
@@ -345,11 +441,13 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
             raise _contradiction(op)
     if not good:
         raise corrupt(op, "the blob has a range that is not finite or not ordered")
+    centre = zero_bin(minimum, maximum, bits) if last else None
     if cuda.synchronises(blob):
         minimum = cuda.to_device(minimum, blob.device)
         maximum = cuda.to_device(maximum, blob.device)
         if index is not None and values is not None:
             index, values = index.to(blob.device), values.to(blob.device)
+        centre = None if centre is None else centre.to(blob.device)
     return _Blob(
         header.shape,
         header.numel,
@@ -362,6 +460,7 @@ def _parse_blob(op: str, blob: Tensor) -> _Blob:
         maximum,
         index,
         values,
+        centre,
     )
 
 

@@ -20,6 +20,7 @@ from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.arguments import DecompressArguments
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, from_bytes, prefix, symbol_dtype
+from cfl_ops.ops.codec.sample import sampled
 
 CODEC = Constants("codec")
 
@@ -191,7 +192,7 @@ def weight_range(kernels: Any, w: Tensor, bits: int, every: int) -> tuple[Tensor
     minimum, maximum, info, affine = _ranges(kernels, flat, levels)
     counts = torch.zeros(groups, levels if bits else 0, dtype=torch.int64, device=w.device)
     if bits:
-        sample = flat[:, ::every].contiguous()
+        sample = sampled(flat, every).contiguous()
         symbols = torch.empty(sample.shape, dtype=symbol_dtype(bits), device=w.device)
         kernels.quantize(sample, affine, info, levels, symbols, counts)
     return minimum.view(batch), maximum.view(batch), counts.view(*batch, counts.shape[1]), info.view(batch)

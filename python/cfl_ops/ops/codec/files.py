@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec.blob import compress, decompress, store_raw
+from cfl_ops.ops.codec.blob import compress_named, decompress, store_raw
 from cfl_ops.ops.codec.huffman import corrupt
+from cfl_ops.ops.codec.plan import Options
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
 
 __all__ = ["compress_state_dict", "decompress_state_dict", "load_file", "save_file"]
@@ -38,6 +39,9 @@ def compress_state_dict(
     Returns:
         names to blobs, for :func:`decompress_state_dict` or :func:`save_file`.
 
+    Warns:
+        UserWarning: as :func:`compress`, with the name of the tensor.
+
     Not under ``fullgraph=True`` nor ``torch.export``: it compresses.
 
     Example:
@@ -48,13 +52,18 @@ def compress_state_dict(
 
     """
     op, out = "compress_state_dict", {}
+    if unknown := options.keys() - set(Options._fields):
+        raise TypeError(f"cfl_ops.{op}: unknown options {', '.join(sorted(unknown))}")
+    asked = Options(**options)
     min_numel = checks.integer(op, "min_numel", min_numel, 0)
     for name, value in state_dict.items():
         where = f"state_dict[{name!r}]"
         checks.tensor(op, where, value, 0)
         try:
             compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
-            out[name] = compress(value, **options) if compressible else store_raw(op, where, value)
+            out[name] = (
+                compress_named(op, where, value, asked) if compressible else store_raw(op, where, value)
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in {where})") from None
     return out

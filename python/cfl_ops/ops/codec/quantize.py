@@ -22,6 +22,7 @@ from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.ops.codec import cuda
 from cfl_ops.ops.codec.reference.header import symbol_dtype
+from cfl_ops.ops.codec.sample import LEAST_SAMPLE, MOST_EVERY, sampled
 
 __all__ = [
     "QuantizedTensor",
@@ -183,8 +184,9 @@ def dequantize(q: QuantizedTensor) -> Tensor:
 def estimate_entropy(w: Tensor, *, bits: int = 4, fraction: float = 0.03) -> Tensor:
     r"""The entropy, in bits, of the histogram of a sample of the weights over ``2^bits`` bins.
 
-    (thesis, Algorithm 1: F = 0.03 and M = 4.) The range is that of all weights. The sample is every
-    ``round(1 / fraction)``-th weight, so the same tensor always gives the same number.
+    (thesis, Algorithm 1: F = 0.03 and M = 4.) The range is that of all weights. The sample is one of each
+    ``round(1 / fraction)`` weights, of small tensors one of fewer so that it has at least 4,096 (or all there are);
+    which one a hash decides, not chance: the same tensor always gives the same number, on every device.
 
     Returns:
         A 0-d float64 tensor; 0 for an empty or constant tensor.
@@ -239,7 +241,8 @@ def check_groups(op: str, w: Tensor, per: Any, block_size: Any) -> int | None:
 
 def probe(op: str, w: Tensor, bits: int, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """The range of the weights and the histogram of a sample of them, in one pass."""
-    every = max(1, round(min(1 / fraction, 2.0**62)))
+    every = round(min(1 / fraction, float(MOST_EVERY)))
+    every = max(1, min(every, w.numel() // LEAST_SAMPLE))
     minimum, maximum, counts, info = WEIGHT_RANGE(w.detach().reshape(-1), bits, every)
     check_info(op, info, [minimum, maximum, counts], [])
     return minimum, maximum, counts
@@ -270,7 +273,7 @@ def _affine(minimum: Tensor, maximum: Tensor, bits: int) -> _Affine:
     if minimum.dtype == torch.float64:
         in_float64 = torch.ones_like(low, dtype=torch.bool)
         # Powers of two keep ranges near the ends of float64 away from overflow and underflow.
-        pre = torch.where(high - low < 2.0**-899, 2.0**200, pre)
+        pre = torch.where((high > low) & (high - low < 2.0**-899), 2.0**200, pre)
         pre = torch.where(high * 0.5 - low * 0.5 > 2.0**899, 2.0**-4, pre)
         low, high = low * pre, high * pre
         span = high - low
@@ -325,8 +328,7 @@ def _weight_range_python(w: Tensor, bits: int, every: int) -> tuple[Tensor, ...]
     minimum, maximum, info = _range(w)
     if not bits:
         return minimum, maximum, w.new_empty(*w.shape[:-1], 0, dtype=torch.int64), info
-    step = min(every, max(1, w.shape[-1]))  # a slice takes no more
-    index = to_bins(w[..., ::step], minimum, maximum, bits)
+    index = to_bins(sampled(w, every), minimum, maximum, bits)
     return minimum, maximum, _counts(index, info, 1 << bits), info
 
 
@@ -379,7 +381,7 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, 
 
 def _check_weight_range(w: Tensor, bits: int, every: int) -> None:
     within("weight_range", "bits", bits, 0, 16)
-    within("weight_range", "every", every, 1)
+    within("weight_range", "every", every, 1, MOST_EVERY)
 
 
 def _check_dequantize(symbols: Tensor, minimum: Tensor, maximum: Tensor, bits: int) -> None:

@@ -115,20 +115,27 @@ def rescaled_proximal_step(
     t = mu + scale * ridge
     anchor = previous * torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
     design = phi.double()
-    change, info = CLASS_SOLVE(
-        phi, labels, target_scale * own - design @ anchor.mT, None, t.expand(len(old)), kappa
-    )
-    solved = anchor + change.mT
+    penalty, square, targets = t.expand(len(old)), 1 + (kappa - 1) * own, target_scale * own
+    change, info = CLASS_SOLVE(phi, labels, targets - design @ anchor.mT, None, penalty, kappa)
+    raise_if_failed(info, [change], features, labels, weight)
+    # Refined once by its own residual; what that gains is what the head was off before.
+    residual = targets - design @ (anchor.mT + change)
+    again, info = CLASS_SOLVE(phi, labels, residual, -t * change, penalty, kappa)
+    gain = ((design.mT @ (square * residual) - t * change) * again).sum().abs()
+    best = (square * (residual - design @ again).square()).sum()
+    off = ~(gain.sqrt() <= 0.4 * best.sqrt() + 0.014 * (square * targets.square()).sum().sqrt())
+    solved = anchor + (change + again).mT
     new = solved[:, :width].to(weight.dtype)
-    info = torch.where((info == 0) & ~new.isfinite().all(), 1, info)  # finite data that overflow
-    raise_if_failed(info, [new], features, labels, weight)
-    square = 1 + (kappa - 1) * own
+    off = off | ~new.isfinite().all()
+    info = torch.where((info == 0) & off, min(phi.shape), info)
     final = target_scale * own - features.double() @ new.double().mT
     new_bias = None
     if bias is not None:  # what fits best beside the rounded weight
         new_bias = ((square * final).sum(0) + t * anchor[:, width]) / (square.sum(0) + t)
         new_bias = new_bias.to(bias.dtype)
         final = final - new_bias.double()
+        info = torch.where((info == 0) & ~new_bias.isfinite().all(), 1, info)
+    raise_if_failed(info, [new, final], features, labels, weight)
     weighted = square * final
     return ProximalStep(
         new,

@@ -101,10 +101,13 @@ def proximal_step(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or penalties do not fit; NaN or Inf (naming the row).
         IndexError: a class index is out of range.
-        torch.linalg.LinAlgError: the system is singular, which takes a penalty of (nearly) zero.
+        torch.linalg.LinAlgError: the system is singular, or too nearly so for what follows.
 
-    Half-precision features are computed with in float32; float32 systems are factored in a precision that
-    resolves the penalty. Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
+    Loss and gradient are those of the new head as it is stored, to 5 % or 1e-9 of the targets' mean square, and the
+    loss is at most twice that of the exact head rounded to the same dtype, plus 1e-3 of the targets' mean square.
+    float32 and half precision are computed with in float32 where a bound on its rounding allows it, which features
+    with a large mean and small penalties do not; else in float64, at two to six times the cost (docs/formulas.md, 1.7).
+    Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
     ``2 (2 B D K + B D^2 / 2) + D^3 / 3``. Differentiable (twice) in all its tensors.
 
     Example:
@@ -307,7 +310,9 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     free = fit_bias == FREE
     if bias is not None:
         shrink_bias = torch.where(t_bias > 0, mu_bias / torch.where(t_bias > 0, t_bias, 1.0), 1.0)
-        anchor_bias = bias.to(torch.float64) if free else bias.to(torch.float64) * shrink_bias.unsqueeze(-1)
+        # A free bias does not depend on the old one, which may be so large that targets drown in it.
+        old_bias = torch.zeros_like(bias, dtype=torch.float64) if free else bias.to(torch.float64)
+        anchor_bias = old_bias * shrink_bias.unsqueeze(-1)
 
     if classes:
         outside = (target < 0) | (target >= weight.shape[-2])
@@ -326,7 +331,10 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         mean_p, mean_q = (share * p).sum(-2, keepdim=True), (share * q).sum(-2, keepdim=True)
         p, q = p - mean_p, q - mean_q
         if not free:
-            pulled = Pulled(mean_p, mean_q, (total * t_bias / (safe_total + t_bias))[..., None, None])
+            share_of_bias = (total / (safe_total + t_bias))[..., None, None]
+            pull_bias = (mu_bias.unsqueeze(-1) * old_bias - t_bias.unsqueeze(-1) * anchor_bias).unsqueeze(-2)
+            weight_of_bias = share_of_bias * t_bias[..., None, None]
+            pulled = Pulled(mean_p, weight_of_bias, weight_of_bias * mean_q - share_of_bias * pull_bias)
     p, q = sqrt_s * p, sqrt_s * q
     size = (sqrt_s * y).square().sum((-2, -1)).sqrt()
     if dual:
@@ -334,16 +342,19 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         centred = sqrt_s if bias is not None and free else None
         change, info = _dual_change(p, q, t, ones, centred, t_bias if lam_diag is not None else None, size)
     else:
-        change, info = _primal_change(p, q, t, pulled, size)
+        # Zeros, but with derivatives where the penalties are zero: mu and rho then pull differently.
+        pull = (mu.unsqueeze(-2) * old - t.unsqueeze(-2) * anchor).mT
+        change, info = _primal_change(p, q, t, pull, pulled, size)
 
     new = (anchor + change).to(weight.dtype)
     final = y - phi @ new.to(torch.float64).mT
     if bias is None:
         new_bias = weight.new_empty(*new.shape[:-2], 0)
     else:  # what fits best beside the rounded weight
-        pull = torch.zeros_like(t_bias) if free else t_bias
-        sums = (sqrt_s * sqrt_s * final).sum(-2) + pull.unsqueeze(-1) * anchor_bias
-        new_bias = (sums / (safe_total + pull).unsqueeze(-1)).to(bias.dtype)
+        sums, weights = (sqrt_s * sqrt_s * final).sum(-2), safe_total
+        if not free:
+            sums, weights = sums + mu_bias.unsqueeze(-1) * old_bias, weights + t_bias
+        new_bias = (sums / weights.unsqueeze(-1)).to(bias.dtype)
         final = final - new_bias.to(torch.float64).unsqueeze(-2)
     weighted = sqrt_s * final
     loss = (weighted * weighted).sum((-2, -1)) / scale
@@ -357,7 +368,8 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         bad_penalty = bad_penalty | ~per_feature.all(-1)
         if bias is not None and not free:
             bad_penalty = bad_penalty | ~(t_bias > 0)
-    info = torch.where((info == 0) & ~new.isfinite().all(-1).all(-1), 1, info)  # finite data that overflow
+    finite = new.isfinite().all(-1).all(-1) & new_bias.isfinite().all(-1)
+    info = torch.where((info == 0) & ~finite, 1, info)  # finite data that overflow
     info = data_info(info, features, target, weight, bias)
     if sample_weight is not None:
         good = (sample_weight >= 0) & sample_weight.isfinite()
@@ -424,20 +436,20 @@ def _dual_change(
 
 
 class Pulled(NamedTuple):
-    """What the penalty of a bias asks of the weight, once the bias is fitted: weight |q - p change|^2 more."""
+    """What the penalty t of a fitted bias asks of the weight: weight |right / weight - p change|^2 more."""
 
     p: Tensor
     """``(..., 1, D)``: the mean of the features."""
-    q: Tensor
-    """``(..., 1, K)``: the mean residual at the anchor."""
     weight: Tensor
-    """``(..., 1, 1)``: S t / (S + t) of the penalty t and the sum S of the row weights."""
+    """``(..., 1, 1)``: S t / (S + t), S the sum of the row weights."""
+    right: Tensor
+    """``(..., 1, K)``: that many times the mean residual at the anchor."""
 
 
 def _primal_change(
-    p: Tensor, q: Tensor, t: Tensor, pulled: Pulled | None, size: Tensor
+    p: Tensor, q: Tensor, t: Tensor, pull: Tensor, pulled: Pulled | None, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same from the D x D system, of rows that are centred where there is a bias."""
+    """The same from the D x D system, of rows that are centred where there is a bias; pull adds to the right side."""
     width = p.shape[-1]
     t = t.expand(*t.shape[:-1], width)
     system = plain_gram(p, None, torch.float64)[0] + torch.diag_embed(t)
@@ -447,9 +459,9 @@ def _primal_change(
     change = torch.zeros_like(p.mT @ q)
     gain = torch.zeros_like(size)
     for _ in range(1 + REFINEMENTS):
-        slope = p.mT @ (q - p @ change) - t.unsqueeze(-1) * change
+        slope = p.mT @ (q - p @ change) - t.unsqueeze(-1) * change + pull
         if pulled is not None:
-            slope = slope + pulled.weight * pulled.p.mT @ (pulled.q - pulled.p @ change)
+            slope = slope + pulled.p.mT @ (pulled.right - pulled.weight * (pulled.p @ change))
         step = cholesky_solve(slope, factor)
         change = change + step
         gain = (slope * step).sum((-2, -1))  # what this step gained, and the next one at most
@@ -479,25 +491,35 @@ def _fake(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: ProximalArguments, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-OPTIONS])
+    ctx.save_for_backward(*inputs[:-OPTIONS], output[-1])
     ctx.options = inputs[-OPTIONS:]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The derivative of the fallback, which is made of differentiable torch ops (so twice, too)."""
-    saved = ProximalArguments(*ctx.saved_tensors, *ctx.options)
+    *tensors, info = ctx.saved_tensors
+    saved = ProximalArguments(*tensors, *ctx.options)
     needed = zip(saved._fields, ctx.needs_input_grad, strict=True)
     wanted = [name for name, need in needed if need]
 
-    def outputs(*varied: Tensor) -> tuple[Tensor, ...]:
+    def outputs(*varied: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
-        return _fallback(saved._replace(**changed))[:4]
+        *results, own_info = _fallback(saved._replace(**changed))
+        return tuple(results), own_info
 
-    primals, pullback = torch.func.vjp(outputs, *(getattr(saved, name) for name in wanted))  # type: ignore[misc]
-    cotangents = tuple(
-        torch.zeros_like(primal) if grad is None else grad
-        for primal, grad in zip(primals, grads[:4], strict=True)
+    primals, pullback, own_info = torch.func.vjp(  # type: ignore[misc]
+        outputs, *(getattr(saved, name) for name in wanted), has_aux=True
     )
+    # A step which another backend has made and the fallback cannot: its derivative is not known.
+    unknown = (info == 0) & (own_info != 0)
+
+    def cotangent(primal: Tensor, grad: Tensor | None) -> Tensor:
+        given = torch.zeros_like(primal) if grad is None else grad
+        return torch.where(
+            unknown.reshape(unknown.shape + (1,) * (primal.ndim - unknown.ndim)), torch.nan, given
+        )
+
+    cotangents = tuple(cotangent(*pair) for pair in zip(primals, grads[:4], strict=True))
     return gradients(ProximalArguments, **dict(zip(wanted, pullback(cotangents), strict=True)))
 
 
