@@ -115,8 +115,10 @@ def objective(x, target, step, old, bias, lam: float, fit_bias: str) -> tuple[fl
     """The mean loss and lam |W - old|^2 (and of a penalised bias) of the step, and of the best head as it is stored."""
     head, anchor = wide(step.weight).T, wide(old).T
     if bias is not None:
-        head = np.concatenate([head, wide(step.bias)[None]])
-        anchor = np.concatenate([anchor, wide(bias)[None]])
+        head, anchor = (
+            np.concatenate([head, wide(step.bias)[None]]),
+            np.concatenate([anchor, wide(bias)[None]]),
+        )
     best = rounded(ridge_oracle(wide(x), wide(target), lam * len(x), fit_bias, anchor), old.dtype)
     moved = slice(None) if fit_bias == "penalized" else slice(x.shape[1])
     own, least = (
@@ -150,7 +152,7 @@ def test_a_bias_does_not_make_up_for_a_wrong_weight(shape, mean, scale, lam, bac
 
 
 @pytest.mark.parametrize("fit_bias", ["penalized", "free"])
-@pytest.mark.parametrize(("mean", "scale", "lam"), [(1e5, 1.0, 1e-2), (1e3, 1e-3, 1e-8), (1e6, 1.0, 1e-4)])
+@pytest.mark.parametrize(("mean", "scale", "lam"), [(1e5, 1e-3, 1e-6), (1e6, 1e-1, 1e-2), (1e6, 1e-3, 1e-8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_mean_beside_a_bias_is_no_singular_system(
     mean, scale, lam, fit_bias, dtype, backend: str
@@ -175,19 +177,19 @@ def test_conjugate_gradients_from_a_far_head(shape, fit_bias) -> None:
     assert own <= 2 * least + 1e-3 * float(target.square().sum() / len(x))
 
 
-@pytest.mark.parametrize("shape", [(2, 8), (12, 8)])
-def test_gradients_of_rows_that_weigh_1e6_times_others(shape, backend: str) -> None:
+def test_gradients_of_rows_that_weigh_1e6_times_others(backend: str) -> None:
     """They weigh residuals by s, the loss by its root: an error that the loss does not show."""
-    rows, width = shape
-    x, target = 10 * torch.randn(shape) + 1, 1e-4 * torch.randn(rows, 3)
-    weights = torch.logspace(-5, 1, rows)
-    old, bias = 1e-3 * torch.randn(3, width), torch.randn(3)
-    step = cfl_ops.proximal_step(
-        x, target, old, bias, lam=1e6, sample_weight=weights, fit_bias="free", reduction="sum"
-    )
-    residual = wide(target) - wide(x) @ wide(step.weight).T - wide(step.bias)
-    gradient = -2 * wide(weights)[:, None] * residual @ wide(step.weight)
-    assert np.abs(wide(step.grad_features) - gradient).max() <= 0.03 * np.abs(gradient).max()
+    weights = torch.tensor([1e-5, 10.0])
+    for _ in range(8):
+        x, target = 10 * torch.randn(2, 8) + 1, 1e-4 * torch.randn(2, 3)
+        old, bias = 1e-3 * torch.randn(3, 8), torch.randn(3)
+        step = cfl_ops.proximal_step(
+            x, target, old, bias, lam=1e6, sample_weight=weights, fit_bias="free", reduction="sum"
+        )
+        assert step.bias is not None
+        residual = wide(target) - wide(x) @ wide(step.weight).T - wide(step.bias)
+        gradient = -2 * wide(weights)[:, None] * residual @ wide(step.weight)
+        assert np.abs(wide(step.grad_features) - gradient).max() <= 0.03 * np.abs(gradient).max()
 
 
 def test_steps_on_one_batch_until_nothing_is_left(backend: str) -> None:
