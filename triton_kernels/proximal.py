@@ -445,12 +445,11 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
 
     # What failed, before the weight is written.
     def bad(*values: Tensor | None) -> Tensor:
-        norms = [
-            torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1)
-            for value in values
-            if value is not None
-        ]
-        return ~sum(norms[1:], norms[0]).isfinite()
+        result = torch.zeros(matrices, dtype=torch.bool, device=device)
+        for value in values:
+            if value is not None:
+                result = result | ~torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1).isfinite()
+        return result
 
     info = torch.where((info == 0) & bad(stored, fitted), 1, info)  # finite data that overflow
     info = torch.where(bad(old, flat_bias), BAD_WEIGHT, info)
