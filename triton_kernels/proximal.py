@@ -1,12 +1,12 @@
-"""proximal_step on a GPU for B <= 128 rows and B <= D: seven kernels for the whole head.
+"""proximal_step on a GPU for B <= 128 rows and B <= D: six kernels for the whole head.
 
-The dual form (docs/formulas.md, 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor, A = S^-1
-R0, then one pass over the weight that adds A^T Phi. The factor and its inverse are one program's work, panel by
-panel, so that the K right sides are a matrix product. On cards with slow float64 that program would take most of
-the time: there S^-1 is formed in float32 where its pivots allow it, and A is refined with residuals in float64.
-The head is then refined by its own residual and rounded, and its loss and gradient are taken from it, in torch
-ops. Everything else (larger batches, the primal side, row weights, penalties by feature, a free bias, float64) is
-left to the fallback in torch ops.
+The dual form (docs/formulas.md, 1.3): S = Phi Phi^T + t I in float64, the residual R0 at the anchor and A = S^-1
+R0. The factor and its inverse are one program's work, panel by panel, so that the K right sides are a matrix
+product. On cards with slow float64 that program would take most of the time: there S^-1 is formed in float32 where
+its pivots allow it, and A is refined with residuals in float64. The head, the anchor and A^T Phi, is torch's work in
+float64: refined by its own residual, rounded, and its loss and gradient taken from it. Everything else (larger
+batches, the primal side, row weights, penalties by feature, a free bias, float64) is left to the fallback in torch
+ops.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cfl_ops._core.op import UNSERVED, Unserved
 from cfl_ops._gpu import tuning
 from cfl_ops._gpu.device import device_of
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_PENALTY, BAD_TARGET, BAD_WEIGHT, MEAN, PENALIZED
+from cfl_ops.ops.proximal.system import or_inaccurate
 from cfl_ops.ops.solve.system import on_device
 from torch import Tensor
 
@@ -297,7 +298,7 @@ def _alpha_kernel(
     else:
         total = _times(normal_ptr, ROWS, residual_ptr, rows, targets, bs, ks, tl.float64, ROWS, TILE_K, PANEL)
     total = tl.where(inside, total, 0.0)
-    tl.store(alpha_ptr + matrix * rows * targets + here, total.to(tl.float32), mask=inside)
+    tl.store(alpha_ptr + matrix * rows * targets + here, total, mask=inside)
     tl.store(sums_ptr + matrix * targets + ks, tl.sum(total, axis=0), mask=ks < targets)
 
 
@@ -320,50 +321,6 @@ def _times(
         ).to(ACC)  # fmt: skip
         total = tl.dot(left, right, total, input_precision="ieee", out_dtype=ACC)
     return total
-
-
-@triton.jit
-def _update_kernel(
-    phi_ptr, alpha_ptr, weight_ptr, out_ptr, shrink_ptr, keep_ptr, batch_stride, row_stride, col_stride,
-    weight_batch_stride, weight_row_stride, weight_col_stride, out_batch_stride, out_row_stride, out_col_stride,
-    rows, width, targets, per_split,
-    ROWS: tl.constexpr, TILE_D: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """W_new = shrink W + A^T Phi for a stretch of columns and some targets."""
-    matrix, stretch = _piece(tl.cdiv(width, TILE_D))
-    bs = tl.arange(0, ROWS)
-    ds = (stretch * TILE_D + tl.arange(0, TILE_D)).to(tl.int64)
-    columns = (ds < width)[None, :]
-    here = (bs < rows)[:, None] & columns
-    phi = tl.load(
-        phi_ptr + matrix * batch_stride + bs.to(tl.int64)[:, None] * row_stride + ds[None, :] * col_stride,
-        mask=here, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    shrink = tl.load(shrink_ptr + matrix).to(tl.float32)
-    keep = tl.load(keep_ptr + matrix) != 0  # a step that failed leaves the head as it was
-    alpha_ptr += matrix * rows * targets
-    weight_ptr += matrix * weight_batch_stride
-    out_ptr += matrix * out_batch_stride
-    first = tl.program_id(1) * per_split
-    last = tl.minimum(first + per_split, targets)
-    for begin in range(first, last, TILE_K):
-        ks = (begin + tl.arange(0, TILE_K)).to(tl.int64)
-        alpha = tl.load(
-            alpha_ptr + bs.to(tl.int64)[:, None] * targets + ks[None, :],
-            mask=(bs < rows)[:, None] & (ks < last)[None, :], other=0.0,
-        )  # fmt: skip
-        inside = (ks < last)[:, None] & columns
-        old = tl.load(
-            weight_ptr + ks[:, None] * weight_row_stride + ds[None, :] * weight_col_stride,
-            mask=inside,
-            other=0.0,
-        )
-        change = tl.dot(tl.trans(alpha), phi, input_precision="tf32x3")
-        new = tl.where(keep, old.to(tl.float32), old.to(tl.float32) * shrink + change)
-        tl.store(
-            out_ptr + ks[:, None] * out_row_stride + ds[None, :] * out_col_stride,
-            new.to(out_ptr.dtype.element_ty), mask=inside,
-        )  # fmt: skip
 
 
 def _served(arguments: ProximalArguments) -> bool:
@@ -390,8 +347,6 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
     # As float32, for Triton's float64 products cannot start from half precision.
     phi, old = features.reshape(matrices, rows, width).float(), weight.reshape(matrices, targets, width)
     new = out.view(matrices, targets, width)
-    if out is weight:  # a step that fails leaves it as it was
-        old = old.clone()
     classes = not target.is_floating_point()
     y = target.reshape(matrices, rows, *(() if classes else (targets,)))
     y_strides = (*y.stride(), 0) if classes else y.stride()
@@ -455,7 +410,7 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
         inverse, normal, refined, rows, triangle,
         SINGLE=single, ROWS=block, TILE=tile, PANEL=PANEL, num_warps=4,
     )  # fmt: skip
-    alpha = torch.empty_like(residual)
+    alpha = torch.empty(matrices, rows, targets, **float64)
     sums = torch.empty(matrices, targets, **float64)
     work = torch.empty(residual.shape if single else (0,), **float64)
     _alpha_kernel[(tiles_k * matrices,)](
@@ -463,57 +418,51 @@ def _step(arguments: ProximalArguments, out: Tensor) -> tuple[Tensor, Tensor, Te
         ONES=ones, SINGLE=single, ROWS=block, TILE_K=tile_k, PANEL=PANEL, num_warps=use["num_warps"],
     )  # fmt: skip
 
-    # What failed, before the weight is written.
-    def bad(value: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1)
-        return ~largest.isfinite()
+    # W_new = shrink W + A^T Phi. Sums of float32 would lose what cancels in it (features with a large mean), so it is
+    # float64's, and refined once by its own residual, which knows what A and R0 have lost. What is left is measured.
+    wide = phi.double()
+    y64 = (y.unsqueeze(-1) == torch.arange(targets, device=device)).double() if classes else y.double()
+    moved = None if flat_bias is None else flat_bias.double() * shrink.unsqueeze(-1)
+    head = old.double() * shrink[:, None, None] + alpha.mT @ wide
 
-    bad_weight = bad(old) if flat_bias is None else bad(old) | bad(flat_bias)
-    info = torch.where(bad_weight, BAD_WEIGHT, info)
+    def missed() -> Tensor:
+        own = y64 - wide @ head.mT - t[:, None, None] * alpha
+        return own if moved is None else own - (moved + sums).unsqueeze(-2)
+
+    step = normal[:, :rows, :rows] @ missed()
+    alpha, sums, head = alpha + step, sums + step.sum(-2), head + step.mT @ wide
+    best = t * torch.linalg.vector_norm(alpha, dim=(-2, -1))
+    info = or_inaccurate(
+        info, torch.linalg.vector_norm(missed(), dim=(-2, -1)), best, torch.linalg.vector_norm(y64, dim=(-2, -1)), rows
+    )  # fmt: skip
+
+    # Loss, gradient and bias are those of the weight as it is stored.
+    stored = head.to(new.dtype)
+    own, fitted = y64 - wide @ stored.double().mT, None
+    if bias is not None and moved is not None:
+        fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
+        own = own - fitted.double().unsqueeze(-2)
+
+    # What failed, before the weight is written.
+    def bad(*values: Tensor | None) -> Tensor:
+        result = torch.zeros(matrices, dtype=torch.bool, device=device)
+        for value in values:
+            if value is not None:
+                result = result | ~torch.linalg.vector_norm(value.flatten(1), float("inf"), dim=-1).isfinite()
+        return result
+
+    info = torch.where((info == 0) & bad(stored, fitted), 1, info)  # finite data that overflow
+    info = torch.where(bad(old, flat_bias), BAD_WEIGHT, info)
     bad_target = ((y < 0) | (y >= targets)).any(-1) if classes else bad(y)
     info = torch.where(bad_target, BAD_TARGET, info)
     info = torch.where(bad(phi), BAD_FEATURES, info)
     info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
     failed = info != 0
 
-    # W_new
-    tiles_d = divide_up(width, use["TILE_D"])
-    splits, each = split(targets, tile_k, tiles_d * matrices)
-    _update_kernel[(tiles_d * matrices, splits)](
-        phi, alpha, old, new, shrink, info, *phi.stride(), *old.stride(), *new.stride(),
-        rows, width, targets, each,
-        ROWS=block, TILE_D=use["TILE_D"], TILE_K=tile_k, num_warps=use["num_warps"],
-    )  # fmt: skip
-    # Sums of float32 lose what cancels in A^T Phi (features with a large mean), so the head is refined once by its own
-    # residual, in float64; loss, gradient and bias are those of the weight as it is stored.
-    wide = phi.double()
-    y64 = (y.unsqueeze(-1) == torch.arange(targets, device=device)).double() if classes else y.double()
-    moved = None if flat_bias is None else flat_bias.double() * shrink.unsqueeze(-1)
-    own = y64 - wide @ new.double().mT
-    missed = own - t[:, None, None] * alpha.double()
-    if moved is not None:
-        missed = missed - (moved + sums).unsqueeze(-2)
-    again = normal[:, :rows, :rows] @ missed
-    refined_weight = new.double() + again.mT @ wide
-    # As in the fallback: what the head misses of what its A promises.
-    promise = t[:, None, None] * (alpha.double() + again)
-    missed = y64 - wide @ refined_weight.mT - promise
-    if moved is not None:
-        missed = missed - (moved + sums + again.sum(-2)).unsqueeze(-2)
-    off, best, size = (value.square().sum((-2, -1)).sqrt() for value in (missed, promise, y64))
-    stored = refined_weight.to(new.dtype)
-    own = y64 - wide @ stored.double().mT
-    if bias is None or moved is None or flat_bias is None:
+    new.copy_(torch.where(failed[:, None, None], old, stored))
+    if bias is None or flat_bias is None or fitted is None:
         new_bias = weight.new_empty(*batch, 0)
     else:
-        fitted = ((own.sum(-2) + t.unsqueeze(-1) * moved) / (rows + t).unsqueeze(-1)).to(bias.dtype)
-        own = own - fitted.double().unsqueeze(-2)
-        off = torch.where(fitted.isfinite().all(-1), off, torch.inf)
-    off = torch.where(stored.isfinite().flatten(1).all(-1), off, torch.inf)
-    info = torch.where(failed | (off <= 0.4 * best + 0.014 * size), info, rows)
-    failed = info != 0
-    new.copy_(torch.where(failed[:, None, None], old, stored))
-    if bias is not None and flat_bias is not None:
         new_bias = torch.where(failed.unsqueeze(-1), flat_bias, fitted).view(bias.shape)
     gradient = torch.where(failed[:, None, None], 0.0, (-2 / scale) * own @ stored.double()).to(
         features.dtype

@@ -56,8 +56,13 @@ bool trusted(double spread, int64_t order) {
          kTrustedError;
 }
 
-// The rounding errors of a residual, relative to it, at which the loss is still right to 5 %.
+// The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
+// gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
+// |S R| / max(S)^1/2, which is never more than |S^1/2 R|.
 constexpr double kSmallError = 0.02;
+// And relative to the targets: a loss below 1e-9 of their mean square is 0 for all that anybody
+// does with it. (Steps on one batch over and over come there.)
+constexpr double kNegligibleError = 5e-6;
 // A step that is not good enough in its working precision: of a float32 step the float64 one
 // decides.
 constexpr int64_t kInaccurate = -200;
@@ -597,12 +602,34 @@ double weighted_squares(const Problem<T>& pb, const T* values) {
 }
 
 template <class T>
+double total_of(const Problem<T>& pb) {  // of the row weights
+  double total = 0;
+  for (int64_t i = 0; i < pb.rows; ++i) total += pb.sample_of(i);
+  return total;
+}
+
+template <class T>
+std::vector<double> mean_features(const Problem<T>& pb) {
+  std::vector<double> mean(pb.width, 0.0);
+  for (int64_t i = 0; i < pb.rows; ++i) {
+    const double s = pb.sample_of(i);
+    const T* row = pb.phi + i * pb.phi_stride;
+    for (int64_t j = 0; j < pb.width; ++j) mean[j] += s * row[j];
+  }
+  const double total = total_of(pb);
+  for (double& value : mean) value /= total;
+  return mean;
+}
+
+template <class T>
 double targets_norm(const Problem<T>& pb) {
+  if (pb.labels) return std::sqrt(total_of(pb));
   double total = 0;
   for (int64_t i = 0; i < pb.rows; ++i) {
     double row = 0;
     for (int64_t k = 0; k < pb.targets; ++k) {
-      row += static_cast<double>(pb.target_of(i, k)) * pb.target_of(i, k);
+      const double y = pb.target[i * pb.target_stride + k];
+      row += y * y;
     }
     total += pb.sample_of(i) * row;
   }
@@ -704,18 +731,14 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t i = 0; i < B; ++i) root[i] = std::sqrt(pb.sample[i]);
   }
   if (centred) {
-    std::vector<double> phi_sum(D, 0.0), q_sum(K, 0.0);
-    double total = 0;
+    std::vector<double> q_sum(K, 0.0);
     for (int64_t i = 0; i < B; ++i) {
-      const double s = pb.sample ? static_cast<double>(pb.sample[i]) : 1.0;
-      total += s;
-      for (int64_t j = 0; j < D; ++j) phi_sum[j] += s * pb.phi[i * pb.phi_stride + j];
-      for (int64_t k = 0; k < K; ++k) q_sum[k] += s * q[i * K + k];
+      for (int64_t k = 0; k < K; ++k)
+        q_sum[k] += static_cast<double>(pb.sample_of(i)) * q[i * K + k];
     }
-    mean_phi.resize(D);
+    mean_phi = mean_features(pb);
     mean_q.resize(K);
-    for (int64_t j = 0; j < D; ++j) mean_phi[j] = phi_sum[j] / total;
-    for (int64_t k = 0; k < K; ++k) mean_q[k] = q_sum[k] / total;
+    for (int64_t k = 0; k < K; ++k) mean_q[k] = q_sum[k] / total_of(pb);
   }
   if (pb.sample || centred) {
     T* copy = scratch.take<T>(B * D);
@@ -835,34 +858,41 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t i = 0; i < B * K; ++i) q[i] = static_cast<T>(rhs[i]);
   }
 
-  double loss = 0;
-  for (int64_t i = 0; i < B * K; ++i) {
-    const double residual = t * alpha[i] + (remainder ? remainder[i] : T(0));
-    loss += residual * residual;
+  double loss = 0, pull = 0, heaviest = 1;
+  for (int64_t i = 0; i < B; ++i) {
+    double row = 0;
+    for (int64_t j = i * K; j < (i + 1) * K; ++j) {
+      const double residual = t * alpha[j] + (remainder ? remainder[j] : T(0));
+      row += residual * residual;
+    }
+    loss += row;
+    pull += row * root[i] * root[i];
+    if (pb.sample) heaviest = std::max<double>(i == 0 ? 0 : heaviest, pb.sample[i]);
   }
   pb.loss = loss / pen.scale;
   if (!std::isfinite(pb.loss)) return -100;  // the caller finds out why; nothing was written yet
 
   // What rounding can do to the residual of the head: alpha solves its system up to about
-  // u |S| |A|, A^T P is summed up to u |A| |P|, and the head is stored up to u |W|.
+  // u |S| |A|, A^T P is summed up to u |A| |P|, and the head is stored up to u |W|. And what
+  // conjugate gradients have left of the right side.
   const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
   const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
-  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, sum_of_weights = 0;
-  for (int64_t i = 0; i < B; ++i) sum_of_weights += pb.sample_of(i);
+  double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0;
   if (pb.lam_diag) {
     change_norm = std::sqrt(sum_of_squares(pe, B, D, pe_stride)) * alpha_norm;
     reach = sum_of_squares(p, B, D, p_stride);
   }
-  if (centred) {
-    reach += sum_of_weights * sum_of_squares(mean_phi.data(), 1, D, D);
-  }
-  const double product = std::sqrt(reach) * (anchor_norm + change_norm);
-  double inexact = 0;
-  if (remainder) inexact = std::sqrt(sum_of_squares(remainder, B, K, K));
-  const double shift = std::sqrt(
-      sum_of_weights * sum_of_squares(anchor_bias.data(), 1, pb.bias ? K : 0, pb.bias ? K : 0));
-  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + shift + best) + inexact;
-  if (noise > kSmallError * best || pb.rounds()) {
+  const double total = total_of(pb);
+  if (centred) reach += total * sum_of_squares(mean_phi.data(), 1, D, D);
+  if (pb.bias) bias_norm += sum_of_squares(anchor_bias.data(), 1, K, K);
+  if (centred) bias_norm += sum_of_squares(mean_q.data(), 1, K, K);
+  const double product =
+      std::sqrt(reach) * (anchor_norm + change_norm) + std::sqrt(total * bias_norm);
+  const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
+  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
+  const double worth = std::sqrt(pull / heaviest);
+  const bool visible = noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb);
+  if (visible || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);
     T* residual = scratch.take<T>(B * K);
     T* delta = scratch.take<T>(B * K);
@@ -872,14 +902,17 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), weight,
          D);
     // How far the head is from the one that alpha promises: the residual by which t A misses its
-    // own.
+    // own, and the penalty of a bias that was fitted to a weight gone wrong.
     auto missed = [&](bool is_settled) {
+      double penalty = 0;
+      for (int64_t k = 0; ones && k < K; ++k) {
+        double sum = 0;
+        for (int64_t i = 0; i < B; ++i) sum += static_cast<double>(root[i]) * alpha[i * K + k];
+        const double promised = anchor_bias[k] + ones_scale * sum;
+        if (!is_settled) bias[k] = static_cast<T>(promised);
+        penalty += pen.t_bias * (bias[k] - promised) * (bias[k] - promised);
+      }
       if (!is_settled) {
-        for (int64_t k = 0; ones && k < K; ++k) {
-          double sum = 0;
-          for (int64_t i = 0; i < B; ++i) sum += static_cast<double>(root[i]) * alpha[i * K + k];
-          bias[k] = static_cast<T>(anchor_bias[k] + ones_scale * sum);
-        }
         residual_of<T>(pb, weight, ones ? bias.data() : nullptr, residual);
         if (centred) {
           Problem<T> exact = pb;
@@ -892,7 +925,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
           delta[i * K + k] = static_cast<T>(root[i] * residual[i * K + k] - t * alpha[i * K + k]);
         }
       }
-      return std::sqrt(sum_of_squares(delta, B, K, K));
+      return std::sqrt(sum_of_squares(delta, B, K, K) + penalty);
     };
     bool good = tolerable(noise, best, size);
     if constexpr (std::is_same_v<T, double>) {
@@ -913,7 +946,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     const double error = kUnit<T> * (std::sqrt(reach) * weight_norm + size);
     // Rounded to half precision the residual may be smaller than before.
     settle(pb, pen, anchor_bias.data(), weight, bias.data(), residual,
-           pb.rounds() ? std::numeric_limits<double>::infinity() : error / best, scratch);
+           pb.rounds() ? std::numeric_limits<double>::infinity() : error / worth, scratch);
     if (std::is_same_v<T, float> && !pb.rounds()) {
       const double off = missed(true);
       good = tolerable(off, std::sqrt(weighted_squares(pb, residual)), size);
@@ -1002,32 +1035,71 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     anchor[D * K + k] = pb.free_bias ? T(0) : static_cast<T>(pb.bias[k] * pen.shrink_bias);
   }
 
+  // In float64 a bias is solved for at the mean m of the features, as c = b + W m: a large mean
+  // takes no digits then. Its penalty is t_b |c - W m - b_a|^2.
+  const T* solved_phi = pb.phi;
+  int64_t solved_stride = pb.phi_stride;
+  std::vector<double> mean;
+  if (std::is_same_v<T, double> && pb.bias) {
+    mean = mean_features(pb);
+    T* copy = scratch.take<T>(B * D);
+    for (int64_t i = 0; i < B; ++i) {
+      for (int64_t j = 0; j < D; ++j) {
+        copy[i * D + j] = static_cast<T>(pb.phi[i * pb.phi_stride + j] - mean[j]);
+      }
+    }
+    solved_phi = copy;
+    solved_stride = D;
+  }
+  // Of a gradient (order, K) with respect to W and b: that to W and c. Of W and c: W and b.
+  auto shift_gradient = [&](auto* gradient) {
+    for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
+      for (int64_t k = 0; k < K; ++k) gradient[j * K + k] -= mean[j] * gradient[D * K + k];
+    }
+  };
+  auto unshift_head = [&](auto* values) {
+    for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
+      for (int64_t k = 0; k < K; ++k) values[D * K + k] -= mean[j] * values[j * K + k];
+    }
+  };
+
   double trace = 0;  // of X^T S X
   auto solve = [&]<class Acc>(Acc* system, Acc* rhs, double* spread) -> int64_t {
     trace = 0;
-    side_gram<T, Acc>(false, pb, pb.phi, pb.phi_stride, pb.sample, pb.bias != nullptr, system, rhs);
+    side_gram<T, Acc>(false, pb, solved_phi, solved_stride, pb.sample, pb.bias != nullptr, system,
+                      rhs);
     // X^T S Y + t anchor gives the head itself: one product fewer than its change would cost.
     for (int64_t j = 0; j < order; ++j) {
       for (int64_t k = 0; k < K; ++k) {
-        rhs[j * K + k] += static_cast<Acc>(penalty(j)) * anchor[j * K + k];
+        Acc pull = static_cast<Acc>(penalty(j)) * anchor[j * K + k];
+        if (!mean.empty() && j < D) pull -= penalty(D) * mean[j] * anchor[D * K + k];
+        rhs[j * K + k] += pull;
       }
     }
     for (int64_t j = 0; j < order; ++j) {
       trace += system[j * order + j];
       system[j * order + j] += static_cast<Acc>(penalty(j));
+      for (int64_t i = 0; !mean.empty() && j < D && i < D; ++i) {
+        system[i * order + j] += penalty(D) * mean[i] * mean[j];
+      }
+      if (!mean.empty() && j < D) system[D * order + j] -= penalty(D) * mean[j];
     }
     const int64_t info = factor(system, order, spread);
-    if (info == 0) potrs_lower(order, K, system, order, rhs, K);
-    return info;
+    if (info != 0) return info;
+    potrs_lower(order, K, system, order, rhs, K);
+    unshift_head(rhs);
+    return 0;
   };
 
   double spread = 0;
   int64_t info = 0;
   bool solved = false;
-  double head_error = 0;  // relative
-  double inexact = 0;     // of a residual, by what conjugate gradients left undone
+  double head_error = 0;  // relative, of the direct solve
+  double left = 0;        // by conjugate gradients: the root of what the objective can still gain
   T* head = scratch.take<T>(order * K);
-  const int64_t budget = cg_budget(pb.method, B, D, K);
+  double least = penalty(0);
+  for (int64_t j = 1; j < D; ++j) least = std::min(least, penalty(j));
+  const int64_t budget = least > 0 ? cg_budget(pb.method, B, D, K) : 0;
   if (budget > 0) {
     std::vector<T> penalties(order);
     for (int64_t j = 0; j < order; ++j) penalties[j] = static_cast<T>(penalty(j));
@@ -1038,6 +1110,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     T* residual = scratch.take<T>(B * K);
     T* right = scratch.take<T>(order * K);
     fill_residual(pb, 0, B, anchor, residual);
+    const double start = std::sqrt(weighted_squares(pb, residual));
     std::vector<double> sums(K, 0.0);
     for (int64_t i = 0; i < B; ++i) {
       const T s = pb.sample ? pb.sample[i] : T(1);
@@ -1051,12 +1124,26 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
       std::vector<T> diagonal(order);
       op.diagonal(diagonal.data());
       for (int64_t j = 0; j < order; ++j) trace += diagonal[j] - penalties[j];
-      // H is at least the least penalty, so what is left of the right side is worth this much.
-      double least = penalties[0];
-      for (const T value : penalties) least = std::min<double>(least, value);
-      const double moved = std::sqrt(sum_of_squares(head, order, K, K));
-      inexact = std::sqrt(sum_of_squares(right, order, K, K)) + kUnit<T> * trace * moved;
-      inexact /= std::sqrt(least);
+      // They stop at a fraction of the right side, which a far anchor makes large. The objective
+      // can gain r^T H^-1 r by the remainder r: with the bias eliminated, at most |r|^2 / min t.
+      const double total = total_of(pb), whole = total + penalty(D);
+      const std::vector<double> center = pb.bias ? mean_features(pb) : std::vector<double>(D, 0.0);
+      double squares = 0;
+      for (int64_t k = 0; pb.bias && k < K; ++k) {
+        squares += static_cast<double>(right[D * K + k]) * right[D * K + k] / whole;
+      }
+      for (int64_t j = 0; j < D; ++j) {
+        const double share = pb.bias ? center[j] * total / whole : 0.0;
+        for (int64_t k = 0; k < K; ++k) {
+          const double slope = right[j * K + k] - (pb.bias ? share * right[D * K + k] : 0.0);
+          squares += slope * slope / least;
+        }
+      }
+      // Twice, for the remainder has rounding errors of its size; and the right side X^T S R has
+      // those of R, and of the sum.
+      left = 2 * std::sqrt(squares) +
+             kUnit<T> * std::sqrt(trace * sum_of_squares(anchor, order, K, K)) +
+             kUnit<T> * std::sqrt(trace / least) * start;
     }
   }
   auto error_of = [&](double unit) {
@@ -1084,7 +1171,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   transpose(D, K, head, fresh);
   // How far rounding can move the residual: by what the head lost, and by what X W^T loses.
   const double product = std::sqrt(std::max(trace, 0.0) * sum_of_squares(head, order, K, K));
-  const double off = head_error * product + inexact;
+  const double off = head_error * product + left;
   if constexpr (std::is_same_v<T, double>) {
     T* whole = scratch.take<T>(B * K);
     std::vector<T> bias(pb.bias ? K : 0);
@@ -1105,16 +1192,17 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         }
         gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, whole, K, T(0), change, K);
         for (int64_t k = 0; pb.bias && k < K; ++k) change[D * K + k] = sums[k];
-        std::vector<double> slope(order * K);
         for (int64_t j = 0; j < order; ++j) {
           for (int64_t k = 0; k < K; ++k) {
             change[j * K + k] -= penalty(j) * (head[j * K + k] - anchor[j * K + k]);
-            slope[j * K + k] = change[j * K + k];
           }
         }
+        shift_gradient(change);
+        const std::vector<double> slope(change, change + order * K);
         potrs_lower(order, K, system, order, change, K);
         double gain = 0;
         for (int64_t i = 0; i < order * K; ++i) gain += slope[i] * change[i];
+        unshift_head(change);
         const double error = std::sqrt(std::abs(gain));
         good = tolerable(error, best, size);
         if (error <= 1e-3 * best || !(error <= 0.5 * last)) break;
@@ -1141,7 +1229,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   // Residual and gradient a block of rows at a time, so that the residual stays in the cache.
   constexpr int64_t kBlock = 256;
   T* residual = scratch.take<T>(std::min(B, kBlock) * K);
-  double loss = 0;
+  double loss = 0, pull = 0, heaviest = 0;
   for (int64_t begin = 0; begin < B; begin += kBlock) {
     const int64_t n = std::min(kBlock, B - begin);
     fill_residual(pb, begin, n, head, residual);
@@ -1153,6 +1241,8 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         residual[i * K + k] *= s;
       }
       loss += s * sum;
+      pull += s * s * sum;
+      heaviest = std::max<double>(heaviest, s);
     }
     gemm(false, false, n, D, K, static_cast<T>(-2.0 / pen.scale), residual, K, fresh, D, T(0),
          pb.grad + begin * D, D);
@@ -1162,7 +1252,10 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   if constexpr (std::is_same_v<T, float>) {
     const double own = std::sqrt(loss);
     if (!tolerable(off, own, 0) && !tolerable(off, own, targets_norm(pb))) return kInaccurate;
-    if (kUnit<T> * (2 * product + own) > kSmallError * own) {  // once more, in float64
+    const double worth = std::sqrt(pull / heaviest);
+    const double noise = kUnit<T> * (2 * product + own);
+    if (noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb)) {
+      // Once more, in float64.
       T* whole = scratch.take<T>(B * K);
       std::vector<T> bias(pb.bias ? K : 0);
       settle(pb, pen, anchor + D * K, fresh, bias.data(), whole,

@@ -228,7 +228,7 @@ def test_the_head_is_as_accurate_with_a_float32_factor(single: bool) -> None:
     """Every sample of the contract, with the rule of cards with fast float64 and that of the others."""
     if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
-    use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": single}
+    use = {"TILE_K": 16, "num_warps": 4, "factor_warps": 4, "single": single}
     spec = next(spec for spec in contract.load() if spec.op.name == "proximal_step")
     with cfl_ops.config.use_backend("triton"), tuning.force("proximal_step", use):
         for case in spec.cases:
@@ -239,7 +239,7 @@ def test_the_head_is_as_accurate_with_a_float32_factor(single: bool) -> None:
 def test_a_float32_factor_gives_a_head_with_all_digits() -> None:
     if not (dispatch.triton_available() and dispatch.triton_interpreted()):
         pytest.skip("triton runs on the CPU under TRITON_INTERPRET=1 only")
-    use = {"TILE_K": 16, "TILE_D": 16, "num_warps": 4, "factor_warps": 4, "single": True}
+    use = {"TILE_K": 16, "num_warps": 4, "factor_warps": 4, "single": True}
     features, labels = 1 + 0.3 * torch.randn(40, 100), torch.randint(3, (40,))
     weight = torch.zeros(3, 100)
     want = cfl_ops.proximal_step(features.double(), labels, weight.double(), lam=1e-4)

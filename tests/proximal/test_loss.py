@@ -109,3 +109,106 @@ def test_a_large_step_by_conjugate_gradients_is_as_right() -> None:
         direct = cfl_ops.proximal_step(x.double(), target.double(), torch.zeros(3, width).double(),
                                        torch.zeros(3).double(), lam=1e-3)  # fmt: skip
         assert true <= 2 * float(direct.loss) + 3e-3
+
+
+def objective(x, target, step, old, bias, lam: float, fit_bias: str) -> tuple[float, float]:
+    """The mean loss and lam |W - old|^2 (and of a penalised bias) of the step, and of the best head as it is stored."""
+    head, anchor = wide(step.weight).T, wide(old).T
+    if bias is not None:
+        head, anchor = (
+            np.concatenate([head, wide(step.bias)[None]]),
+            np.concatenate([anchor, wide(bias)[None]]),
+        )
+    best = rounded(ridge_oracle(wide(x), wide(target), lam * len(x), fit_bias, anchor), old.dtype)
+    moved = slice(None) if fit_bias == "penalized" else slice(x.shape[1])
+    own, least = (
+        mean_loss(wide(x), wide(target), h) + lam * float(np.square(h - anchor)[moved].sum())
+        for h in (head, best)
+    )
+    return own, least
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean", "scale", "lam"),
+    [
+        (
+            (3, 32),
+            1e5,
+            0.1,
+            1e-5,
+        ),  # a bias of 1.1e5 made up for a weight that was off by 0.01, where 0.01 was right
+        ((32, 32), 1e3, 1e-3, 1e-3),
+        ((4, 8), 1e3, 0.1, 1e-2),
+        ((20, 20), 1e3, 1e-5, 0.1),
+        ((40, 20), 1e4, 0.1, 1e-4),
+    ],
+)
+def test_a_bias_does_not_make_up_for_a_wrong_weight(shape, mean, scale, lam, backend: str) -> None:
+    x, target = mean + scale * torch.randn(shape), torch.randn(shape[0], 3)
+    old, bias = torch.zeros(3, shape[1]), torch.zeros(3)
+    step = cfl_ops.proximal_step(x, target, old, bias, lam=lam)
+    own, least = objective(x, target, step, old, bias, lam, "penalized")
+    assert own <= 2 * least + 1e-3 * float(target.square().sum() / len(x))
+
+
+@pytest.mark.parametrize("fit_bias", ["penalized", "free"])
+@pytest.mark.parametrize(("mean", "scale", "lam"), [(1e5, 1e-3, 1e-6), (1e6, 1e-1, 1e-2), (1e6, 1e-3, 1e-8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_mean_beside_a_bias_is_no_singular_system(
+    mean, scale, lam, fit_bias, dtype, backend: str
+) -> None:
+    x, target = mean + scale * torch.randn(70, 20, dtype=dtype), torch.randn(70, 3, dtype=dtype)
+    old, bias = torch.zeros(3, 20, dtype=dtype), torch.zeros(3, dtype=dtype)
+    step = cfl_ops.proximal_step(x, target, old, bias, lam=lam, fit_bias=fit_bias)
+    own, least = objective(x, target, step, old, bias, lam, fit_bias)
+    assert own <= 2 * least + 1e-3 * float(target.square().sum() / len(x))
+
+
+@pytest.mark.parametrize("fit_bias", ["none", "penalized", "free"])
+@pytest.mark.parametrize("shape", [(32, 32), (24, 32), (80, 20)])
+def test_conjugate_gradients_from_a_far_head(shape, fit_bias) -> None:
+    """They stop at a fraction of the first residual, which says nothing of the last one's size."""
+    x, target = torch.randn(shape) + 1000, torch.randn(shape[0], 3)
+    old, bias = 10 * torch.randn(3, shape[1]), None if fit_bias == "none" else torch.randn(3)
+    step = cfl_ops.proximal_step(
+        x, target, old, bias, lam=1e-2, method="cg", fit_bias="free" if fit_bias == "free" else "penalized"
+    )
+    own, least = objective(x, target, step, old, bias, 1e-2, fit_bias)
+    assert own <= 2 * least + 1e-3 * float(target.square().sum() / len(x))
+
+
+def test_gradients_of_rows_that_weigh_1e6_times_others(backend: str) -> None:
+    """They weigh residuals by s, the loss by its root: an error that the loss does not show."""
+    weights = torch.tensor([1e-5, 10.0])
+    for _ in range(8):
+        x, target = 10 * torch.randn(2, 8) + 1, 1e-4 * torch.randn(2, 3)
+        old, bias = 1e-3 * torch.randn(3, 8), torch.randn(3)
+        step = cfl_ops.proximal_step(
+            x, target, old, bias, lam=1e6, sample_weight=weights, fit_bias="free", reduction="sum"
+        )
+        assert step.bias is not None
+        residual = wide(target) - wide(x) @ wide(step.weight).T - wide(step.bias)
+        gradient = -2 * wide(weights)[:, None] * residual @ wide(step.weight)
+        assert np.abs(wide(step.grad_features) - gradient).max() <= 0.03 * np.abs(gradient).max()
+
+
+def test_steps_on_one_batch_until_nothing_is_left(backend: str) -> None:
+    """A loss below 1e-9 of the targets' mean square is 0 for all that anybody does with it, and as fast as any."""
+    x, target = torch.randn(16, 64).relu(), torch.randn(16, 3)
+    weight, bias = torch.zeros(3, 64), torch.zeros(3)
+    for _ in range(30):
+        loss, _ = cfl_ops.proximal_step_(x, target, weight, bias, lam=0.1)
+        true = (target.double() - x.double() @ weight.double().T - bias.double()).square().sum() / 16
+        assert abs(float(loss) - true) <= 0.05 * true + 1e-9 * float(target.square().sum() / 16)
+
+
+def test_what_no_backend_resolves_is_told(backend: str) -> None:
+    """Triton's answer was 1e12 times off here, without a word."""
+    x, target = 1e4 + 1e-3 * torch.randn(16, 32), 100 + torch.randn(16, 3)
+    old = 1e-6 * torch.randn(3, 32)
+    step, info = cfl_ops.proximal_step_ex(x, target, old, lam=1e-8)
+    if int(info) == 0:
+        own, least = objective(x, target, step, old, None, 1e-8, "none")
+        assert own <= 2 * least + 1e-3 * float(target.square().sum() / 16)
+    else:
+        assert torch.equal(step.weight, old)

@@ -110,3 +110,14 @@ def test_ridge_step_minimises_its_objective(shape) -> None:
     assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, (w, b))) < 1e-13
     with pytest.raises(TypeError, match="needs num_classes"):
         cfl_ops.ridge_step(features, torch.zeros(shape[0], dtype=torch.int64), lam=0.2)
+
+
+def test_data_are_checked_without_a_step_of_their_own() -> None:
+    """A head over a small target_scale overflowed in half precision, and a penalty that kappa makes up for was none."""
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    old = torch.full((3, 4), 6e4, dtype=torch.float16)
+    step = cfl_ops.rescaled_proximal_step(features, labels, old, lam=1.0, target_scale=0.1)
+    wide_step = cfl_ops.rescaled_proximal_step(features, labels, old.double(), lam=1.0, target_scale=0.1)
+    torch.testing.assert_close(step.weight.double(), wide_step.weight, rtol=2e-3, atol=2e-2)
+    with pytest.raises(ValueError, match="lam must be finite and not negative"):
+        cfl_ops.rescaled_proximal_step(features, labels, torch.zeros(3, 4), lam=float("nan"))

@@ -167,7 +167,6 @@ TUNABLE = {
     "proximal_step": Tunable(
         lambda: _grid(
             TILE_K=(16, 32),
-            TILE_D=(16, 32, 64),
             num_warps=(4, 8),
             factor_warps=(2, 4, 8),
             single=(False, True),

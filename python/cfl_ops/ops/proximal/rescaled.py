@@ -8,7 +8,9 @@ from torch.compiler import is_compiling
 
 from cfl_ops._core import checks
 from cfl_ops.ops.proximal.arguments import check_arguments
-from cfl_ops.ops.proximal.step import PROXIMAL_STEP, ProximalStep, raise_if_failed
+from cfl_ops.ops.proximal.codes import BAD_PENALTY
+from cfl_ops.ops.proximal.step import ProximalStep, raise_if_failed
+from cfl_ops.ops.proximal.system import data_info
 from cfl_ops.ops.solve.class_ridge import CLASS_SOLVE
 from cfl_ops.ops.solve.system import on_device
 
@@ -92,20 +94,16 @@ def rescaled_proximal_step(
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
     old = weight.clone()
     target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
-    # The plain step on targets of size 1 checks the rest of the arguments and the data.
-    scaled_bias = None if bias is None else bias / target_scale
-    arguments = check_arguments(
-        op, features, labels, old / target_scale, scaled_bias, lam, ridge, None, reduction, None, "penalized", "auto"
-    )  # fmt: skip
-    *plain, info = PROXIMAL_STEP(*arguments)
-    raise_if_failed(info, [own, *plain], features, labels, weight)
-    if features.shape[0] == 0:
-        return ProximalStep(
-            plain[0] * target_scale,
-            None if bias is None else plain[1] * target_scale,
-            (plain[2] * target_scale**2).to(plain[2].dtype),
-            plain[3] * target_scale**2,
-        )
+    check_arguments(op, features, labels, old, bias, lam, ridge, None, reduction, None, "penalized", "auto")
+    lam, ridge = on_device(lam, own), on_device(ridge, own)
+    good = (lam >= 0) & lam.isfinite() & (ridge >= 0) & ridge.isfinite()
+    info = data_info(torch.zeros_like(good, dtype=torch.int32), features, labels, old, bias)
+    info = torch.where(good, info, BAD_PENALTY)
+    raise_if_failed(info, [own, old], features, labels, weight)
+    dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+    if features.shape[0] == 0:  # not a step
+        new_bias = None if bias is None else bias.clone()
+        return ProximalStep(old, new_bias, features.new_zeros((), dtype=dtype), torch.zeros_like(features))
 
     rows, width = features.shape
     phi, previous = features, old.double()
@@ -113,8 +111,8 @@ def rescaled_proximal_step(
         phi = torch.cat([phi, phi.new_ones(rows, 1)], -1)
         previous = torch.cat([previous, bias.double().unsqueeze(-1)], -1)
     scale = rows if reduction == "mean" else 1
-    mu = scale * on_device(lam, phi)
-    t = mu + scale * on_device(ridge, phi)
+    mu = scale * lam
+    t = mu + scale * ridge
     anchor = previous * torch.where(t > 0, mu / torch.where(t > 0, t, 1.0), 1.0)
     design = phi.double()
     penalty, square, targets = t.expand(len(old)), 1 + (kappa - 1) * own, target_scale * own
@@ -139,7 +137,6 @@ def rescaled_proximal_step(
         info = torch.where((info == 0) & ~new_bias.isfinite().all(), 1, info)
     raise_if_failed(info, [new, final], features, labels, weight)
     weighted = square * final
-    dtype = plain[2].dtype
     return ProximalStep(
         new,
         new_bias,

@@ -21,11 +21,11 @@ from cfl_ops.ops.proximal.codes import (
     BAD_FEATURES,
     BAD_PENALTY,
     BAD_SAMPLE_WEIGHT,
-    BAD_TARGET,
     BAD_WEIGHT,
     FREE,
     MEAN,
 )
+from cfl_ops.ops.proximal.system import data_info, or_inaccurate
 from cfl_ops.ops.solve.system import cholesky_solve, factor_system, on_device
 
 __all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
@@ -325,24 +325,26 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     if bias is not None:
         residual = residual - anchor_bias.unsqueeze(-2)
 
-    if bias is not None and free:  # centring the rows fits the bias without a penalty
+    dual, p, q, pulled = rows <= width, phi, residual, None
+    if bias is not None and (free or not dual):  # centring the rows fits the bias without a penalty
         share = (sqrt_s * sqrt_s) / safe_total[..., None, None]
-        p = sqrt_s * (phi - (share * phi).sum(-2, keepdim=True))
-        q = sqrt_s * (residual - (share * residual).sum(-2, keepdim=True))
-    else:
-        p, q = sqrt_s * phi, sqrt_s * residual
-    ones = sqrt_s if bias is not None and not free else None
+        mean_p, mean_q = (share * p).sum(-2, keepdim=True), (share * q).sum(-2, keepdim=True)
+        p, q = p - mean_p, q - mean_q
+        if not free:
+            share_of_bias = (total / (safe_total + t_bias))[..., None, None]
+            pull_bias = (mu_bias.unsqueeze(-1) * old_bias - t_bias.unsqueeze(-1) * anchor_bias).unsqueeze(-2)
+            weight_of_bias = share_of_bias * t_bias[..., None, None]
+            pulled = Pulled(mean_p, weight_of_bias, weight_of_bias * mean_q - share_of_bias * pull_bias)
+    p, q = sqrt_s * p, sqrt_s * q
     size = (sqrt_s * y).square().sum((-2, -1)).sqrt()
-    if rows <= width:
+    if dual:
+        ones = sqrt_s if bias is not None and not free else None
         centred = sqrt_s if bias is not None and free else None
         change, info = _dual_change(p, q, t, ones, centred, t_bias if lam_diag is not None else None, size)
     else:
-        # Both are zeros, but with derivatives where the penalties are zero: mu and rho then pull differently.
+        # Zeros, but with derivatives where the penalties are zero: mu and rho then pull differently.
         pull = (mu.unsqueeze(-2) * old - t.unsqueeze(-2) * anchor).mT
-        pull_bias = (
-            None if ones is None else mu_bias.unsqueeze(-1) * old_bias - t_bias.unsqueeze(-1) * anchor_bias
-        )
-        change, info = _primal_change(p, q, t, ones, t_bias, pull, pull_bias, size)
+        change, info = _primal_change(p, q, t, pull, pulled, size)
 
     new = (anchor + change).to(weight.dtype)
     final = y - phi @ new.to(torch.float64).mT
@@ -358,7 +360,6 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     loss = (weighted * weighted).sum((-2, -1)) / scale
     grad_features = (-2 / scale[..., None, None]) * sqrt_s * weighted @ new.to(torch.float64)
 
-    # Failures, and steps without data, leave the head as it was.
     bad_penalty = ~((lam >= 0) & lam.isfinite())
     if ridge is not None:
         bad_penalty = bad_penalty | ~((ridge >= 0) & ridge.isfinite())
@@ -369,20 +370,12 @@ def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Ten
             bad_penalty = bad_penalty | ~(t_bias > 0)
     finite = new.isfinite().all(-1).all(-1) & new_bias.isfinite().all(-1)
     info = torch.where((info == 0) & ~finite, 1, info)  # finite data that overflow
-    if bias is not None:
-        bad_weight = ~(weight.isfinite().all(-1).all(-1) & bias.isfinite().all(-1))
-    else:
-        bad_weight = ~weight.isfinite().all(-1).all(-1)
-    info = torch.where(bad_weight, BAD_WEIGHT, info)
-    if classes:
-        info = torch.where(outside.any(-1), BAD_TARGET, info)
-    else:
-        info = torch.where(target.isfinite().all(-1).all(-1), info, BAD_TARGET)
-    info = torch.where(features.isfinite().all(-1).all(-1), info, BAD_FEATURES)
+    info = data_info(info, features, target, weight, bias)
     if sample_weight is not None:
         good = (sample_weight >= 0) & sample_weight.isfinite()
         info = torch.where(good.all(-1), info, BAD_SAMPLE_WEIGHT)
     info = torch.where(bad_penalty, BAD_PENALTY, info).to(torch.int32)
+    # Failures, and steps without data, leave the head as it was.
     keep = (info != 0) | empty
     new = torch.where(keep[..., None, None], weight, new)
     if bias is not None:
@@ -439,52 +432,41 @@ def _dual_change(
         # The residual of the head, which knows what was lost in A^T P, less the one that alpha promises.
         missed = own - penalty[..., None, None] * alpha
     best = penalty * alpha.square().sum((-2, -1)).sqrt()
-    return change, _or_inaccurate(info, missed.square().sum((-2, -1)).sqrt(), best, size, p.shape[-2])
+    return change, or_inaccurate(info, missed.square().sum((-2, -1)).sqrt(), best, size, p.shape[-2])
+
+
+class Pulled(NamedTuple):
+    """What the penalty t of a fitted bias asks of the weight: weight |right / weight - p change|^2 more."""
+
+    p: Tensor
+    """``(..., 1, D)``: the mean of the features."""
+    weight: Tensor
+    """``(..., 1, 1)``: S t / (S + t), S the sum of the row weights."""
+    right: Tensor
+    """``(..., 1, K)``: that many times the mean residual at the anchor."""
 
 
 def _primal_change(
-    p: Tensor,
-    q: Tensor,
-    t: Tensor,
-    ones: Tensor | None,
-    t_bias: Tensor,
-    pull: Tensor,
-    pull_bias: Tensor | None,
-    size: Tensor,
+    p: Tensor, q: Tensor, t: Tensor, pull: Tensor, pulled: Pulled | None, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same from the D x D system, a penalised bias eliminated; the pulls are added to the right side."""
+    """The same from the D x D system, of rows that are centred where there is a bias; pull adds to the right side."""
     width = p.shape[-1]
     t = t.expand(*t.shape[:-1], width)
     system = plain_gram(p, None, torch.float64)[0] + torch.diag_embed(t)
-    column, pivot = p.new_zeros(()), p.new_ones(())
-    if ones is not None:
-        pivot = ones.square().sum((-2, -1)) + t_bias
-        pivot = torch.where(pivot > 0, pivot, 1.0)[..., None, None]
-        column = p.mT @ ones
-        system = system - column @ column.mT / pivot
+    if pulled is not None:
+        system = system + pulled.weight * pulled.p.mT @ pulled.p
     factor, info = factor_system(system)
     change = torch.zeros_like(p.mT @ q)
-    change_bias = q.new_zeros(*q.shape[:-2], 1, q.shape[-1])
-    own, gain = q, torch.zeros_like(size)
+    gain = torch.zeros_like(size)
     for _ in range(1 + REFINEMENTS):
-        slope = p.mT @ own - t.unsqueeze(-1) * change + pull
-        if ones is not None and pull_bias is not None:
-            slope_bias = ones.mT @ own - t_bias[..., None, None] * change_bias + pull_bias.unsqueeze(-2)
-            slope = slope - column @ slope_bias / pivot
+        slope = p.mT @ (q - p @ change) - t.unsqueeze(-1) * change + pull
+        if pulled is not None:
+            slope = slope + pulled.p.mT @ (pulled.right - pulled.weight * (pulled.p @ change))
         step = cholesky_solve(slope, factor)
         change = change + step
-        own = q - p @ change
-        if ones is not None:
-            change_bias = change_bias + (slope_bias - column.mT @ step) / pivot
-            own = own - ones @ change_bias
         gain = (slope * step).sum((-2, -1))  # what this step gained, and the next one at most
-    best = own.square().sum((-2, -1)).sqrt()
-    return change.mT, _or_inaccurate(info, gain.abs().sqrt(), best, size, width)
-
-
-def _or_inaccurate(info: Tensor, error: Tensor, best: Tensor, size: Tensor, order: int) -> Tensor:
-    """Info, and the order where the loss may be twice the best one and more than 1e-3 of the targets' squares off."""
-    return torch.where((info == 0) & ~(error <= 0.4 * best + 0.014 * size), order, info)
+    best = (q - p @ change).square().sum((-2, -1)).sqrt()
+    return change.mT, or_inaccurate(info, gain.abs().sqrt(), best, size, width)
 
 
 def _fallback_in_place(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor]:
