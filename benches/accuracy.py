@@ -144,7 +144,9 @@ def rounded(head: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return wide(torch.from_numpy(head.astype(np.float64)).to(dtype))
 
 
-def loss_over_bound(x: Tensor, y: Tensor, head: np.ndarray, best: np.ndarray, dtype: torch.dtype) -> float:
+def loss_over_bound(
+    x: Tensor, y: Tensor, head: np.ndarray, best: np.ndarray, dtype: torch.dtype, *, factored: bool = False
+) -> float:
     """The head's loss over twice that of the rounded best one and a thousandth of the targets' mean square.
 
     What storing a head in half precision costs is a matter of luck, so there it is the most that it can cost.
@@ -156,6 +158,9 @@ def loss_over_bound(x: Tensor, y: Tensor, head: np.ndarray, best: np.ndarray, dt
     if dtype.itemsize == 2:
         moved = np.abs(x64) @ np.abs(best[: x64.shape[1]]) * Wide(torch.finfo(dtype).eps / 2)
         loss = max(loss, mean_loss(x64, y64, best) + float(np.square(moved).sum() / len(y64)))
+    if factored:  # by a QR in this dtype, whose backward error is a few eps |X| |W|
+        moved = 10 * torch.finfo(dtype).eps * np.sqrt(np.square(x64).sum() * np.square(best).sum())
+        loss += float(moved**2 / len(y64))
     return mean_loss(x64, y64, head) / (2 * loss + 1e-3 * float(np.square(y64).sum() / len(y64)))
 
 
@@ -390,8 +395,12 @@ def _recursive_ridge(cell: Cell) -> dict[str, float]:
         model.update(row, target)
         sliding.update(row, target)
     return {
-        "loss of the head": loss_over_bound(x, y, wide(model.weight).T, best, x.dtype),
-        "loss, window after rows x 1000": loss_over_bound(x, y, wide(sliding.weight).T, best, x.dtype),
+        "loss of the head, of a QR": loss_over_bound(
+            x, y, wide(model.weight).T, best, x.dtype, factored=True
+        ),
+        "loss, window after rows x 1000": loss_over_bound(
+            x, y, wide(sliding.weight).T, best, x.dtype, factored=True
+        ),
     }
 
 

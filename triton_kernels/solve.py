@@ -156,15 +156,16 @@ def _careful_kernel(
         lost = tl.where(inside, lost * scale * scale, 0.0)
         largest_scale = tl.max(tl.where(inside, scale, 0.0), axis=0)
 
+        # Named apart from what the loop below holds, whose shapes are others.
         sides = tl.arange(0, PROBES)
-        at = (rows + 1).to(tl.float64)
-        right = tl.cos((at * at)[:, None] * (sides + 1).to(tl.float64)[None, :])
-        right = tl.where(inside[:, None], right, 0.0)
-        z, info, _, _, weakest = _eliminate(system, diagonal, right, order, tolerance, ORDER)
-        change, _, _, _, _ = _eliminate(
-            system, diagonal, _residual(system, lost, right, z, order, ORDER), order, tolerance, ORDER
+        number = (rows + 1).to(tl.float64)
+        probe = tl.cos((number * number)[:, None] * (sides + 1).to(tl.float64)[None, :])
+        probe = tl.where(inside[:, None], probe, 0.0)
+        reached, info, _, _, weakest = _eliminate(system, diagonal, probe, order, tolerance, ORDER)
+        moved, _, _, _, _ = _eliminate(
+            system, diagonal, _residual(system, lost, probe, reached, order, ORDER), order, tolerance, ORDER
         )
-        shares = tl.max(tl.abs(change), axis=0) / tl.max(tl.abs(z), axis=0) + eps
+        shares = tl.max(tl.abs(moved), axis=0) / tl.max(tl.abs(reached), axis=0) + eps
         rate = tl.max(shares, axis=0)
         contracts = tl.sum((shares <= contraction).to(tl.int32), axis=0) == PROBES  # false for NaN
         info = tl.where((info == 0) & (contracts == 0), weakest, info)

