@@ -21,6 +21,8 @@ LOOK = 1024
 """Weights of a tensor that are looked at; 32 of each group where rows or blocks have ranges of their own."""
 LEAST_GROUP = 256
 """In a smaller group an exception costs more than the bits that it saves."""
+FAR = 10.0
+"""So many ranges of the middle half away from it, a weight is an outlier."""
 _FEW = 64
 _GRAIN = 2.0**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -81,6 +83,11 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
     if n >= 32:
         for outermost in (x.argmin(-1, keepdim=True), x.argmax(-1, keepdim=True)):
             kept.scatter_(1, outermost, False)
+        # More than one of each side may be far out; weights with such tails everywhere keep them.
+        ends = x.sort(-1).values[:, [n // 4, n - 1 - n // 4]]
+        reach = (ends[:, 1:] - ends[:, :1]) * FAR
+        far = (x < ends[:, :1] - reach) | (x > ends[:, 1:] + reach)
+        kept &= ~(far & (reach > 0) & (far.sum(-1, keepdim=True) <= n // 64))
     low, high = torch.where(kept, x, math.inf).amin(-1), torch.where(kept, x, -math.inf).amax(-1)
     deviation, middle = _deviation(x, kept, low, high), low.clone()
     # Two clusters far apart leave the middle of the range empty.
@@ -130,6 +137,19 @@ def look_at(rows: Tensor) -> Tensor:
     groups, size = rows.shape
     count = LOOK if groups == 1 else 32
     return rows[:, sample_index(size, max(1, size // count), rows.device)].cpu()
+
+
+def spread_of_groups(rows: Tensor, look: Tensor, span: Tensor, max_error: float) -> Spread:
+    """The spread of each row as its look shows it; 32 weights of a sparse row may show hardly any of it."""
+    spread = spread_of(look, max_error)
+    doubtful = (span > 256 * spread.deviation).nonzero().flatten()
+    if len(rows) == 1 or len(doubtful) == 0:
+        return spread
+    more = sample_index(rows.shape[1], max(1, rows.shape[1] // LOOK), rows.device)
+    found = spread_of(rows[doubtful.to(rows.device)][:, more].cpu(), max_error)
+    for field, better in zip(spread, found, strict=True):
+        field[doubtful] = better
+    return spread
 
 
 def outside(
@@ -313,8 +333,11 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
 
     views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
     looks = [look_at(rows) for rows in views]
-    spreads = [spread_of(look, max_error) for look in looks]
     ranges = [_ranges(rows) for rows in views]
+    spreads = [
+        spread_of_groups(rows, look, span, max_error)
+        for rows, look, (_, _, span) in zip(views, looks, ranges, strict=True)
+    ]
 
     def needed() -> Tensor:
         found = [
@@ -362,11 +385,11 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         return math.sqrt(sum(n * error**2 for n, error in zip(groups, errors, strict=True)) / sum(groups))
 
     error = error_of(bits)
-    for _ in range(3):  # a value that many share may lie at the edge of its bin
+    for _ in range(16):  # a value that many share may lie at the edge of its bin
         if given is None and bits < 16 and error > max_error:
             bits += 1
             error = error_of(bits)
-    return grid(error)
+    return None if given is None and error > max_error else grid(error)
 
 
 def _ranges(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
