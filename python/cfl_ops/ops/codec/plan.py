@@ -92,20 +92,9 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
     deviation, middle = _deviation(x, kept, low, high), low.clone()
     # Two clusters far apart leave the middle of the range empty.
     place = (x - low.unsqueeze(-1)) / (high - low).unsqueeze(-1)
-    hollow = (high > low) & ~(kept & (place > 0.25) & (place < 0.75)).any(-1)
-    for row in hollow.nonzero().flatten().tolist():
-        values = x[row][kept[row]].sort().values
-        gap, at = values.diff().max(0)
-        left, right = values.tensor_split([int(at) + 1])
-        share = len(left) / len(values)
-        within = max(_deviation_of(left) * math.sqrt(share), _deviation_of(right) * math.sqrt(1 - share))
-        if within == 0 or float(gap) <= 0.75 * float(high[row] - low[row]):
-            continue  # two values, or no such gap
-        deviation[row] = within
-        if float(high[row] - low[row]) > 2.0**16 * math.sqrt(12) * max_error * within:
-            # No grid has room for both clusters: the larger one is what is quantised.
-            larger = left if share >= 0.5 else right
-            low[row], middle[row], high[row] = larger[0], larger[0], larger[-1]
+    hollow = ((high > low) & ~(kept & (place > 0.25) & (place < 0.75)).any(-1)).nonzero().flatten()
+    if len(hollow):
+        _part(x, kept, hollow, Spread(low, high, middle, deviation), max_error)
     rare = (deviation == 0) & (x.amax(-1) > x.amin(-1))
     if bool(rare.any()):  # nothing but the outermost differs
         rows = x[rare]
@@ -116,6 +105,33 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
     return Spread(low - margin, high + margin, middle, deviation)
 
 
+def _part(x: Tensor, kept: Tensor, hollow: Tensor, spread: Spread, max_error: float) -> None:
+    """Mend the spread of those rows that a gap of more than 3/4 of their range parts in two clusters."""
+    low, high, middle, deviation = spread
+    values = torch.where(kept[hollow], x[hollow], math.inf).sort(-1).values
+    gaps = values.diff(dim=-1)
+    gap, at = torch.where(gaps.isfinite(), gaps, 0.0).max(-1, keepdim=True)
+    parted = gap.squeeze(-1) > 0.75 * (high - low)[hollow]
+    if bool(parted.any()):
+        rows = hollow[parted]
+        below, above = values.gather(1, torch.cat([at, at + 1], 1))[parted].unbind(-1)
+        left = kept[rows] & (x[rows] <= below.unsqueeze(-1))
+        right = kept[rows] & ~left
+        share = left.sum(-1).to(torch.float64) / kept[rows].sum(-1)
+        within = torch.maximum(
+            _deviation(x[rows], left, low[rows], below) * share.sqrt(),
+            _deviation(x[rows], right, above, high[rows]) * (1 - share).sqrt(),
+        )
+        # Two values have no deviation within a cluster: then that of both stands.
+        deviation[rows] = torch.where(within > 0, within, deviation[rows])
+        # No grid has room for both clusters: the larger one is what is quantised.
+        apart = (within > 0) & ((high - low)[rows] > 2.0**16 * math.sqrt(12) * max_error * within)
+        larger = share >= 0.5
+        high[rows] = torch.where(apart & larger, below, high[rows])
+        low[rows] = torch.where(apart & ~larger, above, low[rows])
+        middle[rows] = low[rows]
+
+
 def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The standard deviation of the kept ones of each row, which lie in low..high: sums of integers."""
     span, n = (high - low).unsqueeze(-1), kept.sum(-1)
@@ -124,12 +140,6 @@ def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
     )
     spread = n * (place * place).sum(-1) - place.sum(-1) ** 2
     return spread.to(torch.float64).sqrt() / (n * _GRAIN) * span.squeeze(-1)
-
-
-def _deviation_of(values: Tensor) -> float:
-    """Of all values of one row."""
-    row = values.unsqueeze(0)
-    return float(_deviation(row, torch.ones_like(row, dtype=torch.bool), row.amin(-1), row.amax(-1)))
 
 
 def look_at(rows: Tensor) -> Tensor:
