@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from cfl_ops._core import dispatch
@@ -72,3 +73,16 @@ def sample_places(size: int, every: int) -> list[int]:
         x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 % 2**64
         places.append(first + ((x >> 32) * min(every, size - first) >> 32))
     return places
+
+
+def golden_blobs() -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """What version 2 of a blob added, and outliers: weights and options of each file of tests/data."""
+    fine = (golden_symbols(6000, 4000).to(torch.float64) / 2048 - 0.5).to(torch.float32)
+    spoiled = fine.clone()
+    spoiled[[3, 4321]] = torch.tensor([1e4, -3e3])
+    pruned = torch.where(fine.abs() < 0.25, 0.0, fine).view(6, 1000)
+    return {
+        "blob_palette.bin": ((golden_symbols(2000, 9) / 8 - 0.25).to(torch.bfloat16).view(40, 50), {}),
+        "blob_outliers.bin": (spoiled, {}),
+        "blob_zero.bin": (pruned, {"zero": "exact", "per": "row", "bits": 8}),
+    }

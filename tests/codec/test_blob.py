@@ -19,6 +19,7 @@ from tests.codec.helpers import (
     FLOATS,
     cuts_and_extensions,
     flips,
+    golden_blobs,
     golden_weights,
     normal_symbols,
     same,
@@ -205,6 +206,23 @@ def test_golden_blobs(backend: str, dtype: torch.dtype) -> None:
     half_bin = (w.double().amax(-1) - w.double().amin(-1)) / 2**8
     eps = torch.finfo(dtype).eps * 2
     assert ((back.double() - w.double()).abs().amax(-1) <= half_bin + eps).all()
+
+
+@pytest.mark.parametrize("name", list(golden_blobs()))
+def test_golden_blobs_of_version_2_and_outliers(backend: str, name: str) -> None:
+    golden = torch.frombuffer(bytearray((DATA / name).read_bytes()), dtype=torch.uint8)
+    w, options = golden_blobs()[name]
+    assert same(cfl_ops.compress(w, **options), golden)
+    back = cfl_ops.decompress(golden)
+    if "palette" in name:
+        assert same(back, w)
+    elif "zero" in name:
+        assert bool((back[w == 0] == 0).all())
+        assert bool(((back - w).abs().amax(-1) <= (w.amax(-1) - w.amin(-1)) / 256).all())
+    else:
+        far = w.abs() > 100
+        assert same(back[far], w[far])
+        assert float((back - w).square().mean().sqrt()) <= 0.02 * float(w[~far].std())
 
 
 def test_opcheck() -> None:

@@ -248,6 +248,39 @@ def test_outliers_of_a_group_and_dead_groups(
     assert bool((error <= 0.022 * deviation).all())
 
 
+@pytest.mark.parametrize("share", [0.001, 0.003, 0.01])
+@pytest.mark.parametrize("n", [4096, 100_000])
+def test_several_outliers_do_not_make_the_others_errors_look_small(n: int, share: float) -> None:
+    """More than one of each side was among the weights looked at: errors of 14 % of the others' deviation, unsaid."""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        w = torch.randn(n, generator=g, dtype=torch.float64)
+        w = torch.where(torch.rand(n, generator=g) < share, 100 * torch.randn(n, generator=g), w)
+        # 1 % of 1,024 are up to 16 with few exceptions; the outliers within 13 deviations count as others.
+        assert error_of(quietly(w), w) <= 0.03, seed
+
+
+@pytest.mark.parametrize("width", [1, 2, 33, 64, 300, 1000])
+def test_groups_need_no_warning_and_no_given_bits(backend: str, width: int) -> None:
+    """32 weights of a sparse row say little about it, and where no grid serves the bytes are kept."""
+    g = torch.Generator().manual_seed(width)
+    x = torch.randn(19_800 // width, width, generator=g)
+    away = torch.rand(x.shape, generator=g)
+    cases = {
+        "normal": x,
+        "sparse": torch.where(away < 0.9, 0.0, x),
+        "very sparse": torch.where(away < 0.99, 0.0, x),
+        "masked": torch.where(away < 0.3, -1e9, x),
+        "far apart": torch.where(away < 0.5, x - 1e4, x + 1e4),
+    }
+    for name, w in cases.items():
+        for options in ({"per": "row"}, {"per": "block", "block_size": width + 1}):
+            blob = quietly(w, **options)
+            deviation = float(w[w > -1e8].double().std())
+            assert error_of(blob, w) <= 0.022 * deviation, (name, options)
+            assert len(blob) <= 4 * w.numel() + 56 + 8 * w.ndim, (name, options)
+
+
 def test_a_warning_says_what_and_how_much() -> None:
     w = normal(10_000)
     for bits, low, high in ((4, 0.12, 0.18), (3, 0.2, 0.35)):

@@ -21,6 +21,8 @@ LOOK = 1024
 """Weights of a tensor that are looked at; 32 of each group where rows or blocks have ranges of their own."""
 LEAST_GROUP = 256
 """In a smaller group an exception costs more than the bits that it saves."""
+FAR = 10.0
+"""So many ranges of the middle half away from it, a weight is an outlier."""
 _FEW = 64
 _GRAIN = 2.0**20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -81,24 +83,18 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
     if n >= 32:
         for outermost in (x.argmin(-1, keepdim=True), x.argmax(-1, keepdim=True)):
             kept.scatter_(1, outermost, False)
+        # More than one of each side may be far out; weights with such tails everywhere keep them.
+        ends = x.sort(-1).values[:, [n // 4, n - 1 - n // 4]]
+        reach = (ends[:, 1:] - ends[:, :1]) * FAR
+        far = (x < ends[:, :1] - reach) | (x > ends[:, 1:] + reach)
+        kept &= ~(far & (reach > 0) & (far.sum(-1, keepdim=True) <= n // 64))
     low, high = torch.where(kept, x, math.inf).amin(-1), torch.where(kept, x, -math.inf).amax(-1)
     deviation, middle = _deviation(x, kept, low, high), low.clone()
     # Two clusters far apart leave the middle of the range empty.
     place = (x - low.unsqueeze(-1)) / (high - low).unsqueeze(-1)
-    hollow = (high > low) & ~(kept & (place > 0.25) & (place < 0.75)).any(-1)
-    for row in hollow.nonzero().flatten().tolist():
-        values = x[row][kept[row]].sort().values
-        gap, at = values.diff().max(0)
-        left, right = values.tensor_split([int(at) + 1])
-        share = len(left) / len(values)
-        within = max(_deviation_of(left) * math.sqrt(share), _deviation_of(right) * math.sqrt(1 - share))
-        if within == 0 or float(gap) <= 0.75 * float(high[row] - low[row]):
-            continue  # two values, or no such gap
-        deviation[row] = within
-        if float(high[row] - low[row]) > 2.0**16 * math.sqrt(12) * max_error * within:
-            # No grid has room for both clusters: the larger one is what is quantised.
-            larger = left if share >= 0.5 else right
-            low[row], middle[row], high[row] = larger[0], larger[0], larger[-1]
+    hollow = ((high > low) & ~(kept & (place > 0.25) & (place < 0.75)).any(-1)).nonzero().flatten()
+    if len(hollow):
+        _part(x, kept, hollow, Spread(low, high, middle, deviation), max_error)
     rare = (deviation == 0) & (x.amax(-1) > x.amin(-1))
     if bool(rare.any()):  # nothing but the outermost differs
         rows = x[rare]
@@ -107,6 +103,33 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
         )
     margin = (high - low) * (0.5 if n > LOOK // 2 else 1.0)  # fewer weights reach less far
     return Spread(low - margin, high + margin, middle, deviation)
+
+
+def _part(x: Tensor, kept: Tensor, hollow: Tensor, spread: Spread, max_error: float) -> None:
+    """Mend the spread of those rows that a gap of more than 3/4 of their range parts in two clusters."""
+    low, high, middle, deviation = spread
+    values = torch.where(kept[hollow], x[hollow], math.inf).sort(-1).values
+    gaps = values.diff(dim=-1)
+    gap, at = torch.where(gaps.isfinite(), gaps, 0.0).max(-1, keepdim=True)
+    parted = gap.squeeze(-1) > 0.75 * (high - low)[hollow]
+    if bool(parted.any()):
+        rows = hollow[parted]
+        below, above = values.gather(1, torch.cat([at, at + 1], 1))[parted].unbind(-1)
+        left = kept[rows] & (x[rows] <= below.unsqueeze(-1))
+        right = kept[rows] & ~left
+        share = left.sum(-1).to(torch.float64) / kept[rows].sum(-1)
+        within = torch.maximum(
+            _deviation(x[rows], left, low[rows], below) * share.sqrt(),
+            _deviation(x[rows], right, above, high[rows]) * (1 - share).sqrt(),
+        )
+        # Two values have no deviation within a cluster: then that of both stands.
+        deviation[rows] = torch.where(within > 0, within, deviation[rows])
+        # No grid has room for both clusters: the larger one is what is quantised.
+        apart = (within > 0) & ((high - low)[rows] > 2.0**16 * math.sqrt(12) * max_error * within)
+        larger = share >= 0.5
+        high[rows] = torch.where(apart & larger, below, high[rows])
+        low[rows] = torch.where(apart & ~larger, above, low[rows])
+        middle[rows] = low[rows]
 
 
 def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -119,17 +142,24 @@ def _deviation(x: Tensor, kept: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return spread.to(torch.float64).sqrt() / (n * _GRAIN) * span.squeeze(-1)
 
 
-def _deviation_of(values: Tensor) -> float:
-    """Of all values of one row."""
-    row = values.unsqueeze(0)
-    return float(_deviation(row, torch.ones_like(row, dtype=torch.bool), row.amin(-1), row.amax(-1)))
-
-
 def look_at(rows: Tensor) -> Tensor:
     """Some weights of each row, on the CPU."""
     groups, size = rows.shape
     count = LOOK if groups == 1 else 32
     return rows[:, sample_index(size, max(1, size // count), rows.device)].cpu()
+
+
+def spread_of_groups(rows: Tensor, look: Tensor, span: Tensor, max_error: float) -> Spread:
+    """The spread of each row as its look shows it; 32 weights of a sparse row may show hardly any of it."""
+    spread = spread_of(look, max_error)
+    doubtful = (span > 256 * spread.deviation).nonzero().flatten()
+    if len(rows) == 1 or len(doubtful) == 0:
+        return spread
+    more = sample_index(rows.shape[1], max(1, rows.shape[1] // LOOK), rows.device)
+    found = spread_of(rows[doubtful.to(rows.device)][:, more].cpu(), max_error)
+    for field, better in zip(spread, found, strict=True):
+        field[doubtful] = better
+    return spread
 
 
 def outside(
@@ -313,8 +343,11 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
 
     views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
     looks = [look_at(rows) for rows in views]
-    spreads = [spread_of(look, max_error) for look in looks]
     ranges = [_ranges(rows) for rows in views]
+    spreads = [
+        spread_of_groups(rows, look, span, max_error)
+        for rows, look, (_, _, span) in zip(views, looks, ranges, strict=True)
+    ]
 
     def needed() -> Tensor:
         found = [
@@ -362,11 +395,11 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         return math.sqrt(sum(n * error**2 for n, error in zip(groups, errors, strict=True)) / sum(groups))
 
     error = error_of(bits)
-    for _ in range(3):  # a value that many share may lie at the edge of its bin
+    for _ in range(16):  # a value that many share may lie at the edge of its bin
         if given is None and bits < 16 and error > max_error:
             bits += 1
             error = error_of(bits)
-    return grid(error)
+    return None if given is None and error > max_error else grid(error)
 
 
 def _ranges(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
