@@ -13,10 +13,10 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cfl_ops
 import mpmath
@@ -95,27 +95,92 @@ def data(cell: Cell, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.to(DTYPES[cell.dtype]), y.to(DTYPES[cell.dtype])
 
 
-def loss_over_bound(
-    x: Tensor, y: Tensor, head: np.ndarray, best: np.ndarray, dtype: torch.dtype, *, factored: bool = False
-) -> float:
-    """The head's loss over twice that of the rounded best one and a thousandth of the targets' mean square.
+class Over(NamedTuple):
+    """An error over its bound; strictly: over the bound that grants nothing for what storing a head or a QR costs."""
 
-    What storing a head in half precision costs is a matter of luck, so there it is the most that it can cost.
+    error: float
+    strict: float
+
+
+class Judged(NamedTuple):
+    """The loss (or objective) of a head beside those that it may have."""
+
+    own: float
+    rounded: float
+    """Of the best head in extended precision, rounded to the dtype."""
+    granted: float
+    """The most that it can be by rounding of that kind."""
+    size: float
+    """The mean square of the targets."""
+
+    def over(self) -> Over:
+        """Over twice the best one's plus 1e-3 of the targets' mean square."""
+        bounds = (2 * max(self.granted, self.rounded) + 1e-3 * self.size, 2 * self.rounded + 1e-3 * self.size)
+        return Over(*(self.own / bound if bound else 0.0 for bound in bounds))
+
+    def __add__(self, other: tuple[float, ...]) -> Judged:  # type: ignore[override]
+        return Judged(*map(sum, zip(self, other, strict=True)))
+
+
+def judge(
+    x: np.ndarray, y: np.ndarray, head: np.ndarray, best: np.ndarray, dtype: torch.dtype, lam: float, *,
+    free: bool = True, anchor: np.ndarray | None = None, weight: np.ndarray | None = None,
+    storing: bool = False, factored: bool = False,
+) -> tuple[Judged, Judged]:  # fmt: skip
+    """The mean loss of a head, and with the penalty lam of the sum over rows.
+
+    Args:
+        free: a bias, which heads have last, is not penalized.
+        anchor: what the penalty pulls to; zeros unless given.
+        weight: of the rows.
+        storing: what storing a head costs is a matter of luck where predictions cancel; the most that it can cost is
+            granted. So it is in half precision.
+        factored: a QR in this dtype is granted its backward error, a few eps |X| |W|.
+
     """
-    x64, y64, stored = wide(x), wide(y), rounded(best, dtype)
+    total = Wide(len(x)) if weight is None else weight.sum()
+    size, stored = mean_loss(x, y, np.zeros_like(best), weight), rounded(best, dtype)
     if not np.isfinite(stored).all():
-        return 0.0  # no head of this dtype is right
-    loss = mean_loss(x64, y64, stored)
-    if dtype.itemsize == 2:
-        moved = np.abs(x64) @ np.abs(best[: x64.shape[1]]) * Wide(torch.finfo(dtype).eps / 2)
-        loss = max(loss, mean_loss(x64, y64, best) + float(np.square(moved).sum() / len(y64)))
-    if factored:  # by a QR in this dtype, whose backward error is a few eps |X| |W|
-        moved = 10 * torch.finfo(dtype).eps * np.sqrt(np.square(x64).sum() * np.square(best).sum())
-        loss += float(moved**2 / len(y64))
-    return mean_loss(x64, y64, head) / (2 * loss + 1e-3 * float(np.square(y64).sum() / len(y64)))
+        return Judged(0.0, 0.0, 0.0, size), Judged(0.0, 0.0, 0.0, size)  # no head of this dtype is right
+    unit, penalized = Wide(torch.finfo(dtype).eps / 2), x.shape[1] if free else len(best)
+
+    def penalty(distance: np.ndarray) -> float:
+        return float(lam / total * np.square(distance[:penalized]).sum())
+
+    def distance(value: np.ndarray) -> np.ndarray:
+        return np.abs(value if anchor is None else value - anchor)
+
+    loss, granted, granted_penalty = mean_loss(x, y, stored, weight), 0.0, 0.0
+    if storing or dtype.itemsize == 2:
+        moved = np.abs(x) @ np.abs(best[: x.shape[1]]) * unit
+        granted = mean_loss(x, y, best, weight) + mean_loss(x, moved, 0 * best, weight)
+        granted_penalty = penalty(distance(best) + np.abs(best) * unit)
+    if factored:
+        granted = max(loss, granted) + float(
+            np.square(20 * unit) * np.square(x).sum() * np.square(best).sum() / total
+        )
+    own = mean_loss(x, y, head, weight)
+    return (
+        Judged(own, loss, granted, size),
+        Judged(
+            own + penalty(distance(head)), loss + penalty(distance(stored)), granted + granted_penalty, size
+        ),
+    )
 
 
-Probe = Callable[[Cell], dict[str, float]]
+def named(judged: tuple[Judged, Judged], suffix: str = "") -> dict[str, Over]:
+    return {"loss" + suffix: judged[0].over(), "objective" + suffix: judged[1].over()}
+
+
+def worst(*measures: dict[str, Over]) -> dict[str, Over]:
+    result: dict[str, Over] = {}
+    for measure in measures:
+        for key, value in measure.items():
+            result[key] = Over(*map(max, value, result.get(key, value)))
+    return result
+
+
+Probe = Callable[[Cell], Mapping[str, float | Over]]
 PROBES: dict[str, tuple[Callable[[int], Iterator[Cell]], Probe]] = {}
 
 
@@ -128,9 +193,10 @@ def probe(name: str, **fixed: Iterable[Any]) -> Callable[[Probe], Probe]:
 
 
 @probe("proximal_step")
-def _proximal_step(cell: Cell) -> dict[str, float]:
+def _proximal_step(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
-    result: dict[str, float] = {}
+    x64, y64 = wide(x), wide(y)
+    result: dict[str, Over] = {}
     old = torch.randn(TARGETS, WIDTH, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     for bias, start in itertools.product(("none", "penalized", "free"), (torch.zeros_like(old), old)):
         b = None if bias == "none" else torch.zeros(TARGETS, dtype=x.dtype)
@@ -141,84 +207,76 @@ def _proximal_step(cell: Cell) -> dict[str, float]:
         if step.bias is not None:
             head = np.concatenate([head, wide(step.bias)[None]])
             anchor = np.concatenate([anchor, np.zeros((1, TARGETS), Wide)])
-        best = ridge_oracle(wide(x), wide(y), len(x) * cell.lam, bias, anchor)
-        true, said = mean_loss(wide(x), wide(y), head), float(step.loss)
-        size = float(np.square(wide(y)).sum() / len(y))
-        worst = {
-            "loss of the head": loss_over_bound(x, y, head, best, x.dtype),
-            # Below 1e-9 of the targets' mean square a loss is 0 for all that anybody does with it.
-            "reported loss, 5 %": abs(said - true) / (0.05 * true + 1e-9 * size),
-        }
-        result = {key: max(value, result.get(key, 0.0)) for key, value in worst.items()}
+        lam = len(x) * cell.lam
+        best = ridge_oracle(x64, y64, lam, bias, anchor)
+        judged = judge(x64, y64, head, best, x.dtype, lam, free=bias == "free", anchor=anchor)
+        # Below 1e-9 of the targets' mean square a loss is 0 for all that anybody does with it.
+        true, said = mean_loss(x64, y64, head), float(step.loss)
+        reported = abs(said - true) / (0.05 * true + 1e-9 * judged[0].size)
+        result = worst(result, named(judged), {"reported loss, 5 %": Over(reported, reported)})
     return result
 
 
 @probe("rescaled_proximal_step", kind=("plain",), scale=(1e-3, 1.0, 1e3))
-def _rescaled(cell: Cell) -> dict[str, float]:
+def _rescaled(cell: Cell) -> dict[str, Over]:
     x, labels = data(cell)[0], torch.arange(max(2, round(cell.ratio * WIDTH))) % TARGETS
-    result: dict[str, float] = {}
+    result: dict[str, Over] = {}
     for kappa in (1e-3, 7.0, 1e6):
         start = torch.zeros(TARGETS, WIDTH, dtype=x.dtype)
         step = cfl_ops.rescaled_proximal_step(x, labels, start, lam=cell.lam, kappa=kappa, target_scale=2.0)
-        worst = _class_loss(x, labels, wide(step.weight).T, kappa, 2.0, len(x) * cell.lam)
-        result = {key: max(value, result.get(key, 0.0)) for key, value in worst.items()}
+        judged = _judge_classes(x, labels, wide(step.weight).T, kappa, 2.0, len(x) * cell.lam)
+        result = worst(result, named(judged))
     return result
 
 
-def _class_loss(
+def _judge_classes(
     x: Tensor, labels: Tensor, head: np.ndarray, kappa: float, scale: float, lam: float
-) -> dict[str, float]:
-    """The loss of a head of the rescaled squared loss, over its bound."""
-    x64, loss, least, most, size = wide(x), 0.0, 0.0, 0.0, 0.0
+) -> tuple[Judged, Judged]:
+    """A head of the rescaled squared loss: each class has row weights and targets of its own."""
+    x64, each = wide(x), []
     for k in range(TARGETS):
         own = (labels == k).numpy()
         weight, target = np.where(own, Wide(kappa), Wide(1)), np.where(own, Wide(scale), Wide(0))[:, None]
         best = ridge_oracle(x64, target, lam, weight=weight)
-        stored = rounded(best, x.dtype)
-        if not np.isfinite(stored).all():
-            return {"loss of the head": 0.0}  # no head of this dtype is right
-        size += float((weight @ np.square(target)).sum() / weight.sum())
-        loss += mean_loss(x64, target, head[:, k : k + 1], weight)
-        least += mean_loss(x64, target, stored, weight)
-        # As in loss_over_bound; here in float32 too, since there are only as many chances as classes.
-        moved = np.abs(x64) @ np.abs(best) * Wide(torch.finfo(x.dtype).eps / 2)
-        most += mean_loss(x64, target, best, weight) + float((weight @ np.square(moved)).sum() / weight.sum())
-    bound = 2 * max(least, most) + 1e-3 * size
-    return {"loss of the head": loss / bound if bound else 0.0}
+        # With as few chances as classes the luck of rounding shows in float32 too.
+        each.append(judge(x64, target, head[:, k : k + 1], best, x.dtype, lam, weight=weight, storing=True))
+    nothing = Judged(0.0, 0.0, 0.0, 0.0)
+    return sum((loss for loss, _ in each), nothing), sum((objective for _, objective in each), nothing)
 
 
 @probe("class_ridge", kind=("plain",), scale=(1e-3, 1.0, 1e3))
-def _class_ridge(cell: Cell) -> dict[str, float]:
+def _class_ridge(cell: Cell) -> dict[str, Over]:
     x, labels = data(cell)[0], torch.arange(max(2, round(cell.ratio * WIDTH))) % TARGETS
-    result = 0.0
+    result: dict[str, Over] = {}
     for kappa in (1e-3, 7.0, 1e6):
         head = cfl_ops.class_ridge(x, labels, cell.lam, num_classes=TARGETS, kappa=kappa, scale=2.0)
-        result = max(result, _class_loss(x, labels, wide(head), kappa, 2.0, cell.lam)["loss of the head"])
-    return {"loss of the head": result}
+        result = worst(result, named(_judge_classes(x, labels, wide(head), kappa, 2.0, cell.lam)))
+    return result
 
 
 @probe("ridge")
-def _ridge(cell: Cell) -> dict[str, float]:
+def _ridge(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
+    x64, y64 = wide(x), wide(y)
     plain = cfl_ops.ridge(x, y, cell.lam)
     weight, offset = cfl_ops.ridge(x, y, cell.lam, bias=True)
     with_bias = np.concatenate([wide(weight), wide(offset)[None]])
-    best = [ridge_oracle(wide(x), wide(y), cell.lam, bias) for bias in ("none", "free")]
-    return {
-        "loss of the head": loss_over_bound(x, y, wide(plain), best[0], x.dtype),
-        "loss, intercept": loss_over_bound(x, y, with_bias, best[1], x.dtype),
-    }
+    best = [ridge_oracle(x64, y64, cell.lam, bias) for bias in ("none", "free")]
+    return named(judge(x64, y64, wide(plain), best[0], x.dtype, cell.lam)) | named(
+        judge(x64, y64, with_bias, best[1], x.dtype, cell.lam), ", intercept"
+    )
 
 
 @probe("ridge_path", lam=(1.0,))
-def _ridge_path(cell: Cell) -> dict[str, float]:
+def _ridge_path(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
-    lams, worst = (1e-8, 1e-4, 1.0, 1e4, 1e8), 0.0
+    lams, result = (1e-8, 1e-4, 1.0, 1e4, 1e8), {}
     weights, offsets = cfl_ops.ridge_path(x, y, lams, bias=True)
     for lam, weight, offset in zip(lams, weights, offsets, strict=True):
         head = np.concatenate([wide(weight), wide(offset)[None]])
-        worst = max(worst, loss_over_bound(x, y, head, ridge_oracle(wide(x), wide(y), lam, "free"), x.dtype))
-    return {"loss, intercept": worst}
+        best = ridge_oracle(wide(x), wide(y), lam, "free")
+        result = worst(result, named(judge(wide(x), wide(y), head, best, x.dtype, lam), ", intercept"))
+    return result
 
 
 @probe("ridge_cv", lam=(1.0,), dtype=("float32", "float64"))
@@ -245,10 +303,10 @@ def _ridge_cv(cell: Cell) -> dict[str, float]:
 
 
 @probe("lstsq", lam=(0.0,), kind=("plain", "outlier"), ratio=(1.0, 2.0, 10.0))
-def _lstsq(cell: Cell) -> dict[str, float]:
+def _lstsq(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
     best = least_squares(wide(x), wide(y))
-    return {"loss of the solution": loss_over_bound(x, y, wide(cfl_ops.lstsq(x, y)), best, x.dtype)}
+    return {"loss": judge(wide(x), wide(y), wide(cfl_ops.lstsq(x, y)), best, x.dtype, 0.0)[0].over()}
 
 
 @probe("pinv", lam=(0.0,), kind=("plain",), dtype=("float32", "float64"))
@@ -325,7 +383,7 @@ def _ridge_solve(cell: Cell) -> dict[str, float]:
 
 
 @probe("RecursiveRidge", dtype=("float32", "float64"), lam=(1e-8, 1.0, 1e8), kind=("plain", "outlier"))
-def _recursive_ridge(cell: Cell) -> dict[str, float]:
+def _recursive_ridge(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
     best = ridge_oracle(wide(x), wide(y), cell.lam)
     model = cfl_ops.RecursiveRidge(WIDTH, TARGETS, alpha=cell.lam, dtype=x.dtype)
@@ -335,18 +393,15 @@ def _recursive_ridge(cell: Cell) -> dict[str, float]:
     for row, target in zip(x, y, strict=True):
         model.update(row, target)
         sliding.update(row, target)
-    return {
-        "loss of the head, of a QR": loss_over_bound(
-            x, y, wide(model.weight).T, best, x.dtype, factored=True
-        ),
-        "loss, window after rows x 1000": loss_over_bound(
-            x, y, wide(sliding.weight).T, best, x.dtype, factored=True
-        ),
-    }
+    result: dict[str, Over] = {}
+    for head, suffix in ((model.weight, ""), (sliding.weight, ", window after rows x 1000")):
+        judged = judge(wide(x), wide(y), wide(head).T, best, x.dtype, cell.lam, factored=True)
+        result |= named(judged, suffix)
+    return result
 
 
 @probe("learn.Ridge", lam=(1e-4, 1.0, 1e4), kind=("plain",))
-def _learn_ridge(cell: Cell) -> dict[str, float]:
+def _learn_ridge(cell: Cell) -> dict[str, Over]:
     from cfl_ops.learn import Ridge
 
     x, y = data(cell)
@@ -354,9 +409,9 @@ def _learn_ridge(cell: Cell) -> dict[str, float]:
     model = Ridge(alpha=cell.lam).fit(x, y)
     head = np.concatenate([wide(model.coef_).T, wide(model.intercept_)[None]])
     best = ridge_oracle(wide(x), wide(y), cell.lam, "free")
-    x64, y64 = wide(x), wide(y)
-    bound = 2 * mean_loss(x64, y64, rounded(best, model.coef_.dtype)) + 1e-3 * float(np.var(y64))
-    return {"loss, targets + 257": mean_loss(x64, y64, head) / bound}
+    judged = judge(wide(x), wide(y), head, best, model.coef_.dtype, cell.lam)
+    varied = float(np.var(wide(y)))  # 257 is in the intercept
+    return named((judged[0]._replace(size=varied), judged[1]._replace(size=varied)), ", targets + 257")
 
 
 @probe("gram", lam=(0.0,), kind=("plain",))
@@ -445,6 +500,8 @@ class Row:
     wrong: int
     worst: float
     where: str
+    strictly: int
+    strict_worst: float
 
 
 def sweep(name: str, every: int = 1) -> list[Row]:
@@ -462,22 +519,26 @@ def sweep(name: str, every: int = 1) -> list[Row]:
             told += 1
             continue
         for measure, value in measures.items():
-            row = rows.setdefault(measure, Row(name, measure, 0, 0, 0, 0.0, ""))
-            value = math.inf if math.isnan(value) else value
+            row = rows.setdefault(measure, Row(name, measure, 0, 0, 0, 0.0, "", 0, 0.0))
+            over = value if isinstance(value, Over) else Over(value, value)
+            error, strict = (math.inf if math.isnan(v) else float(v) for v in over)
             row.cells += 1
-            row.wrong += int(value > 1)
-            if value > row.worst:
-                row.worst, row.where = float(value), str(cell)
+            row.wrong += error > 1
+            row.strictly += strict > 1
+            row.strict_worst = max(row.strict_worst, strict)
+            if error > row.worst:
+                row.worst, row.where = error, str(cell)
     return [replace(row, told=told) for row in rows.values()]
 
 
 def table(rows: Iterable[Row]) -> str:
     lines = [
-        "| op | error over bound | cells | told | beyond | worst | worst cell |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| op | error over bound | cells | told | beyond | worst | worst cell | strictly beyond, worst |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {row.op} | {row.measure} | {row.cells} | {row.told} | {row.wrong} | {row.worst:.2g} | {row.where} |"
+        f"| {row.op} | {row.measure} | {row.cells} | {row.told} | {row.wrong} | {row.worst:.2g} | {row.where} "
+        f"| {row.strictly}, {row.strict_worst:.2g} |"
         for row in rows
     ]
     return "\n".join(lines)
