@@ -135,7 +135,8 @@ def judge(
         weight: of the rows.
         storing: what storing a head costs is a matter of luck where predictions cancel; the most that it can cost is
             granted. So it is in half precision.
-        factored: a QR in this dtype is granted its backward error, a few eps |X| |W|.
+        factored: a QR in this dtype is granted its backward error, (10 + n / 2) eps |X| |W|: rows that are equal all
+            round the same way.
 
     """
     total = Wide(len(x)) if weight is None else weight.sum()
@@ -157,7 +158,7 @@ def judge(
         granted_penalty = penalty(distance(best) + np.abs(best) * unit)
     if factored:
         granted = max(loss, granted) + float(
-            np.square(20 * unit) * np.square(x).sum() * np.square(best).sum() / total
+            np.square((20 + len(x)) * unit) * np.square(x).sum() * np.square(best).sum() / total
         )
     own = mean_loss(x, y, head, weight)
     return (

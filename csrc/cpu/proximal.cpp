@@ -601,6 +601,15 @@ double weighted_squares(const Problem<T>& pb, const T* values) {
   return total;
 }
 
+// Before a step of refinement is made: whether what the head misses is little, or no longer falls.
+// In half precision a head shows digits that its loss did not before it was rounded: a few steps
+// make them right.
+template <class T>
+bool refinement_ends(const Problem<T>& pb, int step, double error, double best, double last) {
+  if (error <= 1e-3 * best) return !pb.rounds() || step >= 3;
+  return !(error <= 0.5 * last);
+}
+
 template <class T>
 double total_of(const Problem<T>& pb) {  // of the row weights
   double total = 0;
@@ -932,10 +941,11 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       // The head is refined by its own residual, which knows what was lost in A^T P: the change
       // (S^-1 (R - t A))^T P is small, and so are its rounding errors.
       double last = std::numeric_limits<double>::infinity();
-      for (int step = 0; step < 8 && noise > kSmallError * best; ++step) {
+      const bool refined = noise <= kSmallError * best;
+      for (int step = 0; step < 8 && (!refined || pb.rounds()); ++step) {
         const double error = missed(false);
         good = tolerable(error, std::sqrt(weighted_squares(pb, residual)), size);
-        if (error <= 1e-3 * best || !(error <= 0.5 * last) || !system) break;
+        if (refinement_ends(pb, step, error, best, last) || !system) break;
         last = error;
         potrs_lower(B, K, system, B, delta, K);
         for (int64_t i = 0; i < B * K; ++i) alpha[i] += delta[i];
@@ -1184,7 +1194,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
       T* change = scratch.take<T>(order * K);
       bool good = tolerable(off, best, size);
       double last = std::numeric_limits<double>::infinity();
-      for (int step = 0; step < 8 && !refined && system; ++step) {
+      for (int step = 0; step < 8 && (!refined || pb.rounds()) && system; ++step) {
         // The change H^-1 (X^T S R - t (W - Wa)) by which the head is refined, and what it gains.
         std::vector<double> sums(K, 0.0);
         for (int64_t i = 0; i < B; ++i) {
@@ -1205,7 +1215,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         unshift_head(change);
         const double error = std::sqrt(std::abs(gain));
         good = tolerable(error, best, size);
-        if (error <= 1e-3 * best || !(error <= 0.5 * last)) break;
+        if (refinement_ends(pb, step, error, best, last)) break;
         last = error;
         for (int64_t i = 0; i < order * K; ++i) head[i] += change[i];
         transpose(D, K, head, fresh);
