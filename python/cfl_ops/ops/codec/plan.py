@@ -88,6 +88,15 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
         reach = (ends[:, 1:] - ends[:, :1]) * FAR
         far = (x < ends[:, :1] - reach) | (x > ends[:, 1:] + reach)
         kept &= ~(far & (reach > 0) & (far.sum(-1, keepdim=True) <= n // 64))
+        # Where most are one value, the others are no outliers for that, unless they are two or fewer: they are compared
+        # among themselves.
+        sparse = (reach == 0).flatten().nonzero().flatten()
+        if len(sparse):
+            distance = (x[sparse] - ends[sparse, :1]).abs()
+            usual = torch.where(distance > 0, distance, math.nan).nanmedian(-1, keepdim=True).values
+            few = (distance > 0).sum(-1, keepdim=True) <= 2
+            far = torch.where(few, distance > 0, distance > usual * FAR)
+            kept[sparse] = ~(far & (far.sum(-1, keepdim=True) <= max(2, n // 64)))
     low, high = torch.where(kept, x, math.inf).amin(-1), torch.where(kept, x, -math.inf).amax(-1)
     deviation, middle = _deviation(x, kept, low, high), low.clone()
     # Two clusters far apart leave the middle of the range empty.
@@ -152,7 +161,7 @@ def look_at(rows: Tensor) -> Tensor:
 def spread_of_groups(rows: Tensor, look: Tensor, span: Tensor, max_error: float) -> Spread:
     """The spread of each row as its look shows it; 32 weights of a sparse row may show hardly any of it."""
     spread = spread_of(look, max_error)
-    doubtful = (span > 256 * spread.deviation).nonzero().flatten()
+    doubtful = (span > 16 * spread.deviation).nonzero().flatten()
     if len(rows) == 1 or len(doubtful) == 0:
         return spread
     more = sample_index(rows.shape[1], max(1, rows.shape[1] // LOOK), rows.device)
