@@ -33,12 +33,15 @@ struct Of<float> {
   static constexpr float kTiny = 1e-30f, kHuge = 1e30f;
   // Up to this t, rotations of moderate numbers do not overflow either.
   static constexpr float kMostT = 1e12f;
+  // About eps^-1/4: so many digits may a small pivot lose.
+  static constexpr float kFarLonger = 64;
 };
 template <>
 struct Of<double> {
   static constexpr double kEps = DBL_EPSILON;
   static constexpr double kTiny = 1e-280, kHuge = 1e280;
   static constexpr double kMostT = 1e100;
+  static constexpr double kFarLonger = 8192;
 };
 template <class T>
 using Mask = Index<T>;
@@ -138,10 +141,23 @@ CFL_INLINE void load_transposed(Rows rows, Vec<T> (&r)[kLanes<T>]) {
 // its rounding are lost more often than not all the same. So what its rounding added to a pivot, as
 // a share of it, is added to its whole column, which is then consistent: a factor of a column makes
 // no difference to L^-T times what is beneath.
+//
+// Where a single v is longer than l, W less what is nearly W would leave only rounding of what L
+// had to say. There W' = (l / r) W - (v / r) L, as a rotation has it: with keep = l / r and no C.
 template <class T, int K>
 struct Reflector {
   T dl, dw, s[K], g[K];
 };
+template <class T>
+struct Reflector<T, 1> {
+  T dl, dw, s[1], g[1], keep, of_change;
+};
+
+// W' of one column, after the change C.
+template <class T, class V>
+CFL_INLINE V turned(const Reflector<T, 1>& h, V w, V old, V change) {
+  return h.keep * w - h.g[0] * (h.dw * old + h.of_change * change);
+}
 
 // r = sqrt(l^2 + sign |v|^2) and the like where squares leave the range of T.
 CFL_INLINE float scaled_root(float l, const float* v, int k, bool down) {
@@ -163,6 +179,14 @@ CFL_INLINE double scaled_root(double l, const double* v, int k, bool down) {
   return most * __builtin_sqrt(square);
 }
 
+template <class T>
+CFL_INLINE void rotate_instead(Reflector<T, 1>& h, T cosine, T sine, T sign) {
+  h.keep = cosine;
+  h.g[0] = sine;
+  h.dw = sign;
+  h.of_change = 0;
+}
+
 // Fills `h` from the diagonal entry and row of W, and returns the new diagonal entry; not a finite
 // number
 // >= 0 if there is none.
@@ -170,6 +194,7 @@ template <class T, int K>
 CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>& h) {
   const T sign = diagonal < 0 ? -scale : scale;
   const T l = sign * diagonal;
+  if constexpr (K == 1) h.keep = h.of_change = 1;
   T sum = v[0] * v[0];
   for (int p = 1; p < K; ++p) sum += v[p] * v[p];
   T square = l * l + (down ? -sum : sum), r;
@@ -188,6 +213,9 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
     h.dl = (down ? sign * less : -(sign * less)) + (sign - 1);
     const T change = down ? -less * r : less * r, pivot = l + change;
     h.dl += sign * (l * over_r) * (((pivot - l) - change) * over_r);
+    if constexpr (K == 1) {
+      if (!down && sum > l * l) rotate_instead(h, l * over_r, v[0] * over_r, sign);
+    }
     return pivot;
   }
   r = scaled_root(l, v, K, down);
@@ -201,6 +229,9 @@ CFL_INLINE T reflect(T diagonal, const T* v, T scale, bool down, Reflector<T, K>
     h.g[p] = ratio / (l / r + 1);
   }
   h.dl = sign * (l / r) - 1;
+  if constexpr (K == 1) {
+    if (!down && magnitude(v[0]) > l) rotate_instead(h, l / r, v[0] / r, sign);
+  }
   return r;
 }
 
@@ -313,17 +344,25 @@ struct Single {
             row[p] = w[p * kPanel + j + 1];
             change += h.s[p] * row[p];
           }
-          const T both = h.dw * old + change;
-          for (int p = 0; p < K; ++p) row[p] -= h.g[p] * both;
+          if constexpr (K == 1) {
+            row[0] = turned(h, row[0], old, change);
+          } else {
+            const T both = h.dw * old + change;
+            for (int p = 0; p < K; ++p) row[p] -= h.g[p] * both;
+          }
           diagonal_entry = column[kPanel + j + 1];
         }
         for (int64_t x = j / n * n; x < kPanel; x += n) {
           const Vec<T> old = load(column + x);
           Vec<T> change = h.dl * old;
           for (int p = 0; p < K; ++p) change += h.s[p] * load(w + p * kPanel + x);
-          const Vec<T> both = h.dw * old + change;
-          for (int p = 0; p < K; ++p) {
-            store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * both);
+          if constexpr (K == 1) {
+            store(w + x, turned(h, load(w + x), old, change));
+          } else {
+            const Vec<T> both = h.dw * old + change;
+            for (int p = 0; p < K; ++p) {
+              store(w + p * kPanel + x, load(w + p * kPanel + x) - h.g[p] * both);
+            }
           }
           store(column + x, old + change);
         }
@@ -434,9 +473,13 @@ struct Single {
             other += h->s[3] * held[3][x];
             change += other;
           }
-          const Vec<T> both = h->dw * old + change;
+          if constexpr (K == 1) {
+            held[0][x] = turned(*h, held[0][x], old, change);
+          } else {
+            const Vec<T> both = h->dw * old + change;
 #pragma GCC unroll 4
-          for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * both;
+            for (int p = 0; p < K; ++p) held[p][x] -= h->g[p] * both;
+          }
           store(column + x * n, old + change);
         }
       }
@@ -568,9 +611,54 @@ struct Single {
   }
 };
 
+// Whether a column of w is far longer than a pivot.
+template <class T>
+bool far_longer(const UpdateArgs<T>& args) {
+  constexpr int64_t kSome = 128;
+  T limit[kSome];
+  for (int64_t begin = 0; begin < args.order; begin += kSome) {
+    const int64_t count = min64(kSome, args.order - begin);
+    const T* diagonal = args.l + begin * (args.row_stride + args.col_stride);
+    for (int64_t j = 0; j < count; ++j) {
+      const T pivot = args.scale * magnitude(diagonal[j * (args.row_stride + args.col_stride)]);
+      limit[j] = pivot > 0 ? Of<T>::kFarLonger * pivot : Of<T>::kHuge;
+    }
+    Mask<T> found{};
+    for (int64_t p = 0; p < args.rank; ++p) {
+      const T* w = args.w + p * args.ldw + begin;
+      int64_t j = 0;
+      for (; j + kLanes<T> <= count; j += kLanes<T>) {
+        const Vec<T> x = load(w + j);
+        found |= (x < 0 ? -x : x) > load(limit + j);
+      }
+      for (; j < count; ++j) {
+        if (magnitude(w[j]) > limit[j]) return true;
+      }
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      if (found[lane]) return true;
+    }
+  }
+  return false;
+}
+
 template <class T>
 int64_t update(const UpdateArgs<T>& args) {
   if (args.rank == 1) return Single<T, 1>::update(args);
+  if (!args.down && far_longer(args)) {
+    // Of several columns at once the small differences of large ones would be rounding, and they
+    // are all that is left beside small pivots.
+    UpdateArgs<T> one = args;
+    one.rank = 1;
+    for (int64_t p = 0; p < args.rank; ++p) {
+      const int64_t failed = Single<T, 1>::update(one);
+      if (failed) return failed;
+      one.scale = 1;
+      one.w += args.ldw;
+      if (one.beneath_rows) one.beneath_w += args.ldw;
+    }
+    return 0;
+  }
   if (args.rank == 2) return Single<T, 2>::update(args);
   return Single<T, 4>::update(args);
 }
@@ -735,7 +823,8 @@ struct Group {
       }
       const V square = a.down ? l * l - sum : l * l + sum;
       good &= (square > Of<T>::kTiny) & (square + sum < Of<T>::kHuge);
-      if (a.down) good &= square > lost * l * l;
+      good &=
+          a.down ? square > lost * l * l : square < (Of<T>::kFarLonger * Of<T>::kFarLonger) * l * l;
       const V r = root(square);
       const V inverse = T(1) / (r * (l + r));
       const V over_r = inverse * (l + r), over_sum = inverse * r;

@@ -396,8 +396,8 @@ def test_old_readers_read_what_needs_no_new_format() -> None:
 @pytest.mark.parametrize("group", [{"per": "row"}, {"per": "block", "block_size": 64}])
 @pytest.mark.parametrize("share", [0.02, 0.1])
 def test_the_error_of_sparse_groups_is_not_overrated(group: dict[str, Any], share: float) -> None:
-    """The few weights of a group that are not 0 counted as its outliers: warnings at a sixth of the budget, 5 bits more."""
-    g = torch.Generator().manual_seed(0)
+    """The few weights of a group that are not 0 counted as its outliers: false warnings, and 5 bits too many."""
+    g = torch.Generator().manual_seed(1)
     w = torch.where(torch.rand(200, 1000, generator=g) < share, torch.randn(200, 1000, generator=g), 0.0)
     size = group.get("block_size", 1000)
     quietly(w, bits=7, zero="exact", **group)

@@ -166,3 +166,13 @@ def test_a_constant_fold_of_large_targets_has_no_variance() -> None:
         chosen = cfl_ops.ridge_cv(x.to(target.dtype), target, [0.1, 10.0], cv=4, per_target=False, bias=True)
         assert chosen.lam.item() in (0.1, 10.0)
         assert bool(chosen.scores.isfinite().all())
+
+
+@pytest.mark.parametrize("unit", [1e13, 1e-13])
+@pytest.mark.parametrize("bias", [False, True])
+def test_folds_of_large_and_small_targets(unit: float, bias: bool) -> None:
+    """They are scaled in float64 then, and the rows of a fold stayed float32."""
+    x, y = randn(24, 20), randn(24, 2)
+    big, plain = (cfl_ops.ridge_cv(x, y * s, [0.1, 1.0], cv=5, bias=bias) for s in (unit, 1.0))
+    torch.testing.assert_close(big.scores / unit**2, plain.scores, rtol=1e-4, atol=0)
+    assert torch.equal(big.lam, plain.lam)

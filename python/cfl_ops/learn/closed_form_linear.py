@@ -65,7 +65,8 @@ class ClosedFormLinear(StateModule):
 
     The parameters have ``requires_grad=False``, so an optimiser passes over them, and the state_dict is that
     of ``nn.Linear``; one that does not fit leaves them as they were. As those of ``nn.Linear`` they follow
-    ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype. A head that was made
+    ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype (on features with a large mean
+    half precision costs much of the loss: centre them, or keep the head in float32). A head that was made
     under :func:`torch.inference_mode` can be updated outside it. lam and the other options are plain attributes:
     change ``head.lam`` for a schedule.
 

@@ -155,7 +155,7 @@ class RecursiveRidge(PreciseModule):
         most = min(self.alpha, self.noise / self.process_noise) if process_noise > 0 else self.alpha
         self._floor = eps * most if forgetting < 1 else 0.0
         self._most_lost = max(eps**-0.25, 2.0 * (window or 0))
-        self._solved: tuple[Any, Tensor] | None = None
+        self._solved: tuple[Any, Tensor] | None = None  # a state's key, and its weight
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -167,8 +167,12 @@ class RecursiveRidge(PreciseModule):
     @property
     def wide_weight(self) -> Tensor:
         """``(K, D)`` float64: W, as the state has it."""
+        return self._weight().clone()
+
+    def _weight(self) -> Tensor:
+        """That of :attr:`wide_weight` itself, which is kept until the state changes."""
         key = self._state_key()
-        if key is not None and self._solved is not None and self._solved[0] == key:
+        if key is not None and self._solved is not None and _same_state(self._solved[0], key):
             return self._solved[1]
         lower, side = self.factor.double(), self.rotated_targets.double()
         weight: Tensor = torch.linalg.solve_triangular(lower.mT, side.mT, upper=True).mT
@@ -178,7 +182,7 @@ class RecursiveRidge(PreciseModule):
     @property
     def weight(self) -> Tensor:
         """``(K, D)``: W, in the dtype of the state."""
-        return self.wide_weight.to(self.factor.dtype, copy=True)
+        return self._weight().to(self.factor.dtype, copy=True)
 
     @property
     def covariance(self) -> Tensor:
@@ -229,15 +233,17 @@ class RecursiveRidge(PreciseModule):
 
     @makes_state
     def remove(self, x: Tensor, y: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Forget rows that were learnt before, exactly, by a downdate (with forgetting = 1 and no process noise).
+        """Forget rows that were learnt before, exactly, by a downdate.
 
         A downdate leaves the rounding of what was there before: W is then as exact as if eps were eps / (1 - h), for
         rows of leverage h. There are no rows to start anew from, so what would cost more than half of the digits is
         refused.
 
-        Args and errors are those of :meth:`update`; besides:
+        Args and errors are those of :meth:`update`, but with forgetting below 1 ``sample_weight`` must be given: of the
+        weight of a row ``forgetting ** n`` is left after n further updates.
 
         Raises:
+            RuntimeError: the window removes its rows itself; process noise has blurred what rows taught.
             torch.linalg.LinAlgError: the rows hold more than the state does, so they cannot have been learnt; or
                 so nearly all of it that what this and earlier downdates left behind could exceed ``sqrt(eps)`` of a
                 squared pivot. The state is then unchanged.
@@ -245,6 +251,15 @@ class RecursiveRidge(PreciseModule):
         """
         if self.window is not None:
             raise RuntimeError("cfl_ops.RecursiveRidge.remove: the window removes its rows itself")
+        if self.process_noise > 0:
+            raise RuntimeError(
+                "cfl_ops.RecursiveRidge.remove: process noise has blurred what rows taught; none can be removed"
+            )
+        if self.forgetting < 1 and sample_weight is None:
+            raise ValueError(
+                "cfl_ops.RecursiveRidge.remove: sample_weight must say what is left of each row, "
+                f"{self.forgetting:g} ** n after n further updates"
+            )
         rows_x, rows_y = self._rows("remove", x, y, sample_weight)
         factor, side = self.factor.clone(), self.rotated_targets.clone()
         error, info = RECURSIVE_RIDGE_(factor, side, rows_x, rows_y, sample_weight, 1.0, 0.0, True)
@@ -275,7 +290,7 @@ class RecursiveRidge(PreciseModule):
         """
         checks.floating("RecursiveRidge.predict", "x", x, 1)
         checks.size("RecursiveRidge.predict", "x", x, -1, self.features, "features")
-        mean = (x.double() @ self.wide_weight.mT).to(x.dtype)
+        mean = (x.double() @ self._weight().mT).to(x.dtype)
         return_variance = checks.flag("RecursiveRidge.predict", "return_variance", return_variance)
         if not return_variance:
             return mean
@@ -300,7 +315,8 @@ class RecursiveRidge(PreciseModule):
             return None
         if from_inference_mode(factor) or from_inference_mode(side):
             return None
-        return factor.data_ptr(), factor._version, side.data_ptr(), side._version
+        # The tensors themselves, for the memory of one that is gone is used again.
+        return factor, factor._version, side, side._version
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the solution that is kept."""
@@ -315,13 +331,14 @@ class RecursiveRidge(PreciseModule):
             self._make_normal()
         checks.floating(op, "x", x, 1)
         checks.floating(op, "y", y, 1)
+        given = x, y
         if x.ndim == 1:
             x, y = x.unsqueeze(0), y.unsqueeze(0)
         shape, shape_of_y = x.shape, y.shape
         if len(shape) != 2 or len(shape_of_y) != 2 or shape_of_y[0] != shape[0]:
             raise ValueError(
                 f"cfl_ops.{op}: x and y must have shapes (B, D) and (B, K), or (D,) and (K,), "
-                f"but got {tuple(shape)} and {tuple(shape_of_y)}"
+                f"but got {tuple(given[0].shape)} and {tuple(given[1].shape)}"
             )
         if shape[1] != self.features or shape_of_y[1] != self.targets:
             checks.size(op, "x", x, -1, self.features, "features")
@@ -444,6 +461,10 @@ class RecursiveRidge(PreciseModule):
             )
             return
         super()._load_from_state_dict(given, prefix, *rest)
+
+
+def _same_state(one: tuple[Tensor, int, Tensor, int], other: tuple[Tensor, int, Tensor, int]) -> bool:
+    return all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
 
 
 def _sizes(factor: Tensor, side: Tensor) -> Tensor:

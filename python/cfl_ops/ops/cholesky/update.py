@@ -232,9 +232,18 @@ def _arguments(op: str, L: Tensor, V: Tensor, in_place: bool) -> tuple[Tensor, T
 def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Tensor, Tensor]:
     """Column by column, a reflector turns (L_jj, row j of W) into (r, 0) and acts on the rows below.
 
-    W is V sqrt(|alpha|). For a downdate the reflector is hyperbolic; both are stable in this form.
+    W is V sqrt(|alpha|). For a downdate the reflector is hyperbolic; both are stable in this form. Columns of V that
+    are far longer than a pivot go one by one, for the small differences of large ones would be all that is left beside
+    small pivots; where only a GPU could tell, they do not.
     """
     order, eps = L.shape[-1], torch.finfo(L.dtype).eps
+    if alpha > 0 and V.shape[-1] > 1 and _far_longer(L, V * math.sqrt(alpha), decay):
+        old, info = L.tril(), with_bad_arguments(torch.zeros(L.shape[:-2], dtype=torch.int32), L, V)
+        out = old
+        for p in range(V.shape[-1]):
+            out, failed = _update_python(out, V[..., p : p + 1], alpha, decay if p == 0 else 1.0)
+            info = torch.where(info == 0, failed, info)
+        return torch.where((info != 0)[..., None, None], old, out), info
     old = L.tril()
     out = old * math.sqrt(decay)
     w = V * math.sqrt(abs(alpha))
@@ -265,9 +274,13 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         # What the rounding of the pivot added to it, as a share of it, is added to the whole column.
         rounded = ((r2 - l1) - change) / torch.where(r2 > 0, r2, 1.0)
         less = torch.where(zero_pivot, 0.0, less - l1 / safe_r1 * rounded)
-        below = w[..., j:, :]
+        below, single = w[..., j:, :], alpha > 0 and w.shape[-1] == 1
         new = column + (side * (below @ s.unsqueeze(-1)).squeeze(-1) - less.unsqueeze(-1) * column)
-        w[..., j:, :] = below - (column + new).unsqueeze(-1) * g.unsqueeze(-2)
+        turned = below - (column + new).unsqueeze(-1) * g.unsqueeze(-2)
+        if single:  # W less what is nearly W would leave rounding, where v is longer than l
+            rotated = (l1 / safe_r1)[..., None, None] * below - column.unsqueeze(-1) * s.unsqueeze(-2)
+            turned = torch.where((added > l1 * l1)[..., None, None], rotated, turned)
+        w[..., j:, :] = turned
         out[..., j:, j] = new
         out[..., j, j] = r
     info = torch.zeros(L.shape[:-2], dtype=torch.int32, device=L.device)
@@ -277,6 +290,15 @@ def _update_python(L: Tensor, V: Tensor, alpha: float, decay: float) -> tuple[Te
         info = with_bad_arguments(torch.where(failed.any(-1), first, info), old, V)
         info = with_lost_digits(info, out, V, alpha)
     return torch.where((info != 0)[..., None, None], old, out), info
+
+
+def _far_longer(L: Tensor, W: Tensor, decay: float) -> bool:
+    """Whether a column of W is far longer than a pivot."""
+    if not L.is_cpu or W.numel() == 0:
+        return False
+    pivots = L.diagonal(dim1=-2, dim2=-1).abs() * math.sqrt(decay)
+    most = torch.finfo(L.dtype).eps ** -0.25
+    return bool(((W.abs().amax(-1) > most * pivots) & (pivots > 0)).any())
 
 
 def _update_python_(L: Tensor, V: Tensor, alpha: float, decay: float) -> Tensor:

@@ -110,9 +110,10 @@ def compress(
         per: what shares a range (:func:`quantize`).
         block_size: with ``per="block"``, the weights of a block.
         nonfinite: ``"refuse"`` NaN and Inf with an error that counts them, or ``"keep"`` them exactly.
-        max_error: the rms error that is asked for, as a part of the standard deviation (of the group; outliers not
-            counted, and of two clusters far apart that within a cluster). With ``inf``, N and the range are the
-            thesis' and nothing warns.
+        max_error: the most rms error that is asked for, as a part of the standard deviation (of the group; outliers
+            not counted, up to 1 weight in 64, and of two clusters far apart that within a cluster). It makes N larger,
+            never smaller: for fewer bits give ``floor`` or ``bits``. With ``inf``, N and the range are the thesis' and
+            nothing warns.
         zero: ``"exact"``: what falls into the bin of 0 comes back as 0, for pruned weights; otherwise 0 comes back
             as the centre of its bin, up to half a bin off.
 
@@ -157,8 +158,8 @@ def _checked(w: Tensor, options: Options) -> Options:
     return found
 
 
-def compress_named(op: str, name: str, w: Tensor, asked: Options) -> Tensor:
-    """As :func:`compress`; warnings call the weights ``name``."""
+def compress_named(op: str, name: str, w: Tensor, asked: Options, stacklevel: int = 3) -> Tensor:
+    """As :func:`compress`; warnings call the weights ``name`` and point so many calls up."""
     options = _checked(w, asked)
     w = w.detach()
     if w.numel() == 0:
@@ -175,9 +176,10 @@ def compress_named(op: str, name: str, w: Tensor, asked: Options) -> Tensor:
     if isinstance(grid, Grid) and grid.error > options.max_error:
         warnings.warn(
             f"cfl_ops.{op}: {name} comes back with an rms error of about {grid.error:.2g} of its standard deviation, "
-            f"which passes max_error={options.max_error:g}: {grid.bits} bits are too few for it",
+            f"which passes max_error={options.max_error:g}: {grid.bits} bits are too few for it; ask for more, "
+            "or leave out bits",
             UserWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return blob
 

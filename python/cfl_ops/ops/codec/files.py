@@ -24,10 +24,11 @@ __all__ = ["compress_state_dict", "decompress_state_dict", "load_file", "save_fi
 
 _FILE_MAGIC, _FILE_VERSION = b"CFLZ", 1
 _FILE = struct.Struct("<4sIQII")  # then a checksum: 28 bytes
+MIN_NUMEL = 256
 
 
 def compress_state_dict(
-    state_dict: Mapping[str, Tensor], *, min_numel: int = 256, **options: Any
+    state_dict: Mapping[str, Tensor], *, min_numel: int = MIN_NUMEL, **options: Any
 ) -> dict[str, Tensor]:
     """Compress each floating-point tensor of at least ``min_numel`` elements; keep all others bit for bit.
 
@@ -51,6 +52,11 @@ def compress_state_dict(
         >>> _ = model.load_state_dict(cfl_ops.decompress_state_dict(blobs))
 
     """
+    return _blobs(state_dict, min_numel, options)
+
+
+def _blobs(state_dict: Mapping[str, Tensor], min_numel: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What compress_state_dict returns; warnings point at its caller's caller."""
     op, out = "compress_state_dict", {}
     if unknown := options.keys() - set(Options._fields):
         raise TypeError(f"cfl_ops.{op}: unknown options {', '.join(sorted(unknown))}")
@@ -62,7 +68,7 @@ def compress_state_dict(
         try:
             compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
             out[name] = (
-                compress_named(op, where, value, asked) if compressible else store_raw(op, where, value)
+                compress_named(op, where, value, asked, 4) if compressible else store_raw(op, where, value)
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in {where})") from None
@@ -109,7 +115,8 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **
         torch.Size([300, 300])
 
     """
-    blobs = {name: as_bytes(blob) for name, blob in compress_state_dict(state_dict, **options).items()}
+    min_numel = options.pop("min_numel", MIN_NUMEL)
+    blobs = {name: as_bytes(blob) for name, blob in _blobs(state_dict, min_numel, options).items()}
     index = b""
     for name, blob in blobs.items():
         encoded = name.encode()

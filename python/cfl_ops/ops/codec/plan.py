@@ -88,15 +88,9 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
         reach = (ends[:, 1:] - ends[:, :1]) * FAR
         far = (x < ends[:, :1] - reach) | (x > ends[:, 1:] + reach)
         kept &= ~(far & (reach > 0) & (far.sum(-1, keepdim=True) <= n // 64))
-        # Where most are one value, the others are no outliers for that, unless they are two or fewer: they are compared
-        # among themselves.
         sparse = (reach == 0).flatten().nonzero().flatten()
         if len(sparse):
-            distance = (x[sparse] - ends[sparse, :1]).abs()
-            usual = torch.where(distance > 0, distance, math.nan).nanmedian(-1, keepdim=True).values
-            few = (distance > 0).sum(-1, keepdim=True) <= 2
-            far = torch.where(few, distance > 0, distance > usual * FAR)
-            kept[sparse] = ~(far & (far.sum(-1, keepdim=True) <= max(2, n // 64)))
+            kept[sparse] = _usual(x[sparse], ends[sparse, :1])
     low, high = torch.where(kept, x, math.inf).amin(-1), torch.where(kept, x, -math.inf).amax(-1)
     deviation, middle = _deviation(x, kept, low, high), low.clone()
     # Two clusters far apart leave the middle of the range empty.
@@ -112,6 +106,19 @@ def spread_of(look: Tensor, max_error: float) -> Spread:
         )
     margin = (high - low) * (0.5 if n > LOOK // 2 else 1.0)  # fewer weights reach less far
     return Spread(low - margin, high + margin, middle, deviation)
+
+
+def _usual(x: Tensor, zero: Tensor) -> Tensor:
+    """Which weights of each row, most of which are ``zero``, are no outliers: the others are compared among themselves.
+
+    Two others or fewer are outliers.
+    """
+    distance = (x - zero).abs()
+    usual = torch.where(distance > 0, distance, math.nan).nanmedian(-1, keepdim=True).values
+    others = (distance > 0).sum(-1, keepdim=True)
+    far = torch.where(others <= 2, distance > 0, distance > usual * FAR)
+    most = torch.where(others <= 2, 2, (others // 8).clamp(max=max(2, x.shape[1] // 64)))
+    return ~(far & (far.sum(-1, keepdim=True) <= most))
 
 
 def _part(x: Tensor, kept: Tensor, hollow: Tensor, spread: Spread, max_error: float) -> None:

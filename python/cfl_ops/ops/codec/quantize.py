@@ -426,6 +426,7 @@ def _nonfinite_error(op: str, info: Tensor) -> ValueError:
     _, _, where = first_failure(info)
     return ValueError(
         f"cfl_ops.{op}: {where}w must be finite, but it has {bad} NaN or Inf value{'s' if bad > 1 else ''}"
+        + ('; nonfinite="keep" keeps them' if op == "compress" else "")
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = ["GramAccumulator"]
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 CHUNK_BYTES = 8 << 20
+CHECKSUM_BYTES = 4  # a CRC-32 at the end of a saved state
 FOLD_EVERY = 1024
 MANY_BATCHES = 1 << 20
 
@@ -400,8 +401,9 @@ class GramAccumulator:
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("w+b") as file:
                 torch.save(self.state_dict(), file)
+                file.write(_checksum(file, file.seek(0, os.SEEK_END)))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
@@ -416,12 +418,15 @@ class GramAccumulator:
             TypeError, ValueError: what :meth:`load_state_dict` raises.
 
         """
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"cfl_ops.GramAccumulator.load: {path} is no whole file of an accumulator"
-            ) from error
+        with Path(path).open("rb") as file:
+            size = max(0, file.seek(0, os.SEEK_END) - CHECKSUM_BYTES)
+            checksum = _checksum(file, size)
+            if not size or file.read() != checksum:
+                raise ValueError(
+                    f"cfl_ops.GramAccumulator.load: {path} is no whole file of an accumulator (by its checksum)"
+                )
+            file.seek(0)
+            state = torch.load(file, weights_only=True, map_location="cpu")
         self.load_state_dict(state)
 
     def reduce(self, group: Any = None) -> GramMoments:
@@ -455,6 +460,17 @@ class GramAccumulator:
             if field is not None:
                 dist.all_reduce(field, group=group)
         return GramMoments._make(fields)
+
+
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """Of the first so many bytes, behind which the file then stands."""
+    found = 0
+    file.seek(0)
+    while size > 0:
+        piece = file.read(min(size, CHUNK_BYTES))
+        found = zlib.crc32(piece, found)
+        size -= len(piece)
+    return found.to_bytes(CHECKSUM_BYTES, "little")
 
 
 def _shape(value: Tensor | None) -> tuple[int, ...] | None:

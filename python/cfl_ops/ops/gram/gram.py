@@ -348,7 +348,7 @@ def _new_rows(
         )
     if new.y is not None and m.cross is not None and not classes and new.y.shape[-1] != m.cross.shape[-1]:
         raise ValueError(
-            f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as in m, but got shape {tuple(new.y.shape)}"
+            f"cfl_ops.gram_: y must have {m.cross.shape[-1]} columns as before, but got shape {tuple(new.y.shape)}"
         )
     return new
 

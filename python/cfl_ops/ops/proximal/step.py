@@ -107,6 +107,8 @@ def proximal_step(
     loss is at most twice that of the exact head rounded to the same dtype, plus 1e-3 of the targets' mean square.
     float32 and half precision are computed with in float32 where a bound on its rounding allows it, which features
     with a large mean and small penalties do not; else in float64, at two to six times the cost (docs/formulas.md, 1.7).
+    A head in half precision on features with a large mean has a large loss, whatever it was computed in: centre the
+    features, or keep the head in float32.
     Costs ``2 (3 B D K + B^2 D / 2) + B^3 / 3`` FLOPs for B < D, else
     ``2 (2 B D K + B D^2 / 2) + D^3 / 3``. Differentiable (twice) in all its tensors.
 
@@ -560,8 +562,8 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     if code > 0:
         error: Exception = LinAlgError(
             f"{prefix}the system is singular (the leading minor of order {code} is not positive definite): "
-            "rows or columns of features depend on one another and the penalty is zero or too small to tell; "
-            "use a larger lam"
+            "rows or columns of features depend on one another, or their sizes lie too far apart, and the penalty is "
+            "zero or too small to tell; centre or scale the features, or use a larger lam"
         )
         return error
     if code == BAD_PENALTY:

@@ -32,6 +32,7 @@ class EigenRidge:
     """
 
     def __init__(self, x: Tensor, bias: bool, least: float, *, exact: bool = False) -> None:
+        bias = bias and x.shape[-2] > 0  # no rows have no mean
         self.x, self.bias, self.least = x, bias, least
         self.rows = centred(x, bias)
         self.mean = column_means(x, bias)
@@ -99,7 +100,7 @@ class EigenRidge:
 
     def _by_gram(self) -> tuple[Tensor, Tensor] | None:
         """By eigenvectors; None where that would lose what the rows hold."""
-        if min(self.x.shape) == 0:
+        if min(self.free, self.x.shape[-1]) <= 0:
             return None
         reduced = free_rows(self.x, self.bias) if self.dual else self.rows
         if self.gram is None:
@@ -111,7 +112,9 @@ class EigenRidge:
         limit = GRAM_LIMIT.get(self.x.dtype, GRAM_LIMIT[torch.float32])
         if not 0 < top + self.least <= limit * (max(float(values[0]), 0.0) + self.least):
             return None
-        singular = torch.where(values > top * len(values) * EPS, values, 0.0).sqrt()
+        # Those that are rounding alone count for nothing beside a penalty, but their vectors do: all of a fit lies in
+        # them where the targets have no part in the others. So they are small, and not 0.
+        singular = values.clamp_min(top * EPS**2).sqrt()
         if not self.dual:
             return singular, vectors
         self._left = with_free_rows(vectors, self.bias)

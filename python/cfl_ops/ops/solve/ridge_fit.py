@@ -76,7 +76,7 @@ def _by_singular_values(args: RidgeFitArguments, index: tuple[int, ...]) -> Tens
     y = None if args.y is None else args.y[index]
     cross = None if args.cross is None else args.cross[index]
     alone = lam.numel() == 1  # then the Gram matrix has been tried
-    whole = EigenRidge(x, bias, float(lam.min()), exact=alone or cross is not None)
+    whole = EigenRidge(x, bias, float(lam.min()) if lam.numel() else 0.0, exact=alone or cross is not None)
     weights = torch.zeros(
         _weight_shape(RidgeFitArguments(x, y, cross, lam, bias)), dtype=torch.float64, device=x.device
     )

@@ -392,6 +392,6 @@ def _held(
             rest = (squares - z.square().sum(0)).clamp_min(0)
             return _Held((factor.mT @ vectors).to(dtype), z.to(dtype), rest)
     if means is None:
-        return _Held(rows @ vectors.to(rows.dtype), y, zero)
+        return _Held(rows.to(dtype) @ vectors.to(dtype), y.to(dtype), zero)
     rotated = (rows.double() - means[0]) @ vectors
     return _Held(rotated.to(dtype), (y.double() - means[1]).to(dtype), zero)
