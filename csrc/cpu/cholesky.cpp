@@ -428,8 +428,9 @@ class SafeFactor {
   }
 
   // Whether the least eigenvalue of the scaled matrix is above `least`, so that rounding leaves the
-  // factor and the inverse the digits that kLeast says. Two steps of inverse iteration, from the
-  // least pivot; a pivot far above `least` needs none.
+  // factor and the inverse the digits that kLeast says. Three steps of inverse iteration, from the
+  // least pivot and from a vector with a part in all directions; where a first, quick estimate is
+  // far from it, none.
   bool accurate(T least) {
     int64_t at = 0;
     for (int64_t i = 1; i < n_; ++i) {
@@ -437,18 +438,42 @@ class SafeFactor {
     }
     const T pivot = n_ ? out_[at * n_ + at] * out_[at * n_ + at] : T(1);
     if (!(pivot > least)) return false;
-    if (pivot > T(1e4) * least) return true;
-    vector_.assign(n_, T(0));
-    vector_[at] = 1;
+    if (pivot > T(1e4) * least && quick_size() * least < 0.1) return true;
+    vector_.assign(2 * n_, T(0));
+    vector_[2 * at] = 1;
+    for (int64_t i = 0; i < n_; ++i) {
+      vector_[2 * i + 1] = (i % 2 ? -1 : 1) * (1 + static_cast<T>(i) / n_);
+    }
+    normalise(1);
     double size = 0;
-    for (int step = 0; step < 2; ++step) {
-      potrs_lower(n_, 1, out_, n_, vector_.data(), 1);
-      size = 0;
-      for (T x : vector_) size += static_cast<double>(x) * x;
-      size = std::sqrt(size);
-      for (T& x : vector_) x = static_cast<T>(x / size);
+    for (int step = 0; step < 3; ++step) {
+      potrs_lower(n_, 2, out_, n_, vector_.data(), 2);
+      size = std::max(normalise(0), normalise(1));
     }
     return size * least < 1;
+  }
+
+  // About |A^-1|, or more: |y|^2 of L y = g, where the signs of g are chosen so that y grows.
+  double quick_size() {
+    vector_.assign(n_, T(0));
+    double size = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const T sum = kernel_.dot(out_ + i * n_, vector_.data(), i);
+      const T y = (sum > 0 ? -1 - sum : 1 - sum) / out_[i * n_ + i];
+      vector_[i] = y;
+      size += static_cast<double>(y) * y;
+    }
+    return size;
+  }
+
+  // The length of one of the two vectors, which is 1 then.
+  double normalise(int which) {
+    double size = 0;
+    for (int64_t i = which; i < 2 * n_; i += 2)
+      size += static_cast<double>(vector_[i]) * vector_[i];
+    size = std::sqrt(size);
+    for (int64_t i = which; i < 2 * n_; i += 2) vector_[i] = static_cast<T>(vector_[i] / size);
+    return size;
   }
 
   void set_identity() {
@@ -461,6 +486,7 @@ class SafeFactor {
   int64_t stride_;
   T* out_;
   std::vector<T> root_, inverse_, vector_;
+  const CholeskyKernel<T>& kernel_ = cholesky_kernel<T>();
 };
 
 template <class T>

@@ -125,12 +125,22 @@ struct Downdated {
     return growth;
   }
 
-  // |F^-1| of F = diag(size)^-1 L', by two steps of inverse iteration.
+  // |F^-1| of F = diag(size)^-1 L', by inverse iteration from two vectors.
   double inverse_size(const std::vector<double>& size, int64_t from) const {
-    std::vector<double> x(order, 0.0);
-    x[from] = 1;
+    std::vector<double> pivot(order, 0.0), growing(order);
+    pivot[from] = 1;
+    double length = 0;
+    for (int64_t i = 0; i < order; ++i) {
+      growing[i] = (i % 2 ? -1 : 1) * (1 + static_cast<double>(i) / order);
+      length += growing[i] * growing[i];
+    }
+    for (double& value : growing) value /= std::sqrt(length);
+    return std::max(iterated(size, pivot), iterated(size, growing));
+  }
+
+  double iterated(const std::vector<double>& size, std::vector<double>& x) const {
     double norm = 0;
-    for (int step = 0; step < 2; ++step) {
+    for (int step = 0; step < 3; ++step) {
       solve(size, x);
       solve_transposed(size, x);
       norm = 0;

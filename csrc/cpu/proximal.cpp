@@ -617,16 +617,19 @@ double total_of(const Problem<T>& pb) {  // of the row weights
   return total;
 }
 
+// By differences from the first row: of a constant feature it is that constant.
 template <class T>
 std::vector<double> mean_features(const Problem<T>& pb) {
   std::vector<double> mean(pb.width, 0.0);
-  for (int64_t i = 0; i < pb.rows; ++i) {
+  for (int64_t i = 1; i < pb.rows; ++i) {
     const double s = pb.sample_of(i);
     const T* row = pb.phi + i * pb.phi_stride;
-    for (int64_t j = 0; j < pb.width; ++j) mean[j] += s * row[j];
+    for (int64_t j = 0; j < pb.width; ++j) {
+      mean[j] += s * (static_cast<double>(row[j]) - static_cast<double>(pb.phi[j]));
+    }
   }
   const double total = total_of(pb);
-  for (double& value : mean) value /= total;
+  for (int64_t j = 0; j < pb.width; ++j) mean[j] = mean[j] / total + pb.phi[j];
   return mean;
 }
 
@@ -1061,12 +1064,6 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     solved_phi = copy;
     solved_stride = D;
   }
-  // Of a gradient (order, K) with respect to W and b: that to W and c. Of W and c: W and b.
-  auto shift_gradient = [&](auto* gradient) {
-    for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
-      for (int64_t k = 0; k < K; ++k) gradient[j * K + k] -= mean[j] * gradient[D * K + k];
-    }
-  };
   auto unshift_head = [&](auto* values) {
     for (int64_t j = 0; j < static_cast<int64_t>(mean.size()); ++j) {
       for (int64_t k = 0; k < K; ++k) values[D * K + k] -= mean[j] * values[j * K + k];
@@ -1200,14 +1197,16 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
         for (int64_t i = 0; i < B; ++i) {
           for (int64_t k = 0; k < K; ++k) sums[k] += whole[i * K + k] *= pb.sample_of(i);
         }
-        gemm(true, false, D, K, B, T(1), pb.phi, pb.phi_stride, whole, K, T(0), change, K);
+        gemm(true, false, D, K, B, T(1), solved_phi, solved_stride, whole, K, T(0), change, K);
         for (int64_t k = 0; pb.bias && k < K; ++k) change[D * K + k] = sums[k];
         for (int64_t j = 0; j < order; ++j) {
           for (int64_t k = 0; k < K; ++k) {
             change[j * K + k] -= penalty(j) * (head[j * K + k] - anchor[j * K + k]);
+            if (j < static_cast<int64_t>(mean.size())) {
+              change[j * K + k] += mean[j] * penalty(D) * (head[D * K + k] - anchor[D * K + k]);
+            }
           }
         }
-        shift_gradient(change);
         const std::vector<double> slope(change, change + order * K);
         potrs_lower(order, K, system, order, change, K);
         double gain = 0;

@@ -263,7 +263,9 @@ def test_a_removal_that_costs_half_of_the_digits_is_refused(dtype: torch.dtype) 
     x[5] *= 1e3 if dtype == torch.float32 else 1e6
     model.update(x, y)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(torch.linalg.LinAlgError, match=r"half of the digits would be lost|no positive definite"):
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"half of the digits would be lost|no positive definite"
+    ):
         model.remove(x[5], y[5])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     model.remove(x[6:], y[6:])

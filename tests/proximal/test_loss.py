@@ -212,3 +212,17 @@ def test_what_no_backend_resolves_is_told(backend: str) -> None:
         assert own <= 2 * least + 1e-3 * float(target.square().sum() / 16)
     else:
         assert torch.equal(step.weight, old)
+
+
+@pytest.mark.parametrize("head", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_constant_features_beside_a_free_bias(dtype, head, backend: str) -> None:
+    """Rounding of their gradient over a tiny penalty made large weights: losses 1e5 times too high."""
+    x, target = (1e4 + 1e-6 * torch.randn(40, 20)).to(dtype), torch.randn(40, 3)
+    weights = 10.0 ** torch.empty(40).uniform_(-8, 8)
+    old, bias = torch.zeros(3, 20, dtype=head), torch.zeros(3, dtype=head)
+    step = cfl_ops.proximal_step(x, target, old, bias, lam=1e-12, fit_bias="free", sample_weight=weights)
+    assert step.bias is not None
+    best = (weights.unsqueeze(-1) * target).sum(0) / weights.sum()
+    assert float(step.weight.abs().max()) <= 1e-9
+    torch.testing.assert_close(step.bias, best.to(head))

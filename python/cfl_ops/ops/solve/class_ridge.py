@@ -18,7 +18,7 @@ from cfl_ops.ops.solve.codes import BAD_CLASS, BAD_PENALTY, NOT_FINITE
 from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge
 from cfl_ops.ops.solve.narrow_ridge import Equilibrated
 from cfl_ops.ops.solve.regression import gram_of_rows, moments
-from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT
+from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT, through_rows
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
 from cfl_ops.ops.solve.tall import identity
@@ -327,29 +327,50 @@ def _class_solve_fake(args: ClassSolveArguments) -> tuple[Tensor, Tensor]:
 
 
 def _class_solve_setup_context(ctx: Any, inputs: ClassSolveArguments, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs.x, inputs.y, inputs.target, inputs.lam, output[0])
-    ctx.kappa, ctx.with_cross = inputs.kappa, inputs.cross is not None
+    ctx.save_for_backward(inputs.x, inputs.y, inputs.target, inputs.cross, inputs.lam, output[0])
+    ctx.kappa = inputs.kappa
 
 
 def _class_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     """With z_k = S_k^-1 wbar_k and R = M^2 * (T - X W): Tbar = M^2 * X Z, Qbar = Z, Xbar = R Z^T - (M^2 * X Z) W^T,
-    lambar_k = -<z_k, w_k>.
+    lambar_k = -<z_k, w_k>. For fewer rows than columns each class as ridge_fit's derivative.
     """
     if grad is None:
         return gradients(ClassSolveArguments)
-    x, y, target, lam, weight = ctx.saved_tensors
+    x, y, target, cross, lam, weight = ctx.saved_tensors
     z, _ = CLASS_SOLVE(x, y, None, grad, lam, ctx.kappa)
-    rows = x.double()
     square = 1 + (ctx.kappa - 1) * _own_class(y, weight.shape[-1])
-    reach, residual = square * (rows @ z), -(rows @ weight)
-    residual = square * (residual if target is None else residual + target)
-    grad_x = (residual @ z.mT - reach @ weight.mT).to(x.dtype)
+    if x.shape[-2] < x.shape[-1]:
+        root = square.sqrt()
+        rows = root.mT.unsqueeze(-1) * x.double().unsqueeze(-3)  # (..., K, B, D): M_k X
+        weights, penalties = weight.mT.unsqueeze(-1), lam.unsqueeze(-1).unsqueeze(-1)
+
+        def reach_of(side: Tensor) -> Tensor:
+            return through_rows(rows, side.mT.unsqueeze(-2).unsqueeze(-1), penalties).squeeze(-3)
+
+        own = reach_of(grad)
+        change = -own @ weights.mT
+        pull = (z * weight).sum(-2)
+        if target is not None:
+            right = (root * target).mT.unsqueeze(-1)
+            alpha = RIDGE_FIT(rows.mT, None, right.unsqueeze(-3), penalties, False)[0].squeeze(-3)
+            change = change + alpha @ (grad.mT.unsqueeze(-1) - rows.mT @ own).mT
+            pull = (own * alpha).sum((-2, -1))
+            if cross is not None:
+                pull = pull + (z * (weight - (rows.mT @ alpha).squeeze(-1).mT)).sum(-2)
+        if cross is not None:
+            change = change - reach_of(cross) @ z.mT.unsqueeze(-2)
+        grad_x, reach = (root.mT.unsqueeze(-1) * change).sum(-3), root * own.squeeze(-1).mT
+    else:
+        reach, residual = square * (x.double() @ z), -(x.double() @ weight)
+        residual = square * (residual if target is None else residual + target)
+        grad_x, pull = residual @ z.mT - reach @ weight.mT, (z * weight).sum(-2)
     return gradients(
         ClassSolveArguments,
-        x=grad_x,
+        x=grad_x.to(x.dtype),
         target=None if target is None else reach,
-        cross=z if ctx.with_cross else None,
-        lam=-(z * weight).sum(-2),
+        cross=None if cross is None else z,
+        lam=-pull,
     )
 
 

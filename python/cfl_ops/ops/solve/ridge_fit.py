@@ -165,31 +165,63 @@ def _ridge_fit_fake(args: RidgeFitArguments) -> tuple[Tensor, Tensor]:
 
 
 def _ridge_fit_setup_context(ctx: Any, inputs: RidgeFitArguments, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs.x, inputs.y, inputs.lam, output[0])
-    ctx.bias, ctx.cross_dtype = inputs.bias, None if inputs.cross is None else inputs.cross.dtype
+    ctx.save_for_backward(inputs.x, inputs.y, inputs.cross, inputs.lam, output[0])
+    ctx.bias = inputs.bias
 
 
 def _ridge_fit_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     """With S = X^T X + lam I, Z = S^-1 Wbar and R = Y - X W, summed over the fits: Ybar = X Z, Cbar = Z,
     Xbar = R Z^T - X Z W^T, lambar = -<Z, W> by target.
+
+    For fewer rows than columns with A = R / lam: R Z^T = A (Wbar - X^T X Z)^T and <Z, W> = <X Z, A>, for R goes to 0
+    with lam, and Z to infinity.
     """
     if grad is None:
         return gradients(RidgeFitArguments)
-    x, y, lam, weight = ctx.saved_tensors
+    x, y, cross, lam, weight = ctx.saved_tensors
     z, _ = RIDGE_FIT(x, None, grad, lam, ctx.bias)
     rows = centred(x, ctx.bias).double()
-    result: dict[str, Tensor | None] = {}
-    predicted, reach = rows.unsqueeze(-3) @ weight, rows.unsqueeze(-3) @ z
-    residual = -predicted if y is None else centred(y, ctx.bias).double().unsqueeze(-3) - predicted
-    if ctx.needs_input_grad[0]:
-        result["x"] = (residual @ z.mT - reach @ weight.mT).sum(-3).to(x.dtype)
-    if y is not None:
-        result["y"] = reach.sum(-3).to(y.dtype)
-    if ctx.cross_dtype is not None:
-        result["cross"] = z.to(ctx.cross_dtype)
-    each = -(z * weight).sum(-2)
-    result["lam"] = each if lam.shape[-1] == each.shape[-1] else each.sum(-1, keepdim=True)
-    return gradients(RidgeFitArguments, **result)
+    targets = None if y is None else centred(y, ctx.bias).double()
+    if x.shape[-2] - int(ctx.bias) < x.shape[-1]:
+        reach = through_rows(rows, grad, lam)
+        change, pull, of_cross = -reach @ weight.mT, torch.zeros_like(z[..., :1, :]), weight
+        if targets is not None:
+            each = targets.unsqueeze(-3).expand(*reach.shape[:-1], targets.shape[-1])
+            alpha, _ = RIDGE_FIT(rows.mT, None, each, lam, False)
+            change = change + alpha @ (grad - rows.unsqueeze(-3).mT @ reach).mT
+            pull, of_cross = (reach * alpha).sum(-2, keepdim=True), weight - rows.unsqueeze(-3).mT @ alpha
+        if cross is not None:
+            change = change - through_rows(rows, cross.double(), lam) @ z.mT
+            pull = pull + (z * of_cross).sum(-2, keepdim=True)
+        pull = pull.squeeze(-2)
+    else:
+        reach, residual = rows.unsqueeze(-3) @ z, -(rows.unsqueeze(-3) @ weight)
+        residual = residual if targets is None else residual + targets.unsqueeze(-3)
+        change, pull = residual @ z.mT - reach @ weight.mT, (z * weight).sum(-2)
+    return gradients(
+        RidgeFitArguments,
+        x=change.sum(-3).to(x.dtype),
+        y=None if y is None else reach.sum(-3).to(y.dtype),
+        cross=None if cross is None else z.to(cross.dtype),
+        lam=-pull if lam.shape[-1] == pull.shape[-1] else -pull.sum(-1, keepdim=True),
+    )
+
+
+def through_rows(rows: Tensor, side: Tensor, lam: Tensor) -> Tensor:
+    """X (X^T X + lam I)^-1 side for each fit: its ridge regression on X^T, in which 1 / lam does not appear.
+
+    Args:
+        rows: X ``(..., B, D)``.
+        side: ``(..., L, D, K)``.
+        lam: ``(..., L, 1)`` or ``(..., L, K)``.
+
+    """
+    if lam.shape[-2] == 1:
+        reach, _ = RIDGE_FIT(rows.mT, side.squeeze(-3), None, lam, False)
+        return reach
+    each = rows.mT.unsqueeze(-3).expand(*side.shape[:-1], rows.shape[-2])
+    reach, _ = RIDGE_FIT(each, side, None, lam.unsqueeze(-2), False)
+    return reach.squeeze(-3)
 
 
 def _check(args: RidgeFitArguments) -> None:
