@@ -406,3 +406,15 @@ def test_the_error_of_sparse_groups_is_not_overrated(group: dict[str, Any], shar
     told = off.square().mean(-1).sqrt() / rows.std(-1, correction=0)
     error = float(told[rows.any(-1)].square().mean().sqrt())
     assert 0.005 < error <= 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_strides_of_single_weights_and_of_masks(dtype: torch.dtype) -> None:
+    """One weight is contiguous whatever its stride, and could not be viewed as bytes; masks warned of their strides."""
+    base = torch.randn(4, 4).to(dtype)
+    for w in (base[0, ::4], base[:1, 0], base[:1, :1], base[3:, 1], base.t()[1:2, 2]):
+        assert same(cfl_ops.decompress(quietly(w)), w.clone(memory_format=torch.contiguous_format))
+    for mask in ((torch.rand(10_000) < 0.1)[::2], (torch.rand(64, 300) < 0.5).t()):
+        assert same(cfl_ops.decompress(quietly(mask.to(dtype))), mask.to(dtype))
+        wide = torch.stack([mask.to(dtype)] * 2, -1)[..., 0]
+        assert same(cfl_ops.decompress(quietly(wide)), wide)

@@ -75,7 +75,7 @@ def accumulate_fit_file(**options: Any) -> Any:
 def recursive_ridge(x: Any = X, y: Any = Y, sample_weight: Any = S, **options: Any) -> Any:
     model = cfl_ops.RecursiveRidge(**{"features": D, "targets": K, **options})
     out = [model.update(x, y, sample_weight)]
-    if model.window is None:
+    if model.window is None and model.process_noise == 0:
         model.remove(x, y, sample_weight)
     return [*out, *model.state_dict().values()]
 
@@ -165,6 +165,7 @@ CALLS: dict[str, list[Call]] = {
             process_noise=0.25,
         ),
         Call(recursive_ridge, x=X, y=Y, window=4),
+        Call(recursive_ridge, x=X, y=Y, sample_weight=S, features=D, targets=K, forgetting=0.5),
     ],
     "RecursiveRidge.predict": [Call(predict, x=X, return_variance=True)],
     "proximal_step": [

@@ -211,3 +211,42 @@ def test_targets_without_a_part_in_an_outlying_row(shape: tuple[int, int]) -> No
         cfl_ops.ridge_cv(x, y, [1e9]).weight,
     ):
         assert float((weight - want).norm()) <= 1e-9 * float(want.norm())
+
+
+def by_rows(x: torch.Tensor, y: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """Ridge by X X^T + lam I, which torch differentiates: right for fewer rows than columns."""
+    system = x @ x.mT + torch.diag_embed(lam.expand(y.shape[-1])[:, None] * torch.ones(len(x), dtype=F64))
+    return (x.mT @ torch.linalg.solve(system, y.mT.unsqueeze(-1))).squeeze(-1).mT
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("lam", [1e-4, 1e-8, 1e-12])
+def test_derivatives_with_fewer_rows_than_columns_and_small_penalties(scale: float, lam: float) -> None:
+    """R goes to 0 with lam and Z to infinity: gradients were 60 % to 6e5 times off, W was right."""
+    x, y, grad = scale * randn(5, 20, dtype=F64), randn(5, 3, dtype=F64), randn(20, 3, dtype=F64)
+    given = [value.requires_grad_() for value in (x, y, torch.full((3,), lam, dtype=F64))]
+    want = torch.autograd.grad((by_rows(*given) * grad).sum(), given)
+    for weight in (cfl_ops.ridge(*given), cfl_ops.ridge_path(x, y, [1.0, lam])[1]):
+        got = torch.autograd.grad((weight * grad).sum(), given, allow_unused=True)
+        for mine, exact in zip(got, want, strict=True):
+            assert mine is None or float((mine - exact).norm()) <= 1e-11 * float(exact.norm())
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    for kappa in (1.0, 5.0):
+        got = torch.autograd.grad(
+            (cfl_ops.class_ridge(x, labels, lam, num_classes=3, kappa=kappa) * grad).sum(), x
+        )[0]
+        exact = torch.zeros_like(x)
+        for k in range(3):
+            own = (labels == k).double()
+            root = (1 + (kappa - 1) * own).sqrt()[:, None]
+            one = by_rows(root * x, root * own[:, None], torch.full((1,), lam, dtype=F64))
+            exact += torch.autograd.grad((one * grad[:, k : k + 1]).sum(), x)[0]
+        assert float((got - exact).norm()) <= 1e-11 * float(exact.norm())
+
+
+@pytest.mark.parametrize("lams", [[0.0], [0.0, 1.0]])
+def test_derivatives_of_the_minimum_norm_fit(lams: list[float]) -> None:
+    x, y, grad = randn(3, 6, dtype=F64).requires_grad_(), randn(3, 2, dtype=F64), randn(6, 2, dtype=F64)
+    want = torch.autograd.grad(((torch.linalg.pinv(x) @ y) * grad).sum(), x)[0]
+    got = torch.autograd.grad((cfl_ops.ridge_path(x, y, lams)[0] * grad).sum(), x)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -140,6 +140,11 @@ class RecursiveRidge(PreciseModule):
             raise TypeError(
                 f"cfl_ops.RecursiveRidge: dtype must be torch.float32 or torch.float64, but got {dtype}"
             )
+        limits = torch.finfo(dtype)
+        if not limits.tiny <= alpha <= limits.max:
+            raise ValueError(
+                f"cfl_ops.{op}: alpha must be from {limits.tiny:.2g} to {limits.max:.2g} in {dtype}, but got {alpha}"
+            )
         self.features, self.targets = features, targets
         self.alpha, self.noise = float(alpha), float(noise)
         self.forgetting, self.process_noise, self.window = float(forgetting), float(process_noise), window
@@ -294,7 +299,7 @@ class RecursiveRidge(PreciseModule):
         return_variance = checks.flag("RecursiveRidge.predict", "return_variance", return_variance)
         if not return_variance:
             return mean
-        rows = x.reshape(-1, self.features).to(self.factor.dtype)
+        rows = x.reshape(x.shape[:-1].numel(), self.features).to(self.factor.dtype)
         half = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
         spread = half.square().sum(0).reshape(x.shape[:-1])
         return mean, (self.noise * (1 + spread)).to(x.dtype)
@@ -343,6 +348,8 @@ class RecursiveRidge(PreciseModule):
         if shape[1] != self.features or shape_of_y[1] != self.targets:
             checks.size(op, "x", x, -1, self.features, "features")
             checks.size(op, "y", y, -1, self.targets, "targets")
+        if sample_weight is not None:
+            checks.tensor(op, "sample_weight", sample_weight, 1)
         if not x.device == y.device == factor.device or sample_weight is not None:
             checks.same_device(op, "the state", factor, x=x, y=y, sample_weight=sample_weight)
         if sample_weight is not None:

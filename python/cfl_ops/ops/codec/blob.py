@@ -44,7 +44,7 @@ from cfl_ops.ops.codec.huffman import (
     read_header,
     span,
 )
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, find_grid, zero_bin
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid, zero_bin
 from cfl_ops.ops.codec.quantize import (
     check_bits,
     check_fraction,
@@ -337,10 +337,9 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
 
 def _raw_bytes(w: Tensor) -> Tensor:
     """The memory of a tensor as 1-d uint8."""
-    w = w.detach().contiguous()
-    return (
-        w.reshape(-1).view(torch.uint8) if w.numel() else torch.empty(0, dtype=torch.uint8, device=w.device)
-    )
+    if w.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8, device=w.device)
+    return dense(w.detach()).view(torch.uint8)
 
 
 class _Blob(NamedTuple):

@@ -45,6 +45,12 @@ def is_plain(counts: Tensor, bits: int, max_error: float, zero_bins: bool) -> bo
     return 2.0 ** (8 - bits) * math.sqrt(1 / 12 + share) <= max_error * deviation
 
 
+def dense(w: Tensor) -> Tensor:
+    """In one dimension with a stride of 1, which a single element need not have to count as contiguous."""
+    flat = w.reshape(-1)
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+
+
 def palette_of(flat: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
     """The different values of a 1-d tensor, bit for bit, and the number of each weight's; None if they are many."""
     bits = flat.view(_INTEGERS[flat.element_size()])
@@ -314,7 +320,7 @@ class Palette(NamedTuple):
 
 def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
     """What compress does with weights (at least one); None: no grid serves, keep their bytes."""
-    flat, given, max_error = w.reshape(-1), options.bits, options.max_error
+    flat, given, max_error = dense(w), options.bits, options.max_error
     zero_bins = options.zero == "exact"
     exceptions = None
     weights = flat
