@@ -52,7 +52,8 @@ def inverse_size(factor: Tensor) -> Tensor:
         vector = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         size = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
         vector = vector / size
-    return size[..., 0, :].amax(-1)
+    largest: Tensor = size[..., 0, :].amax(-1)
+    return largest
 
 
 def row_norms(matrix: Tensor) -> Tensor:
