@@ -226,3 +226,11 @@ def test_constant_features_beside_a_free_bias(dtype, head, backend: str) -> None
     best = (weights.unsqueeze(-1) * target).sum(0) / weights.sum()
     assert float(step.weight.abs().max()) <= 1e-9
     torch.testing.assert_close(step.bias, best.to(head))
+
+
+def test_a_bias_beyond_the_range_of_its_dtype_says_so(backend: str) -> None:
+    x = torch.tensor([[1e3, 1e3], [1001.0, 1e3], [1e3, 1002.0]]).half()
+    target = (1e4 * (x.float() - 1000) @ torch.ones(2, 2) - 1e3).clamp(-2e4, 2e4).half()
+    old, bias = torch.zeros(2, 2).half(), torch.zeros(2).half()
+    with pytest.raises(torch.linalg.LinAlgError, match="leaves the range of float16"):
+        cfl_ops.proximal_step(x, target, old, bias, lam=1e-8, fit_bias="free")

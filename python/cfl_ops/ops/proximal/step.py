@@ -559,8 +559,15 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     features, target, num_classes = context[0][index], context[1][index], context[2].shape[-2]
     prefix = f"cfl_ops.proximal_step: {where}"
+    error: Exception
+    if code == 1 and context[2].dtype == torch.float16:
+        error = LinAlgError(
+            f"{prefix}the new weight or bias leaves the range of float16, or the system is singular: centre or scale "
+            "the features, keep the head in float32, or use a larger lam"
+        )
+        return error
     if code > 0:
-        error: Exception = LinAlgError(
+        error = LinAlgError(
             f"{prefix}the system is singular (the leading minor of order {code} is not positive definite): "
             "rows or columns of features depend on one another, or their sizes lie too far apart, and the penalty is "
             "zero or too small to tell; centre or scale the features, or use a larger lam"
