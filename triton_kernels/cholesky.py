@@ -68,10 +68,10 @@ def _update_kernel(
         g = v1 / tl.where(zero_pivot, 1.0, l1 + r1)
         new = c * column + tl.sum(w * s[None, :], 1)
         turned = w - (column + new)[:, None] * g[None, :]
-        if not DOWN:
+        if (not DOWN) and RANK == 1:
             # W less what is nearly W would leave rounding, where a single v is longer than l.
             rotated = c * w - column[:, None] * s[None, :]
-            turned = tl.where((rank == 1) & (total > l1 * l1), rotated, turned)
+            turned = tl.where(total > l1 * l1, rotated, turned)
         w = turned
         tl.store(l_ptr + rows, tl.where(here, r, new), mask=below)
         l_ptr += order

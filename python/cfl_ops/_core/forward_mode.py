@@ -72,7 +72,8 @@ def jvp_of(
         _, pullback = torch.func.vjp(pulled, *zeros)  # type: ignore[misc]
         out: list[Tensor | None] = [None] * len(results)
         for i, tangent in zip(passing, pullback(tuple(tangents[i] for i in wanted)), strict=True):
-            out[i] = tangent
+            # Of a result that is a view, torch wants the tangent to have the strides.
+            out[i] = torch.zeros_like(results[i]) + tangent
         return out
 
     @without_autocast

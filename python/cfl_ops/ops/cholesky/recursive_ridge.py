@@ -299,7 +299,7 @@ class RecursiveRidge(PreciseModule):
         return_variance = checks.flag("RecursiveRidge.predict", "return_variance", return_variance)
         if not return_variance:
             return mean
-        rows = x.reshape(x.shape[:-1].numel(), self.features).to(self.factor.dtype)
+        rows = x.reshape(math.prod(x.shape[:-1]), self.features).to(self.factor.dtype)
         half = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
         spread = half.square().sum(0).reshape(x.shape[:-1])
         return mean, (self.noise * (1 + spread)).to(x.dtype)

@@ -217,9 +217,6 @@ def through_rows(rows: Tensor, side: Tensor, lam: Tensor) -> Tensor:
 
     """
     reach: Tensor
-    if lam.shape[-2] == 1:
-        reach, _ = RIDGE_FIT(rows.mT, side.squeeze(-3), None, lam, False)
-        return reach
     each = rows.mT.unsqueeze(-3).expand(*side.shape[:-1], rows.shape[-2])
     reach, _ = RIDGE_FIT(each, side, None, lam.unsqueeze(-2), False)
     reach = reach.squeeze(-3)
