@@ -182,28 +182,37 @@ def _ridge_fit_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
     z, _ = RIDGE_FIT(x, None, grad, lam, ctx.bias)
     rows = centred(x, ctx.bias).double()
     targets = None if y is None else centred(y, ctx.bias).double()
+    of_x, of_lam = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    change = pull = None
     if x.shape[-2] - int(ctx.bias) < x.shape[-1]:
         reach = through_rows(rows, grad, lam)
-        change, pull, of_cross = -reach @ weight.mT, torch.zeros_like(z[..., :1, :]), weight
-        if targets is not None:
-            each = targets.unsqueeze(-3).expand(*reach.shape[:-1], targets.shape[-1])
-            alpha, _ = RIDGE_FIT(rows.mT, None, each, lam, False)
-            change = change + alpha @ (grad - rows.unsqueeze(-3).mT @ reach).mT
-            pull, of_cross = (reach * alpha).sum(-2, keepdim=True), weight - rows.unsqueeze(-3).mT @ alpha
-        if cross is not None:
-            change = change - through_rows(rows, cross.double(), lam) @ z.mT
-            pull = pull + (z * of_cross).sum(-2, keepdim=True)
-        pull = pull.squeeze(-2)
+        if of_x or of_lam:
+            change, pull, of_cross = -reach @ weight.mT, torch.zeros_like(z[..., :1, :]), weight
+            if targets is not None:
+                each = targets.unsqueeze(-3).expand(*reach.shape[:-1], targets.shape[-1])
+                alpha, _ = RIDGE_FIT(rows.mT, None, each, lam, False)
+                change = change + alpha @ (grad - rows.unsqueeze(-3).mT @ reach).mT
+                pull, of_cross = (reach * alpha).sum(-2, keepdim=True), weight - rows.unsqueeze(-3).mT @ alpha
+            if cross is not None:
+                change = change - through_rows(rows, cross.double(), lam) @ z.mT
+                pull = pull + (z * of_cross).sum(-2, keepdim=True)
+            pull = pull.squeeze(-2)
     else:
-        reach, residual = rows.unsqueeze(-3) @ z, -(rows.unsqueeze(-3) @ weight)
-        residual = residual if targets is None else residual + targets.unsqueeze(-3)
-        change, pull = residual @ z.mT - reach @ weight.mT, (z * weight).sum(-2)
+        reach = rows.unsqueeze(-3) @ z
+        if of_x:
+            residual = -(rows.unsqueeze(-3) @ weight)
+            residual = residual if targets is None else residual + targets.unsqueeze(-3)
+            change = residual @ z.mT - reach @ weight.mT
+        if of_lam:
+            pull = (z * weight).sum(-2)
+    if pull is not None and lam.shape[-1] != pull.shape[-1]:
+        pull = pull.sum(-1, keepdim=True)
     return gradients(
         RidgeFitArguments,
-        x=change.sum(-3).to(x.dtype),
+        x=None if change is None else change.sum(-3).to(x.dtype),
         y=None if y is None else reach.sum(-3).to(y.dtype),
         cross=None if cross is None else z.to(cross.dtype),
-        lam=-pull if lam.shape[-1] == pull.shape[-1] else -pull.sum(-1, keepdim=True),
+        lam=None if pull is None else -pull,
     )
 
 
