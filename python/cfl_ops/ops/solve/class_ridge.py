@@ -18,7 +18,7 @@ from cfl_ops.ops.solve.codes import BAD_CLASS, BAD_PENALTY, NOT_FINITE
 from cfl_ops.ops.solve.eigen_ridge import GRAM_LIMIT, EigenRidge
 from cfl_ops.ops.solve.narrow_ridge import Equilibrated
 from cfl_ops.ops.solve.regression import gram_of_rows, moments
-from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT, through_rows
+from cfl_ops.ops.solve.ridge_fit import RIDGE_FIT, of_fewer_rows, through_rows
 from cfl_ops.ops.solve.ridge_solve import RIDGE_SOLVE
 from cfl_ops.ops.solve.system import on_device
 from cfl_ops.ops.solve.tall import identity
@@ -341,26 +341,20 @@ def _class_solve_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, .
     z, _ = CLASS_SOLVE(x, y, None, grad, lam, ctx.kappa)
     square = 1 + (ctx.kappa - 1) * _own_class(y, weight.shape[-1])
     if x.shape[-2] < x.shape[-1]:
-        root = square.sqrt()
+        root, penalties = square.sqrt(), lam.unsqueeze(-1).unsqueeze(-1)
         rows = root.mT.unsqueeze(-1) * x.double().unsqueeze(-3)  # (..., K, B, D): M_k X
-        weights, penalties = weight.mT.unsqueeze(-1), lam.unsqueeze(-1).unsqueeze(-1)
 
-        def reach_of(side: Tensor) -> Tensor:
-            return through_rows(rows, side.mT.unsqueeze(-2).unsqueeze(-1), penalties).squeeze(-3)
+        def each(value: Tensor) -> Tensor:
+            """Columns (..., n, K) as (..., K, 1, n, 1), one fit for each class."""
+            return value.mT.unsqueeze(-2).unsqueeze(-1)
 
-        own = reach_of(grad)
-        change = -own @ weights.mT
-        pull = (z * weight).sum(-2)
-        if target is not None:
-            right = (root * target).mT.unsqueeze(-1)
-            alpha = RIDGE_FIT(rows.mT, None, right.unsqueeze(-3), penalties, False)[0].squeeze(-3)
-            change = change + alpha @ (grad.mT.unsqueeze(-1) - rows.mT @ own).mT
-            pull = (own * alpha).sum((-2, -1))
-            if cross is not None:
-                pull = pull + (z * (weight - (rows.mT @ alpha).squeeze(-1).mT)).sum(-2)
-        if cross is not None:
-            change = change - reach_of(cross) @ z.mT.unsqueeze(-2)
-        grad_x, reach = (root.mT.unsqueeze(-1) * change).sum(-3), root * own.squeeze(-1).mT
+        own = through_rows(rows, each(grad), penalties)
+        change, of_lam = of_fewer_rows(
+            rows, None if target is None else each(root * target), None if cross is None else each(cross),
+            penalties, each(grad), own, each(z), each(weight),
+        )  # fmt: skip
+        grad_x = (root.mT.unsqueeze(-1) * change.squeeze(-3)).sum(-3)
+        reach, pull = root * own.squeeze(-1).squeeze(-2).mT, of_lam.squeeze(-1).squeeze(-1)
     else:
         reach, residual = square * (x.double() @ z), -(x.double() @ weight)
         residual = square * (residual if target is None else residual + target)

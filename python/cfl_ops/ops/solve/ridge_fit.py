@@ -187,16 +187,9 @@ def _ridge_fit_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
     if x.shape[-2] - int(ctx.bias) < x.shape[-1]:
         reach = through_rows(rows, grad, lam)
         if of_x or of_lam:
-            change, pull, of_cross = -reach @ weight.mT, torch.zeros_like(z[..., :1, :]), weight
             if targets is not None:
-                each = targets.unsqueeze(-3).expand(*reach.shape[:-1], targets.shape[-1])
-                alpha, _ = RIDGE_FIT(rows.mT, None, each, lam, False)
-                change = change + alpha @ (grad - rows.unsqueeze(-3).mT @ reach).mT
-                pull, of_cross = (reach * alpha).sum(-2, keepdim=True), weight - rows.unsqueeze(-3).mT @ alpha
-            if cross is not None:
-                change = change - through_rows(rows, cross.double(), lam) @ z.mT
-                pull = pull + (z * of_cross).sum(-2, keepdim=True)
-            pull = pull.squeeze(-2)
+                targets = targets.unsqueeze(-3).expand(*reach.shape[:-1], targets.shape[-1])
+            change, pull = of_fewer_rows(rows, targets, cross, lam, grad, reach, z, weight)
     else:
         reach = rows.unsqueeze(-3) @ z
         if of_x:
@@ -214,6 +207,36 @@ def _ridge_fit_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
         cross=None if cross is None else z.to(cross.dtype),
         lam=None if pull is None else -pull,
     )
+
+
+def of_fewer_rows(
+    rows: Tensor,
+    targets: Tensor | None,
+    cross: Tensor | None,
+    lam: Tensor,
+    grad: Tensor,
+    reach: Tensor,
+    z: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Xbar ``(..., L, B, D)`` and <Z, W> ``(..., L, K)`` of :func:`_ridge_fit_backward`, for fewer rows than columns.
+
+    Args:
+        rows: X ``(..., B, D)``.
+        targets: ``(..., L, B, K)``.
+        reach: X Z, of :func:`through_rows`.
+
+    """
+    across = rows.unsqueeze(-3).mT
+    change, pull, of_cross = -reach @ weight.mT, torch.zeros_like(z[..., 0, :]), weight
+    if targets is not None:
+        alpha, _ = RIDGE_FIT(rows.mT, None, targets, lam, False)
+        change = change + alpha @ (grad - across @ reach).mT
+        pull, of_cross = (reach * alpha).sum(-2), weight - across @ alpha
+    if cross is not None:
+        change = change - through_rows(rows, cross.double(), lam) @ z.mT
+        pull = pull + (z * of_cross).sum(-2)
+    return change, pull
 
 
 def through_rows(rows: Tensor, side: Tensor, lam: Tensor) -> Tensor:
