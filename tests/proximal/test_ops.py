@@ -84,6 +84,35 @@ def test_weights_of_one_and_counts_agree(backend: str) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("fit_bias", [None, "free", "penalized"])
+def test_a_row_of_weight_zero_has_a_derivative(rows: int, fit_bias: str | None, backend: str) -> None:
+    """That of a weight just above zero, in the weights and in everything else."""
+    features, target, weight, bias = problem(rows, 7)
+    features.requires_grad_()
+    s = torch.rand(rows, dtype=torch.float64)
+    s[[0, 2]] = 0
+
+    def outcome(s: torch.Tensor) -> torch.Tensor:
+        step = cfl_ops.proximal_step(
+            features, target, weight, None if fit_bias is None else bias, lam=0.2, sample_weight=s,
+            fit_bias=fit_bias or "penalized",
+        )  # fmt: skip
+        return step.loss + step.weight.square().sum() + step.grad_features.sum()
+
+    def gradients(s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        s = s.requires_grad_()
+        return torch.autograd.grad(outcome(s), (s, features))
+
+    at, above = gradients(s.clone()), gradients(s.clamp(min=1e-9))
+    for got, expected in zip(at, above, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    higher = s.clone()
+    higher[0] = 1e-7
+    slope = (outcome(higher) - outcome(s)) / 1e-7
+    torch.testing.assert_close(at[0][0], slope.detach(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("weights", [None, torch.zeros(2)])
 def test_no_data_is_no_step(weights, backend: str) -> None:
     features, target, weight, bias = problem(0 if weights is None else 2)

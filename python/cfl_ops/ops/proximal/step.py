@@ -25,7 +25,7 @@ from cfl_ops.ops.proximal.codes import (
     FREE,
     MEAN,
 )
-from cfl_ops.ops.proximal.system import data_info, or_inaccurate
+from cfl_ops.ops.proximal.system import data_info, off_zero, or_inaccurate
 from cfl_ops.ops.solve.system import cholesky_solve, factor_system, on_device
 
 __all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
@@ -506,6 +506,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
     def outputs(*varied: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
+        if "sample_weight" in changed:
+            changed["sample_weight"] = off_zero(changed["sample_weight"], saved.lam, saved.ridge, saved.lam_diag)
         *results, own_info = _fallback(saved._replace(**changed))
         return tuple(results), own_info
 
