@@ -153,10 +153,10 @@ struct Problem {
   int64_t target_stride;
   const int64_t* labels;  // or null
   int64_t label_stride;
-  T* weight;          // (targets, width) contiguous: old in, new out
-  T* bias;            // (targets) or null
-  const T* sample;    // (rows) contiguous weights, or null
-  const T* lam_diag;  // (width) contiguous, or null
+  T* weight;               // (targets, width) contiguous: old in, new out
+  T* bias;                 // (targets) or null
+  const T* sample;         // (rows) contiguous weights, or null
+  const double* lam_diag;  // (width) contiguous, or null
   double lam, ridge;
   bool mean, free_bias;
   Method method;
@@ -1314,7 +1314,7 @@ int64_t solve_in_float64(Problem<float>& pb, const Penalties& pen,
   std::vector<double> phi = widened(pb.phi, B, D, pb.phi_stride), grad(B * D);
   std::vector<double> target = widened(pb.target, B, K, pb.target_stride);
   std::vector<double> weight = widened(pb.weight, K, D, D), bias = widened(pb.bias, 1, K, K);
-  std::vector<double> sample = widened(pb.sample, 1, B, B), diag = widened(pb.lam_diag, 1, D, D);
+  std::vector<double> sample = widened(pb.sample, 1, B, B);
   auto pointer = [](std::vector<double>& values, const void* given) {
     return given ? values.data() : nullptr;
   };
@@ -1331,7 +1331,7 @@ int64_t solve_in_float64(Problem<float>& pb, const Penalties& pen,
   wide.weight = weight.data();
   wide.bias = pointer(bias, pb.bias);
   wide.sample = pointer(sample, pb.sample);
-  wide.lam_diag = pointer(diag, pb.lam_diag);
+  wide.lam_diag = pb.lam_diag;
   wide.lam = pb.lam;
   wide.ridge = pb.ridge;
   wide.mean = pb.mean;
@@ -1447,6 +1447,26 @@ Tensor prepared(const Tensor& tensor, ScalarType dtype, int64_t core, bool packe
   return unit && rows ? result : torch::stable::contiguous(result);
 }
 
+// Row weights in T: as they are, or in `held`. Of a mean only their ratios count: the largest
+// becomes about 1 where it is so far from that that products with it could leave the range of T.
+template <class T, class S>
+const T* row_weights(const S* given, int64_t rows, bool mean, std::vector<T>& held) {
+  double largest = 0;
+  for (int64_t i = 0; i < rows; ++i) largest = std::max<double>(largest, given[i]);
+  const bool far =
+      mean && std::isfinite(largest) && largest > 0 && std::abs(std::ilogb(largest)) > 40;
+  if constexpr (std::is_same_v<S, T>) {
+    if (!far) return given;
+  }
+  const int power = far ? -std::ilogb(largest) : 0;
+  held.resize(rows);
+  for (int64_t i = 0; i < rows; ++i) {  // what is negative stays so
+    held[i] =
+        given[i] < 0 ? T(-1) : static_cast<T>(std::ldexp(static_cast<double>(given[i]), power));
+  }
+  return held.data();
+}
+
 // What the weight and the bias are rounded to.
 struct Stored {
   ScalarType weight, bias;
@@ -1479,8 +1499,13 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
         base.rows > 1 ? std::max(y.stride(y.dim() - 2), base.targets) : base.targets;
   }
   std::optional<Tensor> sample, diag;
-  if (sample_weight) sample = prepared(*sample_weight, kType, 1, true);
-  if (lam_diag) diag = prepared(*lam_diag, kType, 1, true);
+  const bool wide_sample = sample_weight && sample_weight->scalar_type() == ScalarType::Double &&
+                           kType != ScalarType::Double;
+  if (sample_weight) {
+    sample = prepared(*sample_weight, wide_sample ? ScalarType::Double : kType, 1, true);
+  }
+  if (lam_diag) diag = prepared(*lam_diag, ScalarType::Double, 1, true);
+  std::vector<T> scaled;
   const Batched phis(phi, 2), ys(y, classes ? 1 : 2), weights(weight, 2), lams(lam, 0),
       grads(grad, 2);
   const Batched biases = bias ? Batched(*bias, 1) : Batched();
@@ -1494,8 +1519,11 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
     (classes ? void(pb.labels = ys.at<int64_t>(i)) : void(pb.target = ys.at<T>(i)));
     pb.weight = weights.at<T>(i);
     if (bias) pb.bias = biases.at<T>(i);
-    if (sample) pb.sample = samples.at<T>(i);
-    if (diag) pb.lam_diag = diags.at<T>(i);
+    if (sample) {
+      pb.sample = wide_sample ? row_weights(samples.at<double>(i), base.rows, base.mean, scaled)
+                              : row_weights(samples.at<T>(i), base.rows, base.mean, scaled);
+    }
+    if (diag) pb.lam_diag = diags.at<double>(i);
     pb.lam = read_scalar(lam, lams, i);
     pb.ridge = ridge ? read_scalar(*ridge, ridges, i) : 0.0;
     pb.grad = grads.at<T>(i);
@@ -1504,21 +1532,25 @@ void run(const Tensor& features, const Tensor& target, const Tensor& weight,
   }
 }
 
-ScalarType compute_dtype(const Tensor& features, const Tensor& weight) {
-  const bool wide =
-      features.scalar_type() == ScalarType::Double || weight.scalar_type() == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
+ScalarType wider(ScalarType a, ScalarType b) {
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double
+                                                            : ScalarType::Float;
+}
+
+// Of the arithmetic: float32 where it narrows nothing of the head and its features.
+ScalarType compute_dtype(const Tensor& features, const Stored& head) {
+  return wider(features.scalar_type(), wider(head.weight, head.bias));
 }
 
 Tensor like(const Tensor& tensor, ScalarType dtype) {
   return empty_cpu(batch_shape(tensor, 0), dtype);
 }
 
-using InPlace = std::tuple<Tensor, Tensor, Tensor>;
-
 Stored stored_dtypes(const Tensor& weight, const std::optional<Tensor>& bias) {
   return {weight.scalar_type(), bias ? bias->scalar_type() : weight.scalar_type()};
 }
+
+using InPlace = std::tuple<Tensor, Tensor, Tensor>;
 
 // `weight` and `bias` are contiguous, of the compute dtype, and updated in place.
 InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weight,
@@ -1533,6 +1565,8 @@ InPlace step_on(const Tensor& features, const Tensor& target, const Tensor& weig
   go(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options, head, loss, grad,
      info);
   if (features.scalar_type() != dtype) grad = torch::stable::to(grad, features.scalar_type());
+  const ScalarType loss_dtype = wider(features.scalar_type(), head.weight);
+  if (loss_dtype != dtype) loss = torch::stable::to(loss, loss_dtype);
   return {loss, grad, info};
 }
 
@@ -1581,12 +1615,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> proximal_step(
     int64_t reduction, int64_t fit_bias, int64_t method) {
   const Options options = checked("proximal_step", false, features, target, weight, bias, lam,
                                   ridge, lam_diag, sample_weight, reduction, fit_bias, method);
-  const ScalarType dtype = compute_dtype(features, weight);
+  const Stored head = stored_dtypes(weight, bias);
+  const ScalarType dtype = compute_dtype(features, head);
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
   auto [loss, grad, info] = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag,
-                                    sample_weight, options, stored_dtypes(weight, bias));
+                                    sample_weight, options, head);
   if (weight.scalar_type() != dtype)
     new_weight = torch::stable::to(new_weight, weight.scalar_type());
   if (bias && bias->scalar_type() != dtype)
@@ -1602,17 +1637,18 @@ InPlace proximal_step_(const Tensor& features, const Tensor& target, const Tenso
                        int64_t fit_bias, int64_t method) {
   const Options options = checked("proximal_step_", true, features, target, weight, bias, lam,
                                   ridge, lam_diag, sample_weight, reduction, fit_bias, method);
-  const ScalarType dtype = compute_dtype(features, weight);
+  const Stored head = stored_dtypes(weight, bias);
+  const ScalarType dtype = compute_dtype(features, head);
   auto direct = [&](const Tensor& t) { return t.scalar_type() == dtype && t.is_contiguous(); };
   if (direct(weight) && (!bias || direct(*bias))) {
     return step_on(features, target, weight, bias, lam, ridge, lam_diag, sample_weight, options,
-                   stored_dtypes(weight, bias));
+                   head);
   }
   Tensor new_weight = working_copy(weight, dtype);
   std::optional<Tensor> new_bias;
   if (bias) new_bias = working_copy(*bias, dtype);
   auto result = step_on(features, target, new_weight, new_bias, lam, ridge, lam_diag, sample_weight,
-                        options, stored_dtypes(weight, bias));
+                        options, head);
   Tensor out = weight;
   torch::stable::copy_(out, new_weight);
   if (bias) {

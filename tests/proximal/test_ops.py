@@ -113,6 +113,50 @@ def test_a_row_of_weight_zero_has_a_derivative(rows: int, fit_bias: str | None, 
     torch.testing.assert_close(at[0][0], slope.detach(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("size", [1e-50, 1e-40, 3e38, 1e60])
+def test_of_a_mean_only_the_ratios_of_row_weights_count(rows: int, size: float, backend: str) -> None:
+    """Weights far beyond the range of float32 squares, or of float32 itself."""
+    features, target, weight, bias = problem(rows, 7, dtype=torch.float32)
+    s = torch.linspace(0.1, 1, rows, dtype=torch.float64)
+    plain = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2, sample_weight=s)
+    kinds = [torch.float64, torch.float32] if 1e-44 < size < 1e38 or size == 3e38 else [torch.float64]
+    for dtype in kinds:
+        scaled = (size * s).to(dtype)
+        step = cfl_ops.proximal_step(features, target, weight, bias, lam=0.2, sample_weight=scaled)
+        for got, expected in zip(step, plain, strict=True):  # 1e-40 has five digits in float32
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_what_is_wider_than_the_head_is_not_narrowed(rows: int, backend: str) -> None:
+    """A bias and penalties in float64 beside features and weights in float32."""
+    features, target, weight, _ = problem(rows, 7, dtype=torch.float32)
+    bias = torch.full((3,), 1e9 + 0.125, dtype=torch.float64)  # float32: 1e9
+    step = cfl_ops.proximal_step(features, target, weight, bias, lam=1e9)
+    wide = cfl_ops.proximal_step(features.double(), target.double(), weight.double(), bias, lam=1e9)
+    assert step.bias is not None
+    assert step.bias.dtype == torch.float64
+    assert step.loss.dtype == torch.float32
+    torch.testing.assert_close(step.bias, wide.bias, rtol=1e-12, atol=0)
+    tiny = torch.full((7,), 1e-46, dtype=torch.float64)
+    _, info = cfl_ops.proximal_step_ex(features, target, weight, lam=0.0, lam_diag=tiny)
+    assert int(info) >= 0  # a penalty, though none that helps: not the error for none
+
+
+def test_what_leaves_a_dtype_says_so(backend: str) -> None:
+    features, target, weight, bias = problem(3, 2, targets=1, dtype=torch.float32)
+    half = bias.half()
+    with pytest.raises(torch.linalg.LinAlgError, match="leaves the range of float16"):
+        cfl_ops.proximal_step(features, target + 1e6, weight, half, lam=0.1, fit_bias="free")
+    with pytest.raises(torch.linalg.LinAlgError, match="leaves the range of float16"):
+        cfl_ops.rescaled_proximal_step(
+            features, torch.tensor([0, 0, 0]), weight, half, lam=0.1, kappa=10.0, target_scale=1e6
+        )
+    with pytest.raises((ValueError, torch.linalg.LinAlgError), match=r"cfl_ops\.proximal_step: "):
+        cfl_ops.proximal_step(features, target.double() * 1e300, weight, lam=0.1)
+
+
 @pytest.mark.parametrize("weights", [None, torch.zeros(2)])
 def test_no_data_is_no_step(weights, backend: str) -> None:
     features, target, weight, bias = problem(0 if weights is None else 2)

@@ -94,12 +94,14 @@ def rescaled_proximal_step(
     own = (labels.unsqueeze(-1) == torch.arange(weight.shape[0], device=labels.device)).double()
     old = weight.clone()
     target_scale = checks.scalar(op, "target_scale", target_scale, checks.POSITIVE, [own, old])
-    check_arguments(op, features, labels, old, bias, lam, ridge, None, reduction, None, "penalized", "auto")
+    arguments = check_arguments(
+        op, features, labels, old, bias, lam, ridge, None, reduction, None, "penalized", "auto"
+    )
     lam, ridge = on_device(lam, own), on_device(ridge, own)
     good = (lam >= 0) & lam.isfinite() & (ridge >= 0) & ridge.isfinite()
     info = data_info(torch.zeros_like(good, dtype=torch.int32), features, labels, old, bias)
     info = torch.where(good, info, BAD_PENALTY)
-    raise_if_failed(info, [own, old], features, labels, weight)
+    raise_if_failed(info, [own, old], arguments)
     dtype = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
     if features.shape[0] == 0:  # not a step
         new_bias = None if bias is None else bias.clone()
@@ -117,7 +119,7 @@ def rescaled_proximal_step(
     design = phi.double()
     penalty, square, targets = t.expand(len(old)), 1 + (kappa - 1) * own, target_scale * own
     change, info = CLASS_SOLVE(phi, labels, targets - design @ anchor.mT, None, penalty, kappa)
-    raise_if_failed(info, [change], features, labels, weight)
+    raise_if_failed(info, [change], arguments)
     # Refined once by its own residual; what that gains is what the head was off before.
     residual = targets - design @ (anchor.mT + change)
     again, info = CLASS_SOLVE(phi, labels, residual, -t * change, penalty, kappa)
@@ -126,8 +128,8 @@ def rescaled_proximal_step(
     off = ~(gain.sqrt() <= 0.4 * best.sqrt() + 0.014 * (square * targets.square()).sum().sqrt())
     solved = anchor + (change + again).mT
     new = solved[:, :width].to(weight.dtype)
-    off = off | ~new.isfinite().all()
     info = torch.where((info == 0) & off, min(phi.shape), info)
+    info = torch.where((info == 0) & ~new.isfinite().all(), 1, info)
     final = target_scale * own - features.double() @ new.double().mT
     new_bias = None
     if bias is not None:  # what fits best beside the rounded weight
@@ -135,7 +137,7 @@ def rescaled_proximal_step(
         new_bias = new_bias.to(bias.dtype)
         final = final - new_bias.double()
         info = torch.where((info == 0) & ~new_bias.isfinite().all(), 1, info)
-    raise_if_failed(info, [new, final], features, labels, weight)
+    raise_if_failed(info, [new, final], arguments)
     weighted = square * final
     return ProximalStep(
         new,

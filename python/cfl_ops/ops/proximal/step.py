@@ -202,7 +202,7 @@ def proximal_step_(
         return _all_or_none_(arguments)
     loss, grad_features, info = PROXIMAL_STEP_(*arguments)
     results = [loss, grad_features, weight, *([] if bias is None else [bias])]
-    raise_if_failed(info, results, arguments.features, arguments.target, weight)
+    raise_if_failed(info, results, arguments)
     return loss, grad_features
 
 
@@ -212,7 +212,7 @@ def _all_or_none_(arguments: ProximalArguments) -> tuple[Tensor, Tensor]:
         PROXIMAL_STEP_.check(arguments)
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         weight, bias, loss, grad_features, info = PROXIMAL_STEP(*arguments)
-        raise_if_failed(info, [weight, bias], arguments.features, arguments.target, arguments.weight)
+        raise_if_failed(info, [weight, bias], arguments)
         arguments.weight.copy_(weight)
         if arguments.bias is not None:
             arguments.bias.copy_(bias)
@@ -261,15 +261,15 @@ def step_or_raise(arguments: ProximalArguments) -> ProximalStep:
     """The step, or an exception for what the data holds."""
     step, info = _step(arguments)
     results = [value for value in step if value is not None]
-    raise_if_failed(info, results, arguments.features, arguments.target, arguments.weight)
+    raise_if_failed(info, results, arguments)
     return step
 
 
-def raise_if_failed(
-    info: Tensor, results: Sequence[Tensor], features: Tensor, target: Tensor, weight: Tensor
-) -> None:
-    """Raise for what info says; the tensors are for the message."""
-    check_info("proximal_step", info, results, (features, target, weight))
+def raise_if_failed(info: Tensor, results: Sequence[Tensor], arguments: ProximalArguments) -> None:
+    """Raise for what info says; the arguments are for the message."""
+    features, target, weight, bias = arguments[:4]
+    head = (weight,) if bias is None else (weight, bias)
+    check_info("proximal_step", info, results, (features, target, *head))
 
 
 def _fallback(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -507,7 +507,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     def outputs(*varied: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
         if "sample_weight" in changed:
-            changed["sample_weight"] = off_zero(changed["sample_weight"], saved.lam, saved.ridge, saved.lam_diag)
+            changed["sample_weight"] = off_zero(
+                changed["sample_weight"], saved.lam, saved.ridge, saved.lam_diag
+            )
         *results, own_info = _fallback(saved._replace(**changed))
         return tuple(results), own_info
 
@@ -561,19 +563,16 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
     index, code, where = first_failure(info)
     features, target, num_classes = context[0][index], context[1][index], context[2].shape[-2]
     prefix = f"cfl_ops.proximal_step: {where}"
-    error: Exception
-    if code == 1 and context[2].dtype == torch.float16:
-        error = LinAlgError(
-            f"{prefix}the new weight or bias leaves the range of float16, or the system is singular: centre or scale "
-            "the features, keep the head in float32, or use a larger lam"
-        )
-        return error
     if code > 0:
-        error = LinAlgError(
-            f"{prefix}the system is singular (the leading minor of order {code} is not positive definite): "
-            "rows or columns of features depend on one another, or their sizes lie too far apart, and the penalty is "
-            "zero or too small to tell; centre or scale the features, or use a larger lam"
+        reason = (
+            "the new weight or bias leaves the range of float16, or the system is singular: centre or scale the "
+            "features, keep the head in float32, or use a larger lam"
+            if code == 1 and any(part.dtype == torch.float16 for part in context[2:])
+            else f"the system is singular (the leading minor of order {code} is not positive definite): rows or "
+            "columns of features depend on one another, or their sizes lie too far apart, and the penalty is zero or "
+            "too small to tell; centre or scale the features, or use a larger lam"
         )
+        error: Exception = LinAlgError(prefix + reason)
         return error
     if code == BAD_PENALTY:
         return ValueError(
@@ -588,8 +587,13 @@ def _explain(info: Tensor, context: Sequence[Tensor]) -> Exception:
         row = int((~features.isfinite().all(-1)).nonzero()[0])
         return ValueError(f"{prefix}features has NaN or Inf in row {row}")
     if target.is_floating_point():
-        row = int((~target.isfinite().all(-1)).nonzero()[0])
-        return ValueError(f"{prefix}target has NaN or Inf in row {row}")
+        bad = (~target.isfinite().all(-1)).nonzero()
+        if len(bad) == 0:
+            return ValueError(
+                f"{prefix}target leaves the range of float32, in which a step of float32 features and heads is taken: "
+                "scale it, or pass them as float64"
+            )
+        return ValueError(f"{prefix}target has NaN or Inf in row {int(bad[0])}")
     row = int(((target < 0) | (target >= num_classes)).nonzero()[0])
     return IndexError(
         f"{prefix}target must hold class indices from 0 to {num_classes - 1} (weight has {num_classes} rows), "

@@ -49,5 +49,7 @@ def off_zero(sample_weight: Tensor, lam: Tensor, ridge: Tensor | None, lam_diag:
     """
     s = sample_weight.to(torch.float64)
     penalty = on_device(lam, s) if ridge is None else on_device(lam, s) + on_device(ridge, s)
-    penalised = (penalty > 0 if lam_diag is None else torch.ones_like(penalty, dtype=torch.bool)).unsqueeze(-1)
+    penalised = (penalty > 0 if lam_diag is None else torch.ones_like(penalty, dtype=torch.bool)).unsqueeze(
+        -1
+    )
     return s + torch.where((s == 0) & penalised, TINY_WEIGHT * s.detach().sum(-1, keepdim=True), 0.0)
