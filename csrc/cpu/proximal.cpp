@@ -84,6 +84,15 @@ constexpr ScalarType kScalarType =
 template <class T>
 constexpr DType kDType = std::is_same_v<T, float> ? DType::kF32 : DType::kF64;
 
+// Whether the squares of a system, of this size, and what is solved with it are well within T.
+template <class T>
+bool in_range(double square) {
+  const double most = std::is_same_v<T, float> ? 0x1p64 : 0x1p800;
+  return square < most && square > 1 / most;
+}
+template <class T>
+constexpr double kLeastAlpha = std::is_same_v<T, float> ? 1e-28 : 1e-280;
+
 template <class T>
 bool all_finite(const T* values, int64_t rows, int64_t cols, int64_t stride) {
   // The sum of x - x is 0, or NaN as soon as one value is NaN or Inf; no branch, so it vectorises.
@@ -773,6 +782,9 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   double t = pen.t, ones_scale = 1.0;
   T* half = nullptr;  // P diag(t)^-1/2, whose Gram matrix is the system's
   if (pb.lam_diag) {
+    for (const double penalty : t_diag) {
+      if (!in_range<T>(penalty)) return kInaccurate;
+    }
     T* copy = scratch.take<T>(B * D);
     half = scratch.take<T>(B * D);
     for (int64_t i = 0; i < B; ++i) {
@@ -820,6 +832,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   double spread = 0;
   int64_t info = 0;
   bool solved = false;
+  const double right_norm = std::sqrt(sum_of_squares(q, B, K, K));
   T* alpha = q;
   const T* remainder = nullptr;  // q - system alpha, where alpha is inexact
   if (budget > 0) {
@@ -889,6 +902,9 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // conjugate gradients have left of the right side.
   const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
   const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
+  if (!in_range<T>(trace / B + t) || (alpha_norm < kLeastAlpha<T> && right_norm > 0)) {
+    return kInaccurate;
+  }
   double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0;
   if (pb.lam_diag) {
     change_norm = std::sqrt(sum_of_squares(pe, B, D, pe_stride)) * alpha_norm;
@@ -903,7 +919,9 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
   const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
   const double worth = std::sqrt(pull / heaviest);
-  const bool visible = noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb);
+  // NaN, where a norm left the range of T, is visible.
+  const bool visible =
+      !(noise <= kSmallError * worth) && !(noise <= kNegligibleError * targets_norm(pb));
   if (visible || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);
     T* residual = scratch.take<T>(B * K);
@@ -1159,7 +1177,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
   if (std::is_same_v<T, float> && !solved) {
     T* system = scratch.take<T>(order * order);
     info = solve.template operator()<T>(system, head, &spread);
-    solved = info == 0 && trusted(spread, order);
+    solved = info == 0 && trusted(spread, order) && in_range<T>(trace / order + least);
     head_error = error_of(kUnit<float>);
   }
   if (!solved && B == D) return info == 0 ? 1 : info;  // left to the dual side
@@ -1263,7 +1281,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     if (!tolerable(off, own, 0) && !tolerable(off, own, targets_norm(pb))) return kInaccurate;
     const double worth = std::sqrt(pull / heaviest);
     const double noise = kUnit<T> * (2 * product + own);
-    if (noise > kSmallError * worth && noise > kNegligibleError * targets_norm(pb)) {
+    if (!(noise <= kSmallError * worth) && !(noise <= kNegligibleError * targets_norm(pb))) {
       // Once more, in float64.
       T* whole = scratch.take<T>(B * K);
       std::vector<T> bias(pb.bias ? K : 0);

@@ -23,6 +23,7 @@ HARD = [
     ((24, 32), 0.0, 1e6, 1e-4),
     ((24, 32), 0.0, 1.0, 1e-8),
     ((200, 13), 1e3, 1.0, 1e-8),
+    ((24, 32), 0.0, 1e18, 1e34),  # squares beyond float32
     ((12, 33), 1.0, 1.0, 1.0),  # an easy one
     ((65, 33), 1.0, 1.0, 1.0),
 ]
@@ -75,6 +76,36 @@ def test_loss_is_that_of_the_stored_head_and_near_the_best(
         rest = np.sqrt(np.square((wide(step.grad_features) - gradient).astype(float)).sum())
         noise = float(np.sqrt(size * 1e-9) * np.sqrt(np.square(wide(step.weight)).sum()))
         assert rest <= 0.03 * own + noise
+
+
+def test_a_norm_that_overflows_counts_as_an_error(backend: str) -> None:
+    """Beside an old head of 1e20 that a step without lam forgets."""
+    x, target, old = 1e-20 * torch.randn(20, 20), torch.randn(20, 2), 2e20 * torch.randn(2, 20)
+    step = cfl_ops.proximal_step(x, target, old, torch.tensor([-7.0, -441.0]), lam=0.0, ridge=1e-12)
+    assert step.bias is not None  # the features say nothing
+    torch.testing.assert_close(step.bias, target.mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fit_bias", [None, "penalized", "free"])
+@pytest.mark.parametrize("rows", [24, 32, 50])
+def test_features_whose_squares_underflow(rows: int, fit_bias: str | None, dtype, backend: str) -> None:
+    """Right, or told where the kernel has no such numbers or a bias stands beside them."""
+    x, target = 1e-20 * (1 + torch.randn(rows, 32, dtype=dtype)), torch.randn(rows, 2, dtype=dtype)
+    bias = None if fit_bias is None else torch.zeros(2, dtype=dtype)
+    arguments = {"lam": 1e-42, "fit_bias": fit_bias or "penalized"}
+    step, info = cfl_ops.proximal_step_ex(x, target, torch.zeros(2, 32, dtype=dtype), bias, **arguments)
+    if int(info) != 0:
+        assert fit_bias == "penalized" or backend == "triton"
+        return
+    scaled = {"lam": 1e-2, "fit_bias": fit_bias or "penalized"}  # a penalised bias: 1e-42 is none
+    if fit_bias != "penalized":
+        best = cfl_ops.proximal_step(x.double() * 1e20, target.double(), torch.zeros(2, 32).double(),
+                                     None if bias is None else bias.double(), **scaled)  # fmt: skip
+        torch.testing.assert_close(step.weight.double() * 1e-20, best.weight, rtol=1e-4, atol=1e-4)
+    b = 0 if step.bias is None else step.bias.double()
+    own = (target.double() - x.double() @ step.weight.double().mT - b).square().sum() / rows
+    torch.testing.assert_close(step.loss.double(), own, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(20, 33), (50, 33)])
