@@ -119,10 +119,11 @@ def rescaled_proximal_step(
     design = phi.double()
     penalty, square, targets = t.expand(len(old)), 1 + (kappa - 1) * own, target_scale * own
     change, info = CLASS_SOLVE(phi, labels, targets - design @ anchor.mT, None, penalty, kappa)
-    raise_if_failed(info, [change], arguments)
+    raise_if_failed(_of_solve(info), [change], arguments)
     # Refined once by its own residual; what that gains is what the head was off before.
     residual = targets - design @ (anchor.mT + change)
     again, info = CLASS_SOLVE(phi, labels, residual, -t * change, penalty, kappa)
+    info = _of_solve(info)
     gain = ((design.mT @ (square * residual) - t * change) * again).sum().abs()
     best = (square * (residual - design @ again).square()).sum()
     off = ~(gain.sqrt() <= 0.4 * best.sqrt() + 0.014 * (square * targets.square()).sum().sqrt())
@@ -145,3 +146,8 @@ def rescaled_proximal_step(
         ((weighted * final).sum() / scale).to(dtype),
         ((-2 / scale) * weighted @ new.double()).to(features.dtype),
     )
+
+
+def _of_solve(info: Tensor) -> Tensor:
+    """The info of class_solve as that of a step. Its arguments have been looked at: what it refuses is an overflow."""
+    return torch.where(info < 0, 1, info)
