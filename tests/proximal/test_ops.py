@@ -239,6 +239,23 @@ def test_a_bad_batch_element_spoils_no_other(backend: str) -> None:
         cfl_ops.proximal_step(features, target, weight, bias, lam=0.5)
 
 
+@pytest.mark.parametrize("lam", [0.5, torch.tensor([0.5, -1.0, 0.5])])
+def test_a_bad_batch_element_spoils_no_derivative_of_what_all_share(lam, backend: str) -> None:
+    features, target, weight, bias = problem()
+    x = features.expand(3, *features.shape).clone()
+    if not isinstance(lam, torch.Tensor):
+        x[1, 0, 0] = torch.nan
+    head = [weight.clone().requires_grad_(), bias.clone().requires_grad_(), target.clone().requires_grad_()]
+    step, info = cfl_ops.proximal_step_ex(x, head[2], head[0], head[1], lam=lam)
+    assert info[1] < 0
+    got = torch.autograd.grad(step.weight.sum() + step.bias.square().sum() + step.loss[[0, 2]].sum(), head)
+    alone = cfl_ops.proximal_step(features, head[2], head[0], head[1], lam=0.5)
+    expected = torch.autograd.grad(2 * (alone.weight.sum() + alone.bias.square().sum() + alone.loss), head)
+    own = [torch.ones_like(weight), 2 * bias, torch.zeros_like(target)]  # of the head that stays
+    for a, b, c in zip(got, expected, own, strict=True):
+        torch.testing.assert_close(a, b + c)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

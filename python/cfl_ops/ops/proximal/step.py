@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from cfl_ops._core.failures import check_info, error_message, first_failure
-from cfl_ops._core.op import Derivative, define_op, gradients
+from cfl_ops._core.op import define_op
 from cfl_ops._core.results import result_type
 from cfl_ops._gpu.launch import triton
 from cfl_ops.errors import LinAlgError
 from cfl_ops.ops.gram.gram import plain_gram
-from cfl_ops.ops.proximal.arguments import OPTIONS, ProximalArguments, check_arguments, check_options, shapes
+from cfl_ops.ops.proximal.arguments import ProximalArguments, check_arguments, check_options, shapes
 from cfl_ops.ops.proximal.codes import (
     BAD_FEATURES,
     BAD_PENALTY,
@@ -25,7 +25,8 @@ from cfl_ops.ops.proximal.codes import (
     FREE,
     MEAN,
 )
-from cfl_ops.ops.proximal.system import data_info, off_zero, or_inaccurate
+from cfl_ops.ops.proximal.derivative import derivative_of
+from cfl_ops.ops.proximal.system import data_info, or_inaccurate
 from cfl_ops.ops.solve.system import cholesky_solve, factor_system, on_device
 
 __all__ = ["ProximalStep", "proximal_step", "proximal_step_", "proximal_step_ex", "proximal_step_ex_"]
@@ -492,43 +493,6 @@ def _fake(arguments: ProximalArguments) -> tuple[Tensor, Tensor, Tensor, Tensor,
     )
 
 
-def _setup_context(ctx: Any, inputs: ProximalArguments, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-OPTIONS], output[-1])
-    ctx.options = inputs[-OPTIONS:]
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The derivative of the fallback, which is made of differentiable torch ops (so twice, too)."""
-    *tensors, info = ctx.saved_tensors
-    saved = ProximalArguments(*tensors, *ctx.options)
-    needed = zip(saved._fields, ctx.needs_input_grad, strict=True)
-    wanted = [name for name, need in needed if need]
-
-    def outputs(*varied: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        changed: dict[str, Any] = dict(zip(wanted, varied, strict=True))
-        if "sample_weight" in changed:
-            changed["sample_weight"] = off_zero(
-                changed["sample_weight"], saved.lam, saved.ridge, saved.lam_diag
-            )
-        *results, own_info = _fallback(saved._replace(**changed))
-        return tuple(results), own_info
-
-    primals, pullback, own_info = torch.func.vjp(  # type: ignore[misc]
-        outputs, *(getattr(saved, name) for name in wanted), has_aux=True
-    )
-    # A step which another backend has made and the fallback cannot: its derivative is not known.
-    unknown = (info == 0) & (own_info != 0)
-
-    def cotangent(primal: Tensor, grad: Tensor | None) -> Tensor:
-        given = torch.zeros_like(primal) if grad is None else grad
-        return torch.where(
-            unknown.reshape(unknown.shape + (1,) * (primal.ndim - unknown.ndim)), torch.nan, given
-        )
-
-    cotangents = tuple(cotangent(*pair) for pair in zip(primals, grads[:4], strict=True))
-    return gradients(ProximalArguments, **dict(zip(wanted, pullback(cotangents), strict=True)))
-
-
 _REST = (
     "Tensor lam, Tensor? ridge, Tensor? lam_diag, Tensor? sample_weight, "
     "int reduction, int fit_bias, int method"
@@ -542,7 +506,7 @@ PROXIMAL_STEP = define_op(
     fake=_fake,
     shapes=shapes,
     check=functools.partial(check_options, "proximal_step"),
-    derivative=Derivative(_setup_context, _backward),
+    derivative=derivative_of(_fallback),
     cuda=(triton("cfl_ops.triton_kernels.proximal:proximal_step"),),
 )
 PROXIMAL_STEP_ = define_op(

@@ -1,4 +1,4 @@
-"""What a step's info says of its data and of its head, and how its row weights enter a derivative, in torch ops."""
+"""What a step's info says of its data and of its head, in torch ops."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 from cfl_ops.ops.proximal.codes import BAD_FEATURES, BAD_TARGET, BAD_WEIGHT
-from cfl_ops.ops.solve.system import on_device
-
-TINY_WEIGHT = 1e-30
-"""Of the sum of the row weights: it changes no digit of anything, and its root is far from the end of float64."""
 
 
 def data_info(info: Tensor, features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,17 +35,3 @@ def or_inaccurate(info: Tensor, error: Tensor, best: Tensor, size: Tensor, order
 
     """
     return torch.where((info == 0) & ~(error <= 0.4 * best + 0.014 * size), order, info)
-
-
-def off_zero(sample_weight: Tensor, lam: Tensor, ridge: Tensor | None, lam_diag: Tensor | None) -> Tensor:
-    """Row weights in float64; those of zero a little above it, for a derivative.
-
-    They enter as square roots, which have none at zero. The step has one there, but where nothing is penalised: then
-    the least weight fits its row. With lam_diag every feature is.
-    """
-    s = sample_weight.to(torch.float64)
-    penalty = on_device(lam, s) if ridge is None else on_device(lam, s) + on_device(ridge, s)
-    penalised = (penalty > 0 if lam_diag is None else torch.ones_like(penalty, dtype=torch.bool)).unsqueeze(
-        -1
-    )
-    return s + torch.where((s == 0) & penalised, TINY_WEIGHT * s.detach().sum(-1, keepdim=True), 0.0)
