@@ -820,8 +820,10 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       for (int64_t j = 0; level > 0 && j < B; ++j) {
         system[i * B + j] += static_cast<Acc>(level * root[i] * root[j]);
       }
-      // A row of weight zero has nothing to say; without a penalty its pivot would be zero.
-      const bool silent = root[i] == 0 && t == 0;
+      // A row of weight zero has nothing to say, nor has one that is its own mean and is met;
+      // without a penalty its pivot would be zero.
+      bool silent = t == 0 && (root[i] == 0 || system[i * B + i] == 0);
+      for (int64_t k = 0; silent && k < K; ++k) silent = rhs[i * K + k] == 0;
       system[i * B + i] += static_cast<Acc>(silent ? 1.0 : t);
     }
     const int64_t info = factor(system, B, spread);
@@ -902,7 +904,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // conjugate gradients have left of the right side.
   const double best = std::sqrt(loss), alpha_norm = std::sqrt(sum_of_squares(alpha, B, K, K));
   const double anchor_norm = anchor_scale * std::sqrt(sum_of_squares(anchor, K, D, D));
-  if (!in_range<T>(trace / B + t) || (alpha_norm < kLeastAlpha<T> && right_norm > 0)) {
+  if (right_norm > 0 && (!in_range<T>(trace / B + t) || alpha_norm < kLeastAlpha<T>)) {
     return kInaccurate;
   }
   double reach = trace, change_norm = std::sqrt(trace) * alpha_norm, bias_norm = 0;

@@ -477,3 +477,13 @@ def test_triton_leaves_the_head_as_it_was_where_a_step_fails() -> None:
     assert not torch.equal(step.weight[0], weight[0])
     assert step.loss.isnan().tolist() == [False, True, True]
     assert not step.grad_features[1:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_row_and_a_free_bias_need_no_penalty(dtype, backend: str) -> None:
+    """The row is its own mean: the bias meets it, and the weight stays."""
+    features, target, weight, bias = problem(1, 3, dtype=dtype)
+    for x in (features, torch.zeros_like(features)):
+        step = cfl_ops.proximal_step(x, target, weight, bias, lam=0.0, fit_bias="free")
+        assert torch.equal(step.weight, weight)
+        torch.testing.assert_close(x @ step.weight.mT + step.bias, target)
