@@ -307,7 +307,9 @@ def _ridge_cv(cell: Cell) -> dict[str, float]:
 def _lstsq(cell: Cell) -> dict[str, Over]:
     x, y = data(cell)
     best = least_squares(wide(x), wide(y))
-    return {"loss": judge(wide(x), wide(y), wide(cfl_ops.lstsq(x, y)), best, x.dtype, 0.0)[0].over()}
+    return {
+        "loss": judge(wide(x), wide(y), wide(cfl_ops.lstsq(x, y)), best, x.dtype, 0.0, storing=True)[0].over()
+    }
 
 
 @probe("pinv", lam=(0.0,), kind=("plain",), dtype=("float32", "float64"))
