@@ -90,6 +90,7 @@ bool in_range(double square) {
   const double most = std::is_same_v<T, float> ? 0x1p64 : 0x1p800;
   return square < most && square > 1 / most;
 }
+// Multipliers that are not 0 and have no larger norm may have underflown.
 template <class T>
 constexpr double kLeastAlpha = std::is_same_v<T, float> ? 1e-28 : 1e-280;
 
@@ -657,6 +658,13 @@ double targets_norm(const Problem<T>& pb) {
   return std::sqrt(total);
 }
 
+// Whether the rounding errors of a residual show in loss and gradient. NaN, where a norm left the
+// range of T, does.
+template <class T>
+bool shows(const Problem<T>& pb, double noise, double worth) {
+  return !(noise <= kSmallError * worth) && !(noise <= kNegligibleError * targets_norm(pb));
+}
+
 // The head (weight (K, D), bias (K)) as it is stored, and its own residual (B, K), which has errors
 // of up to `error` times itself.
 template <class T>
@@ -921,10 +929,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
   const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
   const double worth = std::sqrt(pull / heaviest);
-  // NaN, where a norm left the range of T, is visible.
-  const bool visible =
-      !(noise <= kSmallError * worth) && !(noise <= kNegligibleError * targets_norm(pb));
-  if (visible || pb.rounds()) {
+  if (shows(pb, noise, worth) || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);
     T* residual = scratch.take<T>(B * K);
     T* delta = scratch.take<T>(B * K);
@@ -1283,7 +1288,7 @@ int64_t primal_step(Problem<T>& pb, const Penalties& pen, const std::vector<doub
     if (!tolerable(off, own, 0) && !tolerable(off, own, targets_norm(pb))) return kInaccurate;
     const double worth = std::sqrt(pull / heaviest);
     const double noise = kUnit<T> * (2 * product + own);
-    if (!(noise <= kSmallError * worth) && !(noise <= kNegligibleError * targets_norm(pb))) {
+    if (shows(pb, noise, worth)) {
       // Once more, in float64.
       T* whole = scratch.take<T>(B * K);
       std::vector<T> bias(pb.bias ? K : 0);

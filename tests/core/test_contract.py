@@ -136,8 +136,21 @@ def test_gradients(spec: contract.OpSpec, backend: str) -> None:
     if backend == "triton":
         # The formulas are Python's on every backend; the interpreter takes minutes over all of them.
         if cfl_ops.config.backend_of(spec.op.name, "cpu") == "composite":
-            pytest.skip("the ops that it is made of are tested on this backend")
+            pytest.skip("slow: run with -m slow (make test-slow)")
         cases = cases[:2]
+    check_gradients(spec, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", BY_OP)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_gradients_of_ops_made_of_ops(spec: contract.OpSpec, backend: str) -> None:
+    if not spec.differentiable or cfl_ops.config.backend_of(spec.op.name, "cpu") != "composite":
+        pytest.skip(f"{spec.op.name} is in test_gradients")
+    check_gradients(spec, [case for case in spec.cases if case.gradcheck][:2])
+
+
+def check_gradients(spec: contract.OpSpec, cases: Sequence[contract.Case]) -> None:
     for case in cases:
         function, values, args, positions = differentiable_function(spec, case)
         tensors = [value.detach().clone().requires_grad_() for value in values]
@@ -344,13 +357,27 @@ def test_vmap(spec: contract.OpSpec, case: contract.Case, backend: str) -> None:
         pytest.skip("its output sizes depend on the data; vmap refuses")
     skip_unless_served(spec, backend)
     if backend == "triton" and case not in spec.cases[:3]:
-        pytest.skip("the rule is Python's on every backend: three samples show it under the interpreter")
+        pytest.skip("slow: run with -m slow (make test-slow)")  # the rule is Python's on every backend
+    check_vmap(spec, case, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "case"), CASES)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_vmap_of_all_samples(spec: contract.OpSpec, case: contract.Case, backend: str) -> None:
+    if "no vmap" in spec.tags or case in spec.cases[:3]:
+        pytest.skip(f"this sample of {spec.op.name} is in test_vmap")
+    skip_unless_served(spec, backend)
+    check_vmap(spec, case, backend)
+
+
+def check_vmap(spec: contract.OpSpec, case: contract.Case, backend: str) -> None:
     dtype = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
     args = case.make(dtype)
     tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
     groups = [tensors] if spec.mutates else [[i] for i in tensors] + [tensors]
     if backend == "triton":
-        groups = groups[-1:]
+        groups = groups[-1:]  # the interpreter is slow, and the vmap rule is Python's
     for mapped in groups:
         stacked = contract.clone_args(args)
         dims: list[int | None] = [None] * len(args)

@@ -93,15 +93,14 @@ def test_features_whose_squares_underflow(rows: int, fit_bias: str | None, dtype
     """Right, or told where the kernel has no such numbers or a bias stands beside them."""
     x, target = 1e-20 * (1 + torch.randn(rows, 32, dtype=dtype)), torch.randn(rows, 2, dtype=dtype)
     bias = None if fit_bias is None else torch.zeros(2, dtype=dtype)
-    arguments = {"lam": 1e-42, "fit_bias": fit_bias or "penalized"}
-    step, info = cfl_ops.proximal_step_ex(x, target, torch.zeros(2, 32, dtype=dtype), bias, **arguments)
+    old, fit = torch.zeros(2, 32, dtype=dtype), fit_bias or "penalized"
+    step, info = cfl_ops.proximal_step_ex(x, target, old, bias, lam=1e-42, fit_bias=fit)
     if int(info) != 0:
         assert fit_bias == "penalized" or backend == "triton"
         return
-    scaled = {"lam": 1e-2, "fit_bias": fit_bias or "penalized"}  # a penalised bias: 1e-42 is none
-    if fit_bias != "penalized":
-        best = cfl_ops.proximal_step(x.double() * 1e20, target.double(), torch.zeros(2, 32).double(),
-                                     None if bias is None else bias.double(), **scaled)  # fmt: skip
+    if fit_bias != "penalized":  # a penalty that does not scale with the features
+        best = cfl_ops.proximal_step(x.double() * 1e20, target.double(), old.double(),
+                                     None if bias is None else bias.double(), lam=1e-2, fit_bias=fit)  # fmt: skip
         torch.testing.assert_close(step.weight.double() * 1e-20, best.weight, rtol=1e-4, atol=1e-4)
     b = 0 if step.bias is None else step.bias.double()
     own = (target.double() - x.double() @ step.weight.double().mT - b).square().sum() / rows

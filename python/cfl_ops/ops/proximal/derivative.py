@@ -48,9 +48,7 @@ def derivative_of(solve: Solve) -> Derivative:
 
         def cotangent(primal: Tensor, grad: Tensor | None) -> Tensor:
             given = torch.zeros_like(primal) if grad is None else grad
-            return torch.where(
-                unknown.reshape(unknown.shape + (1,) * (primal.ndim - unknown.ndim)), torch.nan, given
-            )
+            return torch.where(_beside(unknown, primal), torch.nan, given)
 
         cotangents = tuple(cotangent(*pair) for pair in zip(primals, grads[:4], strict=True))
         return gradients(ProximalArguments, **dict(zip(wanted, pullback(cotangents), strict=True)))
@@ -83,10 +81,10 @@ def beside_failures(solve: Solve, arguments: ProximalArguments, failed: Tensor) 
     easy = {"features": 0, "target": 0, "weight": 0, "bias": 0, "lam": 1, "ridge": 0, "lam_diag": 1,
             "sample_weight": 1}  # fmt: skip
     given = {name: getattr(arguments, name) for name in easy}
+    for name in ("lam", "ridge"):  # not left on the host, where torch.where would copy them from
+        given[name] = None if given[name] is None else on_device(given[name], arguments.features)
     filled: dict[str, Any] = {
-        name: torch.where(
-            failed.reshape(failed.shape + (1,) * max(0, value.ndim - failed.ndim)), easy[name], value
-        )
+        name: torch.where(_beside(failed, value), easy[name], value)
         for name, value in given.items()
         if value is not None
     }
@@ -95,3 +93,8 @@ def beside_failures(solve: Solve, arguments: ProximalArguments, failed: Tensor) 
     if arguments.bias is not None:
         bias = torch.where(failed.unsqueeze(-1), arguments.bias, bias)
     return (weight, bias, *rest)
+
+
+def _beside(flags: Tensor, value: Tensor) -> Tensor:
+    """Flags ``(...)`` of a batch in the dimensions of a value ``(..., core)``; a penalty without a batch has none."""
+    return flags.reshape(flags.shape + (1,) * max(0, value.ndim - flags.ndim))
