@@ -1,0 +1,282 @@
+"""What all solved heads share: a batch as rows, the loss with its gradient, and how they meet autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from cfl_ops._core import checks
+from cfl_ops._core.state import StateModule, in_inference_mode, makes_state
+
+__all__ = ["Batch", "Head", "as_batch", "squared_loss"]
+
+
+class Batch(NamedTuple):
+    """A batch as rows, without a graph."""
+
+    features: Tensor
+    """``(B, D)``."""
+    target: Tensor
+    """``(B, K)`` floating point, or classes ``(B,)`` int64."""
+    sample_weight: Tensor | None
+    """``(B,)``."""
+
+    @property
+    def classes(self) -> bool:
+        """Whether the targets are class indices."""
+        return self.target.dtype is torch.int64
+
+
+class Head(StateModule):
+    """A linear head whose weight and bias are solved for, not descended; what a training loop calls.
+
+    A subclass solves: it has :meth:`_solve` and :meth:`_evaluate`, of a batch of rows.
+    """
+
+    in_features: int
+    out_features: int
+    name: str
+    """That of error messages."""
+    feature_dim: int = -1
+    ignore_index: int | None = None
+
+    def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Set the head; the loss at the new one and its gradient for the rows."""
+        raise NotImplementedError
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss at the present head and its gradient for the rows."""
+        raise NotImplementedError
+
+    def _rows(self, features: Any, target: Any, sample_weight: Any) -> Batch:
+        """The batch as rows; raises for what does not fit."""
+        return as_batch(
+            self.name, features, target, sample_weight, self.in_features, self.feature_dim, self.ignore_index
+        )
+
+    def update(
+        self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the head on this batch, and leave the backward pass to the caller.
+
+        Args:
+            features: ``(..., D)``; all dimensions but the last (or ``feature_dim``) are rows.
+            target: ``(..., K)`` floating point, or class indices ``(...)`` int64; its rows may be flat.
+            sample_weight: ``(...)`` weights of the rows, which may be flat, too.
+
+        Returns:
+            ``(loss, grad_features)``: the loss at the new head, and its gradient for the features, in their
+            shape and dtype: ``features.backward(grad_features)``.
+
+        """
+        if in_inference_mode():
+            return self._as_state(features, target, sample_weight)
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
+        try:
+            return self._run(features, target, sample_weight)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    def _run(
+        self,
+        features: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        wide: bool = False,
+        solve: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient in the shape of the features; wide: in float32 for those in half precision."""
+        if solve and not is_compiling() and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError(
+                f"cfl_ops.{self.name}: was called within a backward pass, where activation checkpointing runs a forward "
+                "again and would solve the head twice: keep the head out of the checkpointed part"
+            )
+        batch = self._rows(features, target, sample_weight)
+        if wide and batch.features.dtype in (torch.float16, torch.bfloat16):
+            batch = batch._replace(features=batch.features.float())
+        loss, grad = self._solve(batch) if solve else self._evaluate(batch)
+        if features.ndim == 2:
+            return loss, grad
+        if self.feature_dim in (-1, features.ndim - 1):
+            return loss, grad.reshape(features.shape)
+        moved = features.movedim(self.feature_dim, -1).shape
+        return loss, grad.reshape(moved).movedim(-1, self.feature_dim)
+
+    @makes_state
+    def _as_state(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self._run(*args)
+
+    def step(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+        """Solve the head on this batch, then backpropagate its gradient into what made the features.
+
+        Takes what :meth:`update` takes, and returns the loss at the new head, without a graph. It calls backward,
+        so that loss scaling and compiled steps need :meth:`loss` instead.
+        """
+        loss, grad_features = self.update(features, target, sample_weight=sample_weight)
+        if features.requires_grad:
+            features.backward(grad_features)
+        return loss
+
+    def loss(
+        self,
+        features: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        solve: bool | None = None,
+    ) -> Tensor:
+        """The loss for a training loop: ``loss.backward()`` gives the features their gradient.
+
+        In train mode it solves the head on the batch first, and is the loss at the new head. In eval mode it is the
+        loss at the present head. It stands where ``F.cross_entropy(head(features), target)`` stood: it can be scaled
+        (AMP), added to other losses, averaged by DDP, and compiled with the backbone in one graph.
+
+        Args:
+            features, target, sample_weight: as for :meth:`update`.
+            solve: whether to solve, whatever the mode.
+
+        Raises:
+            RuntimeError: it is called within a backward pass, as activation checkpointing does.
+
+        """
+        solve = self.training if solve is None else checks.flag(self.name, "solve", solve)
+        if in_inference_mode():
+            return self._as_state(features, target, sample_weight, True, solve)[0]
+        if not isinstance(features, Tensor) or not (features.requires_grad and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return self._run(features, target, sample_weight, True, solve)[0]
+        with torch.no_grad():
+            loss, grad = self._run(features, target, sample_weight, True, solve)
+        out: Tensor = _WithGradient.apply(features, loss, grad)
+        return out
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient for the features is known."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = features.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        # In float32 until it is scaled: what float16 could not hold is what loss scaling is for.
+        return (grad * scale).to(ctx.dtype), None, None
+
+
+def as_batch(
+    name: str,
+    features: Any,
+    target: Any,
+    sample_weight: Any,
+    width: int,
+    feature_dim: int = -1,
+    ignore_index: int | None = None,
+) -> Batch:
+    """Features, targets and weights of any leading dimensions as rows.
+
+    Rows of ``ignore_index`` get the class 0 and the weight 0.
+    """
+    checks.floating(name, "features", features, 1)
+    core = 0 if isinstance(target, Tensor) and target.dtype is torch.int64 else 1
+    if feature_dim != -1 and features.ndim > 1:
+        features = _features_last(name, "features", features, feature_dim)
+        if core and isinstance(target, Tensor) and target.ndim == features.ndim > 2:
+            target = _features_last(name, "target", target, feature_dim)
+    checks.size(name, "features", features, -1, width, "the head's in_features")
+    _check_rows(name, "target", target, core, features)
+    if sample_weight is not None:
+        _check_rows(name, "sample_weight", sample_weight, 0, features)
+        sample_weight = sample_weight.reshape(-1)
+    rows, target = _flat(features.detach(), 1), _flat(target, core)
+    if ignore_index is not None and core == 0:
+        ignored = target == ignore_index
+        target = torch.where(ignored, 0, target)
+        if sample_weight is None:
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            sample_weight = torch.ones(target.shape, dtype=dtype, device=target.device)
+        sample_weight = torch.where(ignored, 0.0, sample_weight)
+    return Batch(rows, target, sample_weight)
+
+
+def _features_last(name: str, argument: str, value: Tensor, dim: int) -> Tensor:
+    if not -value.ndim <= dim < value.ndim:
+        raise ValueError(
+            f"cfl_ops.{name}: {argument} must have a dimension {dim} (feature_dim), but got shape {tuple(value.shape)}"
+        )
+    return value.movedim(dim, -1)
+
+
+def _flat(value: Tensor, core: int) -> Tensor:
+    """All dimensions but the last ``core`` as one; a reshape that changes nothing would cost 2 us."""
+    leading = value.ndim - core
+    if leading == 1:
+        return value
+    return value.unsqueeze(0) if leading < 1 else value.flatten(0, leading - 1)
+
+
+def _check_rows(name: str, argument: str, value: Any, core: int, features: Tensor) -> None:
+    """Rows are flattened, as those of ``features`` are: in the same order only where they lie in the same shape."""
+    if not isinstance(value, Tensor):
+        checks.tensor(name, argument, value, core)
+    mine, theirs = value.shape[: value.ndim - core], features.shape[:-1]
+    if len(mine) > 1 and len(theirs) > 1 and mine != theirs:
+        raise ValueError(
+            f"cfl_ops.{name}: {argument} must lie in the rows of features, {tuple(theirs)} or flat, but got shape "
+            f"{tuple(value.shape)}"
+        )
+
+
+def squared_loss(
+    batch: Batch,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    total: Tensor | float | None = None,
+    kappa: float = 1.0,
+    target_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The squared loss of a head on a batch, and its gradient for the features.
+
+    Args:
+        batch: the rows. float64 is computed in float64, all else in float32 (half precision overflows at 256).
+        weight: ``(K, D)``.
+        bias: ``(K,)`` or None.
+        total: what the sum over the rows is divided by; None: their number, or the sum of their weights.
+        kappa, target_scale: of Hui and Belkin's loss, see :func:`cfl_ops.rescaled_proximal_step`.
+
+    Returns:
+        ``(loss, grad_features)``, the latter in the dtype of the features. A class out of range is no error here.
+
+    """
+    dtype = torch.float64 if torch.float64 in (batch.features.dtype, weight.dtype) else torch.float32
+    weight = weight.to(dtype)
+    residual = F.linear(batch.features.to(dtype), weight, None if bias is None else bias.to(dtype))
+    factor = None if batch.sample_weight is None else batch.sample_weight.to(dtype).unsqueeze(-1)
+    if batch.classes:
+        own = batch.target.unsqueeze(-1) == torch.arange(weight.shape[0], device=weight.device)
+        residual = residual - target_scale * own.to(dtype)
+        if kappa != 1.0:
+            square = 1 + (kappa - 1) * own.to(dtype)
+            factor = square if factor is None else factor * square
+    else:
+        residual = residual - batch.target.to(dtype)
+    if total is None:
+        rows = batch.features.shape[0]
+        total = rows if batch.sample_weight is None else batch.sample_weight.sum(dtype=dtype)
+        total = (
+            torch.clamp(total, min=torch.finfo(dtype).tiny) if isinstance(total, Tensor) else max(1, total)
+        )
+    weighted = residual if factor is None else factor * residual
+    loss = (weighted * residual).sum() / total
+    return loss, (weighted @ weight * (2 / total)).to(batch.features.dtype)
