@@ -82,7 +82,7 @@ def fingerprint(*tensors: Tensor | None) -> int:
     value = 0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            value = (value * 1_000_003) ^ int(torch.hash_tensor(tensor))
+            value = (value * 1_000_003) ^ int(torch.hash_tensor(tensor).view(torch.int64))
     return (value ^ (value >> 50)) & ((1 << 50) - 1)
 
 
@@ -170,14 +170,14 @@ def gather_rows(ranks: Ranks, batch: Batch) -> Batch:
     """The batches of all ranks, in their order."""
     limits = torch.iinfo(torch.int32)  # a class beyond them is none, and stays so
     target = batch.target.clamp(limits.min, limits.max).int() if batch.classes else batch.target
-    columns = [batch.features, target.reshape(len(target), -1)]
+    columns = [batch.features, target.unsqueeze(-1) if batch.classes else target]
     if batch.sample_weight is not None:
         columns.append(batch.sample_weight.unsqueeze(-1))
     count = batch.features.shape[0]
     widths = [column.shape[1] * column.element_size() for column in columns]
     mine = torch.empty(count, sum(widths), dtype=torch.uint8, device=batch.features.device)
     for column, place in zip(columns, mine.split(widths, 1), strict=True):
-        place.copy_(column.contiguous().view(torch.uint8).reshape(count, -1))
+        place.copy_(column.contiguous().view(torch.uint8).reshape(count, place.shape[1]))
     everyone = mine.new_empty(ranks.total, sum(widths))
     if len(set(ranks.rows)) == 1:
         dist.all_gather_into_tensor(everyone, mine, group=ranks.group)
