@@ -103,8 +103,10 @@ class ClosedFormLinear(Head):
         check: when bad data raise. ``"now"``: in the step that meets them, which synchronises a GPU in each
             step. ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does
             with a gradient head; the step that failed left the head as it was and gave the backbone a gradient
-            of zero. ``"skip"``: never; such a step leaves the head as it was, is counted in :attr:`skipped`, has a loss
-            of NaN, and :meth:`step` makes no backward pass (on one process).
+            of zero. ``"skip"``: never for what the values are; such a step leaves the head as it was, is counted in
+            :attr:`skipped`, has a loss of NaN, and its backward pass does not reach the backbone. (It must where
+            several processes wait for each other's gradients, or in a compiled graph: there look at the loss, and
+            leave out ``optimizer.step()``.)
         process_group: ``"auto"``, None (each process solves for itself), or a group.
         device, dtype: of the parameters.
 
@@ -302,6 +304,11 @@ class ClosedFormLinear(Head):
         if self.method != "proximal":
             lam, ridge = 0.0, lam + ridge
         return lam, ridge, diagonal
+
+    def _is_skipped(self, loss: Tensor) -> bool:
+        if self.check_when != "skip" or is_compiling() or not bool(loss.isnan()):
+            return False
+        return group_of(self.process_group) is None  # else DistributedDataParallel waits for a backward pass
 
     def _own_weight(self) -> Tensor:
         weight: Tensor | None = self._parameters.get("weight")

@@ -56,6 +56,10 @@ class Head(StateModule):
         """The loss at the present head and its gradient for the rows."""
         raise NotImplementedError
 
+    def _is_skipped(self, loss: Tensor) -> bool:
+        """Whether this loss is that of a bad batch, whose zero gradient would become NaN among NaN activations."""
+        return False
+
     def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
         """The batch as rows; raises for what does not fit. together: other processes wait for this one's rows."""
         return as_batch(
@@ -122,7 +126,7 @@ class Head(StateModule):
         so that loss scaling and compiled steps need :meth:`loss` instead.
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
-        if features.requires_grad:
+        if features.requires_grad and not self._is_skipped(loss):
             features.backward(grad_features)
         return loss
 
@@ -156,6 +160,8 @@ class Head(StateModule):
                 return self._run(features, target, sample_weight, True, solve)[0]
         with torch.no_grad():
             loss, grad = self._run(features, target, sample_weight, True, solve)
+        if self._is_skipped(loss):
+            return loss.requires_grad_()  # a leaf: its backward pass reaches nothing
         out: Tensor = _WithGradient.apply(features, loss, grad)  # type: ignore[no-untyped-call]
         return out
 
