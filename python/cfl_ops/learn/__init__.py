@@ -3,12 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 from .closed_form_linear import ClosedFormLinear
+from .gain import ClosedFormGain, closed_form_gain, feature_alignment
 from .train_step import train_step
 
 if TYPE_CHECKING:
     from cfl_ops.learn.ridge import Ridge, RidgeCV
 
-__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
+__all__ = [
+    "ClosedFormGain",
+    "ClosedFormLinear",
+    "Ridge",
+    "RidgeCV",
+    "closed_form_gain",
+    "feature_alignment",
+    "train_step",
+]
 
 # These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
 _ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}
