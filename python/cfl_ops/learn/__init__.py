@@ -4,17 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 from .closed_form_linear import ClosedFormLinear
 from .gain import ClosedFormGain, closed_form_gain, feature_alignment
+from .probabilities import Calibration, class_probabilities, expected_calibration_error
 from .train_step import train_step
 
 if TYPE_CHECKING:
     from cfl_ops.learn.ridge import Ridge, RidgeCV
 
 __all__ = [
+    "Calibration",
     "ClosedFormGain",
     "ClosedFormLinear",
     "Ridge",
     "RidgeCV",
+    "class_probabilities",
     "closed_form_gain",
+    "expected_calibration_error",
     "feature_alignment",
     "train_step",
 ]
