@@ -5,15 +5,21 @@ from typing import TYPE_CHECKING, Any
 from .closed_form_linear import ClosedFormLinear
 from .gain import ClosedFormGain, closed_form_gain, feature_alignment
 from .probabilities import Calibration, class_probabilities, expected_calibration_error
+from .schedules import BatchSizeLam, ConstantLam, CosineLam, LamSchedule, RelativeLam
 from .train_step import train_step
 
 if TYPE_CHECKING:
     from cfl_ops.learn.ridge import Ridge, RidgeCV
 
 __all__ = [
+    "BatchSizeLam",
     "Calibration",
     "ClosedFormGain",
     "ClosedFormLinear",
+    "ConstantLam",
+    "CosineLam",
+    "LamSchedule",
+    "RelativeLam",
     "Ridge",
     "RidgeCV",
     "class_probabilities",
