@@ -12,8 +12,7 @@ from collections.abc import Callable
 import cfl_ops
 import pytest
 import torch
-from cfl_ops.learn import BatchSizeLam, ConstantLam, CosineLam, LamSchedule, RelativeLam
-from cfl_ops.learn.schedules import mean_square
+from cfl_ops.learn import BatchSizeLam, ClosedFormLinear, ConstantLam, CosineLam, LamSchedule, RelativeLam
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -43,6 +42,15 @@ class Counted:
         return lookup_backend("aot_eager")(graph, inputs)
 
 
+def mean_square(features: Tensor) -> Tensor:
+    return features.detach().double().square().mean()
+
+
+def value(schedule: LamSchedule, features: Tensor) -> Tensor:
+    """As a head asks for it."""
+    return schedule.value(features.shape[0], lambda: mean_square(features))
+
+
 def batches(count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(5 + i % 3, 4, generator=generator) * (1 + i) for i in range(count)]
@@ -51,7 +59,7 @@ def batches(count: int) -> list[Tensor]:
 def run(schedule: LamSchedule, rows: list[Tensor]) -> list[float]:
     out = []
     for features in rows:
-        out.append(float(schedule.value(features)))
+        out.append(float(value(schedule, features)))
         assert schedule.get_last_lam() == out[-1]
         schedule.step()
     return out
@@ -95,21 +103,21 @@ def test_batch_size() -> None:
         (512, 0.0, 3.0),
         (512, -1.0, 12.0),
     ):
-        assert float(BatchSizeLam(3.0, 128, power).value(torch.ones(rows, 2))) == pytest.approx(want)
+        assert float(value(BatchSizeLam(3.0, 128, power), torch.ones(rows, 2))) == pytest.approx(want)
     schedule = BatchSizeLam(CosineLam(8.0, 2), 16)
     assert run(schedule, [torch.ones(16, 1), torch.ones(8, 1), torch.ones(4, 1)]) == pytest.approx(
         [8.0, 8.0, 0.0]
     )
-    assert math.isfinite(schedule.value(torch.ones(0, 1)))
+    assert math.isfinite(value(schedule, torch.ones(0, 1)))
 
 
 def test_relative_to_this_batch_alone() -> None:
     schedule = RelativeLam(0.5, decay=0.0)
     for features in batches(5):
         want = 0.5 * float(torch.trace(features.double().mT @ features.double())) / features.numel()
-        assert float(schedule.value(features)) == pytest.approx(want, rel=1e-12)
+        assert float(value(schedule, features)) == pytest.approx(want, rel=1e-12)
     huge = torch.full((2, 2), 6e4, dtype=torch.float16)
-    assert float(schedule.value(huge)) == pytest.approx(0.5 * float(huge[0, 0]) ** 2)
+    assert float(value(schedule, huge)) == pytest.approx(0.5 * float(huge[0, 0]) ** 2)
 
 
 def test_relative_to_an_average() -> None:
@@ -118,35 +126,32 @@ def test_relative_to_an_average() -> None:
         squares.append(float(features.double().square().mean()))
         weights = [0.8 ** (len(squares) - 1 - i) for i in range(len(squares))]
         want = 0.5 * sum(w * s for w, s in zip(weights, squares, strict=True)) / sum(weights)
-        assert float(schedule.value(features)) == pytest.approx(want, rel=1e-12)
+        assert float(value(schedule, features)) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_nothing_and_bad_features_leave_the_average(decay: float) -> None:
     schedule = RelativeLam(0.5, decay)
     for features in (torch.ones(0, 4), torch.full((2, 4), torch.nan), torch.full((2, 4), torch.inf)):
-        assert float(schedule.value(features)) == 0.5
-    want = float(schedule.value(3 * ROWS))
+        assert float(value(schedule, features)) == 0.5
+    want = float(value(schedule, 3 * ROWS))
     assert want == pytest.approx(4.5)
     state = schedule.state_dict()
     for features in (torch.ones(0, 4), torch.full((2, 4), torch.nan), torch.full((2, 4), torch.inf)):
-        assert float(schedule.value(features)) == want
+        assert float(value(schedule, features)) == want
     assert schedule.state_dict() == state
-    assert float(RelativeLam(0.5, decay).value(torch.zeros(3, 2))) == 0.0
+    assert float(value(RelativeLam(0.5, decay), torch.zeros(3, 2))) == 0.0
 
 
 def test_a_batch_spread_over_processes() -> None:
-    """What a rank is told of all of them gives what one process has."""
-    parts = [torch.randn(5, 4), torch.randn(3, 4)]
-    schedule, other = (RelativeLam(BatchSizeLam(2.0, 32), decay=0.5) for _ in range(2))
-    both = torch.cat(parts)
-    got = schedule.value_for(8, lambda: mean_square(both))
-    assert torch.equal(got, other.value(both))
-    assert schedule.needs_features
-    assert BatchSizeLam(RelativeLam(1.0), 8).needs_features
-    plain = BatchSizeLam(2.0, 32)
-    assert not plain.needs_features
-    assert float(plain.value_for(8, lambda: pytest.fail("not asked for"))) == 8.0
+    """Of moments, whose count is a tensor, it is what it is of the rows."""
+    for rows in (0, 8):
+        features = torch.randn(rows, 4)
+        schedule, other = (RelativeLam(BatchSizeLam(2.0, 32), decay=0.5) for _ in range(2))
+        got = schedule.value(torch.tensor(float(rows)), lambda f=features: mean_square(f))
+        assert torch.equal(got, value(other, features))
+        assert schedule.state_dict() == other.state_dict()
+    assert float(BatchSizeLam(2.0, 32).value(8, lambda: pytest.fail("not asked for"))) == 8.0
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=IDS)
@@ -188,7 +193,7 @@ def test_a_state_that_does_not_fit_changes_nothing(make: Callable[[], LamSchedul
 @pytest.mark.parametrize("make", MAKERS, ids=IDS)
 def test_value_is_a_tensor_without_a_graph(make: Callable[[], LamSchedule]) -> None:
     schedule = make()
-    got = schedule.value(torch.randn(6, 3, requires_grad=True))
+    got = value(schedule, torch.randn(6, 3, requires_grad=True))
     assert got.dtype == torch.float64
     assert got.shape == ()
     assert got.device.type == "cpu"
@@ -196,19 +201,19 @@ def test_value_is_a_tensor_without_a_graph(make: Callable[[], LamSchedule]) -> N
     assert type(schedule).__name__ in repr(schedule)
     with torch.inference_mode():
         there = make()
-        there.value(ROWS)
-        schedule.value(ROWS)
+        value(there, ROWS)
+        value(schedule, ROWS)
         schedule.step()
     for each in (there, schedule):
         each.step()
-        each.value(ROWS)
+        value(each, ROWS)
 
 
 def test_the_value_of_an_earlier_batch_is_not_written_to() -> None:
     for schedule in (BatchSizeLam(1.0, 8), RelativeLam(1.0)):
-        first = schedule.value(torch.ones(4, 2))
+        first = value(schedule, torch.ones(4, 2))
         want = float(first)
-        schedule.value(torch.full((8, 2), 5.0))
+        value(schedule, torch.full((8, 2), 5.0))
         assert float(first) == want
 
 
@@ -222,7 +227,7 @@ def test_no_value_compiles_again(make: Callable[[], LamSchedule], mark: bool) ->
     counter = Counted()
 
     def step(features: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        lam = schedule.value(features)
+        lam = value(schedule, features)
         return lam * 1, *cfl_ops.proximal_step(features, target, weight, lam=lam)[:1]
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -234,7 +239,7 @@ def test_no_value_compiles_again(make: Callable[[], LamSchedule], mark: bool) ->
             torch._dynamo.mark_dynamic(features, 0)
             torch._dynamo.mark_dynamic(target, 0)
         lam, new = compiled(features, target, weight)
-        expected = want.value(features)
+        expected = value(want, features)
         torch.testing.assert_close(lam, expected, rtol=1e-14, atol=0.0)
         torch.testing.assert_close(
             new, cfl_ops.proximal_step(features, target, weight, lam=expected).weight, rtol=1e-3, atol=1e-4
@@ -287,3 +292,29 @@ def test_a_schedule_of_ones_own() -> None:
 def test_errors(make: Callable[[], LamSchedule], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=rf"cfl_ops.learn.{message}"):
         make()
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=IDS)
+def test_a_head_asks_its_schedule(make: Callable[[], LamSchedule]) -> None:
+    """It steps as with the number, in eager and in one graph for all numbers; bad features are the error's."""
+    schedule, other, compiled_one = make(), make(), make()
+    heads = [ClosedFormLinear(4, 2, lam=lam) for lam in (schedule, 1.0, compiled_one)]
+    compiled = torch.compile(
+        lambda x, y: heads[2].update(x, y), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for i, features in enumerate(batches(12)):
+        target = torch.randn(len(features), 2)
+        if i == 6:
+            for bad in (torch.nan, torch.inf):
+                with pytest.raises(ValueError, match="features"):
+                    heads[0].update(features * bad, target)
+        heads[1].lam = float(value(other, features))
+        got, want = heads[0].update(features, target), heads[1].update(features, target)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            in_graph = compiled(features, target)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(in_graph, want, rtol=1e-4, atol=1e-5)
+        assert schedule.get_last_lam() == pytest.approx(other.get_last_lam(), rel=1e-14)
+        for each in (schedule, other, compiled_one):
+            each.step()
+    assert copy.deepcopy(heads[0]).lam.state_dict() == schedule.state_dict()

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .closed_form_linear import ClosedFormLinear
 from .gain import ClosedFormGain, closed_form_gain, feature_alignment
+from .heads import ClosedFormHeads
 from .probabilities import Calibration, class_probabilities, expected_calibration_error
 from .schedules import BatchSizeLam, ConstantLam, CosineLam, LamSchedule, RelativeLam
 from .train_step import train_step
@@ -15,6 +16,7 @@ __all__ = [
     "BatchSizeLam",
     "Calibration",
     "ClosedFormGain",
+    "ClosedFormHeads",
     "ClosedFormLinear",
     "ConstantLam",
     "CosineLam",

@@ -59,18 +59,16 @@ class LamSchedule:
         """Lambda as it is; that of the last update, where it depends on the batch. Synchronises a GPU then."""
         return float(self._now[0])
 
-    @property
-    def needs_features(self) -> bool:
-        """Whether the value depends on the features, not on their number alone."""
-        return False
+    def value(self, rows: Any, mean_square: Callable[[], Tensor]) -> Tensor:
+        """Lambda for a batch: 0-d float64, on the CPU or with the features. Not to be written to.
 
-    @torch.no_grad()
-    def value(self, features: Tensor) -> Tensor:
-        """Lambda for a batch of rows ``(B, D)``: 0-d float64, on the CPU or with the features. Not to be written to."""
-        return self.value_for(features.shape[0], lambda: mean_square(features))
+        Heads call it, with what they know of the batch, which may be spread over processes.
 
-    def value_for(self, rows: int, square: Callable[[], Tensor]) -> Tensor:
-        """Lambda for a batch that is spread over processes: of the number of all rows, and their mean square."""
+        Args:
+            rows: their number: an integer, or a tensor without dimensions.
+            mean_square: computes ``trace(Phi^T Phi) / (B D)`` in a tensor without dimensions, if it is asked to.
+
+        """
         return self._now[0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,11 +179,6 @@ class _OfBatch(LamSchedule):
         self.lam.step()
         super().step()
 
-    @property
-    def needs_features(self) -> bool:
-        """Whether the schedule within does."""
-        return self.lam.needs_features
-
     @makes_state
     def _keep(self, value: Tensor) -> Tensor:
         if self._now.device == value.device:
@@ -224,9 +217,11 @@ class BatchSizeLam(_OfBatch):
 
     Example:
         >>> import torch
-        >>> from cfl_ops.learn import BatchSizeLam
-        >>> BatchSizeLam(1.0, reference=128).value(torch.ones(32, 4))
-        tensor(4., dtype=torch.float64)
+        >>> from cfl_ops.learn import BatchSizeLam, ClosedFormLinear
+        >>> schedule = BatchSizeLam(1.0, reference=128)
+        >>> _ = ClosedFormLinear(4, 3, lam=schedule).update(torch.ones(32, 4), torch.zeros(32, 3))
+        >>> schedule.get_last_lam()
+        4.0
 
     """
 
@@ -235,13 +230,14 @@ class BatchSizeLam(_OfBatch):
         self.power = float(checks.number("learn.BatchSizeLam", "power", power))
         super().__init__(lam)
 
-    def value_for(self, rows: int, square: Callable[[], Tensor]) -> Tensor:
+    @torch.no_grad()
+    def value(self, rows: Any, mean_square: Callable[[], Tensor]) -> Tensor:
         """As that of :class:`LamSchedule`. Without rows, that of one."""
-        inner = self.lam.value_for(rows, square)
-        if is_compiling():
+        inner = self.lam.value(rows, mean_square)
+        if isinstance(rows, Tensor) or is_compiling():
             # A tensor from here on: the compiler makes one graph for all numbers of rows.
-            count = checks.number_in_graph(rows).clamp(min=1)
-            return self._keep(inner * (self.reference / count) ** self.power)
+            count = rows.double() if isinstance(rows, Tensor) else checks.number_in_graph(rows)
+            return self._keep(inner * (self.reference / count.clamp(min=1)) ** self.power)
         return self._keep(inner * (self.reference / max(1, rows)) ** self.power)
 
 
@@ -261,9 +257,11 @@ class RelativeLam(_OfBatch):
 
     Example:
         >>> import torch
-        >>> from cfl_ops.learn import RelativeLam
-        >>> RelativeLam(0.5, decay=0.0).value(torch.full((8, 4), 2.0))
-        tensor(2., dtype=torch.float64)
+        >>> from cfl_ops.learn import ClosedFormLinear, RelativeLam
+        >>> schedule = RelativeLam(0.5, decay=0.0)
+        >>> _ = ClosedFormLinear(4, 3, lam=schedule).update(torch.full((8, 4), 2.0), torch.zeros(8, 3))
+        >>> schedule.get_last_lam()
+        2.0
 
     """
 
@@ -274,16 +272,14 @@ class RelativeLam(_OfBatch):
         self._seen = _state(0.0, 0.0)
         """The sum of the mean squares, with weights that fade, and the sum of those."""
 
-    @property
-    def needs_features(self) -> bool:
-        """It does."""
-        return True
-
-    def value_for(self, rows: int, square: Callable[[], Tensor]) -> Tensor:
+    @torch.no_grad()
+    def value(self, rows: Any, mean_square: Callable[[], Tensor]) -> Tensor:
         """As that of :class:`LamSchedule`. Without rows, that of the average; before the first batch, of 1."""
-        inner = self.lam.value_for(rows, square)
-        if rows:
-            self._see(square())
+        inner = self.lam.value(rows, mean_square)
+        if isinstance(rows, Tensor):
+            self._see(torch.where(rows > 0, mean_square().double(), math.nan))
+        elif rows:
+            self._see(mean_square().double())
         total, weight = self._seen.unbind()
         # What is wrong with the features is theirs to tell, not that of a lambda which is NaN for it.
         return self._keep(inner * torch.where(weight > 0, total / weight, 1.0))
@@ -315,12 +311,6 @@ def _state(*values: float) -> Tensor:
     float64 CPU tensor without dimensions.
     """
     return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
-
-
-def mean_square(features: Tensor) -> Tensor:
-    """``trace(Phi^T Phi) / (B D)``: 0-d float64, with the features; 1 where there are none."""
-    wide = features.detach().double()
-    return wide.square().mean() if features.numel() else wide.new_ones(())
 
 
 def _lam(kind: type, name: str, value: Any, positive: bool = False) -> float:
