@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_loss_at_the_new_head(options) -> None:
     leaf = features.detach().clone().requires_grad_()
     target = head.target_scale * F.one_hot(y, 3)
     square = 1 + (head.kappa - 1) * F.one_hot(y, 3)
-    keep = (y != head.ignore_index).double()
+    keep = torch.ones(20).double() if head.ignore_index is None else (y != head.ignore_index).double()
     count = keep.sum() if head.reduction == "mean" else 1.0
     want = (keep.unsqueeze(1) * square * (head(leaf) - target).square()).sum() / count
     want.backward()
@@ -120,21 +120,23 @@ def test_eval_mode_does_not_solve() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_with_a_scaler(dtype: torch.dtype) -> None:
     """At the solution gradients are so small that float16 flushes them: they are scaled before they are rounded."""
-    backbone, head, other, rival = twins()
+    backbone, head, _, rival = twins()
     x, y = torch.randn(4096, 6), torch.zeros(4096, dtype=torch.int64)
-    head.lam = rival.lam = 1e-5
+    head.lam = rival.lam = 1e-3
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     with torch.autocast("cpu", dtype=dtype):
         features = backbone(x)
+        features.retain_grad()
         loss = head.loss(features, y)
     assert features.dtype == dtype
     assert loss.dtype == head.weight.dtype == torch.float32
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    rival.loss(other(x), y).backward()
-    got, want = backbone[0].weight.grad, other[0].weight.grad
-    assert (got - want).norm() < (0.02 if dtype == torch.float16 else 0.1) * want.norm()
+    want = rival.update(features.detach().double(), y)[1]
+    assert want.abs().median() < 6e-8  # less than float16 has
+    assert (features.grad.double() / 2**16 - want).norm() < 2 * torch.finfo(dtype).eps * want.norm()
+    assert backbone[0].weight.grad.any()
     scaler.step(optimizer)
     scaler.update()
 
@@ -239,7 +241,7 @@ def test_weight_averages() -> None:
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("check") != "next"])
-@pytest.mark.parametrize("rows", [12, 400])  # 12 are kept as rows, 400 as moments
+@pytest.mark.parametrize("rows", [8, 400])  # 8 are kept as rows, 400 as moments
 def test_accumulated_batches_are_one_large_batch(options, rows: int) -> None:
     options = {"init": "lecun", **options, "dtype": torch.float64}
     head = ClosedFormLinear(16, 3, 0.5, **options)
@@ -296,8 +298,8 @@ def test_the_cached_solve_beside_the_backward_pass_changes_nothing(overlap) -> N
         optimizers[1].zero_grad()
         assert torch.equal(got, want)
     assert torch.equal(backbone[0].weight, other[0].weight)
+    bad = torch.full((30, 6), torch.nan)
     with pytest.raises(ValueError, match="features has NaN"):
-        bad = torch.full((30, 6), torch.nan)
         train_step(
             backbone, head, optimizers[0], bad, data(30)[1], order="backbone-first-cached", overlap=overlap
         )
@@ -431,7 +433,7 @@ def test_ten_thousand_steps_keep_no_memory() -> None:
 
 def test_a_bad_batch_can_be_skipped() -> None:
     """Its zero gradient would be NaN among the NaN activations of the backbone."""
-    backbone, head, other, rival = twins(check="skip")
+    backbone, head, *_ = twins(check="skip")
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     x, y = data()
     head.step(backbone(x), y)

@@ -22,7 +22,7 @@ from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_st
 
 from .distributed import Traffic, group_of, row_bytes
 from .global_head import solve_together
-from .head import CHECKS, METHODS, Batch, Head, squared_loss
+from .head import CHECKS, METHODS, Batch, Head, not_finite, squared_loss
 from .head_moments import (
     Penalties,
     batch_moments,
@@ -292,7 +292,7 @@ class ClosedFormLinear(Head):
 
         if isinstance(lam, LamSchedule):
             rows: Any = moments.count if moments is not None else batch and batch.features.shape[0]
-            lam = lam.value_for(rows, square)
+            lam = lam.value(rows, square)
         elif is_compiling() and not isinstance(lam, Tensor):
             lam = self._lam_tensor
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
@@ -410,9 +410,7 @@ class ClosedFormLinear(Head):
             batch, self.weight, self.bias, total=total, kappa=self.kappa, target_scale=self.target_scale
         )
         if self.check_when == "now" and not is_compiling() and not bool(loss.isfinite()):
-            raise ValueError(
-                f"cfl_ops.{NAME}: features, target or the prediction has NaN or Inf, or values whose squares overflow"
-            )
+            raise ValueError(f"cfl_ops.{NAME}: {not_finite(batch)}")
         return loss, grad
 
     def _check_targets(self, batch: Batch) -> None:

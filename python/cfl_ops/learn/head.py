@@ -289,3 +289,17 @@ def squared_loss(
     weighted = residual if factor is None else factor * residual
     loss = (weighted * residual).sum() / total
     return loss, (weighted @ weight * (2 / total)).to(batch.features.dtype)
+
+
+def not_finite(batch: Batch) -> str:
+    """What of a batch whose loss is not finite has NaN or Inf, and in which row."""
+    for name, value in batch._asdict().items():
+        if value is not None and value.is_floating_point():
+            bad = (
+                ~(value if value.ndim == 1 else value.abs().amax(-1)).isfinite()
+                if value.numel()
+                else value.new_zeros(0)
+            )
+            if bool(bad.any()):
+                return f"{name} has NaN or Inf in row {int(bad.nonzero()[0])}"
+    return "the head has NaN or Inf, or the squares of the errors overflow"
