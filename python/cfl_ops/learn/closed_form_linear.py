@@ -292,7 +292,7 @@ class ClosedFormLinear(Head):
 
         if isinstance(lam, LamSchedule):
             rows: Any = moments.count if moments is not None else batch and batch.features.shape[0]
-            lam = lam.value(rows, square)
+            lam = lam.value_for(rows, square)
         elif is_compiling() and not isinstance(lam, Tensor):
             lam = self._lam_tensor
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
