@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cfl_ops.learn import BatchSizeLam, ClosedFormLinear, CosineLam, RelativeLam, train_step
+from cfl_ops.learn import BatchSizeLam, ClosedFormLinear, CosineLam, RecursiveHead, RelativeLam, train_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -304,6 +304,52 @@ def refit() -> Any:
     new = head.refit([(x[mine], y[mine])])
     want = ClosedFormLinear(8, 3, process_group=None).refit([(x, y)])
     return {"off": float((new.weight - want.weight).abs().max()), "head": bits(new)}
+
+
+@case
+def recursive() -> Any:
+    """The filter of all ranks' rows, in their order."""
+    out = []
+    for options in ({"decay": 0.9}, {"process_noise": 0.1}, {"window": 30}):
+        torch.manual_seed(0)
+        backbone = net(8)
+        alone = copy.deepcopy(backbone)
+        head, single = RecursiveHead(8, 3, **options), RecursiveHead(8, 3, process_group=None, **options)
+        parallel = DistributedDataParallel(backbone)
+        for shares in (EVEN, UNEVEN, EMPTY):
+            x, y = torch.randn(sum(shares), 6, dtype=torch.float64), torch.randint(3, (sum(shares),))
+            mine = slice(sum(shares[: rank()]), sum(shares[: rank() + 1]))
+            losses = [head.loss(parallel(x[mine]), y[mine]), single.loss(alone(x), y)]
+            head.eval().loss(parallel(x[mine]), y[mine])
+            losses += [head.train().loss(parallel(x[mine]), y[mine], solve=False)]
+            for model, loss in ((backbone, losses[0]), (alone, losses[1])):
+                model.zero_grad()
+                loss.backward()
+            off = [float((a.grad - b.grad).abs().max()) for a, b in
+                   zip(backbone.parameters(), alone.parameters(), strict=True)]  # fmt: skip
+            off += [abs(float(loss - losses[1])) for loss in losses]
+            off += [float((head.weight - single.weight).abs().max())]
+            out.append([max(off), head.weight.flatten().tolist()])
+    return out
+
+
+@case
+def recursive_refused() -> Any:
+    head = RecursiveHead(20, 3)
+    head.update(torch.randn(4, 20), torch.randint(3, (4,)))
+    before, out = head.weight, []
+    for what in ("nan", "class"):
+        x, y = torch.randn(4, 20), torch.randint(3, (4,))
+        on_rank_2(x, y, what)
+        try:
+            head.update(x, y)
+        except Exception as error:
+            out.append([type(error).__name__, str(error), torch.equal(before, head.weight)])
+    try:
+        RecursiveHead(20, 3, alpha=1.0 + rank()).update(x, y.clamp(max=2))
+    except ValueError as error:
+        out.append(str(error))
+    return out
 
 
 @case

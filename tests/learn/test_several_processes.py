@@ -160,6 +160,22 @@ def test_refit_is_global(results: list[dict[str, Any]]) -> None:
     assert all(each["off"] < 1e-6 and each["head"] == mine[0]["head"] for each in mine)
 
 
+def test_the_recursive_head_learns_all_rows(results: list[dict[str, Any]]) -> None:
+    mine = of(results, "recursive")
+    for each in mine:
+        assert all(off < 1e-11 for off, _ in each)
+        assert each == [[off, head] for (off, _), (_, head) in zip(each, mine[0], strict=True)]
+
+
+def test_the_recursive_head_refuses_on_every_rank(results: list[dict[str, Any]]) -> None:
+    for rank, (rows, classes, options) in enumerate(of(results, "recursive_refused")):
+        assert rows == ["ValueError", "cfl_ops.learn.RecursiveHead: features has NaN or Inf in row 9", True]
+        assert classes[0] == ("IndexError" if rank == 2 else "RuntimeError")
+        assert ("got 77 in row 1" if rank == 2 else "rank 2 refused its batch") in classes[1]
+        assert classes[2]
+        assert "the same alpha, but by rank they have 1, 2, 3, 4" in options
+
+
 def test_a_graph_is_refused(results: list[dict[str, Any]]) -> None:
     assert all("cannot be part of a compiled graph" in each for each in of(results, "compiled"))
 

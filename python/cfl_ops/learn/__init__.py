@@ -6,6 +6,7 @@ from .closed_form_linear import ClosedFormLinear
 from .gain import ClosedFormGain, closed_form_gain, feature_alignment
 from .heads import ClosedFormHeads
 from .probabilities import Calibration, class_probabilities, expected_calibration_error
+from .recursive_head import RecursiveHead
 from .schedules import BatchSizeLam, ConstantLam, CosineLam, LamSchedule, RelativeLam
 from .train_step import train_step
 
@@ -21,6 +22,7 @@ __all__ = [
     "ConstantLam",
     "CosineLam",
     "LamSchedule",
+    "RecursiveHead",
     "RelativeLam",
     "Ridge",
     "RidgeCV",
