@@ -277,6 +277,7 @@ class RelativeLam(_OfBatch):
         """As that of :class:`LamSchedule`. Without rows, that of the average; before the first batch, of 1."""
         inner = self.lam.value(rows, mean_square)
         # What is wrong with the features is theirs to tell, not that of a lambda which is NaN for it.
+        square: Tensor | None
         if isinstance(rows, Tensor):
             square = torch.where(rows > 0, mean_square().double(), math.nan)
         else:
