@@ -91,7 +91,7 @@ def _with_others(
     accumulator: GramAccumulator | None,
     error: Exception | None,
 ) -> GramAccumulator | None:
-    """This rank's accumulator, empty if its loader was, when all ranks are done; raises on all where one has failed."""
+    """The accumulator of this rank, empty if its loader was, when all are done; raises on all where one has failed."""
     mine = (error is not None, None if accumulator is None else accumulator.num_classes is not None)
     theirs: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(theirs, mine, group=group)
