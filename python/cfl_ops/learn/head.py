@@ -45,6 +45,8 @@ class Head(StateModule):
     out_features: int
     name: str
     """That of error messages."""
+    process_group: Any = None
+    """Over which processes a batch is spread; ``"auto"``: all, where a default group is initialised."""
     feature_dim: int = -1
     ignore_index: int | None = None
 
