@@ -298,7 +298,7 @@ class RelativeLam(_OfBatch):
         self._seen.copy_(torch.where(square.isfinite(), new, self._seen))
 
     def _see_on_cpu(self, square: float | None) -> float:
-        """The same in Python's numbers, bit for bit and in a tenth of the time; the average."""
+        """The same in Python's numbers, bit for bit and in less time; the average."""
         total, weight = self._seen.tolist()
         if square is not None and math.isfinite(square):
             total = self.decay * total + (1 - self.decay) * square
