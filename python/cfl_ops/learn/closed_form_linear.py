@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -443,7 +444,6 @@ class ClosedFormLinear(Head):
             if self._pending and _kind(batch) != _kind(self._pending[0]):
                 self._fold()
             self._pending.append(_kept(batch))
-            self._kind = _kind(batch)
             size = sum(each.features.shape[0] * row_bytes(each) for each in self._pending)
             order = self.in_features + int(self.bias is not None)
             if self._moments is not None or size > moments_bytes(order, self.out_features):
@@ -462,20 +462,23 @@ class ClosedFormLinear(Head):
         """Solve the head on all batches of :meth:`accumulate`; the loss there, without a graph.
 
         With nothing accumulated the head stays as it is, and the loss is 0. Over several processes it is all batches of
-        all ranks; a rank without rows accumulates an empty batch.
+        all ranks, of which some may have none. Where it raises, what was accumulated is still there.
         """
         with torch.no_grad():
             self._own_weight()
-            pending, moments = self._pending, self._moments
-            self._pending, self._moments = [], None
-            batch = _joined(pending) if pending else self._no_rows()
-            group = group_of(self.process_group)
+            batch = _joined(self._pending) if self._pending else self._no_rows()
+            group, moments = group_of(self.process_group), self._moments
             if group is not None:
-                return solve_together(self, group, batch, None, solve=True, moments=moments)[0]
-            if moments is None:
-                return self._solve_here(batch, *self._penalties(batch))[0]
-            self._solve_moments(moments)
-            return moments_loss(moments, self.weight, self.bias, self.reduction).float()
+                loss = solve_together(self, group, batch, None, solve=True, moments=moments)[0]
+            elif not self._pending and moments is None:
+                return self.weight.new_zeros((), dtype=torch.float32)
+            elif moments is None:
+                loss = self._solve_here(batch, *self._penalties(batch))[0]
+            else:
+                self._solve_moments(moments)
+                loss = moments_loss(moments, self.weight, self.bias, self.reduction).float()
+            self._pending, self._moments = [], None
+            return loss
 
     def _solve_moments(self, moments: GramMoments) -> None:
         lam, ridge, diagonal = self._penalties(None, moments)
@@ -484,12 +487,8 @@ class ClosedFormLinear(Head):
         ))  # fmt: skip
 
     def _no_rows(self) -> Batch:
-        """An empty batch of the kind of those that were accumulated."""
-        target, features, _ = (torch.float32, torch.float32, True) if self._kind is None else self._kind
-        shape = (0,) if target is torch.int64 else (0, self.out_features)
-        device = self.weight.device
-        rows = torch.zeros(0, self.in_features, dtype=features, device=device)
-        return Batch(rows, torch.zeros(shape, dtype=target, device=device), None)
+        rows = torch.zeros(0, self.in_features, device=self.weight.device)
+        return Batch(rows, rows.new_zeros(0, self.out_features), None)
 
     def refit(
         self,
@@ -529,9 +528,16 @@ class ClosedFormLinear(Head):
             self._outcome.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the outcome of a step on its way, nor a process group."""
-        group = self.process_group if self.process_group in (None, "auto") else "auto"
-        return {**self.__dict__, "_outcome": None, "process_group": group}
+        """What a copy takes along: not the outcome of a step on its way."""
+        return {**self.__dict__, "_outcome": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClosedFormLinear:
+        """A process group is shared with the copy."""
+        memo[id(self.process_group)] = self.process_group
+        out = type(self).__new__(type(self))
+        memo[id(self)] = out
+        out.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return out
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""

@@ -15,7 +15,7 @@ from cfl_ops.ops.cholesky.recursive_ridge import RecursiveRidge
 
 from . import distributed
 from .distributed import Choice, Ranks, group_of
-from .global_head import KINDS, weight_dtype
+from .global_head import of_their_kind, rows_facts
 from .head import Batch, Head, check_classes, squared_loss
 
 __all__ = ["RecursiveHead"]
@@ -182,7 +182,9 @@ class RecursiveHead(Head):
             return self._solve_here(batch)
         ranks = self._agree(group, batch, None)
         try:
-            loss, grad = self._solve_here(distributed.gather_rows(ranks, batch))
+            loss, grad = self._solve_here(
+                distributed.gather_rows(ranks, of_their_kind(ranks, batch, self.out_features))
+            )
         except ValueError as error:
             first = [sum(ranks.rows[:rank]) for rank in range(ranks.size)]
             error.add_note(f"Rows are those of the global batch: those of the ranks begin at {first}.")
@@ -206,7 +208,9 @@ class RecursiveHead(Head):
         if group is None:
             return self._evaluate_here(batch)
         ranks = self._agree(group, batch, None, solve=False)
-        loss, grad = self._evaluate_here(distributed.gather_rows(ranks, batch))
+        loss, grad = self._evaluate_here(
+            distributed.gather_rows(ranks, of_their_kind(ranks, batch, self.out_features))
+        )
         return loss, grad[ranks.mine] * ranks.size
 
     def _evaluate_here(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -224,9 +228,7 @@ class RecursiveHead(Head):
     def _agree(self, group: Any, batch: Batch | None, error: Exception | None, solve: bool = True) -> Ranks:
         """What all ranks have of a batch, before anything is changed; see :func:`distributed.agree`."""
         distributed.refuse_graph(NAME)
-        model, kind = self.filter, None
-        if batch is not None:
-            kind = ("classes" if batch.classes else str(batch.target.dtype), str(batch.features.dtype))
+        model = self.filter
         facts: dict[str, float | Choice] = {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -238,8 +240,7 @@ class RecursiveHead(Head):
             "window": model.window or 0,
             "dtype": Choice(model.factor.dtype, (torch.float32, torch.float64)),
             "solve": Choice(solve, (False, True)),
-            "dtypes of target and features": Choice(kind, KINDS),
-            "dtype of sample_weight": Choice(weight_dtype(batch), (None, *checks.FLOATS)),
+            **rows_facts(batch),
         }
         state = tuple(model.buffers())
 
