@@ -1,0 +1,32 @@
+// Raw CPU kernel: one symmetric positive definite system of moderate order, factored and solved in
+// one go. Plain data only.
+//
+// (LAPACK serves orders up to some hundred without blocks, at a tenth of what the machine can do.)
+#pragma once
+
+#include <cstdint>
+
+namespace cfl::cpu::detail {
+
+// S X = Q for S (n x n) and Q (n x k). With N and K the next multiples of kSpdColumns, `matrix` is
+// (n, N + K): row i holds row i of S from its diagonal on, and row i of Q from column N on. Left of
+// the diagonal and in the columns between there may be anything that is finite. On exit the upper
+// triangle is U, S = U^T U, and the columns of Q are X.
+struct SpdSystem {
+  int64_t n = 0, k = 0;
+  void* matrix = nullptr;  // of the kernel's own type, 64-byte aligned
+};
+
+constexpr int64_t kSpdColumns = 16;
+
+struct SpdKernel {
+  // Return 0, or the order (from 1) of the first pivot that is not positive and finite.
+  int64_t (*f32)(const SpdSystem* system);
+  int64_t (*f64)(const SpdSystem* system);
+};
+
+const SpdKernel* spd_generic();
+const SpdKernel* spd_avx2();
+const SpdKernel* spd_avx512();
+
+}  // namespace cfl::cpu::detail
