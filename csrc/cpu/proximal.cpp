@@ -248,6 +248,8 @@ int64_t factor(T* system, int64_t order, double* spread) {
 
 // Up to this order the kernel of spd_kernel.h outruns BLAS.
 constexpr int64_t kSpdOrder = 384;
+// And up to so many numbers, which a core's second cache holds, its products the Gram kernel.
+constexpr int64_t kUnpacked = 128 << 10;
 
 const detail::SpdKernel& spd_kernel() {
   switch (isa()) {
@@ -283,6 +285,23 @@ class SmallSystem {
     std::fill(row + order_, row + right_, T(0));
     std::copy_n(rhs, k_, row + right_);
     std::fill(row + right_ + k_, row + stride_, T(0));
+  }
+  // The system P P^T and the right sides P W^T, for P (order, width) and W (k, width).
+  void fill(const T* p, int64_t p_stride, const T* w, int64_t width) {
+    for (int64_t i = 0; i < order_; ++i) {
+      std::fill(matrix_ + i * stride_ + order_ / 16 * 16, matrix_ + (i + 1) * stride_, T(0));
+    }
+    const detail::SpdProducts args{order_, k_, width, p, p_stride, w, width, matrix_};
+    (std::is_same_v<T, float> ? spd_kernel().products_f32 : spd_kernel().products_f64)(&args);
+  }
+  const T* right(int64_t i) const { return matrix_ + i * stride_ + right_; }
+  // Row i again, as above, of the system that is there.
+  template <class S>
+  void lift_row(int64_t i, double level, const S* root, const T* rhs) {
+    T* row = matrix_ + i * stride_;
+    const T lift = static_cast<T>(level * root[i]);
+    for (int64_t j = i; level > 0 && j < order_; ++j) row[j] += lift * static_cast<T>(root[j]);
+    std::copy_n(rhs, k_, row + right_);
   }
   T& diagonal(int64_t i) { return matrix_[i * stride_ + i]; }
 
@@ -810,7 +829,13 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // The system's Gram matrix comes with the forward product where it is that of Phi itself.
   const int64_t budget = pen.t > 0 ? cg_budget(pb.method, B, D, K) : 0;
   T* gram = nullptr;
-  if (B <= kFusedRows && budget == 0 && !centred && !pb.sample && !pb.lam_diag) {
+  std::tuple<std::optional<SmallSystem<float>>, std::optional<SmallSystem<double>>> kernels;
+  auto& fused = std::get<std::optional<SmallSystem<T>>>(kernels);
+  const bool plain = budget == 0 && !centred && !pb.sample && !pb.lam_diag;
+  if (plain && B <= kSpdOrder && (B + K) * D <= kUnpacked) {
+    fused.emplace(B, K, scratch).fill(pb.phi, pb.phi_stride, anchor, D);
+    for (int64_t i = 0; i < B; ++i) std::copy_n(fused->right(i), K, q + i * K);
+  } else if (plain && B <= kFusedRows) {
     gram = scratch.take<T>(B * B);
     row_gram_and_forward(pb, anchor, gram, q);
   }
@@ -818,11 +843,11 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t k = 0; k < K; ++k) {
       const T y = pb.target ? pb.target[i * pb.target_stride + k] : T(0);
       const T start = pb.bias ? y - anchor_bias[k] : y;
-      q[i * K + k] = gram ? start - static_cast<T>(anchor_scale) * q[i * K + k] : start;
+      q[i * K + k] = gram || fused ? start - static_cast<T>(anchor_scale) * q[i * K + k] : start;
     }
     if (pb.labels) q[i * K + pb.labels[i * pb.label_stride]] += T(1);
   }
-  if (!gram) {
+  if (!gram && !fused) {
     gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D,
          T(1), q, K);
   }
@@ -885,31 +910,34 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   }
 
   double trace = 0;  // of the system without its penalty
-  std::tuple<std::optional<SmallSystem<float>>, std::optional<SmallSystem<double>>> kernels;
   auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
     trace = 0;
-    if (static_cast<void*>(system) != gram) {
+    auto& small = std::get<std::optional<SmallSystem<Acc>>>(kernels);
+    const bool ready = small.has_value();
+    if (!ready && static_cast<void*>(system) != gram) {
       side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
                         nullptr);
     }
     double squares = 0, level = ones ? ones_scale : 0;
     for (int64_t i = 0; i < B; ++i) {
-      trace += system[i * B + i];
+      trace += ready ? small->diagonal(i) : system[i * B + i];
       squares += root[i] * root[i];
     }
     // Centred rows leave the direction of the roots to the penalty alone. No right side has a part
     // in it, so that whatever is added there changes nothing but the condition.
     if (centred) level = trace / squares;
     if (ones) trace += ones_scale * squares;
-    auto& small = std::get<std::optional<SmallSystem<Acc>>>(kernels);
-    if (B <= kSpdOrder) small.emplace(B, K, scratch);
+    if (!ready && B <= kSpdOrder) small.emplace(B, K, scratch);
     for (int64_t i = 0; i < B; ++i) {
       // A row of weight zero has nothing to say, nor has one that is its own mean and is met;
       // without a penalty its pivot would be zero.
-      const Acc before = system[i * B + i] + static_cast<Acc>(level * root[i] * root[i]);
+      const Acc before = (ready ? small->diagonal(i) : system[i * B + i]) +
+                         static_cast<Acc>(level * root[i] * root[i]);
       bool silent = t == 0 && (root[i] == 0 || before == 0);
       for (int64_t k = 0; silent && k < K; ++k) silent = rhs[i * K + k] == 0;
-      if (small) {
+      if (ready) {
+        small->lift_row(i, level, root.data(), rhs + i * K);
+      } else if (small) {
         small->fill_row(i, system + i * B, level, root.data(), rhs + i * K);
       } else {
         const Acc lift = static_cast<Acc>(level * root[i]);

@@ -19,7 +19,20 @@ struct SpdSystem {
 
 constexpr int64_t kSpdColumns = 16;
 
+// The same matrix with S = P P^T and Q = P W^T, for P (n, width) and W (k, width) whose rows are
+// contiguous within themselves.
+struct SpdProducts {
+  int64_t n = 0, k = 0, width = 0;
+  const void* p = nullptr;
+  int64_t p_stride = 0;
+  const void* w = nullptr;
+  int64_t w_stride = 0;
+  void* matrix = nullptr;
+};
+
 struct SpdKernel {
+  void (*products_f32)(const SpdProducts* products);
+  void (*products_f64)(const SpdProducts* products);
   // Return 0, or the order (from 1) of the first pivot that is not positive and finite.
   int64_t (*f32)(const SpdSystem* system);
   int64_t (*f64)(const SpdSystem* system);

@@ -8,6 +8,9 @@
 // the panel's other columns a vector at a time with all of its rows in registers, then the rows
 // beneath in tiles of registers. The right sides are further columns of the matrix, which the
 // factorisation turns into U^-T Q; X follows from the last panel to the first.
+//
+// The products take a tile of as many inner products as a vector has lanes, each in a vector of its
+// own, from rows where they lie: to pack them would cost a small system more than the products do.
 
 #include <stdint.h>
 #include <string.h>
@@ -228,7 +231,94 @@ int64_t factor_and_solve(const SpdSystem* system) {
   return 0;
 }
 
-constexpr SpdKernel kKernel = {factor_and_solve<float>, factor_and_solve<double>};
+// (lane l) = the sum of r[l]
+template <class T, int S>
+CFL_INLINE void add_step(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  if constexpr (S < n) {
+    Index<T> low, high;
+    for (int l = 0; l < n; ++l) {
+      low[l] = (l & S) ? n + l - S : l;
+      high[l] = (l & S) ? n + l : l + S;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 2 * S) {
+      r[i] = __builtin_shuffle(r[i], r[i + S], low) + __builtin_shuffle(r[i], r[i + S], high);
+    }
+    add_step<T, 2 * S>(r);
+  }
+}
+
+template <class T>
+constexpr int kDotRows = kLanes<T> == 16  ? 4
+                         : kLanes<T> == 2 ? 1
+                                          : 2;
+template <class T>
+constexpr int kDotColumns = kLanes<T> / kDotRows<T>;
+
+// A tile of inner products of rows a and rows b, to `rows` rows of `to`.
+template <class T>
+CFL_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t width, T* to, int64_t stride,
+                         int64_t rows) {
+  constexpr int R = kDotRows<T>, C = kDotColumns<T>, n = kLanes<T>;
+  Vec<T> sum[n] = {};
+  int64_t d = 0;
+  for (; d + n <= width; d += n) {
+    Vec<T> right[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) right[c] = load(b[c] + d);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> left = load(a[r] + d);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sum[r * C + c] += left * right[c];
+    }
+  }
+  if (d < width) {
+    const size_t bytes = size_t(width - d) * sizeof(T);
+    Vec<T> right[C] = {};
+    for (int c = 0; c < C; ++c) memcpy(&right[c], b[c] + d, bytes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vec<T> left = {};
+      memcpy(&left, a[r] + d, bytes);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sum[r * C + c] += left * right[c];
+    }
+  }
+  add_step<T, 1>(sum);
+  T sums[n];
+  store(sums, sum[0]);
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * stride, sums + r * C, C * sizeof(T));
+}
+
+template <class T>
+void products(const SpdProducts* args) {
+  constexpr int R = kDotRows<T>, C = kDotColumns<T>;
+  static_assert(C % R == 0 && kSpdColumns % C == 0);
+  const int64_t right = (args->n + kSpdColumns - 1) / kSpdColumns * kSpdColumns;
+  const int64_t stride = right + (args->k + kSpdColumns - 1) / kSpdColumns * kSpdColumns;
+  const T* p = static_cast<const T*>(args->p);
+  const T* w = static_cast<const T*>(args->w);
+  T* matrix = static_cast<T*>(args->matrix);
+  for (int64_t i = 0; i < args->n; i += R) {
+    const int64_t rows = min64(R, args->n - i);
+    const T *a[R], *b[C];
+    for (int r = 0; r < R; ++r) a[r] = p + min64(i + r, args->n - 1) * args->p_stride;
+    T* to = matrix + i * stride;
+    for (int64_t j = i / C * C; j < args->n; j += C) {
+      for (int c = 0; c < C; ++c) b[c] = p + min64(j + c, args->n - 1) * args->p_stride;
+      dot_tile(a, b, args->width, to + j, stride, rows);
+    }
+    for (int64_t j = 0; j < args->k; j += C) {
+      for (int c = 0; c < C; ++c) b[c] = w + min64(j + c, args->k - 1) * args->w_stride;
+      dot_tile(a, b, args->width, to + right + j, stride, rows);
+    }
+  }
+}
+
+constexpr SpdKernel kKernel = {products<float>, products<double>, factor_and_solve<float>,
+                               factor_and_solve<double>};
 
 }  // namespace
 
