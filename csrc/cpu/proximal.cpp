@@ -57,8 +57,9 @@ bool trusted(double spread, int64_t order) {
          kTrustedError;
 }
 
-// A head whose rounding errors are bounded by this, relative to it, has them, too.
-constexpr double kTrustedHead = 5e-6;
+// A head whose rounding errors are bounded by this, relative to it, has them, too; and a gradient
+// is good to this, which comes with its residual.
+constexpr double kTrustedHead = 5e-6, kTrustedResidual = 1e-3;
 
 // The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
 // gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
@@ -987,15 +988,15 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       std::memcpy(rhs, q, B * K * sizeof(T));
       info = solve.template operator()<T>(rhs, system, &spread);
       solved = info == 0 && trusted(spread, B);
-      if (info == 0 && !solved && t > 0 && !pb.lam_diag) {
+      const double level = trace + t;
+      if (info == 0 && !solved && !pb.lam_diag && in_range<T>(trace / B + t) &&
+          kUnit<T> * level <= kTrustedResidual * t) {
         // alpha misses its right side by u |S| |A|, of which the head sees the part P^T S^-1, of
         // norm 1 / (2 t^1/2) at most.
         fresh = scratch.take<T>(K * D);
         set_weight(rhs, fresh);
-        const double off =
-            kUnit<T> * (trace + t) * std::sqrt(sum_of_squares(rhs, B, K, K)) / (2 * std::sqrt(t));
-        solved = in_range<T>(trace / B + t) &&
-                 off <= kTrustedHead * std::sqrt(sum_of_squares(fresh, K, D, D));
+        const double off = kUnit<T> * level * std::sqrt(sum_of_squares(rhs, B, K, K));
+        solved = off <= 2 * std::sqrt(t) * kTrustedHead * std::sqrt(sum_of_squares(fresh, K, D, D));
         if (!solved) fresh = nullptr;
       }
       // A refinement step costs 2 B D K multiply-adds in float64, all in float64
