@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch.autograd.variable import Variable
+from torch.compiler import is_compiling
 
-from cfl_ops._core.op import _transform, is_compiling
+from cfl_ops._core.op import _transform
 
 __all__ = ["backward"]
 

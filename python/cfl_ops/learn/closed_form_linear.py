@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from cfl_ops._core import checks
 from cfl_ops._core.deferred import DeferredCheck
-from cfl_ops._core.handover import backward
 from cfl_ops._core.state import StateModule, from_inference_mode, in_inference_mode, makes_state
 from cfl_ops.ops.proximal.step import proximal_step_, proximal_step_ex_
 
@@ -243,7 +242,7 @@ class ClosedFormLinear(StateModule):
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
         if features.requires_grad:
-            backward(features, grad_features)
+            features.backward(grad_features)
         return loss
 
     def extra_repr(self) -> str:
