@@ -1,10 +1,9 @@
 """A gradient's way to autograd."""
 
 import torch
+from cfl_ops._core.handover import backward
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-from cfl_ops._core.handover import backward
 
 
 def test_backward_is_that_of_the_tensor():
