@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from cfl_ops._core import checks
+from cfl_ops._core.handover import backward
 from cfl_ops._core.state import StateModule, in_inference_mode, makes_state
 
 __all__ = ["Batch", "Head", "as_batch", "squared_loss"]
@@ -140,7 +141,7 @@ class Head(StateModule):
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
         if features.requires_grad and not self._is_skipped(loss):
-            features.backward(grad_features)
+            backward(features, grad_features)
         return loss
 
     def loss(
