@@ -12,7 +12,12 @@ HALF = torch.float16 if DEVICE == "cuda" else torch.bfloat16
 
 
 def main(
-    accumulation: str = "algorithm-1", epochs: int = 5, batch: int = 64, parts: int = 4, amp: bool = True, lam: float = 1.0
+    accumulation: str = "algorithm-1",
+    epochs: int = 5,
+    batch: int = 64,
+    parts: int = 4,
+    amp: bool = True,
+    lam: float = 1.0,
 ) -> tuple[torch.nn.Module, ClosedFormLinear, float]:
     """``accumulation``: ``"none"``, ``"algorithm-1"`` (a forward pass more) or ``"algorithm-2"`` (cached)."""
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ Run: torchrun --nproc-per-node 4 ddp.py --epochs 5 --checkpoint ddp.pt
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -27,11 +26,16 @@ def main(
 ) -> dict[str, torch.Tensor]:
     """Train on global batches of ``batch`` rows; what is returned is the same on every rank, for any number of them."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(seed + rank)  # ranks may start apart: the backbone and the head of rank 0 become everyone's
+    # Ranks may start apart: the backbone of rank 0 becomes everyone's here, its head in the first solve.
+    torch.manual_seed(seed + rank)
     backbone = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU()).to(dtype)
-    head = ClosedFormLinear(128, 10, lam=lam, init="lecun", dtype=dtype)  # process_group="auto": solved on all rows
+    # process_group="auto", the default: it is solved on the rows of all ranks.
+    head = ClosedFormLinear(128, 10, lam=lam, init="lecun", dtype=dtype)
     train, test = digits()
-    wrapped = DistributedDataParallel(backbone)  # the head stays outside: it needs no gradients averaged
+    # The head stays outside: it has no gradients to average. After its first step DDP sorts its buckets anew, and then
+    # sums in another order. With find_unused_parameters it does not, so that a resumed run has the same bits; leave it
+    # out where the last digits may differ.
+    wrapped = DistributedDataParallel(backbone, find_unused_parameters=True)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
     sampler = DistributedSampler(train, ranks, rank, seed=seed)
     loader = DataLoader(train, batch // ranks, sampler=sampler)
@@ -56,7 +60,7 @@ def main(
             if checkpoint:  # written beside, then renamed: an interruption leaves the old one or the new one
                 states = {name: part.state_dict() for name, part in parts.items()}
                 torch.save({**states, "epochs": epoch + 1}, f"{checkpoint}.new")
-                os.replace(f"{checkpoint}.new", checkpoint)
+                Path(f"{checkpoint}.new").replace(checkpoint)
         dist.barrier()  # no rank goes on, or ends, before the checkpoint is there
     return {**backbone.state_dict(), "head": head.weight.detach(), "head bias": head.bias.detach()}
 

@@ -16,7 +16,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 def main(
-    epochs: int = 3, batch: int = 64, lam: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    epochs: int = 3,
+    batch: int = 64,
+    lam: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """What is returned, on rank 0, is the same for any number of ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -46,7 +50,10 @@ def main(
             optimizer.zero_grad()
         dist.all_reduce(wrong)
         if rank == 0:
-            print(f"epoch {epoch + 1}: error {float(wrong) / len(train):.2%} on batches not yet seen", flush=True)
+            print(
+                f"epoch {epoch + 1}: error {float(wrong) / len(train):.2%} on batches not yet seen",
+                flush=True,
+            )
     full = get_model_state_dict(backbone, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {**full, "head": head.weight.detach()}
 

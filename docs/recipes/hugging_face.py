@@ -63,7 +63,11 @@ def main(epochs: int = 2, batch: int = 32, folder: str | None = None) -> tuple[T
         return {"error": float((prediction.predictions.argmax(-1) != prediction.label_ids).mean())}
 
     trainer = Trainer(
-        Classifier(config), options, train_dataset=Sequences(1024, 0), eval_dataset=Sequences(512, 1), compute_metrics=error
+        Classifier(config),
+        options,
+        train_dataset=Sequences(1024, 0),
+        eval_dataset=Sequences(512, 1),
+        compute_metrics=error,
     )
     trainer.train()
     measured = trainer.evaluate()

@@ -46,7 +46,9 @@ class Automatic(Manual):
         return self.head.loss(self.backbone(x), y)
 
 
-def main(kind: type[Manual] = Manual, epochs: int = 5, batch: int = 32, folder: str | None = None) -> tuple[Manual, float]:
+def main(
+    kind: type[Manual] = Manual, epochs: int = 5, batch: int = 32, folder: str | None = None
+) -> tuple[Manual, float]:
     lightning.seed_everything(0, verbose=False)
     train, test = digits()
     model = kind()

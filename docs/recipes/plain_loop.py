@@ -42,7 +42,9 @@ def main(epochs: int = 5, batch: int = 32, lam: float = 10.0, seed: int = 0) -> 
             optimizer.step()  # of the backbone alone
             optimizer.zero_grad()
             total += loss.item() * len(x)
-        print(f"epoch {epoch + 1}: loss {total / len(train):.4f}, error {error_rate(backbone, head, test):.2%}")
+        print(
+            f"epoch {epoch + 1}: loss {total / len(train):.4f}, error {error_rate(backbone, head, test):.2%}"
+        )
 
     online = error_rate(backbone, head, test)
     refitted = head.refit(loader, backbone)  # ridge on the whole training set, streamed; head stays as it is

@@ -112,7 +112,9 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     sys.argv = ["ddp.py", "--epochs", "1", "--checkpoint", str(folder / "cli.pt")]
     with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
-        runpy.run_path(str(RECIPES / "ddp.py"), run_name="__main__")  # as torchrun runs it, in the group that is here
+        runpy.run_path(
+            str(RECIPES / "ddp.py"), run_name="__main__"
+        )  # as torchrun runs it, in the group that is here
     out.update(alike())
     checkpoint = str(folder / "resume.pt")
     interrupted(2, after=30, checkpoint=checkpoint)  # 24 steps are an epoch
