@@ -56,8 +56,13 @@ def _facts(head: ClosedFormLinear, batch: Batch | None, solve: bool) -> dict[str
         "target_scale": head.target_scale,
         "decay": head.decay,
         "dtypes of target and features": Choice(kind, KINDS),
-        "sample_weight": Choice(batch is not None and batch.sample_weight is not None, (False, True)),
+        "dtype of sample_weight": Choice(weight_dtype(batch), (None, *checks.FLOATS)),
     }
+
+
+def weight_dtype(batch: Batch | None) -> torch.dtype | None:
+    """That of the rows' weights; None without."""
+    return None if batch is None or batch.sample_weight is None else batch.sample_weight.dtype
 
 
 def solve_together(
@@ -112,7 +117,7 @@ def _solve_moments(
     try:
         mine = batch_moments(batch, outputs, head.bias is not None)
         packed = pack(mine if moments is None else mine + moments)
-    except (ValueError, IndexError) as error:
+    except Exception as error:
         failure = error
         packed = torch.full(
             (moments_bytes(order, outputs) // 8,),

@@ -15,8 +15,8 @@ from cfl_ops.ops.cholesky.recursive_ridge import RecursiveRidge
 
 from . import distributed
 from .distributed import Choice, Ranks, group_of
-from .global_head import KINDS
-from .head import Batch, Head, squared_loss
+from .global_head import KINDS, weight_dtype
+from .head import Batch, Head, check_classes, squared_loss
 
 __all__ = ["RecursiveHead"]
 
@@ -171,26 +171,10 @@ class RecursiveHead(Head):
     def _check_batch(self, batch: Batch) -> None:
         """What the filter does not check itself, or under other names."""
         features, target, sample_weight = batch
-        rows, outputs = features.shape[0], self.out_features
-        if not batch.classes and target.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"cfl_ops.{NAME}: target must be floating point, or int64 class indices, but got {target.dtype}"
-            )
-        shape = (rows,) if batch.classes else (rows, outputs)
-        if target.shape != shape:
-            raise ValueError(f"cfl_ops.{NAME}: target must have shape {shape}, but got {tuple(target.shape)}")
-        if sample_weight is not None:
-            checks.sample_weight(NAME, sample_weight, rows, "the rows of features")
         checks.same_device(NAME, "the head", self.filter.factor, features=features, target=target,
                            sample_weight=sample_weight)  # fmt: skip
         if batch.classes and not is_compiling():
-            bad = (target < 0) | (target >= outputs)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise IndexError(
-                    f"cfl_ops.{NAME}: target must hold class indices from 0 to {outputs - 1}, but got "
-                    f"{int(target[row])} in row {row}"
-                )
+            check_classes(NAME, target, self.out_features)
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
         group = group_of(self.process_group)
@@ -255,7 +239,7 @@ class RecursiveHead(Head):
             "dtype": Choice(model.factor.dtype, (torch.float32, torch.float64)),
             "solve": Choice(solve, (False, True)),
             "dtypes of target and features": Choice(kind, KINDS),
-            "sample_weight": Choice(batch is not None and batch.sample_weight is not None, (False, True)),
+            "dtype of sample_weight": Choice(weight_dtype(batch), (None, *checks.FLOATS)),
         }
         state = tuple(model.buffers())
 
