@@ -39,15 +39,58 @@ def test_docstrings_of_classes(name: str) -> None:
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
+# A page that begins with this is a tutorial: its blocks run one after the other, in one namespace.
+ONE_PROGRAM = "<!-- one program -->"
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page, each with the number of its first line."""
+    text = page.read_text()
+    return [
+        (text[: match.start(1)].count("\n"), match.group(1))
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.S | re.M)
+    ]
+
+
+def is_one_program(page: Path) -> bool:
+    return page.read_text().startswith(ONE_PROGRAM)
+
+
+def run(page: Path, parts: list[tuple[int, str]]) -> None:
+    """Run blocks in one namespace; a traceback names the page and its line."""
+    namespace = {"__name__": "__page__"}
+    for line, code in parts:
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
 BLOCKS = [
-    pytest.param(match.group(1), id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+    pytest.param(page, part, id=f"{page.name}:{part[0]}")
     for page in PAGES
-    for match in re.finditer(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+    if not is_one_program(page)
+    for part in blocks(page)
 ]
+PROGRAMS = [page for page in PAGES if is_one_program(page)]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_pages(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "part"), BLOCKS)
+def test_pages(page: Path, part: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block stands alone."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "<page>", "exec"), {"__name__": "__page__"})
+    run(page, [part])
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+def test_tutorials(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks are one program, from top to bottom."""
+    pytest.importorskip("sklearn", reason="the tutorials train on scikit-learn's digits")
+    monkeypatch.chdir(tmp_path)
+    run(page, blocks(page))
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
