@@ -26,6 +26,7 @@ from .global_head import solve_together
 from .head import CHECKS, METHODS, Batch, Head, check_classes, not_finite, squared_loss
 from .head_moments import (
     Penalties,
+    as_unit,
     batch_moments,
     mean_square,
     moments_bytes,
@@ -87,8 +88,8 @@ class ClosedFormLinear(Head):
             ``"ema_ridge"`` is a moving average of ridge solutions, ``W <- decay W + (1 - decay) W_ridge``, the rival of
             the paper's related work (Barboni et al. 2025), in which head and backbone descend different losses.
         ridge: a ridge coefficient beside the proximal one.
-        lam_diag: ``(D,)``, added to lam feature by feature (not for the bias). It moves with the module, and is not in
-            its state_dict.
+        lam_diag: ``(D,)``, added to lam feature by feature (not for the bias). A buffer: it moves with the module, and
+            is in its state_dict.
         relative: multiply lam, lam_diag and ridge by trace(Phi^T Phi) / (B D), the mean square of the features, so that
             they do not depend on the features' scale.
         reduction: ``"mean"`` or ``"sum"``, see :func:`cfl_ops.proximal_step`.
@@ -191,8 +192,11 @@ class ClosedFormLinear(Head):
             checks.floating(NAME, "lam_diag", lam_diag, 1)
             checks.size(NAME, "lam_diag", lam_diag, -1, self.in_features, "in_features")
             lam_diag = lam_diag.detach().clone().to(device)
-        self.register_buffer("lam_diag", lam_diag, persistent=False)
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("lam_diag", lam_diag)
+        if check == "skip":
+            self.register_buffer(
+                "skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False
+            )
         self.traffic: Traffic = NO_TRAFFIC
         self._outcome: DeferredCheck | None = None
         self._pending: list[Batch] = []
@@ -241,6 +245,8 @@ class ClosedFormLinear(Head):
     def reset_parameters(self) -> None:
         """Draw the initial weight again; the bias becomes zero."""
         with torch.no_grad():
+            if self.check_when == "skip":
+                self.skipped.zero_()
             if self.init == "zeros" or self.weight.numel() == 0:
                 self.weight.zero_()
             else:
@@ -298,8 +304,7 @@ class ClosedFormLinear(Head):
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
-            scale = square()
-            scale = torch.where(scale.isfinite(), scale, 1.0)  # of bad rows, which raise
+            scale = as_unit(square())
             lam, ridge = lam * scale, ridge * scale
             diagonal = None if diagonal is None else diagonal * scale
         if self.method != "proximal":
@@ -319,7 +324,8 @@ class ClosedFormLinear(Head):
         if weight is None:
             raise RuntimeError(
                 f"cfl_ops.{NAME}: weight must be a parameter of the head, which a step sets, but it is computed from "
-                "others (torch.nn.utils.parametrize, prune)"
+                "others (torch.nn.utils.parametrize, prune), or this is a replica of nn.DataParallel: use "
+                "DistributedDataParallel"
             )
         if hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -344,7 +350,12 @@ class ClosedFormLinear(Head):
         }  # fmt: skip
         when = self.check_when
         if when == "now" or (when == "next" and is_compiling()):
-            return proximal_step_(*arguments, **options)
+            try:
+                return proximal_step_(*arguments, **options)
+            except IndexError as error:
+                if not is_compiling():
+                    error.add_note("ignore_index= of the head leaves rows of one such class out.")
+                raise
         (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
         if when == "skip":
             self.skipped += info != 0
@@ -540,11 +551,16 @@ class ClosedFormLinear(Head):
         return out
 
     def extra_repr(self) -> str:
-        """The options, for ``repr``."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, lam={self.lam}, "
-            f"bias={self.bias is not None}, method={self.method!r}"
-        )
+        """The options that are not the defaults, for ``repr``."""
+        plain = {
+            "method": "proximal", "ridge": 0.0, "relative": False, "reduction": "mean", "fit_bias": "penalized",
+            "kappa": 1.0, "target_scale": 1.0, "feature_dim": -1, "ignore_index": None,
+        }  # fmt: skip
+        given = {name: getattr(self, name) for name in plain}
+        others = [f"{name}={value!r}" for name, value in given.items() if value != plain[name]]
+        bias = f"bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return ", ".join([sizes, f"lam={self.lam}", bias, *others])
 
 
 def _mean_square(batch: Batch | None) -> Tensor:

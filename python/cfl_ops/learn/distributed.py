@@ -75,6 +75,10 @@ def group_of(choice: Any) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+# Its name up to torch 2.12.
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
 def refuse_graph(name: str) -> None:
     """Raise in a graph: which rows come from where is not known when it is compiled."""
     if is_compiling():
@@ -137,7 +141,7 @@ def agree(
     mine = [float(v) for v in (error is not None, rows, by_moments, fingerprint(*head), *numbers)]
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     table = torch.empty(size * len(mine), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(table, torch.tensor(mine, dtype=torch.float64, device=device), group=group)
+    _gather(table, torch.tensor(mine, dtype=torch.float64, device=device), group=group)
     by_name = dict(zip(names, table.view(size, -1).mT.tolist(), strict=True))
     if error is not None:
         raise error
@@ -207,7 +211,7 @@ def gather_rows(ranks: Ranks, batch: Batch) -> Batch:
         place.copy_(column.contiguous().view(torch.uint8).reshape(count, place.shape[1]))
     everyone = mine.new_empty(ranks.total, sum(widths))
     if len(set(ranks.rows)) == 1:
-        dist.all_gather_into_tensor(everyone, mine, group=ranks.group)
+        _gather(everyone, mine, group=ranks.group)
     else:  # no padding: what ranks have differs in the last batch of an epoch
         parts = list(everyone.split(ranks.rows))
         for rank, part in enumerate(parts):
@@ -232,7 +236,7 @@ def sum_over(ranks: Ranks, vector: Tensor) -> Tensor:
 def refuse_together(name: str, ranks: Ranks, device: torch.device, error: Exception | None) -> None:
     """Raise on every rank, since the sum of all is not finite: what a rank knows of its own rows, if it does."""
     bad = torch.zeros(ranks.size, dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(
+    _gather(
         bad, torch.full((1,), float(error is not None), dtype=torch.float64, device=device), group=ranks.group
     )
     if error is not None:

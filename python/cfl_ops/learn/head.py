@@ -136,8 +136,9 @@ class Head(StateModule):
     def step(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Solve the head on this batch, then backpropagate its gradient into what made the features.
 
-        Takes what :meth:`update` takes, and returns the loss at the new head, without a graph. It calls backward,
-        so that loss scaling and compiled steps need :meth:`loss` instead.
+        Takes what :meth:`update` takes, and returns the loss at the new head, without a graph. It solves in eval mode,
+        too. Not under ``fullgraph=True`` nor ``torch.export``: it calls backward, so that compiled steps, and loss
+        scaling, need :meth:`loss`.
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
         if features.requires_grad and not self._is_skipped(loss):
@@ -169,13 +170,12 @@ class Head(StateModule):
         solve = self.training if solve is None else checks.flag(self.name, "solve", solve)
         if in_inference_mode():
             return self._as_state(features, target, sample_weight, True, solve)[0]
-        if not isinstance(features, Tensor) or not (features.requires_grad and torch.is_grad_enabled()):
-            with torch.no_grad():
-                return self._run(features, target, sample_weight, True, solve)[0]
+        if not torch.is_grad_enabled():
+            return self._run(features, target, sample_weight, True, solve)[0]
         with torch.no_grad():
             loss, grad = self._run(features, target, sample_weight, True, solve)
-        if self._is_skipped(loss):
-            return loss.requires_grad_()  # a leaf: its backward pass reaches nothing
+        if self._is_skipped(loss) or not features.requires_grad:
+            return loss.requires_grad_()  # a leaf: its backward pass reaches nothing, a frozen backbone say
         out: Tensor = _WithGradient.apply(features, loss, grad)  # type: ignore[no-untyped-call]
         return out
 

@@ -107,8 +107,8 @@ def _warn_of_means(moments: GramMoments, width: int) -> None:
     mean = moments.gram[width, :width].square()
     if bool((mean > FAR * (square - mean).clamp(min=0)).logical_and(mean < (1 - 1e-14) * square).any()):
         warnings.warn(
-            "cfl_ops.learn.ClosedFormLinear: features with a mean of more than 1e5 times their deviation lose digits in "
-            "the moments that accumulated batches, or those of several processes, are kept in: centre them",
+            "cfl_ops.learn.ClosedFormLinear: features with a mean of more than 1e5 times their deviation lose digits "
+            "in the moments that accumulated batches, or those of several processes, are kept in: centre them",
             stacklevel=6,
         )
 
@@ -127,9 +127,13 @@ def moments_loss(moments: GramMoments, weight: Tensor, bias: Tensor | None, redu
 
 
 def mean_square(moments: GramMoments, width: int) -> Tensor:
-    """trace(Phi^T Phi) / (B D) of the features; 1 without data."""
-    trace = moments.gram.diagonal()[:width].sum()
-    return torch.where(moments.count > 0, trace / (moments.count * width), 1.0)
+    """trace(Phi^T Phi) / (B D) of the features; NaN without data."""
+    return moments.gram.diagonal()[:width].sum() / (moments.count * width)
+
+
+def as_unit(square: Tensor) -> Tensor:
+    """A mean square as the unit of penalties; 1 for features that are all zero, and for what will raise."""
+    return torch.where((square > 0) & square.isfinite(), square, 1.0)
 
 
 def moments_bytes(order: int, outputs: int) -> int:

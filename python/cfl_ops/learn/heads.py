@@ -97,6 +97,21 @@ class ClosedFormHeads(nn.Module):
             for name in self.heads
         }
 
+    def update(
+        self,
+        features: Tensor | Mapping[str, Tensor],
+        target: Tensor | Mapping[str, Tensor],
+        *,
+        sample_weight: Tensor | Mapping[str, Tensor | None] | None = None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """``(loss, grad_features)`` of :meth:`Head.update` by name, not weighted; the backward pass is the caller's."""
+        given = self._each("features", features), self._each("target", target)
+        weight = self._each("sample_weight", sample_weight)
+        return {
+            name: self[name].update(given[0][name], given[1][name], sample_weight=weight[name])
+            for name in self.heads
+        }
+
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The weighted sum of :meth:`losses`, which takes the arguments: ``loss.backward()`` trains the backbone."""
         return torch.stack(

@@ -226,6 +226,7 @@ def _labelled(op: str, name: str, scores: Any, labels: Any) -> tuple[Tensor, Ten
     checks.tensor(op, "labels", labels, 0)
     if labels.dtype is not torch.int64:
         raise TypeError(f"cfl_ops.{op}: labels must be int64, but got {labels.dtype}")
+    checks.tensor(op, name, scores, 1 + min(1, labels.ndim))  # a row for each label
     lead, classes = scores.shape[:-1], scores.shape[-1]
     if labels.shape not in (lead, (math.prod(lead),)):
         raise ValueError(

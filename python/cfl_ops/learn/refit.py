@@ -15,7 +15,7 @@ from cfl_ops.ops.gram.accumulate import GramAccumulator, with_bar
 
 from . import distributed
 from .head import Batch
-from .head_moments import Penalties, mean_square, solve_moments
+from .head_moments import Penalties, as_unit, mean_square, solve_moments
 
 if TYPE_CHECKING:
     from .closed_form_linear import ClosedFormLinear
@@ -61,7 +61,7 @@ def refit(
             raise ValueError(
                 f"cfl_ops.{name}: loader must yield rows of positive weight, but there were none"
             )
-        ridge = lam * mean_square(moments, head.in_features) if relative else lam
+        ridge = lam * as_unit(mean_square(moments, head.in_features)) if relative else lam
         zero = torch.zeros_like(head.weight)
         weight, bias = solve_moments(
             moments, zero, None if head.bias is None else torch.zeros_like(head.bias),

@@ -207,8 +207,8 @@ class BatchSizeLam(_OfBatch):
     .. math:: \lambda (B_\mathrm{ref} / B)^p
 
     A loss that is a mean over the batch needs a larger lambda for a small one: with ``power=1`` what a row adds to the
-    head is weighed against it alike in batches of all sizes, the last one of an epoch, say (docs/formulas.md, 10: the
-    best lambda falls with the batch size).
+    head is weighed against it alike in batches of all sizes, the last one of an epoch, say (the best lambda
+    falls with the batch size: docs/closed_form_head.md).
 
     Args:
         lam: at ``reference`` rows: a number or another schedule.
