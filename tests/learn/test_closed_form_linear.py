@@ -152,7 +152,7 @@ def test_initialisations_have_their_standard_deviation(init: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="method must be one of proximal, ridge, but got 'sgd'"):
+    with pytest.raises(ValueError, match="method must be one of proximal, ridge, ema_ridge, but got 'sgd'"):
         ClosedFormLinear(4, 2, method="sgd")
     with pytest.raises(ValueError, match="init must be one of"):
         ClosedFormLinear(4, 2, init="ones")

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from .closed_form_linear import ClosedFormLinear
+from .heads import ClosedFormHeads
 from .train_step import train_step
 
 if TYPE_CHECKING:
     from cfl_ops.learn.ridge import Ridge, RidgeCV
 
-__all__ = ["ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
+__all__ = ["ClosedFormHeads", "ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
 
 # These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
 _ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}

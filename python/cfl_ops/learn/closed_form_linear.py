@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from cfl_ops._core import checks
 from cfl_ops._core.deferred import DeferredCheck
-from cfl_ops._core.state import StateModule, from_inference_mode, in_inference_mode, makes_state
-from cfl_ops.ops.proximal.step import proximal_step_, proximal_step_ex_
+from cfl_ops._core.state import from_inference_mode, makes_state
+from cfl_ops.errors import LinAlgError
+from cfl_ops.ops.gram.moments import GramMoments
+from cfl_ops.ops.proximal.codes import BIAS_FITS, REDUCTIONS
+from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
+from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_step_ex_
+
+from .distributed import Traffic, group_of, row_bytes
+from .global_head import solve_together
+from .head import CHECKS, METHODS, Batch, Head, squared_loss
+from .head_moments import (
+    Penalties,
+    batch_moments,
+    mean_square,
+    moments_bytes,
+    moments_loss,
+    solve_moments,
+)
+from .refit import refit
+from .schedules import LamSchedule
 
 __all__ = ["ClosedFormLinear"]
 
-METHODS = ("proximal", "ridge")
-CHECKS = ("now", "next")
 NAME = "learn.ClosedFormLinear"
 STEP_BEFORE = "It was the step before this one that failed; it left the head as it was."
+NO_TRAFFIC = Traffic("none", 0, 0, 0)
 
 
 # Standard deviation of the initial weight, of in_features D and out_features K.
@@ -31,62 +50,62 @@ INITS = {
 }
 
 
-def _as_rows(value: Tensor, core: int) -> Tensor:
-    """All dimensions but the last ``core`` as one; a reshape that changes nothing would cost 2 us."""
-    leading = value.ndim - core
-    if leading == 1:
-        return value
-    return value.unsqueeze(0) if leading < 1 else value.flatten(0, leading - 1)
-
-
-def _check_rows(name: str, value: Any, core: int, features: Tensor) -> None:
-    """Rows are flattened, as those of ``features`` are: in the same order only where they lie in the same shape."""
-    if not isinstance(value, Tensor):
-        checks.tensor(NAME, name, value, core)
-    mine, theirs = value.shape[: value.ndim - core], features.shape[:-1]
-    if len(mine) > 1 and len(theirs) > 1 and mine != theirs:
-        raise ValueError(
-            f"cfl_ops.{NAME}: {name} must lie in the rows of features, {tuple(theirs)} or flat, but got shape "
-            f"{tuple(value.shape)}"
-        )
-
-
-class ClosedFormLinear(StateModule):
+class ClosedFormLinear(Head):
     r"""``nn.Linear`` whose weight and bias are set by a closed-form step on each batch.
 
     Algorithm 1 of the paper is one forward and one backward through the backbone for each batch, with any
     optimiser for the backbone::
 
         for x, y in loader:
-            features = backbone(x)
-            loss = head.step(features, y)  # solves the head, then features.backward(...)
+            loss = head.loss(backbone(x), y)  # solves the head; F.cross_entropy(head(...), y) before
+            loss.backward()
             optimizer.step()  # the backbone's parameters only
             optimizer.zero_grad()
 
-    The parameters have ``requires_grad=False``, so an optimiser passes over them, and the state_dict is that
+    :meth:`step` does the first two lines in one call, a little faster. The parameters have ``requires_grad=False``, so
+    an optimiser passes over them, and the state_dict is that
     of ``nn.Linear``; one that does not fit leaves them as they were. As those of ``nn.Linear`` they follow
     ``parent.to(dtype)``; a step computes in float32 or wider and rounds to their dtype (on features with a large mean
     half precision costs much of the loss: centre them, or keep the head in float32). A head that was made
     under :func:`torch.inference_mode` can be updated outside it. lam and the other options are plain attributes:
-    change ``head.lam`` for a schedule.
+    change ``head.lam``, or give it a schedule.
+
+    *Several processes.* With ``process_group="auto"`` and an initialised group of several ranks every solve is that of
+    the global batch: ranks exchange their rows, or the moments of them, whichever are fewer bytes (:attr:`traffic`).
+    All have the same head; the loss is that of the global batch; the features' gradient is scaled by the number of
+    ranks, so that the mean which DistributedDataParallel and ``fully_shard`` take is the gradient of that loss. Ranks
+    that differ in options raise, all of them; a rank may have no rows. Keep the head out of ``fully_shard``.
 
     Args:
         in_features: D, the width of the features.
         out_features: K, targets or classes.
-        lam: the proximal coefficient (``method="proximal"``), or the ridge coefficient (``method="ridge"``).
+        lam: the proximal coefficient (``method="proximal"``), or the ridge coefficient (the other methods): a number,
+            a 0-d tensor or a schedule such as :class:`cfl_ops.learn.CosineLam`.
         bias: whether there is a bias.
-        method: ``"proximal"`` stays near the last head (Eq. 13-15); ``"ridge"`` forgets it (Eq. 10-12).
+        method: ``"proximal"`` stays near the last head (Eq. 13-15); ``"ridge"`` forgets it (Eq. 10-12);
+            ``"ema_ridge"`` is a moving average of ridge solutions, ``W <- decay W + (1 - decay) W_ridge``, the rival of
+            the paper's related work (Barboni et al. 2025), in which head and backbone descend different losses.
         ridge: a ridge coefficient beside the proximal one.
-        relative: multiply lam and ridge by trace(Phi^T Phi) / (B D), the mean square of the features, so that
+        lam_diag: ``(D,)``, added to lam feature by feature (not for the bias). It moves with the module, and is not in
+            its state_dict.
+        relative: multiply lam, lam_diag and ridge by trace(Phi^T Phi) / (B D), the mean square of the features, so that
             they do not depend on the features' scale.
         reduction: ``"mean"`` or ``"sum"``, see :func:`cfl_ops.proximal_step`.
         fit_bias: ``"penalized"`` or ``"free"``, likewise.
+        kappa, target_scale: of Hui and Belkin's rescaled loss (Eq. 29-32), for classes: an error in the own class
+            counts kappa times, and its target is ``target_scale``. Not with ``lam_diag``, row weights or a free bias.
+        decay: of ``"ema_ridge"``, in [0, 1).
+        feature_dim: the dimension of the features; 1 for maps ``(B, D, H, W)``, whose points are rows. Targets then
+            lie in the points: classes ``(B, H, W)``, or ``(B, K, H, W)``.
+        ignore_index: rows of this class take no part.
         init: ``"zeros"`` (the paper's choice with SGD), ``"lecun"`` (with Adam), ``"xavier"`` or ``"he"``: a
             normal distribution; the bias starts at zero.
         check: when bad data raise. ``"now"``: in the step that meets them, which synchronises a GPU in each
             step. ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does
             with a gradient head; the step that failed left the head as it was and gave the backbone a gradient
-            of zero.
+            of zero. ``"skip"``: never; such a step leaves the head as it was, is counted in :attr:`skipped`, has a loss
+            of NaN, and :meth:`step` makes no backward pass (on one process).
+        process_group: ``"auto"``, None (each process solves for itself), or a group.
         device, dtype: of the parameters.
 
     Example:
@@ -94,41 +113,68 @@ class ClosedFormLinear(StateModule):
         >>> from cfl_ops.learn import ClosedFormLinear
         >>> backbone, head = torch.nn.Linear(4, 8), ClosedFormLinear(8, 3, lam=0.1)
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> loss = head.step(backbone(x), y)
+        >>> loss = head.loss(backbone(x), y)
+        >>> loss.backward()
         >>> backbone.weight.grad.shape, head(backbone(x)).shape
         (torch.Size([8, 4]), torch.Size([16, 3]))
 
     """
+
+    name = NAME
+    lam_diag: Tensor | None
+    skipped: Tensor
+    """How many steps ``check="skip"`` has skipped."""
 
     @makes_state
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        lam: float | Tensor = 1.0,
+        lam: float | Tensor | LamSchedule = 1.0,
         bias: bool = True,
         method: str = "proximal",
         *,
         ridge: float | Tensor = 0.0,
+        lam_diag: Tensor | None = None,
         relative: bool = False,
         reduction: str = "mean",
         fit_bias: str = "penalized",
+        kappa: float = 1.0,
+        target_scale: float = 1.0,
+        decay: float = 0.9,
+        feature_dim: int = -1,
+        ignore_index: int | None = None,
         init: str = "zeros",
         check: str = "now",
+        process_group: Any = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.choice(NAME, "method", method, METHODS)
+        checks.choice(NAME, "reduction", reduction, tuple(REDUCTIONS))
+        checks.choice(NAME, "fit_bias", fit_bias, tuple(BIAS_FITS))
         checks.choice(NAME, "init", init, tuple(INITS))
         checks.choice(NAME, "check", check, CHECKS)
+        if isinstance(process_group, str):
+            checks.choice(NAME, "process_group", process_group, ("auto",))
         self.in_features = checks.integer(NAME, "in_features", in_features, 0)
         self.out_features = checks.integer(NAME, "out_features", out_features, 0)
-        self.lam, self.ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
+        self._lam_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.lam = lam
+        self.ridge = checks.penalty(NAME, "ridge", ridge)
         self.relative = checks.flag(NAME, "relative", relative)
         self.method, self.reduction, self.fit_bias, self.init = method, reduction, fit_bias, init
-        self.check_when = check
-        self._outcome: DeferredCheck | None = None
+        self.kappa = float(checks.number(NAME, "kappa", kappa, checks.POSITIVE))
+        self.target_scale = float(checks.number(NAME, "target_scale", target_scale, checks.POSITIVE))
+        self.decay = float(checks.number(NAME, "decay", decay, checks.NOT_NEGATIVE))
+        if self.decay >= 1:
+            raise ValueError(f"cfl_ops.{NAME}: decay must be below 1, but got {decay}")
+        self.feature_dim = checks.integer(NAME, "feature_dim", feature_dim)
+        self.ignore_index = (
+            None if ignore_index is None else checks.integer(NAME, "ignore_index", ignore_index)
+        )
+        self.check_when, self.process_group = check, process_group
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
@@ -138,7 +184,56 @@ class ClosedFormLinear(StateModule):
             )
         else:
             self.register_parameter("bias", None)
+        if lam_diag is not None:
+            checks.floating(NAME, "lam_diag", lam_diag, 1)
+            checks.size(NAME, "lam_diag", lam_diag, -1, self.in_features, "in_features")
+            lam_diag = lam_diag.detach().clone().to(device)
+        self.register_buffer("lam_diag", lam_diag, persistent=False)
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.traffic: Traffic = NO_TRAFFIC
+        self._outcome: DeferredCheck | None = None
+        self._pending: list[Batch] = []
+        self._moments: GramMoments | None = None
+        self._kind: tuple[torch.dtype, torch.dtype, bool] | None = (
+            None  # of the last batch that was accumulated
+        )
+        self._agreed = False
+        self._check_options()
         self.reset_parameters()
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the loss is Hui and Belkin's."""
+        return self.kappa != 1.0 or self.target_scale != 1.0
+
+    @property
+    def lam(self) -> float | Tensor | LamSchedule:
+        """The coefficient; in a graph a number is read from a tensor, so that another one does not recompile."""
+        return self._lam
+
+    @lam.setter
+    def lam(self, value: float | Tensor | LamSchedule) -> None:
+        if not isinstance(value, LamSchedule):
+            value = checks.penalty(NAME, "lam", value)
+            if not isinstance(value, Tensor):
+                self._lam_tensor.fill_(value)
+        self._lam: float | Tensor | LamSchedule = value
+
+    def _check_options(self) -> None:
+        def refuse(what: str) -> NoReturn:
+            raise ValueError(f"cfl_ops.{NAME}: {what}")
+
+        if self.lam_diag is not None and self.method != "proximal":
+            refuse(f'lam_diag is for method="proximal", but got {self.method!r}')
+        if self.rescaled:
+            if self.lam_diag is not None:
+                refuse("kappa and target_scale take no lam_diag")
+            if self.bias is not None and self.fit_bias == "free":
+                refuse("kappa and target_scale take no free bias")
+        if self.check_when == "next" and (self.rescaled or self.method == "ema_ridge"):
+            refuse(
+                'check="next" is for the squared loss and the methods "proximal" and "ridge": use "now" or "skip"'
+            )
 
     def reset_parameters(self) -> None:
         """Draw the initial weight again; the bias becomes zero."""
@@ -151,57 +246,64 @@ class ClosedFormLinear(StateModule):
                 self.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
-        """The prediction ``features W^T + b`` of the present head."""
-        return F.linear(features, self.weight, self.bias)
+        """The prediction ``features W^T + b`` of the present head; of maps a map."""
+        if self.feature_dim in (-1, features.ndim - 1):
+            return F.linear(features, self.weight, self.bias)
+        moved = F.linear(features.movedim(self.feature_dim, -1), self.weight, self.bias)
+        return moved.movedim(-1, self.feature_dim)
 
-    def update(
-        self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Solve the head on this batch, and leave the backward pass to the caller.
+    # Solving
 
-        Args:
-            features: ``(..., D)``; all dimensions but the last are rows.
-            target: ``(..., K)`` floating point, or class indices ``(...)`` int64; its rows may be flat.
-            sample_weight: ``(...)`` weights of the rows, which may be flat, too.
+    def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.check()
+        self._own_weight()
+        group = None if self.process_group is None else group_of(self.process_group)
+        if group is None:
+            return self._solve_here(batch, *self._penalties(batch))
+        return solve_together(self, group, batch, None, solve=True)
 
-        Returns:
-            ``(loss, grad_features)``: the loss at the new head, and its gradient for the features, in their
-            shape: ``features.backward(grad_features)``.
-
-        """
-        if in_inference_mode():
-            return self._update_as_state(features, target, sample_weight)
-        enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
+    def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
+        if not together or self.process_group is None:
+            return super()._rows(features, target, sample_weight, False)
+        group = group_of(self.process_group)
         try:
-            return self._update(features, target, sample_weight)
-        finally:
-            torch._C._set_grad_enabled(enabled)
+            batch = super()._rows(features, target, sample_weight, together)
+            if (
+                group is not None
+            ):  # what an op would refuse here alone must be known before ranks exchange rows
+                self._check_targets(batch)
+        except Exception as error:
+            if group is not None:
+                solve_together(self, group, None, error, solve=True)
+            raise
+        return batch
 
-    @makes_state
-    def _update_as_state(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._update(*args)
+    def _penalties(
+        self, batch: Batch | None, moments: GramMoments | None = None
+    ) -> tuple[Any, Any, Tensor | None]:
+        """lam, ridge and lam_diag as the proximal step takes them, for a batch or its moments."""
+        lam: Any = self._lam
+        ridge, diagonal = self.ridge, self.lam_diag
 
-    def _update(
-        self, features: Tensor, target: Tensor, sample_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        checks.floating(NAME, "features", features, 1)
-        checks.size(NAME, "features", features, -1, self.in_features, "the head's in_features")
-        core = 0 if isinstance(target, Tensor) and target.dtype == torch.int64 else 1
-        _check_rows("target", target, core, features)
-        if sample_weight is not None:
-            _check_rows("sample_weight", sample_weight, 0, features)
-        rows = _as_rows(features.detach(), 1)
-        target = _as_rows(target, core)
-        lam, ridge = self.lam, self.ridge
-        if self.relative or self.method == "ridge":  # they are more than passed on, and may have been set
+        def square() -> Tensor:
+            return mean_square(moments, self.in_features) if moments is not None else _mean_square(batch)
+
+        if isinstance(lam, LamSchedule):
+            rows: Any = moments.count if moments is not None else batch and batch.features.shape[0]
+            lam = lam.value(rows, square)
+        elif is_compiling() and not isinstance(lam, Tensor):
+            lam = self._lam_tensor
+        if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
-            mean_square = rows.double().square().mean() if rows.numel() else torch.tensor(1.0)
-            lam, ridge = lam * mean_square, ridge * mean_square
-        if self.method == "ridge":
+            scale = square()
+            lam, ridge = lam * scale, ridge * scale
+            diagonal = None if diagonal is None else diagonal * scale
+        if self.method != "proximal":
             lam, ridge = 0.0, lam + ridge
-        self.check()
+        return lam, ridge, diagonal
+
+    def _own_weight(self) -> Tensor:
         weight: Tensor | None = self._parameters.get("weight")
         if weight is not None and from_inference_mode(weight):
             self._make_normal()
@@ -211,19 +313,225 @@ class ClosedFormLinear(StateModule):
                 f"cfl_ops.{NAME}: weight must be a parameter of the head, which a step sets, but it is computed from "
                 "others (torch.nn.utils.parametrize, prune)"
             )
+        if hasattr(weight, "device_mesh"):
+            raise RuntimeError(
+                f"cfl_ops.{NAME}: weight is a DTensor: keep the head out of fully_shard (shard the backbone, or use "
+                "ignored_params=set(head.parameters())); all ranks solve for the whole head"
+            )
+        return weight
+
+    def _solve_here(
+        self, batch: Batch, lam: Any, ridge: Any, lam_diag: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The solve of this batch alone."""
+        if self.rescaled or self.method == "ema_ridge":
+            return self._solve_beside(batch, lam, ridge)
+        rows, target, sample_weight = batch
+        weight = self._parameters["weight"]
+        assert weight is not None
         arguments = (rows, target, weight, self.bias)
         options: dict[str, Any] = {
-            "lam": lam, "ridge": ridge, "reduction": self.reduction, "fit_bias": self.fit_bias,
-            "sample_weight": None if sample_weight is None else sample_weight.reshape(-1),
+            "lam": lam, "ridge": ridge, "lam_diag": lam_diag, "reduction": self.reduction, "fit_bias": self.fit_bias,
+            "sample_weight": sample_weight,
         }  # fmt: skip
-        if self.check_when == "now" or torch.compiler.is_compiling():
-            loss, grad_features = proximal_step_(*arguments, **options)
-        else:
-            (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
-            if self._outcome is None:
-                self._outcome = DeferredCheck("proximal_step", STEP_BEFORE)
-            self._outcome.defer(info, lambda: (rows, target, weight))
-        return loss, grad_features if features.ndim == 2 else grad_features.reshape(features.shape)
+        when = self.check_when
+        if when == "now" or (when == "next" and is_compiling()):
+            return proximal_step_(*arguments, **options)
+        (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
+        if when == "skip":
+            self.skipped += info != 0
+            return loss, grad_features
+        if self._outcome is None:
+            self._outcome = DeferredCheck("proximal_step", STEP_BEFORE)
+        self._outcome.defer(info, lambda: (rows, target, weight))
+        return loss, grad_features
+
+    def _solve_beside(self, batch: Batch, lam: Any, ridge: Any) -> tuple[Tensor, Tensor]:
+        """Steps that are not made in place: of the rescaled loss, and the average of ridge heads."""
+        rows, target, sample_weight = batch
+        weight, bias = self.weight, self.bias
+        try:
+            if self.rescaled:
+                if sample_weight is not None:
+                    raise ValueError(
+                        f"cfl_ops.{NAME}: kappa and target_scale take no sample_weight or ignore_index"
+                    )
+                step = rescaled_proximal_step(
+                    rows, target, weight, bias, lam=lam, ridge=ridge, kappa=self.kappa,
+                    target_scale=self.target_scale, reduction=self.reduction,
+                )  # fmt: skip
+            else:
+                step = proximal_step(
+                    rows, target, weight, bias, lam=0.0, ridge=ridge, sample_weight=sample_weight,
+                    reduction=self.reduction, fit_bias=self.fit_bias,
+                )  # fmt: skip
+        except (ValueError, IndexError, LinAlgError):
+            if self.check_when != "skip" or is_compiling():
+                raise
+            return self._skip(rows)
+        self._adopt(step.weight, step.bias)
+        return self._evaluate_here(batch) if self.method == "ema_ridge" else (step.loss, step.grad_features)
+
+    def _skip(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        self.skipped += 1
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return rows.new_full((), math.nan, dtype=dtype), torch.zeros_like(rows)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Set the head to a solution; an average moves towards it."""
+        for mine, new in ((self.weight, weight), (self.bias, bias)):
+            if mine is not None and new is not None:
+                new = new.to(torch.promote_types(mine.dtype, new.dtype))
+                mine.copy_(
+                    torch.lerp(new, mine.to(new.dtype), self.decay) if self.method == "ema_ridge" else new
+                )
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        # An evaluation of one rank alone must not wait for the others.
+        group = group_of(self.process_group) if self.training else None
+        return (
+            self._evaluate_here(batch)
+            if group is None
+            else solve_together(self, group, batch, None, solve=False)
+        )
+
+    def _evaluate_here(self, batch: Batch, total: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check_targets(batch)
+        if total is None and self.reduction == "sum":
+            total = 1.0
+        loss, grad = squared_loss(
+            batch, self.weight, self.bias, total=total, kappa=self.kappa, target_scale=self.target_scale
+        )
+        if self.check_when == "now" and not is_compiling() and not bool(loss.isfinite()):
+            raise ValueError(
+                f"cfl_ops.{NAME}: features, target or the prediction has NaN or Inf, or values whose squares overflow"
+            )
+        return loss, grad
+
+    def _check_targets(self, batch: Batch) -> None:
+        """Raise for targets that a solve would not take."""
+        features, target, _ = batch
+        rows, outputs = features.shape[0], self.out_features
+        if not batch.classes and target.dtype not in checks.FLOATS:
+            raise TypeError(
+                f"cfl_ops.{NAME}: target must be floating point, or int64 class indices, but got {target.dtype}"
+            )
+        shape = (rows,) if batch.classes else (rows, outputs)
+        if target.shape != shape:
+            raise ValueError(f"cfl_ops.{NAME}: target must have shape {shape}, but got {tuple(target.shape)}")
+        if batch.classes and self.check_when == "now" and not is_compiling():
+            bad = (target < 0) | (target >= outputs)
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise IndexError(
+                    f"cfl_ops.{NAME}: target must hold class indices from 0 to {outputs - 1}, but got "
+                    f"{int(target[row])} in row {row}"
+                )
+
+    # Several batches for one solve
+
+    def accumulate(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> None:
+        """Keep a batch for the next :meth:`solve`, which is then that of all such batches together.
+
+        What is kept are its rows, without their graph, as long as they are fewer bytes than moments in float64; then
+        the moments. It is in no state_dict. Takes what :meth:`update` takes. With gradients at the present head, which
+        are the same for one large batch and many small ones, this is Algorithm 2 (cached) with accumulation::
+
+            for x, y in parts:
+                features = backbone(x)
+                (head.loss(features, y, solve=False) / len(parts)).backward()
+                head.accumulate(features, y)
+            head.solve()
+            optimizer.step()
+
+        Algorithm 1 needs the new head before the first backward pass, so a forward pass more: accumulate all parts
+        under ``torch.no_grad()``, :meth:`solve`, then a pass with ``head.loss(features, y, solve=False)``.
+        """
+        with torch.no_grad():
+            batch = self._rows(features, target, sample_weight, False)
+            self._check_targets(batch)
+            if self._pending and _kind(batch) != _kind(self._pending[0]):
+                self._fold()
+            self._pending.append(batch)
+            self._kind = _kind(batch)
+            size = sum(each.features.shape[0] * row_bytes(each) for each in self._pending)
+            order = self.in_features + int(self.bias is not None)
+            if self._moments is not None or size > moments_bytes(order, self.out_features):
+                self._fold()
+
+    def _fold(self) -> None:
+        """Bring what is accumulated into moments."""
+        if self.rescaled:  # which has none
+            return
+        for batch in self._pending:
+            moments = batch_moments(batch, self.out_features, self.bias is not None)
+            self._moments = moments if self._moments is None else self._moments + moments
+        self._pending = []
+
+    def solve(self) -> Tensor:
+        """Solve the head on all batches of :meth:`accumulate`; the loss there, without a graph.
+
+        With nothing accumulated the head stays as it is, and the loss is 0. Over several processes it is all batches of
+        all ranks; a rank without rows accumulates an empty batch.
+        """
+        with torch.no_grad():
+            self._own_weight()
+            pending, moments = self._pending, self._moments
+            self._pending, self._moments = [], None
+            batch = _joined(pending) if pending else self._no_rows()
+            group = group_of(self.process_group)
+            if group is not None:
+                return solve_together(self, group, batch, None, solve=True, moments=moments)[0]
+            if moments is None:
+                return self._solve_here(batch, *self._penalties(batch))[0]
+            self._solve_moments(moments)
+            return moments_loss(moments, self.weight, self.bias, self.reduction).float()
+
+    def _solve_moments(self, moments: GramMoments) -> None:
+        lam, ridge, diagonal = self._penalties(None, moments)
+        self._adopt(*solve_moments(
+            moments, self.weight, self.bias, Penalties(lam, ridge, diagonal, self.reduction, self.fit_bias)
+        ))  # fmt: skip
+
+    def _no_rows(self) -> Batch:
+        """An empty batch of the kind of those that were accumulated."""
+        target, features, _ = (torch.float32, torch.float32, True) if self._kind is None else self._kind
+        shape = (0,) if target is torch.int64 else (0, self.out_features)
+        device = self.weight.device
+        rows = torch.zeros(0, self.in_features, dtype=features, device=device)
+        return Batch(rows, torch.zeros(shape, dtype=target, device=device), None)
+
+    def refit(
+        self,
+        loader: Iterable[Any],
+        backbone: nn.Module | None = None,
+        *,
+        lam: float = 1e-3,
+        relative: bool = True,
+        progress: bool = False,
+    ) -> ClosedFormLinear:
+        """A head for the present backbone, re-estimated on all batches of a loader; this one stays as it is.
+
+        The paper evaluates either the head as training left it (online), or this one: ridge on the whole training set.
+        The batches are streamed into moments in float64; over several processes they are summed. The bias is
+        penalised, or free, as this head's is.
+
+        Args:
+            loader: yields ``(features, target)``, or ``(x, target)`` with ``backbone``, and a weight of the rows if
+                there is a third.
+            backbone: is run in eval mode, without gradients, and put back into the mode it was in.
+            lam: the ridge coefficient, of the mean loss.
+            relative: whether lam is multiplied by the mean square of the features.
+            progress: a bar with the time left (needs tqdm).
+
+        Returns:
+            A new head. ``head.load_state_dict(new.state_dict())`` adopts it.
+
+        Raises:
+            ValueError: no rows came; or a rescaled loss (kappa), which has no moments.
+
+        """
+        return refit(self, loader, backbone, lam=lam, relative=relative, progress=progress)
 
     def check(self) -> None:
         """With ``check="next"``: raise now if the last step failed. Waits for a GPU to have done that step."""
@@ -231,19 +539,9 @@ class ClosedFormLinear(StateModule):
             self._outcome.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the outcome of a step on its way."""
-        return {**self.__dict__, "_outcome": None}
-
-    def step(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
-        """Solve the head on this batch, then backpropagate its gradient into what made the features.
-
-        Takes what :meth:`update` takes, and returns the loss at the new head, without a graph.
-        Not under ``fullgraph=True`` nor ``torch.export``: it calls backward; use :meth:`update` there.
-        """
-        loss, grad_features = self.update(features, target, sample_weight=sample_weight)
-        if features.requires_grad:
-            features.backward(grad_features)
-        return loss
+        """What a copy takes along: not the outcome of a step on its way, nor a process group."""
+        group = self.process_group if self.process_group in (None, "auto") else "auto"
+        return {**self.__dict__, "_outcome": None, "process_group": group}
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
@@ -251,3 +549,27 @@ class ClosedFormLinear(StateModule):
             f"in_features={self.in_features}, out_features={self.out_features}, lam={self.lam}, "
             f"bias={self.bias is not None}, method={self.method!r}"
         )
+
+
+def _mean_square(batch: Batch | None) -> Tensor:
+    """trace(Phi^T Phi) / (B D) of the rows, weighted as they are; 1 without rows, and for those that will raise."""
+    assert batch is not None
+    squares = batch.features.double().square().mean(-1)
+    if batch.sample_weight is None:
+        square = squares.mean()
+    else:
+        weight = batch.sample_weight.double()
+        square = (squares * weight).sum() / weight.sum()
+    return torch.where(square.isnan(), 1.0, square)
+
+
+def _kind(batch: Batch) -> tuple[torch.dtype, torch.dtype, bool]:
+    """Batches of one kind can be joined."""
+    return batch.target.dtype, batch.features.dtype, batch.sample_weight is None
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    features, targets, weights = zip(*batches, strict=True)
+    return Batch(torch.cat(features), torch.cat(targets), None if weights[0] is None else torch.cat(weights))

@@ -15,6 +15,9 @@ from cfl_ops._core.state import StateModule, in_inference_mode, makes_state
 
 __all__ = ["Batch", "Head", "as_batch", "squared_loss"]
 
+METHODS = ("proximal", "ridge", "ema_ridge")
+CHECKS = ("now", "next", "skip")
+
 
 class Batch(NamedTuple):
     """A batch as rows, without a graph."""
@@ -53,8 +56,8 @@ class Head(StateModule):
         """The loss at the present head and its gradient for the rows."""
         raise NotImplementedError
 
-    def _rows(self, features: Any, target: Any, sample_weight: Any) -> Batch:
-        """The batch as rows; raises for what does not fit."""
+    def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
+        """The batch as rows; raises for what does not fit. together: other processes wait for this one's rows."""
         return as_batch(
             self.name, features, target, sample_weight, self.in_features, self.feature_dim, self.ignore_index
         )
@@ -94,10 +97,10 @@ class Head(StateModule):
         """The loss, and its gradient in the shape of the features; wide: in float32 for those in half precision."""
         if solve and not is_compiling() and torch._C._current_graph_task_id() >= 0:
             raise RuntimeError(
-                f"cfl_ops.{self.name}: was called within a backward pass, where activation checkpointing runs a forward "
-                "again and would solve the head twice: keep the head out of the checkpointed part"
+                f"cfl_ops.{self.name}: was called within a backward pass, where activation checkpointing runs a "
+                "forward again and would solve the head twice: keep the head out of the checkpointed part"
             )
-        batch = self._rows(features, target, sample_weight)
+        batch = self._rows(features, target, sample_weight, solve or self.training)
         if wide and batch.features.dtype in (torch.float16, torch.bfloat16):
             batch = batch._replace(features=batch.features.float())
         loss, grad = self._solve(batch) if solve else self._evaluate(batch)
@@ -153,7 +156,7 @@ class Head(StateModule):
                 return self._run(features, target, sample_weight, True, solve)[0]
         with torch.no_grad():
             loss, grad = self._run(features, target, sample_weight, True, solve)
-        out: Tensor = _WithGradient.apply(features, loss, grad)
+        out: Tensor = _WithGradient.apply(features, loss, grad)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -167,7 +170,7 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         # In float32 until it is scaled: what float16 could not hold is what loss scaling is for.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfl_ops._core import checks
+from cfl_ops._core.overlap import beside, can_overlap
 
 from .closed_form_linear import ClosedFormLinear
+from .distributed import group_of
 
 __all__ = ["train_step"]
 
 ORDERS = ("head-first", "backbone-first", "backbone-first-cached")
+NAME = "learn.train_step"
 
 
 def train_step(
@@ -24,6 +27,8 @@ def train_step(
     target: Tensor,
     *,
     order: str = "head-first",
+    sample_weight: Tensor | None = None,
+    overlap: bool | str = "auto",
 ) -> Tensor:
     """One step on one batch.
 
@@ -38,6 +43,11 @@ def train_step(
             then solve the head on the features of the new backbone, which costs a second forward (without a
             graph). ``"backbone-first-cached"`` solves it on the features of the old one instead. With a head
             of zeros Algorithm 2's first backbone gradient is zero: it needs ``init="lecun"`` or a head step.
+        sample_weight: weights of the rows.
+        overlap: with ``"backbone-first-cached"``, whether the solve runs beside the backbone's backward pass, in a
+            second thread, or on a second stream of a GPU. ``"auto"``: on a GPU, or where torch leaves a core free
+            (``torch.get_num_threads()`` below the number of cores) and the solve is no matter of microseconds; never
+            where the head is solved over several processes, whose collectives must come in one order.
 
     Raises:
         TypeError, ValueError, IndexError: target does not fit, or is not finite; before the backbone is stepped (with
@@ -56,50 +66,58 @@ def train_step(
         >>> loss = train_step(backbone, head, optimizer, torch.randn(16, 4), torch.randint(3, (16,)))
 
     """
-    checks.choice("learn.train_step", "order", order, ORDERS)
+    checks.choice(NAME, "order", order, ORDERS)
+    if overlap != "auto":
+        overlap = checks.flag(NAME, "overlap", overlap)
     optimizer.zero_grad()
     features = backbone(x)
     if order == "head-first":
-        loss = head.step(features, target)
+        loss = head.step(features, target, sample_weight=sample_weight)
         optimizer.step()
         return loss
-    _loss(head, features, target).backward()
+    old = head.loss(features, target, sample_weight=sample_weight, solve=False)
+    if order == "backbone-first-cached" and _overlaps(head, features, overlap):
+        return _beside(head, optimizer, features, target, sample_weight, old)
+    old.backward()
     optimizer.step()
     if order == "backbone-first":
         with torch.no_grad():
             features = backbone(x)
-    loss, _ = head.update(features, target)
-    return loss
+    return head.update(features, target, sample_weight=sample_weight)[0]
 
 
-def _loss(head: ClosedFormLinear, features: Tensor, target: Tensor) -> Tensor:
-    """The loss at the present head, of targets that the head would take: it takes them after the backbone's step."""
-    name = "learn.train_step"
-    checks.tensor(name, "target", target, 0)
-    rows = head(features)
-    lead, classes = tuple(features.shape[:-1]), head.out_features
-    now = head.check_when == "now"
-    if target.dtype == torch.int64:
-        if target.shape not in (lead, (math.prod(lead),)):
-            raise ValueError(f"cfl_ops.{name}: target must have shape {lead}, but got {tuple(target.shape)}")
-        bad = (target < 0) | (target >= classes)
-        if now and bool(bad.any()):
-            raise IndexError(
-                f"cfl_ops.{name}: target must hold class indices from 0 to {classes - 1}, but got {int(target[bad][0])}"
-            )
-        wanted = target.reshape(lead).unsqueeze(-1) == torch.arange(classes, device=target.device)
-    else:
-        checks.floating(name, "target", target, 1)
-        if target.shape not in ((*lead, classes), (math.prod(lead), classes)):
-            raise ValueError(
-                f"cfl_ops.{name}: target must have shape {(*lead, classes)}, but got {tuple(target.shape)}"
-            )
-        wanted = target.reshape(rows.shape)
-    # Under autocast predictions are half, whose squares overflow at 256.
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    squared: Tensor = (wanted.to(torch.promote_types(wanted.dtype, rows.dtype)) - rows).square().sum()
-    if now and not bool(squared.isfinite()):
-        raise ValueError(
-            f"cfl_ops.{name}: target or the prediction has NaN or Inf, or values whose squares overflow"
-        )
-    return squared / max(1, math.prod(lead)) if head.reduction == "mean" else squared
+# A solve of fewer multiply-adds takes less time than it takes to wake a thread.
+LEAST_WORK = 10_000_000
+
+
+def _overlaps(head: ClosedFormLinear, features: Tensor, overlap: bool | str) -> bool:
+    if head.process_group is not None and group_of(head.process_group) is not None:
+        return False
+    if overlap != "auto":
+        return bool(overlap)
+    rows = features.numel() // max(1, head.in_features)
+    work = rows * head.in_features * (min(rows, head.in_features) + 3 * head.out_features)
+    return work >= LEAST_WORK and can_overlap(features.device)
+
+
+def _beside(
+    head: ClosedFormLinear,
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    old: Tensor,
+) -> Tensor:
+    """Algorithm 2 (cached), the solve beside the backward pass: that has its gradient already and needs no head."""
+    detached = features.detach()
+
+    def solve() -> Tensor:
+        return head.update(detached, target, sample_weight=sample_weight)[0]
+
+    solved = beside(solve, features.device)
+    try:
+        old.backward()
+    finally:
+        loss: Any = solved()  # waits in any case: nothing may still write to the head when this returns
+    optimizer.step()
+    return loss  # type: ignore[no-any-return]

@@ -217,7 +217,7 @@ class GramAccumulator:
                     f"cfl_ops.{op}: the accumulator must be empty to begin a checkpoint, but it holds {self.rows} "
                     "rows, which a second run could not tell from those of batches"
                 )
-        for number, batch in enumerate(_with_bar(batches, progress)):
+        for number, batch in enumerate(with_bar(batches, progress)):
             rows: Sequence[Tensor] = batch if isinstance(batch, tuple | list) else (batch,)
             if seen:
                 seen, rest = self._unseen(seen, rows)
@@ -543,7 +543,7 @@ def _open(argument: str, source: Any, name: str | None) -> Any:
     )
 
 
-def _with_bar(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
+def with_bar(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
     if not progress:
         return batches
     try:

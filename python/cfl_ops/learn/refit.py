@@ -1,0 +1,98 @@
+"""A head re-estimated on a whole data set, streamed: the evaluation of the paper beside the online one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfl_ops._core import checks
+from cfl_ops.ops.gram.accumulate import GramAccumulator, with_bar
+
+from . import distributed
+from .head import Batch
+from .head_moments import Penalties, mean_square, solve_moments
+
+if TYPE_CHECKING:
+    from .closed_form_linear import ClosedFormLinear
+
+__all__ = ["refit"]
+
+
+def refit(
+    head: ClosedFormLinear,
+    loader: Iterable[Any],
+    backbone: nn.Module | None,
+    *,
+    lam: float,
+    relative: bool,
+    progress: bool,
+) -> ClosedFormLinear:
+    """See :meth:`ClosedFormLinear.refit`."""
+    name = f"{head.name}.refit"
+    lam = checks.number(name, "lam", lam, checks.NOT_NEGATIVE)
+    relative = checks.flag(name, "relative", relative)
+    if head.kappa != 1.0:
+        raise ValueError(
+            f"cfl_ops.{name}: a rescaled loss has a system for each class, of which no moments are kept (kappa)"
+        )
+    accumulator: GramAccumulator | None = None
+    for batch in _batches(head, with_bar(loader, progress), backbone):
+        if accumulator is None:
+            accumulator = GramAccumulator(
+                bias_column=head.bias is not None,
+                num_classes=head.out_features if batch.classes else None,
+                acc_dtype=torch.float64,
+            )
+        accumulator.update(*batch)
+    group = distributed.group_of(head.process_group)
+    if accumulator is None:
+        raise ValueError(f"cfl_ops.{name}: loader must yield batches, but there was none")
+    with torch.no_grad():
+        moments = accumulator.moments if group is None else accumulator.reduce(group)
+        if not float(moments.count) > 0:
+            raise ValueError(
+                f"cfl_ops.{name}: loader must yield rows of positive weight, but there were none"
+            )
+        ridge = lam * mean_square(moments, head.in_features) if relative else lam
+        zero = torch.zeros_like(head.weight)
+        weight, bias = solve_moments(
+            moments, zero, None if head.bias is None else torch.zeros_like(head.bias),
+            Penalties(0.0, ridge, None, "mean", head.fit_bias),
+        )  # fmt: skip
+        # The one of a class is target_scale.
+        scale = 1.0 if accumulator.num_classes is None else head.target_scale
+        out = copy.deepcopy(head)
+        out.weight.copy_(weight * scale)
+        if out.bias is not None and bias is not None:
+            out.bias.copy_(bias * scale)
+    return out
+
+
+def _batches(head: ClosedFormLinear, loader: Iterable[Any], backbone: nn.Module | None) -> Iterator[Batch]:
+    """The batches of a loader as rows of features."""
+    name = f"{head.name}.refit"
+    modes = [] if backbone is None else [(module, module.training) for module in backbone.modules()]
+    try:
+        if backbone is not None:
+            backbone.eval()
+        for item in loader:
+            if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+                raise TypeError(
+                    f"cfl_ops.{name}: loader must yield (features, target), perhaps with weights of the rows, but got "
+                    f"{type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+                )
+            with torch.no_grad():
+                x, target, *weight = item
+                device = head.weight.device
+                features: Tensor = x if backbone is None else backbone(x)
+                batch = head._rows(
+                    features.to(device), target.to(device), weight[0].to(device) if weight else None, False
+                )
+            yield batch
+    finally:
+        for module, mode in modes:
+            module.training = mode
