@@ -330,16 +330,16 @@ def _how(outcome: Outcome, processes: int | None, backend: str | None) -> dict[s
     facts = {}
     if processes is not None:
         facts["processes"] = f"{processes}, gloo on one machine; each batch is split over them"
-        moved = {run.setting.head: {} for run in outcome.runs if run.moved}
+        moved: dict[str, dict[int, str]] = {}
         for run in outcome.runs:
             if run.moved:
                 kind, count = run.moved
-                moved[run.setting.head][run.setting.batch_size] = (
-                    f"{count:,} ({kind}) at {run.setting.batch_size}"
-                )
-        facts["bytes that the head moved a step, to each process"] = "; ".join(
-            f"{HEADS[head].label}: {', '.join(by_size.values())}" for head, by_size in moved.items()
-        )
+                size = run.setting.batch_size
+                moved.setdefault(run.setting.head, {})[size] = f"{count:,} ({kind}) at batch size {size}"
+        if moved:
+            facts["bytes the head moved a step"] = "received by each process: " + "; ".join(
+                f"{HEADS[head].label} {', '.join(by_size.values())}" for head, by_size in moved.items()
+            )
     if backend is not None:
         what: dict[str, list[str]] = {}
         for run in outcome.runs:
@@ -373,7 +373,7 @@ def _facts(
     facts = {
         "command": _given(context),
         "started": started.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "training took": f"{seconds:.0f} s, evaluation included",
+        "training took": f"{seconds:.0f} s, with evaluation, compilation and the start of processes",
         "device": f"{device.type}, {hardware}",
         "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "backend of proximal_step_": backend + fallback,

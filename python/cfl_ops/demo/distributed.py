@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -74,34 +75,38 @@ def launch(function: Callable[..., Any], arguments: Sequence[Any], processes: in
         DistributedError: a process has failed.
 
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        signals_to_handle=SIGNALS,
-    )
-    # What the agent has to say is said in the error below.
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS.split(",")}
-    try:
-        results: dict[int, Any] = elastic_launch(config, function)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message
-        if isinstance(message, dict):
-            message = message.get("message", message)
-        raise DistributedError(f"process {rank} of {processes} failed: {message}") from None
-    finally:
-        logger.setLevel(level)
-        for name, handler in handlers.items():
-            signal.signal(getattr(signal, name), handler)
+    with tempfile.TemporaryDirectory(prefix="cfl_ops_demo_") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            signals_to_handle=SIGNALS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        # What the agent has to say is said in the error below.
+        logger = logging.getLogger("torch.distributed.elastic")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS.split(",")}
+        try:
+            results: dict[int, Any] = elastic_launch(config, function)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            message = failure.message
+            if isinstance(message, dict):
+                message = message.get("message", message)
+            if failure.exitcode > 0 and not Path(failure.error_file).is_file():  # no exception ended it
+                message = f"it ended with exit code {failure.exitcode}"
+            raise DistributedError(f"process {rank} of {processes} failed: {message}") from None
+        finally:
+            logger.setLevel(level)
+            for name, handler in handlers.items():
+                signal.signal(getattr(signal, name), handler)
     return results
 
 

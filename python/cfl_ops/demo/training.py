@@ -151,6 +151,7 @@ class Learner:
         else:
             assert not isinstance(self.head, nn.Linear)
             if self.kind.order != "head-first":
+                assert isinstance(self.head, learn.ClosedFormLinear)
                 learn.train_step(self.backbone, self.head, self.optimizer, x, y, order=self.kind.order)
                 return
             self.head.step(self.backbone(x), y)
@@ -230,7 +231,7 @@ class Learner:
             self.data.outputs,
             lam=REFIT_RIDGE,
             relative=True,
-            **({"process_group": None} if self.team.size > 1 else {}),
+            process_group=None,  # every process has all rows
             device=self.data.train_x.device,
             **{key: self.kind.options[key] for key in ("kappa", "target_scale") if key in self.kind.options},
             method="ridge",
@@ -257,13 +258,14 @@ def _head(setting: Setting, data: Dataset) -> SolvedHead | nn.Linear:
     if not kind.closed_form:
         return nn.Linear(setting.width, data.outputs).to(device)
     if setting.head == "recursive":
-        return learn.RecursiveHead(
+        head: SolvedHead = learn.RecursiveHead(
             setting.width,
             data.outputs,
             alpha=max(setting.penalty, 1e-12),
             decay=RECURSIVE_DECAY,
             device=device,
         )
+        return head
     # Zeros, as the paper has it with SGD; but the first backbone step of Algorithm 2 needs a head.
     zeros = setting.optimizer == "sgd" and kind.order == "head-first"
     return learn.ClosedFormLinear(
@@ -277,7 +279,8 @@ def _head(setting: Setting, data: Dataset) -> SolvedHead | nn.Linear:
 
 
 def _squared(backbone: nn.Module, head: nn.Module, x: Tensor, y: Tensor, dense: Tensor) -> Tensor:
-    return (head(backbone(x)) - dense).square().sum(1).mean()
+    residual: Tensor = head(backbone(x)) - dense
+    return residual.square().sum(1).mean()
 
 
 def _cross_entropy(backbone: nn.Module, head: nn.Module, x: Tensor, y: Tensor, dense: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ def _folder(path: Path) -> tuple[Array, Array, list[str]]:
             f"{path} holds neither features.npy and labels.npy, nor one .safetensors file, nor subfolders with .npy "
             f"files; found: {found}"
         )
-    rows, names, target = [], [], []
+    rows: list[Array] = []
+    names: list[str] = []
+    target: list[str] = []
     for label, files in classes.items():
         if not files:
             raise UserDataError(f"the class folder {path / label} holds no .npy file")
