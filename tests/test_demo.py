@@ -273,7 +273,10 @@ def test_a_mistake_in_the_code_is_no_divergence(digits):
     ("arguments", "message"),
     [
         (("--data", "cifar"), "'cifar' is none of digits, mnist5k, diabetes, and there is no such file"),
-        (("--heads", "proximal,newton"), "'newton' is none of proximal, ridge, rescaled, ema-ridge, recursive"),
+        (
+            ("--heads", "proximal,newton"),
+            "'newton' is none of proximal, ridge, rescaled, ema-ridge, recursive",
+        ),
         (("--batch-sizes", "8,many"), "'8,many' is not a list of whole numbers"),
         (("--batch-sizes", "0,8"), "a batch has at least one row, but got 0"),
         (("--batch-sizes", "5000"), "5000 is more than the 1,347 training rows"),

@@ -48,7 +48,7 @@ class Setting:
     optimizer: str = "sgd"
     width: int = 256
     depth: int = 3
-    compile: str | None = None
+    compile: str | Callable[..., Any] | None = None
     """The backend of ``torch.compile``, or None to train as Python runs it."""
 
 
@@ -123,7 +123,7 @@ class Learner:
                 self.output = DistributedDataParallel(self.head)
         self.optimizer = self._optimizer()
 
-    def _compile(self, backend: str) -> None:
+    def _compile(self, backend: str | Callable[..., Any]) -> None:
         """Compile what can be; the work is done in the first steps."""
         loss = self._loss or (_solved if self.kind.order == "head-first" else None)
         # A solve over several processes stays outside a graph; so does one whose state is Python's.
@@ -176,8 +176,8 @@ class Learner:
         try:
             self._undo(batch, before)
         except Exception as error:  # whatever a compiler stumbles over
-            reason = str(error).strip().splitlines() or [""]
-            self.compiled = f"nothing ({type(error).__name__}: {reason[0][:160]})"
+            reason = " ".join(str(error).split())
+            self.compiled = f"nothing ({type(error).__name__}: {reason[:160]})"
             self._loss = LOSSES.get(self.setting.head)
             for module in self.backbone.modules():
                 if isinstance(module, _Compiled):
@@ -300,7 +300,7 @@ def _features(backbone: nn.Module, x: Tensor) -> Tensor:
     return features
 
 
-def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Tensor], backend: str | Callable[..., Any]) -> Callable[..., Tensor]:
     """``torch.compile`` of a function of modules and tensors.
 
     The code is copied, as compiled code is kept with it: where several learners share a function's code,
@@ -315,7 +315,7 @@ def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Te
 class _Compiled(nn.Module):
     """A compiled backbone."""
 
-    def __init__(self, network: nn.Module, backend: str) -> None:
+    def __init__(self, network: nn.Module, backend: str | Callable[..., Any]) -> None:
         super().__init__()
         self.network, self.run = network, _compiled(_features, backend)
 
