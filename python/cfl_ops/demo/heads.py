@@ -11,8 +11,9 @@ __all__ = ["ALL", "CLOSED_FORM", "DEFAULT", "DESCENDED", "HEADS", "Head"]
 ALL = "all"
 """What stands for every head on the command line."""
 
-# Chosen on the validation split of digits: see tune.py.
-KAPPA, TARGET_SCALE = 3.0, 1.0
+# The best on the validation split of digits, at batch sizes 32 and 128 and the rates of c.f. proximal, of kappa
+# 2, 3, 5, 10 and scales 1, 2, 4 (kappa 1 and scale 1, which are c.f. proximal, were no worse).
+KAPPA, TARGET_SCALE = 2.0, 1.0
 EMA_DECAY = 0.9
 RECURSIVE_DECAY = 0.99
 
