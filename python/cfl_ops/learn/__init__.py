@@ -3,13 +3,35 @@
 from typing import TYPE_CHECKING, Any
 
 from .closed_form_linear import ClosedFormLinear
+from .gain import ClosedFormGain, closed_form_gain, feature_alignment
 from .heads import ClosedFormHeads
+from .probabilities import Calibration, class_probabilities, expected_calibration_error
+from .recursive_head import RecursiveHead
+from .schedules import BatchSizeLam, ConstantLam, CosineLam, LamSchedule, RelativeLam
 from .train_step import train_step
 
 if TYPE_CHECKING:
     from cfl_ops.learn.ridge import Ridge, RidgeCV
 
-__all__ = ["ClosedFormHeads", "ClosedFormLinear", "Ridge", "RidgeCV", "train_step"]
+__all__ = [
+    "BatchSizeLam",
+    "Calibration",
+    "ClosedFormGain",
+    "ClosedFormHeads",
+    "ClosedFormLinear",
+    "ConstantLam",
+    "CosineLam",
+    "LamSchedule",
+    "RecursiveHead",
+    "RelativeLam",
+    "Ridge",
+    "RidgeCV",
+    "class_probabilities",
+    "closed_form_gain",
+    "expected_calibration_error",
+    "feature_alignment",
+    "train_step",
+]
 
 # These need scikit-learn, which cfl_ops itself does not: they are imported when first asked for.
 _ESTIMATORS = {"Ridge": "ridge", "RidgeCV": "ridge"}

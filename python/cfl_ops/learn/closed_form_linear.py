@@ -22,7 +22,7 @@ from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_st
 
 from .distributed import Traffic, group_of, row_bytes
 from .global_head import solve_together
-from .head import CHECKS, METHODS, Batch, Head, squared_loss
+from .head import CHECKS, METHODS, Batch, Head, not_finite, squared_loss
 from .head_moments import (
     Penalties,
     batch_moments,
@@ -103,8 +103,10 @@ class ClosedFormLinear(Head):
         check: when bad data raise. ``"now"``: in the step that meets them, which synchronises a GPU in each
             step. ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does
             with a gradient head; the step that failed left the head as it was and gave the backbone a gradient
-            of zero. ``"skip"``: never; such a step leaves the head as it was, is counted in :attr:`skipped`, has a loss
-            of NaN, and :meth:`step` makes no backward pass (on one process).
+            of zero. ``"skip"``: never for what the values are; such a step leaves the head as it was, is counted in
+            :attr:`skipped`, has a loss of NaN, and its backward pass does not reach the backbone. (It must where
+            several processes wait for each other's gradients, or in a compiled graph: there look at the loss, and
+            leave out ``optimizer.step()``.)
         process_group: ``"auto"``, None (each process solves for itself), or a group.
         device, dtype: of the parameters.
 
@@ -303,6 +305,11 @@ class ClosedFormLinear(Head):
             lam, ridge = 0.0, lam + ridge
         return lam, ridge, diagonal
 
+    def _is_skipped(self, loss: Tensor) -> bool:
+        if self.check_when != "skip" or is_compiling() or not bool(loss.isnan()):
+            return False
+        return group_of(self.process_group) is None  # else DistributedDataParallel waits for a backward pass
+
     def _own_weight(self) -> Tensor:
         weight: Tensor | None = self._parameters.get("weight")
         if weight is not None and from_inference_mode(weight):
@@ -403,9 +410,7 @@ class ClosedFormLinear(Head):
             batch, self.weight, self.bias, total=total, kappa=self.kappa, target_scale=self.target_scale
         )
         if self.check_when == "now" and not is_compiling() and not bool(loss.isfinite()):
-            raise ValueError(
-                f"cfl_ops.{NAME}: features, target or the prediction has NaN or Inf, or values whose squares overflow"
-            )
+            raise ValueError(f"cfl_ops.{NAME}: {not_finite(batch)}")
         return loss, grad
 
     def _check_targets(self, batch: Batch) -> None:

@@ -44,6 +44,7 @@ def _facts(head: ClosedFormLinear, batch: Batch | None, solve: bool) -> dict[str
         "reduction": Choice(head.reduction, tuple(REDUCTIONS)),
         "fit_bias": Choice(head.fit_bias, tuple(BIAS_FITS)),
         "check": Choice(head.check_when, CHECKS),
+        "dtype of the head": Choice(head.weight.dtype, checks.FLOATS),
         "bias": Choice(head.bias is not None, (False, True)),
         "relative": Choice(head.relative, (False, True)),
         "solve": Choice(solve, (False, True)),

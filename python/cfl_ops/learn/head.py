@@ -45,6 +45,8 @@ class Head(StateModule):
     out_features: int
     name: str
     """That of error messages."""
+    process_group: Any = None
+    """Over which processes a batch is spread; ``"auto"``: all, where a default group is initialised."""
     feature_dim: int = -1
     ignore_index: int | None = None
 
@@ -55,6 +57,10 @@ class Head(StateModule):
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss at the present head and its gradient for the rows."""
         raise NotImplementedError
+
+    def _is_skipped(self, loss: Tensor) -> bool:
+        """Whether this loss is that of a bad batch, whose zero gradient would become NaN among NaN activations."""
+        return False
 
     def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
         """The batch as rows; raises for what does not fit. together: other processes wait for this one's rows."""
@@ -122,7 +128,7 @@ class Head(StateModule):
         so that loss scaling and compiled steps need :meth:`loss` instead.
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
-        if features.requires_grad:
+        if features.requires_grad and not self._is_skipped(loss):
             features.backward(grad_features)
         return loss
 
@@ -156,6 +162,8 @@ class Head(StateModule):
                 return self._run(features, target, sample_weight, True, solve)[0]
         with torch.no_grad():
             loss, grad = self._run(features, target, sample_weight, True, solve)
+        if self._is_skipped(loss):
+            return loss.requires_grad_()  # a leaf: its backward pass reaches nothing
         out: Tensor = _WithGradient.apply(features, loss, grad)  # type: ignore[no-untyped-call]
         return out
 
@@ -283,3 +291,17 @@ def squared_loss(
     weighted = residual if factor is None else factor * residual
     loss = (weighted * residual).sum() / total
     return loss, (weighted @ weight * (2 / total)).to(batch.features.dtype)
+
+
+def not_finite(batch: Batch) -> str:
+    """What of a batch whose loss is not finite has NaN or Inf, and in which row."""
+    for name, value in batch._asdict().items():
+        if value is not None and value.is_floating_point():
+            bad = (
+                ~(value if value.ndim == 1 else value.abs().amax(-1)).isfinite()
+                if value.numel()
+                else value.new_zeros(0)
+            )
+            if bool(bad.any()):
+                return f"{name} has NaN or Inf in row {int(bad.nonzero()[0])}"
+    return "the head has NaN or Inf, or the squares of the errors overflow"

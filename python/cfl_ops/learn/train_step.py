@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cfl_ops._core import checks
 from cfl_ops._core.overlap import beside, can_overlap
 
-from .closed_form_linear import ClosedFormLinear
 from .distributed import group_of
+from .head import Head
 
 __all__ = ["train_step"]
 
@@ -21,7 +21,7 @@ NAME = "learn.train_step"
 
 def train_step(
     backbone: nn.Module,
-    head: ClosedFormLinear,
+    head: Head,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
     target: Tensor,
@@ -34,10 +34,10 @@ def train_step(
 
     Args:
         backbone: makes features ``(..., D)`` of ``x``.
-        head: the closed-form head.
+        head: a :class:`ClosedFormLinear` or :class:`RecursiveHead`.
         optimizer: of the backbone's parameters.
         x: the batch.
-        target: as :meth:`ClosedFormLinear.step` takes it.
+        target: as the step of the head takes it.
         order: ``"head-first"`` is Algorithm 1: solve the head, then step the backbone at the new head; one
             forward and one backward. ``"backbone-first"`` is Algorithm 2: step the backbone at the old head,
             then solve the head on the features of the new backbone, which costs a second forward (without a
@@ -90,7 +90,7 @@ def train_step(
 LEAST_WORK = 10_000_000
 
 
-def _overlaps(head: ClosedFormLinear, features: Tensor, overlap: bool | str) -> bool:
+def _overlaps(head: Head, features: Tensor, overlap: bool | str) -> bool:
     if head.process_group is not None and group_of(head.process_group) is not None:
         return False
     if overlap != "auto":
@@ -101,7 +101,7 @@ def _overlaps(head: ClosedFormLinear, features: Tensor, overlap: bool | str) -> 
 
 
 def _beside(
-    head: ClosedFormLinear,
+    head: Head,
     optimizer: torch.optim.Optimizer,
     features: Tensor,
     target: Tensor,
