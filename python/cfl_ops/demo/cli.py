@@ -182,7 +182,7 @@ def demo(
         typer.Option(
             "--compile",
             help="Compile the training step (torch.compile): backbone, head and loss in one graph; only the backbone "
-            "with --distributed, and of recursive and Algorithm 2. No step's time holds the time to compile.",
+            "with --distributed, and of Algorithm 2. No step's time holds the time to compile.",
         ),
     ] = False,
     compile_backend: Annotated[
@@ -231,7 +231,7 @@ def demo(
     except user_data.UserDataError as error:
         raise bad("--data", str(error)) from None
     sizes = _sizes(chosen, len(loaded.train_x), distributed or 1, quick)
-    names, notes = _fitting(names, loaded, distributed or 1)
+    names, notes = _fitting(names, loaded)
     passes = (
         epochs
         if epochs is not None
@@ -291,7 +291,7 @@ def _sizes(chosen: list[int] | None, rows: int, processes: int, quick: bool) -> 
     return chosen
 
 
-def _fitting(names: list[str], data: Dataset, processes: int) -> tuple[list[str], list[str]]:
+def _fitting(names: list[str], data: Dataset) -> tuple[list[str], list[str]]:
     """The heads that can be trained, and a note on those that cannot."""
     notes = []
     if not data.classes:
@@ -301,9 +301,6 @@ def _fitting(names: list[str], data: Dataset, processes: int) -> tuple[list[str]
             if HEADS[name].classes_only
         ]
         names = [name for name in names if not HEADS[name].classes_only]
-    if processes > 1 and "recursive" in names:
-        names = [name for name in names if name != "recursive"]
-        notes.append("recursive is left out: it is not solved over several processes.")
     if not names:
         raise bad("--head", " ".join(notes))
     if data.tuned_as != data.name:

@@ -126,8 +126,7 @@ class Learner:
     def _compile(self, backend: str | Callable[..., Any]) -> None:
         """Compile what can be; the work is done in the first steps."""
         loss = self._loss or (_solved if self.kind.order == "head-first" else None)
-        # A solve over several processes stays outside a graph; so does one whose state is Python's.
-        if loss is None or self.team.size > 1 or self.setting.head == "recursive":
+        if loss is None or self.team.size > 1:  # a solve over several processes stays outside a graph
             self.compiled = "the backbone"
             self.backbone = _Compiled(self.network, backend)
         else:
@@ -151,7 +150,6 @@ class Learner:
         else:
             assert not isinstance(self.head, nn.Linear)
             if self.kind.order != "head-first":
-                assert isinstance(self.head, learn.ClosedFormLinear)
                 learn.train_step(self.backbone, self.head, self.optimizer, x, y, order=self.kind.order)
                 return
             self.head.step(self.backbone(x), y)
@@ -243,12 +241,14 @@ class Learner:
         """What the head's last step moved between processes, and the bytes of it that each one received."""
         if self.team.size == 1:
             return None
-        traffic = getattr(self.head, "traffic", None)
-        if traffic is not None:
-            return traffic.kind, traffic.bytes
-        gradients = sum(each.numel() * each.element_size() for each in self.head.parameters())
+        if isinstance(self.head, learn.ClosedFormLinear):
+            return self.head.traffic.kind, self.head.traffic.bytes
+        size, features, outputs = self.team.size, self.setting.width, self.data.outputs
+        if self.kind.closed_form:  # rows and their targets, a class as four bytes
+            row = 4 * features + (4 if self.data.classes else 4 * outputs)
+            return "features", round(self.setting.batch_size * row * (size - 1) / size)
         # Of a ring, as the solved heads count theirs.
-        return "gradients", 2 * gradients * (self.team.size - 1) // self.team.size
+        return "gradients", round(2 * 4 * outputs * (features + 1) * (size - 1) / size)
 
 
 def _head(setting: Setting, data: Dataset) -> SolvedHead | nn.Linear:
