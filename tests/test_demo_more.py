@@ -68,6 +68,21 @@ def test_all_heads_train_and_are_reported(tmp_path):
         assert report.GLYPHS[report.MARKERS[name]] in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_small_batches_need_the_last_head(tmp_path, optimizer):
+    """The command of docs/demo.md."""
+    _, results = invoke(
+        tmp_path,
+        *("--head", "proximal,ridge", "--batch-sizes", "8", "--seeds", "5", "--lam", "proximal=10"),
+        *("--optimizer", optimizer),
+    )
+    proximal, ridge = (cell["online"] for cell in results["summary"])
+    assert proximal["count"] == ridge["count"] == 5
+    assert proximal["mean"] <= 7
+    assert ridge["mean"] >= 30
+
+
 def test_every_head_has_a_colour_and_a_marker_of_its_own():
     assert set(report.COLORS) == set(report.MARKERS) == set(heads.HEADS)
     assert len(set(report.COLORS.values())) == len(set(report.MARKERS.values())) == len(heads.HEADS)
