@@ -112,6 +112,10 @@ def head(model: cfl_ops.learn.ClosedFormLinear, x: Tensor, y: Tensor) -> tuple[A
     return model.update(x, y), model(x)
 
 
+def recursive_head(model: cfl_ops.learn.RecursiveHead, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    return model.update(x, y), model(x), model.predict(x, return_variance=True)
+
+
 def accumulated(x: Tensor, y: Tensor) -> Any:
     accumulator = cfl_ops.GramAccumulator(bias_column=True)
     accumulator.update(x, y)
@@ -212,6 +216,10 @@ CALLS = [
     Call("learn.ClosedFormLinear.update", head, lambda rows: step(rows)[:2], model=closed_form(check="next")),
     Call("learn.ClosedFormLinear.update: relative", head, lambda rows: step(rows)[:2], exact=False,
          model=closed_form(method="ridge", relative=True)),
+    Call("learn.RecursiveHead.update", recursive_head, data, exact=False, model=lambda: cfl_ops.learn.RecursiveHead(
+        4, 2, process_noise=0.1
+    )),
+    Call("learn.class_probabilities", cfl_ops.learn.class_probabilities, lambda rows: data(rows)[:1]),
 ]  # fmt: skip
 
 weights, blob = randn(8, 8), cfl_ops.compress(randn(8, 8), bits=4)
@@ -242,6 +250,22 @@ CANNOT: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: cfl_ops.learn.ClosedFormLinear(4, 3).step(features.requires_grad_(), labels(8)),
     ),
     "learn.train_step": ("it runs the optimizer", lambda: run_train_step()),
+    "learn.closed_form_gain": (
+        "it looks at the data",
+        lambda: cfl_ops.learn.closed_form_gain(features, targets, torch.zeros(2, 4)),
+    ),
+    "learn.feature_alignment": (
+        "it looks at the data",
+        lambda: cfl_ops.learn.feature_alignment(features, targets),
+    ),
+    "learn.expected_calibration_error": (
+        "it looks at the data",
+        lambda: cfl_ops.learn.expected_calibration_error(features.softmax(1), labels(8)),
+    ),
+    "learn.Calibration.fit": (
+        "how many steps are needed depends on the data",
+        lambda: cfl_ops.learn.Calibration().fit(features, labels(8)).beta,
+    ),
     "learn.Ridge": (
         "scikit-learn's checks look at the data",
         lambda: cfl_ops.learn.Ridge().fit(features, targets),

@@ -96,6 +96,29 @@ def closed_form_linear(features: Any = X, target: Any = Y, sample_weight: Any = 
     return [*head.update(features, target, sample_weight=sample_weight), *head.state_dict().values()]
 
 
+def recursive_head(features: Any = X, target: Any = Y, sample_weight: Any = S, **options: Any) -> Any:
+    head = learn.RecursiveHead(**{"in_features": D, "out_features": K, **options})
+    out = [*head.update(features, target, sample_weight=sample_weight), *head.state_dict().values()]
+    return [*out, *head.predict(X, return_variance=True)]
+
+
+def schedule(kind: type, steps: int = 1) -> Callable[..., Any]:
+    def run(**options: Any) -> Any:
+        made, out = kind(**options), []
+        for _ in range(steps):
+            out.append(made.value(B, lambda: X.square().mean()).clone())
+            made.value(B, lambda: 2 * X.square().mean())
+            made.step()
+        return [*out, made.get_last_lam()]
+
+    return run
+
+
+def calibration(scores: Any = Y, labels: Any = LABELS, **options: Any) -> Any:
+    model = learn.Calibration(**options).fit(scores, labels)
+    return [model.beta, model(scores), model.nll(scores, labels)]
+
+
 def estimator(kind: type) -> Callable[..., Any]:
     def fit(**options: Any) -> Any:
         model = kind(**options).fit(X.numpy(), Y.numpy())
@@ -239,6 +262,30 @@ CALLS: dict[str, list[Call]] = {
             bias=True, ridge=0.25, relative=True,
         ),
         Call(closed_form_linear, features=X, target=LABELS, method="ridge", lam=0.5, ridge=0.25),
+    ],
+    "learn.RecursiveHead": [
+        Call(
+            recursive_head, features=X, target=Y, sample_weight=S, in_features=D, out_features=K, bias=True, alpha=0.5,
+            noise=0.5, decay=0.5, process_noise=0.25,
+        ),
+        Call(recursive_head, features=X, target=LABELS, window=4),
+    ],
+    "learn.ConstantLam": [Call(schedule(learn.ConstantLam), lam=0.5)],
+    "learn.CosineLam": [Call(schedule(learn.CosineLam, 4), lam=0.5, T_max=3, lam_min=0.25, log=True)],
+    "learn.BatchSizeLam": [Call(schedule(learn.BatchSizeLam), lam=0.5, reference=4, power=0.5)],
+    "learn.RelativeLam": [Call(schedule(learn.RelativeLam), lam=0.5, decay=0.75)],
+    "learn.Calibration": [Call(calibration, scores=Y, labels=Y.argmax(1), cap=2.0)],
+    "learn.closed_form_gain": [
+        Call(learn.closed_form_gain, features=X, target=Y, weight=HEAD, bias=BIAS),
+        Call(learn.closed_form_gain, features=X, target=LABELS, weight=HEAD),
+    ],
+    "learn.feature_alignment": [
+        Call(learn.feature_alignment, features=X, target=Y, center=True),
+        Call(learn.feature_alignment, features=X, target=LABELS),
+    ],
+    "learn.class_probabilities": [Call(learn.class_probabilities, scores=Y)],
+    "learn.expected_calibration_error": [
+        Call(learn.expected_calibration_error, probabilities=Y.softmax(1), labels=1 - LABELS, bins=8)
     ],
     "learn.Ridge": [Call(estimator(learn.Ridge), alpha=0.5, fit_intercept=False)],
     "learn.RidgeCV": [

@@ -129,6 +129,13 @@ def test_relative_to_an_average() -> None:
         assert float(value(schedule, features)) == pytest.approx(want, rel=1e-12)
 
 
+def test_the_average_of_tensors_and_of_numbers_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's and a graph's, and that of the CPU, which reads the numbers."""
+    want = run(RelativeLam(0.5, decay=0.8), [*batches(9), 0 * ROWS / 0, ROWS[:0], ROWS])
+    monkeypatch.setattr("cfl_ops.learn.schedules.is_compiling", lambda: True)
+    assert run(RelativeLam(0.5, decay=0.8), [*batches(9), 0 * ROWS / 0, ROWS[:0], ROWS]) == want
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_nothing_and_bad_features_leave_the_average(decay: float) -> None:
     schedule = RelativeLam(0.5, decay)

@@ -158,6 +158,8 @@ def test_evaluation_waits_for_nobody(results: list[dict[str, Any]]) -> None:
 def test_refit_is_global(results: list[dict[str, Any]]) -> None:
     mine = of(results, "refit")
     assert all(each["off"] < 1e-6 and each["head"] == mine[0]["head"] for each in mine)
+    for rank, text in enumerate(of(results, "refit_of_a_bad_loader")):
+        assert ("ValueError" in text and "size 8" in text) if rank == 1 else "rank 1 failed" in text
 
 
 def test_the_recursive_head_learns_all_rows(results: list[dict[str, Any]]) -> None:

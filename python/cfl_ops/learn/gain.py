@@ -63,8 +63,8 @@ def closed_form_gain(
             there is NaN or Inf, also in the prediction.
 
     The scales of features, targets and weight do not matter: 1e-150 or 1e150 will do. Singular values under
-    ``eps max(B, D)`` of the largest count as zero. Costs a singular value decomposition in float64. Not under
-    ``fullgraph=True`` nor ``torch.export``: it looks at the data.
+    ``eps max(B, D)`` of the largest count as zero. Costs a singular value decomposition in float64.
+    Not under ``fullgraph=True`` nor ``torch.export``: it looks at the data.
 
     Example:
         >>> import torch

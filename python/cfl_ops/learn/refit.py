@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfl_ops._core import checks
@@ -39,16 +40,19 @@ def refit(
         raise ValueError(
             f"cfl_ops.{name}: a rescaled loss has a system for each class, of which no moments are kept (kappa)"
         )
-    accumulator: GramAccumulator | None = None
-    for batch in _batches(head, with_bar(loader, progress), backbone):
-        if accumulator is None:
-            accumulator = GramAccumulator(
-                bias_column=head.bias is not None,
-                num_classes=head.out_features if batch.classes else None,
-                acc_dtype=torch.float64,
-            )
-        accumulator.update(*batch)
     group = distributed.group_of(head.process_group)
+    accumulator, error = None, None
+    try:
+        for batch in _batches(head, with_bar(loader, progress), backbone):
+            if accumulator is None:
+                accumulator = _accumulator(head, batch.classes)
+            accumulator.update(*batch)
+    except Exception as caught:
+        if group is None:
+            raise
+        error = caught
+    if group is not None:
+        accumulator = _with_others(head, name, group, accumulator, error)
     if accumulator is None:
         raise ValueError(f"cfl_ops.{name}: loader must yield batches, but there was none")
     with torch.no_grad():
@@ -70,6 +74,41 @@ def refit(
         if out.bias is not None and bias is not None:
             out.bias.copy_(bias * scale)
     return out
+
+
+def _accumulator(head: ClosedFormLinear, classes: bool) -> GramAccumulator:
+    return GramAccumulator(
+        bias_column=head.bias is not None,
+        num_classes=head.out_features if classes else None,
+        acc_dtype=torch.float64,
+    )
+
+
+def _with_others(
+    head: ClosedFormLinear,
+    name: str,
+    group: Any,
+    accumulator: GramAccumulator | None,
+    error: Exception | None,
+) -> GramAccumulator | None:
+    """The accumulator of this rank, empty if its loader was, when all are done; raises on all where one has failed."""
+    mine = (error is not None, None if accumulator is None else accumulator.num_classes is not None)
+    theirs: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, mine, group=group)
+    if error is not None:
+        raise error
+    failed = [str(rank) for rank, (bad, _) in enumerate(theirs) if bad]
+    if failed:
+        raise RuntimeError(f"cfl_ops.{name}: rank {', '.join(failed)} failed (its own error says why)")
+    classes = next((kind for _, kind in theirs if kind is not None), None)
+    if accumulator is not None or classes is None:
+        return accumulator
+    empty = _accumulator(head, classes)
+    rows = head.weight.new_zeros(0, head.in_features)
+    empty.update(
+        rows, rows.new_zeros(0, dtype=torch.int64) if classes else rows.new_zeros(0, head.out_features)
+    )
+    return empty
 
 
 def _batches(head: ClosedFormLinear, loader: Iterable[Any], backbone: nn.Module | None) -> Iterator[Batch]:

@@ -276,12 +276,17 @@ class RelativeLam(_OfBatch):
     def value(self, rows: Any, mean_square: Callable[[], Tensor]) -> Tensor:
         """As that of :class:`LamSchedule`. Without rows, that of the average; before the first batch, of 1."""
         inner = self.lam.value(rows, mean_square)
-        if isinstance(rows, Tensor):
-            self._see(torch.where(rows > 0, mean_square().double(), math.nan))
-        elif rows:
-            self._see(mean_square().double())
-        total, weight = self._seen.unbind()
         # What is wrong with the features is theirs to tell, not that of a lambda which is NaN for it.
+        square: Tensor | None
+        if isinstance(rows, Tensor):
+            square = torch.where(rows > 0, mean_square().double(), math.nan)
+        else:
+            square = mean_square().double() if rows else None
+        if self._seen.is_cpu and (square is None or square.is_cpu) and not is_compiling():
+            return self._keep(inner * self._see_on_cpu(None if square is None else square.item()))
+        if square is not None:
+            self._see(square)
+        total, weight = self._seen.unbind()
         return self._keep(inner * torch.where(weight > 0, total / weight, 1.0))
 
     @makes_state
@@ -291,6 +296,15 @@ class RelativeLam(_OfBatch):
             self._seen = self._seen.to(square.device)
         new = self.decay * self._seen + (1 - self.decay) * torch.stack((square, torch.ones_like(square)))
         self._seen.copy_(torch.where(square.isfinite(), new, self._seen))
+
+    def _see_on_cpu(self, square: float | None) -> float:
+        """The same in Python's numbers, bit for bit and in less time; the average."""
+        total, weight = self._seen.tolist()
+        if square is not None and math.isfinite(square):
+            total = self.decay * total + (1 - self.decay) * square
+            weight = self.decay * weight + (1 - self.decay)
+            self._seen.copy_(_state(total, weight))
+        return total / weight if weight > 0 else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, the one within, and the average."""
