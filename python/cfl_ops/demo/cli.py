@@ -56,8 +56,9 @@ def _given(context: typer.Context) -> str:
 
 def _borrowed() -> str:
     """Which heads take another's learning rates and penalties, in a sentence."""
-    pairs = ", ".join(f"{name} those of {kin}" for name, kin in untuned().items())
-    return f"Not tuned: {pairs}. Data of your own take those of digits or, for a regression, of diabetes."
+    pairs = ", ".join(f"{name} (of {kin})" for name, kin in untuned().items())
+    data = "Data of your own take those of digits or, for a regression, of diabetes."
+    return f"Some heads were not tuned and take another's: {pairs}. {data}"
 
 
 # The command
