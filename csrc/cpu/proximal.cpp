@@ -22,6 +22,7 @@
 #include "cpu/blas.h"
 #include "cpu/gram_kernel.h"
 #include "cpu/kept_memory.h"
+#include "cpu/spd_kernel.h"
 #include "cpu/tensor.h"
 
 namespace cfl::cpu {
@@ -55,6 +56,10 @@ bool trusted(double spread, int64_t order) {
              std::sqrt(static_cast<double>(order)) <
          kTrustedError;
 }
+
+// A head whose rounding errors are bounded by this, relative to it, has them, too; and a gradient
+// is good to this, which comes with its residual.
+constexpr double kTrustedHead = 5e-6, kTrustedResidual = 1e-3;
 
 // The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
 // gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
@@ -217,12 +222,13 @@ class Scratch {
 // factorisation may have lost, at least. Also tells the first pivot that drowned in rounding (order
 // from 1), or 0.
 template <class T>
-double pivot_spread(const T* factor, int64_t order, const std::vector<T>& diagonal, int64_t* lost) {
+double pivot_spread(const T* factor, int64_t order, int64_t stride, const std::vector<T>& diagonal,
+                    int64_t* lost) {
   double largest = 0, smallest = std::numeric_limits<double>::infinity();
   *lost = 0;
   const double floor = static_cast<double>(order) * std::numeric_limits<T>::epsilon();
   for (int64_t i = 0; i < order; ++i) {
-    const double pivot = static_cast<double>(factor[i * order + i]) * factor[i * order + i];
+    const double pivot = static_cast<double>(factor[i * stride + i]) * factor[i * stride + i];
     if (*lost == 0 && !(pivot > floor * static_cast<double>(diagonal[i]))) *lost = i + 1;
     largest = std::max(largest, static_cast<double>(diagonal[i]));
     smallest = std::min(smallest, pivot);
@@ -237,9 +243,99 @@ int64_t factor(T* system, int64_t order, double* spread) {
   for (int64_t i = 0; i < order; ++i) diagonal[i] = system[i * order + i];
   int64_t info = potrf_lower(order, system, order);
   int64_t lost = 0;
-  *spread = pivot_spread(system, order, diagonal, &lost);
+  *spread = pivot_spread(system, order, order, diagonal, &lost);
   return info != 0 ? info : lost;
 }
+
+// Up to this order the kernel of spd_kernel.h outruns BLAS.
+constexpr int64_t kSpdOrder = 384;
+// And up to so many numbers, which a core's second cache holds, its products the Gram kernel.
+constexpr int64_t kUnpacked = 128 << 10;
+
+const detail::SpdKernel& spd_kernel() {
+  switch (isa()) {
+#if defined(CFL_HAVE_X86_ISAS)
+    case Isa::kAmx:
+    case Isa::kAvx512:
+      return *detail::spd_avx512();
+    case Isa::kAvx2:
+      return *detail::spd_avx2();
+#endif
+    default:
+      return *detail::spd_generic();
+  }
+}
+
+// A system and its right sides as that kernel takes them.
+template <class T>
+class SmallSystem {
+ public:
+  SmallSystem(int64_t order, int64_t k, Scratch& scratch)
+      : order_(order), k_(k), right_(aligned(order)), stride_(right_ + aligned(k)) {
+    matrix_ = scratch.take<T>(order * stride_);
+  }
+
+  // Row i of system + level root root^T, and of the right sides.
+  template <class S>
+  void fill_row(int64_t i, const T* system, double level, const S* root, const T* rhs) {
+    T* row = matrix_ + i * stride_;
+    const T lift = static_cast<T>(level * root[i]);
+    for (int64_t j = i / detail::kSpdColumns * detail::kSpdColumns; j < order_; ++j) {
+      row[j] = system[j] + lift * static_cast<T>(root[j]);
+    }
+    std::fill(row + order_, row + right_, T(0));
+    std::copy_n(rhs, k_, row + right_);
+    std::fill(row + right_ + k_, row + stride_, T(0));
+  }
+  // The system P P^T and the right sides P W^T, for P (order, width) and W (k, width).
+  void fill(const T* p, int64_t p_stride, const T* w, int64_t width) {
+    for (int64_t i = 0; i < order_; ++i) {
+      std::fill(matrix_ + i * stride_ + order_ / 16 * 16, matrix_ + (i + 1) * stride_, T(0));
+    }
+    const detail::SpdProducts args{order_, k_, width, p, p_stride, w, width, matrix_};
+    (std::is_same_v<T, float> ? spd_kernel().products_f32 : spd_kernel().products_f64)(&args);
+  }
+  const T* right(int64_t i) const { return matrix_ + i * stride_ + right_; }
+  // Row i again, as above, of the system that is there.
+  template <class S>
+  void lift_row(int64_t i, double level, const S* root, const T* rhs) {
+    T* row = matrix_ + i * stride_;
+    const T lift = static_cast<T>(level * root[i]);
+    for (int64_t j = i; level > 0 && j < order_; ++j) row[j] += lift * static_cast<T>(root[j]);
+    std::copy_n(rhs, k_, row + right_);
+  }
+  T& diagonal(int64_t i) { return matrix_[i * stride_ + i]; }
+
+  // As factor() and potrs_lower().
+  int64_t solve(T* rhs, double* spread) {
+    std::vector<T> before(order_);
+    for (int64_t i = 0; i < order_; ++i) before[i] = diagonal(i);
+    const detail::SpdSystem args{order_, k_, matrix_};
+    const int64_t info =
+        std::is_same_v<T, float> ? spd_kernel().f32(&args) : spd_kernel().f64(&args);
+    if (info != 0) return info;
+    int64_t lost = 0;
+    *spread = pivot_spread(matrix_, order_, stride_, before, &lost);
+    if (lost != 0) return lost;
+    for (int64_t i = 0; i < order_; ++i)
+      std::copy_n(matrix_ + i * stride_ + right_, k_, rhs + i * k_);
+    return 0;
+  }
+
+  // The factor as potrf_lower leaves it.
+  void lower(T* to) const {
+    for (int64_t i = 0; i < order_; ++i) {
+      for (int64_t j = 0; j <= i; ++j) to[i * order_ + j] = matrix_[j * stride_ + i];
+    }
+  }
+
+ private:
+  static int64_t aligned(int64_t n) {
+    return (n + detail::kSpdColumns - 1) / detail::kSpdColumns * detail::kSpdColumns;
+  }
+  int64_t order_, k_, right_, stride_;
+  T* matrix_;
+};
 
 void run_gram(const GramArgs& args) {
   const int64_t work = args.rows * args.cols * (args.cols + 2 * args.targets);
@@ -734,7 +830,13 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   // The system's Gram matrix comes with the forward product where it is that of Phi itself.
   const int64_t budget = pen.t > 0 ? cg_budget(pb.method, B, D, K) : 0;
   T* gram = nullptr;
-  if (B <= kFusedRows && budget == 0 && !centred && !pb.sample && !pb.lam_diag) {
+  std::tuple<std::optional<SmallSystem<float>>, std::optional<SmallSystem<double>>> kernels;
+  auto& fused = std::get<std::optional<SmallSystem<T>>>(kernels);
+  const bool plain = budget == 0 && !centred && !pb.sample && !pb.lam_diag;
+  if (plain && B <= kSpdOrder && (B + K) * D <= kUnpacked) {
+    fused.emplace(B, K, scratch).fill(pb.phi, pb.phi_stride, anchor, D);
+    for (int64_t i = 0; i < B; ++i) std::copy_n(fused->right(i), K, q + i * K);
+  } else if (plain && B <= kFusedRows) {
     gram = scratch.take<T>(B * B);
     row_gram_and_forward(pb, anchor, gram, q);
   }
@@ -742,11 +844,11 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t k = 0; k < K; ++k) {
       const T y = pb.target ? pb.target[i * pb.target_stride + k] : T(0);
       const T start = pb.bias ? y - anchor_bias[k] : y;
-      q[i * K + k] = gram ? start - static_cast<T>(anchor_scale) * q[i * K + k] : start;
+      q[i * K + k] = gram || fused ? start - static_cast<T>(anchor_scale) * q[i * K + k] : start;
     }
     if (pb.labels) q[i * K + pb.labels[i * pb.label_stride]] += T(1);
   }
-  if (!gram) {
+  if (!gram && !fused) {
     gemm(false, true, B, K, D, static_cast<T>(-anchor_scale), pb.phi, pb.phi_stride, anchor, D,
          T(1), q, K);
   }
@@ -811,29 +913,43 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   double trace = 0;  // of the system without its penalty
   auto solve = [&]<class Acc>(Acc* rhs, Acc* system, double* spread) -> int64_t {
     trace = 0;
-    if (static_cast<void*>(system) != gram) {
+    auto& small = std::get<std::optional<SmallSystem<Acc>>>(kernels);
+    const bool ready = small.has_value();
+    if (!ready && static_cast<void*>(system) != gram) {
       side_gram<T, Acc>(true, pb, half ? half : p, half ? D : p_stride, nullptr, false, system,
                         nullptr);
     }
     double squares = 0, level = ones ? ones_scale : 0;
     for (int64_t i = 0; i < B; ++i) {
-      trace += system[i * B + i];
+      trace += ready ? small->diagonal(i) : system[i * B + i];
       squares += root[i] * root[i];
     }
     // Centred rows leave the direction of the roots to the penalty alone. No right side has a part
     // in it, so that whatever is added there changes nothing but the condition.
     if (centred) level = trace / squares;
     if (ones) trace += ones_scale * squares;
+    if (!ready && B <= kSpdOrder) small.emplace(B, K, scratch);
     for (int64_t i = 0; i < B; ++i) {
-      for (int64_t j = 0; level > 0 && j < B; ++j) {
-        system[i * B + j] += static_cast<Acc>(level * root[i] * root[j]);
-      }
       // A row of weight zero has nothing to say, nor has one that is its own mean and is met;
       // without a penalty its pivot would be zero.
-      bool silent = t == 0 && (root[i] == 0 || system[i * B + i] == 0);
+      const Acc before = (ready ? small->diagonal(i) : system[i * B + i]) +
+                         static_cast<Acc>(level * root[i] * root[i]);
+      bool silent = t == 0 && (root[i] == 0 || before == 0);
       for (int64_t k = 0; silent && k < K; ++k) silent = rhs[i * K + k] == 0;
-      system[i * B + i] += static_cast<Acc>(silent ? 1.0 : t);
+      if (ready) {
+        small->lift_row(i, level, root.data(), rhs + i * K);
+      } else if (small) {
+        small->fill_row(i, system + i * B, level, root.data(), rhs + i * K);
+      } else {
+        const Acc lift = static_cast<Acc>(level * root[i]);
+        for (int64_t j = 0; level > 0 && j < B; ++j) {
+          system[i * B + j] += lift * static_cast<Acc>(root[j]);
+        }
+      }
+      (small ? small->diagonal(i) : system[i * B + i]) =
+          before + static_cast<Acc>(silent ? 1.0 : t);
     }
+    if (small) return small->solve(rhs, spread);  // the factor stays there
     const int64_t info = factor(system, B, spread);
     if (info == 0) potrs_lower(B, K, system, B, rhs, K);
     return info;
@@ -859,6 +975,12 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       for (int64_t i = 0; ones && i < B; ++i) trace += ones_scale * root[i] * root[i];
     }
   }
+  // W <- anchor + A^T PE
+  auto set_weight = [&](const T* a, T* to) {
+    if (anchor != to) std::memcpy(to, anchor, K * D * sizeof(T));
+    gemm(true, false, K, D, B, T(1), a, K, pe, pe_stride, static_cast<T>(anchor_scale), to, D);
+  };
+  T* fresh = nullptr;  // the new weight, where it had to be known before
   if constexpr (std::is_same_v<T, float>) {
     if (!solved) {
       T* system = gram ? gram : scratch.take<T>(B * B);
@@ -866,6 +988,17 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
       std::memcpy(rhs, q, B * K * sizeof(T));
       info = solve.template operator()<T>(rhs, system, &spread);
       solved = info == 0 && trusted(spread, B);
+      const double level = trace + t;
+      if (info == 0 && !solved && !pb.lam_diag && in_range<T>(trace / B + t) &&
+          kUnit<T> * level <= kTrustedResidual * t) {
+        // alpha misses its right side by u |S| |A|, of which the head sees the part P^T S^-1, of
+        // norm 1 / (2 t^1/2) at most.
+        fresh = scratch.take<T>(K * D);
+        set_weight(rhs, fresh);
+        const double off = kUnit<T> * level * std::sqrt(sum_of_squares(rhs, B, K, K));
+        solved = off <= 2 * std::sqrt(t) * kTrustedHead * std::sqrt(sum_of_squares(fresh, K, D, D));
+        if (!solved) fresh = nullptr;
+      }
       // A refinement step costs 2 B D K multiply-adds in float64, all in float64
       // B^2 D / 2 + B^3 / 6 + B^2 K.
       if (info == 0 && !solved &&
@@ -877,6 +1010,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
                              ones ? root.data() : nullptr,
                              ones_scale,
                              t};
+        if (auto& small = std::get<0>(kernels)) small->lower(system);
         solved = refine(op, system, q, rhs, K, scratch);
       }
       if (solved) alpha = rhs;
@@ -890,6 +1024,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     for (int64_t i = 0; i < B * K; ++i) rhs[i] = q[i];
     info = solve.template operator()<double>(rhs, system, &spread);
     if (info != 0) return info;
+    if (auto& small = std::get<1>(kernels)) small->lower(system);
     for (int64_t i = 0; i < B * K; ++i) q[i] = static_cast<T>(rhs[i]);
   }
 
@@ -935,9 +1070,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     T* delta = scratch.take<T>(B * K);
     std::vector<T> bias(pb.bias ? K : 0);
     const double size = targets_norm(pb);
-    std::memcpy(weight, anchor, K * D * sizeof(T));
-    gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), weight,
-         D);
+    set_weight(alpha, weight);
     // How far the head is from the one that alpha promises: the residual by which t A misses its
     // own, and the penalty of a bias that was fitted to a weight gone wrong.
     auto missed = [&](bool is_settled) {
@@ -992,10 +1125,11 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
     return good ? write_step(pb, pen, weight, bias.data(), residual) : kInaccurate;
   }
 
-  // W <- anchor + A^T PE
-  if (anchor != pb.weight) std::memcpy(pb.weight, anchor, K * D * sizeof(T));
-  gemm(true, false, K, D, B, T(1), alpha, K, pe, pe_stride, static_cast<T>(anchor_scale), pb.weight,
-       D);
+  if (fresh) {
+    std::memcpy(pb.weight, fresh, K * D * sizeof(T));
+  } else {
+    set_weight(alpha, pb.weight);
+  }
   for (int64_t k = 0; pb.bias && k < K; ++k) {
     double change = 0;
     if (ones) {

@@ -178,6 +178,20 @@ def a_head_that_was_changed() -> Any:
 
 
 @case
+def permuted_and_negated_heads() -> Any:
+    """Equal numbers in other places."""
+    out = []
+    for change in (lambda w: w.flip(0), lambda w: -w, lambda w: w.flip(1), lambda w: torch.full_like(w, 0.5)):
+        head = ClosedFormLinear(20, 4)
+        torch.manual_seed(0)
+        head.weight.copy_(torch.randn(4, 20))
+        if rank() == 1:
+            head.weight.copy_(change(head.weight.clone()))
+        out.append(one_step(head)["head"])
+    return out
+
+
+@case
 def local() -> Any:
     return one_step(ClosedFormLinear(20, 3, process_group=None))
 
@@ -185,7 +199,9 @@ def local() -> Any:
 @case
 def a_group_of_two() -> Any:
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    return one_step(ClosedFormLinear(20, 3, process_group=groups[rank() // 2]))
+    head = ClosedFormLinear(20, 3, process_group=groups[rank() // 2])
+    out = [one_step(head)["head"]]
+    return [*out, one_step(copy.deepcopy(head))["head"]]
 
 
 @case
@@ -195,7 +211,7 @@ def accumulated() -> Any:
     x, y = torch.randn(130, 8), torch.randint(3, (130,))
     first, last = [(0, 100), (100, 115), (115, 130), (130, 130)][rank()]
     out = []
-    for options in ({}, {"fit_bias": "free"}):
+    for options in ({}, {"fit_bias": "free"}, {"ignore_index": 2}):
         head, single = (
             ClosedFormLinear(8, 3, **options),
             ClosedFormLinear(8, 3, process_group=None, **options),
@@ -259,6 +275,21 @@ refused("other_width", with_head(lambda: {"in_features": 20 + (rank() == 3)}))
 refused("other_lam", with_head(lambda: {"lam": 1.0 + rank()}))
 refused("other_method", with_head(lambda: {"method": "ridge" if rank() == 1 else "proximal"}))
 refused("other_dtype", with_head(lambda: {"dtype": torch.float64 if rank() == 1 else torch.float32}))
+
+
+def with_weight(make: Callable[[], Any], rows: int) -> Any:
+    def run() -> Any:
+        head, weight = ClosedFormLinear(4, 3), make() if rank() == 1 else torch.ones(rows)
+        x, y = torch.randn(rows, 4), torch.randint(3, (rows,))
+        return head, lambda: head.update(x, y, sample_weight=weight)
+
+    return run
+
+
+for _rows in (1, 100):  # by rows, and by moments
+    refused(f"float64_weight_{_rows}", with_weight(lambda n=_rows: torch.ones(n, dtype=torch.float64), _rows))
+    refused(f"long_weight_{_rows}", with_weight(lambda n=_rows: torch.ones(n + 1), _rows))
+    refused(f"int_weight_{_rows}", with_weight(lambda n=_rows: torch.ones(n, dtype=torch.int32), _rows))
 refused("nan_rows", with_head(dict, spoil=lambda x, y: on_rank_2(x, y, "nan")))
 refused("bad_class", with_head(dict, spoil=lambda x, y: on_rank_2(x, y, "class")))
 refused("nan_moments", with_head(lambda: {"in_features": 4}, 100, lambda x, y: on_rank_2(x, y, "nan")))

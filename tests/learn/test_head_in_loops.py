@@ -504,3 +504,82 @@ def test_a_schedule_resumes_with_the_head() -> None:
     run(second, batches[3:])
     assert torch.equal(second[1].weight, straight[1].weight)
     assert second[2].get_last_lam() == straight[2].get_last_lam()
+
+
+def test_a_single_target_may_be_flat() -> None:
+    head, other = ClosedFormLinear(16, 1), ClosedFormLinear(16, 1)
+    features, y = torch.randn(30, 16), torch.randn(30)
+    loss, grad = head.update(features, y)
+    want, rest = other.update(features, y.unsqueeze(1))
+    assert torch.equal(loss, want)
+    assert torch.equal(grad, rest)
+    for target, message in [
+        (
+            F.one_hot(torch.randint(3, (30,)), 3),
+            r"shape \(30,\) \(class indices; one-hot targets must be floating point\)",
+        ),
+        (torch.randn(30), r"shape \(30, 3\) \(or be int64 class indices\), but got \(30,\)"),
+        (torch.randn(30, 2), r"but got \(30, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ClosedFormLinear(16, 3).update(features, target)
+
+
+def test_losses_at_the_present_head_are_not_in_half_precision() -> None:
+    backbone, head, *_ = twins(method="ema_ridge")
+    x, y = data()
+    features = 1e3 * backbone(x)
+    plain = [head.loss(features, y), head.loss(features, y, solve=False)]
+    head.reset_parameters()
+    with torch.autocast("cpu", dtype=torch.float16):
+        mixed = [head.loss(features, y), head.loss(features, y, solve=False)]
+    assert plain == mixed
+
+
+def test_accumulated_rows_are_copies() -> None:
+    head, large = ClosedFormLinear(16, 3), ClosedFormLinear(16, 3)
+    features, y = torch.randn(12, 16), torch.randint(3, (12,))
+    buffer, labels = torch.empty(4, 16), torch.empty(4, dtype=torch.int64)
+    for i in range(0, 12, 4):
+        buffer.copy_(features[i : i + 4])
+        labels.copy_(y[i : i + 4])
+        head.accumulate(buffer, labels)
+    head.solve()
+    large.update(features, y)
+    same(head, large)
+
+
+def test_batch_size_is_the_sum_of_the_weights_both_ways() -> None:
+    heads = [
+        ClosedFormLinear(16, 3, BatchSizeLam(0.5, reference=64), ignore_index=9, dtype=torch.float64)
+        for _ in range(2)
+    ]
+    features, y = torch.randn(300, 16, dtype=torch.float64), torch.randint(3, (300,))
+    y[:200] = 9
+    heads[0].accumulate(features, y)
+    assert heads[0]._moments is not None
+    heads[0].solve()
+    heads[1].update(features, y)
+    same(*heads)
+    assert heads[1].lam.get_last_lam() == pytest.approx(0.32)
+
+
+def test_a_failed_solve_keeps_what_was_accumulated() -> None:
+    head = ClosedFormLinear(16, 3, 0.0, bias=False)
+    features, y = torch.zeros(4, 16), torch.randint(3, (4,))
+    head.accumulate(features, y)
+    with pytest.raises(torch.linalg.LinAlgError):
+        head.solve()
+    head.lam = 1.0
+    assert head.solve() > 0
+
+
+def test_moments_say_where_they_lose_digits() -> None:
+    head = ClosedFormLinear(4, 1, fit_bias="free", dtype=torch.float64)
+    features, y = torch.randn(200, 4, dtype=torch.float64), torch.randn(200)
+    features[:, 3] = 1.0  # constant: nothing is lost
+    head.accumulate(features + 100, y.double())
+    head.solve()
+    head.accumulate(features + 1e6, y.double())
+    with pytest.warns(UserWarning, match="lose digits in the moments"):
+        head.solve()

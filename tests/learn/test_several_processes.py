@@ -75,6 +75,8 @@ def test_ranks_cannot_differ_in_silence(results: list[dict[str, Any]]) -> None:
     mine = of(results, "other_initial_heads")
     assert all(each["head"] == mine[0]["head"] for each in mine)
     assert not any(each["warnings"] for each in mine)
+    mine = of(results, "permuted_and_negated_heads")
+    assert all(each == mine[0] for each in mine)
     mine = of(results, "a_head_that_was_changed")
     assert all(each["head"] == mine[0]["head"] for each in mine)
     assert all("all have that of rank 0 again" in each["warnings"][0] for each in mine)
@@ -83,8 +85,9 @@ def test_ranks_cannot_differ_in_silence(results: list[dict[str, Any]]) -> None:
 def test_the_group_is_a_choice(results: list[dict[str, Any]]) -> None:
     alone = [tuple(each["head"]) for each in of(results, "local")]
     assert len(set(alone)) == RANKS
-    pairs = [tuple(each["head"]) for each in of(results, "a_group_of_two")]
-    assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
+    for step in range(2):  # the second is that of a copy
+        pairs = [tuple(each[step]) for each in of(results, "a_group_of_two")]
+        assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
 
 
 def test_accumulated_rows_and_moments(results: list[dict[str, Any]]) -> None:
@@ -104,6 +107,11 @@ REFUSED = {
         "the same method, but by rank they have proximal, ridge, proximal, proximal",
     ),
     "other_dtype": ("ValueError", "the same dtype of the head"),
+    "float64_weight_1": (
+        "ValueError",
+        "the same dtype of sample_weight, but by rank they have torch.float32, torch.float64",
+    ),
+    "float64_weight_100": ("ValueError", "the same dtype of sample_weight"),
     "nan_rows": ("ValueError", "features has NaN or Inf in row 9"),
     "singular": ("_LinAlgError", "singular"),
 }

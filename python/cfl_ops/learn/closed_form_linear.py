@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_st
 
 from .distributed import Traffic, group_of, row_bytes
 from .global_head import solve_together
-from .head import CHECKS, METHODS, Batch, Head, not_finite, squared_loss
+from .head import CHECKS, METHODS, Batch, Head, check_classes, not_finite, squared_loss
 from .head_moments import (
     Penalties,
     batch_moments,
@@ -273,7 +274,7 @@ class ClosedFormLinear(Head):
             if (
                 group is not None
             ):  # what an op would refuse here alone must be known before ranks exchange rows
-                self._check_targets(batch)
+                self._check_classes(batch)
         except Exception as error:
             if group is not None:
                 solve_together(self, group, None, error, solve=True)
@@ -291,14 +292,14 @@ class ClosedFormLinear(Head):
             return mean_square(moments, self.in_features) if moments is not None else _mean_square(batch)
 
         if isinstance(lam, LamSchedule):
-            rows: Any = moments.count if moments is not None else batch and batch.features.shape[0]
-            lam = lam.value(rows, square)
+            lam = lam.value(moments.count if moments is not None else _count(batch), square)
         elif is_compiling() and not isinstance(lam, Tensor):
             lam = self._lam_tensor
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
             scale = square()
+            scale = torch.where(scale.isfinite(), scale, 1.0)  # of bad rows, which raise
             lam, ridge = lam * scale, ridge * scale
             diagonal = None if diagonal is None else diagonal * scale
         if self.method != "proximal":
@@ -403,7 +404,7 @@ class ClosedFormLinear(Head):
         )
 
     def _evaluate_here(self, batch: Batch, total: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check_targets(batch)
+        self._check_classes(batch)
         if total is None and self.reduction == "sum":
             total = 1.0
         loss, grad = squared_loss(
@@ -413,25 +414,10 @@ class ClosedFormLinear(Head):
             raise ValueError(f"cfl_ops.{NAME}: {not_finite(batch)}")
         return loss, grad
 
-    def _check_targets(self, batch: Batch) -> None:
-        """Raise for targets that a solve would not take."""
-        features, target, _ = batch
-        rows, outputs = features.shape[0], self.out_features
-        if not batch.classes and target.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"cfl_ops.{NAME}: target must be floating point, or int64 class indices, but got {target.dtype}"
-            )
-        shape = (rows,) if batch.classes else (rows, outputs)
-        if target.shape != shape:
-            raise ValueError(f"cfl_ops.{NAME}: target must have shape {shape}, but got {tuple(target.shape)}")
+    def _check_classes(self, batch: Batch) -> None:
+        """Raise for classes that a solve would not take, where the solve is not the first to look at them."""
         if batch.classes and self.check_when == "now" and not is_compiling():
-            bad = (target < 0) | (target >= outputs)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise IndexError(
-                    f"cfl_ops.{NAME}: target must hold class indices from 0 to {outputs - 1}, but got "
-                    f"{int(target[row])} in row {row}"
-                )
+            check_classes(NAME, batch.target, self.out_features)
 
     # Several batches for one solve
 
@@ -454,11 +440,10 @@ class ClosedFormLinear(Head):
         """
         with torch.no_grad():
             batch = self._rows(features, target, sample_weight, False)
-            self._check_targets(batch)
+            self._check_classes(batch)
             if self._pending and _kind(batch) != _kind(self._pending[0]):
                 self._fold()
-            self._pending.append(batch)
-            self._kind = _kind(batch)
+            self._pending.append(_kept(batch))
             size = sum(each.features.shape[0] * row_bytes(each) for each in self._pending)
             order = self.in_features + int(self.bias is not None)
             if self._moments is not None or size > moments_bytes(order, self.out_features):
@@ -477,20 +462,23 @@ class ClosedFormLinear(Head):
         """Solve the head on all batches of :meth:`accumulate`; the loss there, without a graph.
 
         With nothing accumulated the head stays as it is, and the loss is 0. Over several processes it is all batches of
-        all ranks; a rank without rows accumulates an empty batch.
+        all ranks, of which some may have none. Where it raises, what was accumulated is still there.
         """
         with torch.no_grad():
             self._own_weight()
-            pending, moments = self._pending, self._moments
-            self._pending, self._moments = [], None
-            batch = _joined(pending) if pending else self._no_rows()
-            group = group_of(self.process_group)
+            batch = _joined(self._pending) if self._pending else self._no_rows()
+            group, moments = group_of(self.process_group), self._moments
             if group is not None:
-                return solve_together(self, group, batch, None, solve=True, moments=moments)[0]
-            if moments is None:
-                return self._solve_here(batch, *self._penalties(batch))[0]
-            self._solve_moments(moments)
-            return moments_loss(moments, self.weight, self.bias, self.reduction).float()
+                loss = solve_together(self, group, batch, None, solve=True, moments=moments)[0]
+            elif not self._pending and moments is None:
+                return self.weight.new_zeros((), dtype=torch.float32)
+            elif moments is None:
+                loss = self._solve_here(batch, *self._penalties(batch))[0]
+            else:
+                self._solve_moments(moments)
+                loss = moments_loss(moments, self.weight, self.bias, self.reduction).float()
+            self._pending, self._moments = [], None
+            return loss
 
     def _solve_moments(self, moments: GramMoments) -> None:
         lam, ridge, diagonal = self._penalties(None, moments)
@@ -499,12 +487,8 @@ class ClosedFormLinear(Head):
         ))  # fmt: skip
 
     def _no_rows(self) -> Batch:
-        """An empty batch of the kind of those that were accumulated."""
-        target, features, _ = (torch.float32, torch.float32, True) if self._kind is None else self._kind
-        shape = (0,) if target is torch.int64 else (0, self.out_features)
-        device = self.weight.device
-        rows = torch.zeros(0, self.in_features, dtype=features, device=device)
-        return Batch(rows, torch.zeros(shape, dtype=target, device=device), None)
+        rows = torch.zeros(0, self.in_features, device=self.weight.device)
+        return Batch(rows, rows.new_zeros(0, self.out_features), None)
 
     def refit(
         self,
@@ -544,9 +528,16 @@ class ClosedFormLinear(Head):
             self._outcome.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the outcome of a step on its way, nor a process group."""
-        group = self.process_group if self.process_group in (None, "auto") else "auto"
-        return {**self.__dict__, "_outcome": None, "process_group": group}
+        """What a copy takes along: not the outcome of a step on its way."""
+        return {**self.__dict__, "_outcome": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClosedFormLinear:
+        """A process group is shared with the copy."""
+        memo[id(self.process_group)] = self.process_group
+        out = type(self).__new__(type(self))
+        memo[id(self)] = out
+        out.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return out
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
@@ -557,7 +548,7 @@ class ClosedFormLinear(Head):
 
 
 def _mean_square(batch: Batch | None) -> Tensor:
-    """trace(Phi^T Phi) / (B D) of the rows, weighted as they are; 1 without rows, and for those that will raise."""
+    """trace(Phi^T Phi) / (B D) of the rows, weighted as they are; NaN without rows."""
     assert batch is not None
     squares = batch.features.double().square().mean(-1)
     if batch.sample_weight is None:
@@ -565,7 +556,23 @@ def _mean_square(batch: Batch | None) -> Tensor:
     else:
         weight = batch.sample_weight.double()
         square = (squares * weight).sum() / weight.sum()
-    return torch.where(square.isnan(), 1.0, square)
+    return square
+
+
+def _count(batch: Batch | None) -> Any:
+    """How many rows: the sum of their weights, as in moments."""
+    assert batch is not None
+    return (
+        batch.features.shape[0]
+        if batch.sample_weight is None
+        else batch.sample_weight.sum(dtype=torch.float64)
+    )
+
+
+def _kept(batch: Batch) -> Batch:
+    """A copy: the caller may write to what is a buffer of a loader or of a graph."""
+    features, target, weight = batch
+    return Batch(features.clone(), target.clone(), None if weight is None else weight.clone())
 
 
 def _kind(batch: Batch) -> tuple[torch.dtype, torch.dtype, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from torch.compiler import is_compiling
 from .head import Batch
 
 __all__ = ["Ranks", "Traffic", "agree", "fingerprint", "gather_rows", "group_of", "sum_over"]
+
+
+NO_SAY: Any = object()
+"""The word of a rank without rows, in what rows are."""
 
 
 class Choice(NamedTuple):
@@ -45,6 +50,8 @@ class Ranks(NamedTuple):
     rows: list[int]
     by_moments: bool
     """Whether some rank has moments alone."""
+    known: dict[str, Any]
+    """The facts, those too that this rank has no say in."""
 
     @property
     def total(self) -> int:
@@ -77,12 +84,17 @@ def refuse_graph(name: str) -> None:
         )
 
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def fingerprint(*tensors: Tensor | None) -> int:
-    """A hash of the bits of some tensors, which a float64 can hold."""
+    """A hash of the bits of some tensors and of where they lie, which a float64 can hold."""
     value = 0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            value = (value * 1_000_003) ^ int(torch.hash_tensor(tensor).view(torch.int64))
+            bits = tensor.detach().reshape(-1).view(BITS[tensor.element_size()]).long()
+            place = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x1E3779B97F4A7C15  # wraps
+            value = (value * 1_000_003) ^ int(((bits ^ (bits >> 21)) * (place | 1)).sum())
     return (value ^ (value >> 50)) & ((1 << 50) - 1)
 
 
@@ -114,7 +126,14 @@ def agree(
 
     """
     names = ["refused", "rows", "moments", "head", *facts]
-    numbers = [fact.words.index(fact.word) if isinstance(fact, Choice) else fact for fact in facts.values()]
+    numbers = [
+        fact
+        if not isinstance(fact, Choice)
+        else fact.words.index(fact.word)
+        if fact.word is not NO_SAY
+        else math.nan
+        for fact in facts.values()
+    ]
     mine = [float(v) for v in (error is not None, rows, by_moments, fingerprint(*head), *numbers)]
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     table = torch.empty(size * len(mine), dtype=torch.float64, device=device)
@@ -130,17 +149,25 @@ def agree(
         )
     counts = [int(count) for count in by_name.pop("rows")]
     heads, moments = by_name.pop("head"), by_name.pop("moments")
-    for fact, values in by_name.items():
-        if any(value != values[0] for value in values):
-            known = facts[fact]
-            shown = [known.words[int(v)] if isinstance(known, Choice) else f"{v:g}" for v in values]
+    known: dict[str, Any] = {}
+    for name_, values in by_name.items():
+        fact, said = facts[name_], [value for value in values if not math.isnan(value)]
+
+        def word(value: float, fact: float | Choice = fact) -> Any:
+            return fact.words[int(value)] if isinstance(fact, Choice) else value
+
+        known[name_] = word(said[0]) if said else None
+        if any(value != said[0] for value in said):
+            shown = [
+                "-" if math.isnan(v) else word(v) if isinstance(fact, Choice) else f"{v:g}" for v in values
+            ]
             listing = ", ".join(map(str, shown))
             raise ValueError(
-                f"cfl_ops.{name}: all ranks must have the same {fact}, but by rank they have {listing}"
+                f"cfl_ops.{name}: all ranks must have the same {name_}, but by rank they have {listing}"
             )
     if any(value != heads[0] for value in heads):
         repair()
-    return Ranks(group, rank, size, counts, any(moments))
+    return Ranks(group, rank, size, counts, any(moments), known)
 
 
 def copy_from_first(name: str, group: Any, head: Sequence[Tensor | None], first: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from cfl_ops.ops.gram.moments import GramMoments
 from cfl_ops.ops.proximal.codes import BIAS_FITS, REDUCTIONS
 
 from . import distributed
-from .distributed import Choice, Ranks, Traffic
+from .distributed import NO_SAY, Choice, Ranks, Traffic
 from .head import CHECKS, METHODS, Batch, squared_loss
 from .head_moments import batch_moments, moments_bytes, moments_loss, pack, unpack
 from .schedules import LamSchedule
@@ -24,19 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["solve_together"]
 
-KINDS: tuple[Any, ...] = (
-    None,
-    *((target, str(dtype)) for target in ("classes", *map(str, checks.FLOATS)) for dtype in checks.FLOATS),
-)
-
 
 def _facts(head: ClosedFormLinear, batch: Batch | None, solve: bool) -> dict[str, float | Choice]:
     """What all ranks must have alike."""
     lam, diagonal = head._lam, head.lam_diag
     schedule = isinstance(lam, LamSchedule)
-    kind: Any = None
-    if batch is not None:
-        kind = ("classes" if batch.classes else str(batch.target.dtype), str(batch.features.dtype))
     return {
         "in_features": head.in_features,
         "out_features": head.out_features,
@@ -55,9 +48,33 @@ def _facts(head: ClosedFormLinear, batch: Batch | None, solve: bool) -> dict[str
         "kappa": head.kappa,
         "target_scale": head.target_scale,
         "decay": head.decay,
-        "dtypes of target and features": Choice(kind, KINDS),
-        "sample_weight": Choice(batch is not None and batch.sample_weight is not None, (False, True)),
+        **rows_facts(batch),
     }
+
+
+def rows_facts(batch: Batch | None) -> dict[str, float | Choice]:
+    """What the rows of all ranks must have alike; a rank without any has no say."""
+    kinds: tuple[Any, Any, Any] = (NO_SAY, NO_SAY, NO_SAY)
+    if batch is not None and batch.features.shape[0]:
+        features, target, weight = batch
+        kinds = (features.dtype, target.dtype, None if weight is None else weight.dtype)
+    return {
+        "dtype of features": Choice(kinds[0], checks.FLOATS),
+        "dtype of target": Choice(kinds[1], (torch.int64, *checks.FLOATS)),
+        "dtype of sample_weight": Choice(kinds[2], (None, *checks.FLOATS)),
+    }
+
+
+def of_their_kind(ranks: Ranks, batch: Batch, outputs: int) -> Batch:
+    """An empty batch as the rows of the other ranks are, if there are any."""
+    if batch.features.shape[0] or not ranks.total:
+        return batch
+    dtype, target, weight = (ranks.known[name] for name in rows_facts(None))
+    rows = batch.features.to(dtype)
+    shape = (0,) if target is torch.int64 else (0, outputs)
+    device = rows.device
+    weights = None if weight is None else torch.zeros(0, dtype=weight, device=device)
+    return Batch(rows, torch.zeros(shape, dtype=target, device=device), weights)
 
 
 def solve_together(
@@ -82,7 +99,16 @@ def solve_together(
         _facts(head, batch, solve), error, (weight, bias), repair,
     )  # fmt: skip
     head._agreed = True
+    if weight.requires_grad:
+        warnings.warn(
+            f"cfl_ops.{head.name}: the head's weight requires grad, though it is solved: where it is part of a "
+            "DistributedDataParallel module, that waits for its gradient; call head.requires_grad_(False)",
+            stacklevel=5,
+        )
     assert batch is not None
+    batch = of_their_kind(ranks, batch, head.out_features)
+    if not ranks.total and not ranks.by_moments:  # no data is no step
+        return batch.features.new_zeros((), dtype=torch.float32), torch.zeros_like(batch.features)
     if not solve:
         return _evaluate(head, ranks, batch)
     order = head.in_features + int(bias is not None)
@@ -112,7 +138,7 @@ def _solve_moments(
     try:
         mine = batch_moments(batch, outputs, head.bias is not None)
         packed = pack(mine if moments is None else mine + moments)
-    except (ValueError, IndexError) as error:
+    except Exception as error:
         failure = error
         packed = torch.full(
             (moments_bytes(order, outputs) // 8,),

@@ -64,9 +64,20 @@ class Head(StateModule):
 
     def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
         """The batch as rows; raises for what does not fit. together: other processes wait for this one's rows."""
-        return as_batch(
-            self.name, features, target, sample_weight, self.in_features, self.feature_dim, self.ignore_index
-        )
+        batch = as_batch(
+            self.name, features, target, sample_weight, self.in_features, self.feature_dim, self.ignore_index,
+            self.out_features == 1,
+        )  # fmt: skip
+        rows, shape = batch.features.shape[0], batch.target.shape
+        if not batch.classes and batch.target.dtype not in checks.FLOATS:
+            raise TypeError(
+                f"cfl_ops.{self.name}: target must be floating point, or int64 class indices, but got {target.dtype}"
+            )
+        if shape != ((rows,) if batch.classes else (rows, self.out_features)):
+            raise _misfit(self.name, features, target, self.out_features)
+        if batch.sample_weight is not None:
+            checks.sample_weight(self.name, batch.sample_weight, rows, "the rows of features")
+        return batch
 
     def update(
         self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
@@ -193,13 +204,17 @@ def as_batch(
     width: int,
     feature_dim: int = -1,
     ignore_index: int | None = None,
+    one_target: bool = False,
 ) -> Batch:
     """Features, targets and weights of any leading dimensions as rows.
 
-    Rows of ``ignore_index`` get the class 0 and the weight 0.
+    Rows of ``ignore_index`` get the class 0 and the weight 0. one_target: a floating-point target may lack the last
+    dimension.
     """
     checks.floating(name, "features", features, 1)
     core = 0 if isinstance(target, Tensor) and target.dtype is torch.int64 else 1
+    if one_target and core and isinstance(target, Tensor) and target.ndim == features.ndim - 1 == 1:
+        target = target.unsqueeze(-1)
     if feature_dim != -1 and features.ndim > 1:
         features = _features_last(name, "features", features, feature_dim)
         if core and isinstance(target, Tensor) and target.ndim == features.ndim > 2:
@@ -218,6 +233,31 @@ def as_batch(
             sample_weight = torch.ones(target.shape, dtype=dtype, device=target.device)
         sample_weight = torch.where(ignored, 0.0, sample_weight)
     return Batch(rows, target, sample_weight)
+
+
+def _misfit(name: str, features: Tensor, target: Tensor, outputs: int) -> ValueError:
+    """For a target of another shape."""
+    lead, shape = tuple(features.shape[:-1]), tuple(target.shape)
+    dense = (*lead, outputs)
+    if target.dtype is torch.int64:
+        hint = "; one-hot targets must be floating point" if shape == dense else ""
+        return ValueError(
+            f"cfl_ops.{name}: target must have shape {lead} (class indices{hint}), but got {shape}"
+        )
+    return ValueError(
+        f"cfl_ops.{name}: target must have shape {dense} (or be int64 class indices), but got {shape}"
+    )
+
+
+def check_classes(name: str, target: Tensor, outputs: int) -> None:
+    """Raise for class indices that are none."""
+    bad = (target < 0) | (target >= outputs)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"cfl_ops.{name}: target must hold class indices from 0 to {outputs - 1}, but got {int(target[row])} in "
+            f"row {row}"
+        )
 
 
 def _features_last(name: str, argument: str, value: Tensor, dim: int) -> Tensor:
@@ -270,6 +310,9 @@ def squared_loss(
         ``(loss, grad_features)``, the latter in the dtype of the features. A class out of range is no error here.
 
     """
+    if torch._C._is_any_autocast_enabled():  # which would have the products in half precision
+        with torch.autocast(batch.features.device.type, enabled=False):
+            return squared_loss(batch, weight, bias, total=total, kappa=kappa, target_scale=target_scale)
     dtype = torch.float64 if torch.float64 in (batch.features.dtype, weight.dtype) else torch.float32
     weight = weight.to(dtype)
     residual = F.linear(batch.features.to(dtype), weight, None if bias is None else bias.to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ class Penalties(NamedTuple):
     fit_bias: str
 
 
+FAR = 1e10
+
+
 def batch_moments(batch: Batch, outputs: int, bias: bool) -> GramMoments:
     """The moments of a batch, in float64; the bias is a last feature that is 1."""
     return gram(
@@ -69,6 +73,8 @@ def solve_moments(
     old = weight.double()
     if float(total) == 0:  # no data is no step
         return old, None if bias is None else bias.double()
+    if bias is not None:
+        _warn_of_means(moments, width)
     scale = total if reduction == "mean" else torch.ones_like(total)
     mu = scale * torch.as_tensor(lam, dtype=torch.float64, device=device)
     t = mu + scale * torch.as_tensor(ridge, dtype=torch.float64, device=device)
@@ -93,6 +99,18 @@ def solve_moments(
         new_bias = (moments.target_sum - new @ moments.gram[width, :width]) / total
         new = torch.cat([new, new_bias.unsqueeze(-1)], -1)
     return (new, None) if bias is None else (new[:, :width], new[:, width])
+
+
+def _warn_of_means(moments: GramMoments, width: int) -> None:
+    """A mean that is m times the deviation costs the squares of the deviations the digits of m^2."""
+    square = moments.gram.diagonal()[:width] * moments.count
+    mean = moments.gram[width, :width].square()
+    if bool((mean > FAR * (square - mean).clamp(min=0)).logical_and(mean < (1 - 1e-14) * square).any()):
+        warnings.warn(
+            "cfl_ops.learn.ClosedFormLinear: features with a mean of more than 1e5 times their deviation lose digits in "
+            "the moments that accumulated batches, or those of several processes, are kept in: centre them",
+            stacklevel=6,
+        )
 
 
 def moments_loss(moments: GramMoments, weight: Tensor, bias: Tensor | None, reduction: str) -> Tensor:

@@ -15,8 +15,8 @@ from cfl_ops.ops.cholesky.recursive_ridge import RecursiveRidge
 
 from . import distributed
 from .distributed import Choice, Ranks, group_of
-from .global_head import KINDS
-from .head import Batch, Head, squared_loss
+from .global_head import of_their_kind, rows_facts
+from .head import Batch, Head, check_classes, squared_loss
 
 __all__ = ["RecursiveHead"]
 
@@ -171,26 +171,10 @@ class RecursiveHead(Head):
     def _check_batch(self, batch: Batch) -> None:
         """What the filter does not check itself, or under other names."""
         features, target, sample_weight = batch
-        rows, outputs = features.shape[0], self.out_features
-        if not batch.classes and target.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"cfl_ops.{NAME}: target must be floating point, or int64 class indices, but got {target.dtype}"
-            )
-        shape = (rows,) if batch.classes else (rows, outputs)
-        if target.shape != shape:
-            raise ValueError(f"cfl_ops.{NAME}: target must have shape {shape}, but got {tuple(target.shape)}")
-        if sample_weight is not None:
-            checks.sample_weight(NAME, sample_weight, rows, "the rows of features")
         checks.same_device(NAME, "the head", self.filter.factor, features=features, target=target,
                            sample_weight=sample_weight)  # fmt: skip
         if batch.classes and not is_compiling():
-            bad = (target < 0) | (target >= outputs)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise IndexError(
-                    f"cfl_ops.{NAME}: target must hold class indices from 0 to {outputs - 1}, but got "
-                    f"{int(target[row])} in row {row}"
-                )
+            check_classes(NAME, target, self.out_features)
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
         group = group_of(self.process_group)
@@ -198,7 +182,9 @@ class RecursiveHead(Head):
             return self._solve_here(batch)
         ranks = self._agree(group, batch, None)
         try:
-            loss, grad = self._solve_here(distributed.gather_rows(ranks, batch))
+            loss, grad = self._solve_here(
+                distributed.gather_rows(ranks, of_their_kind(ranks, batch, self.out_features))
+            )
         except ValueError as error:
             first = [sum(ranks.rows[:rank]) for rank in range(ranks.size)]
             error.add_note(f"Rows are those of the global batch: those of the ranks begin at {first}.")
@@ -222,7 +208,9 @@ class RecursiveHead(Head):
         if group is None:
             return self._evaluate_here(batch)
         ranks = self._agree(group, batch, None, solve=False)
-        loss, grad = self._evaluate_here(distributed.gather_rows(ranks, batch))
+        loss, grad = self._evaluate_here(
+            distributed.gather_rows(ranks, of_their_kind(ranks, batch, self.out_features))
+        )
         return loss, grad[ranks.mine] * ranks.size
 
     def _evaluate_here(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -240,9 +228,7 @@ class RecursiveHead(Head):
     def _agree(self, group: Any, batch: Batch | None, error: Exception | None, solve: bool = True) -> Ranks:
         """What all ranks have of a batch, before anything is changed; see :func:`distributed.agree`."""
         distributed.refuse_graph(NAME)
-        model, kind = self.filter, None
-        if batch is not None:
-            kind = ("classes" if batch.classes else str(batch.target.dtype), str(batch.features.dtype))
+        model = self.filter
         facts: dict[str, float | Choice] = {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -254,8 +240,7 @@ class RecursiveHead(Head):
             "window": model.window or 0,
             "dtype": Choice(model.factor.dtype, (torch.float32, torch.float64)),
             "solve": Choice(solve, (False, True)),
-            "dtypes of target and features": Choice(kind, KINDS),
-            "sample_weight": Choice(batch is not None and batch.sample_weight is not None, (False, True)),
+            **rows_facts(batch),
         }
         state = tuple(model.buffers())
 

@@ -70,6 +70,7 @@ def refit(
         # The one of a class is target_scale.
         scale = 1.0 if accumulator.num_classes is None else head.target_scale
         out = copy.deepcopy(head)
+        out._pending, out._moments = [], None
         out.weight.copy_(weight * scale)
         if out.bias is not None and bias is not None:
             out.bias.copy_(bias * scale)
