@@ -19,10 +19,10 @@ for _module in demo.EXTRAS:
 
 # ruff: noqa: E402
 import typer
-from cfl_ops.demo import cli, data, defaults, report, summary, training, tune
+from cfl_ops.demo import cli, data, defaults, display, heads, report, summary, training, tune
 from typer.testing import CliRunner
 
-SECTIONS = {"findings", "curves", "metric", "speed", "samples", "run"}
+SECTIONS = {"findings", "curves", "metric", "speed", "split", "samples", "run"}
 # What `python -m cfl_ops demo` costs before it starts is seconds: most tests call the app in this process.
 PYTHON = [sys.executable, "-m", "cfl_ops"]
 
@@ -87,7 +87,7 @@ def test_quick_run_writes_the_report_and_says_where(quick):
 def test_report_shows_the_numbers_of_the_run(quick):
     _, page, results, _ = quick
     assert {(cell["head"], cell["batch_size"]) for cell in results["summary"]} == {
-        (name, 32) for name in training.HEADS
+        (name, 32) for name in heads.DEFAULT
     }
     for cell in results["summary"]:
         runs = [run for run in results["runs"] if run["head"] == cell["head"]]
@@ -134,7 +134,7 @@ def test_report_is_self_contained(quick):
     assert "<link" not in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert re.findall(r"url\(|@import", page) == []
-    assert page.count('src="data:image/svg+xml;base64,') == 4
+    assert page.count('src="data:image/svg+xml;base64,') == 5
     assert page.count('src="data:image/png;base64,') == report.SAMPLES
 
 
@@ -226,9 +226,9 @@ def test_interrupt_writes_what_is_done(tmp_path):
     page, results = read(tmp_path)
     assert "This run was interrupted." in page
     assert results["interrupted"]
-    assert sections(page) == SECTIONS
+    assert sections(page) == SECTIONS - {"split"}
     # All heads of the batch size that was in progress were stopped at the same step, and evaluated there.
-    assert {run["head"] for run in results["runs"]} == set(training.HEADS)
+    assert {run["head"] for run in results["runs"]} == set(heads.DEFAULT)
     assert len({run["steps_done"] for run in results["runs"]}) == 1
     for run in results["runs"]:
         assert 0 < run["steps_done"] < 100000
@@ -240,21 +240,21 @@ def test_interrupt_writes_what_is_done(tmp_path):
 
 def test_report_of_a_run_that_never_started(digits, tmp_path):
     runs = training.train_side_by_side([setting()], digits, stop=lambda: True)
-    path = report.write(tmp_path, runs, digits, {"seeds": "0"}, interrupted=True)
+    path = report.write(tmp_path, display.Outcome(runs, interrupted=True), digits, {"seeds": "0"})
     assert sections(path.read_text()) == {"findings", "run"}
     assert "Nothing was finished" in path.read_text()
 
 
 def test_divergence_is_reported_and_the_others_go_on(digits, tmp_path):
-    heads = [
+    settings = [
         setting(lr=1e5, penalty=1e-3),
         setting(head="squared", penalty=0.0, lr=1e9),
         setting(head="ridge"),
     ]
-    runs = training.train_side_by_side(heads, digits)
+    runs = training.train_side_by_side(settings, digits)
     assert [run.failure is not None for run in runs] == [True, True, False]
     assert runs[2].steps_done == 20
-    path = report.write(tmp_path, runs, digits, {}, interrupted=False)
+    path = report.write(tmp_path, display.Outcome(runs), digits, {})
     page, results = read(tmp_path)
     assert path.name == "index.html"
     assert "c.f. proximal diverged at batch size 32 in 1 of 1 seeds" in page
@@ -263,17 +263,20 @@ def test_divergence_is_reported_and_the_others_go_on(digits, tmp_path):
 
 def test_a_mistake_in_the_code_is_no_divergence(digits):
     learner = training.Learner(setting(), digits)
-    x, y, dense = next(training._batches(digits, 32, seed=0))
+    x, y, dense = next(training.batches(digits, 32, seed=0))
     with pytest.raises(ValueError, match="target"):
-        training._take_turn(learner, training.Run(setting()), [(x, y[:5], dense)], torch.device("cpu"))
+        training._take_turn(learner, training.Run(setting()), [(x, y[:5], dense)])
 
 
 # Where typer itself refuses a value, its words change with its version: the option's name is enough.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "cifar"), "cifar"),
-        (("--heads", "proximal,newton"), "'newton' is none of proximal, ridge, squared, cross-entropy"),
+        (("--data", "cifar"), "'cifar' is none of digits, mnist5k, diabetes, and there is no such file"),
+        (
+            ("--heads", "proximal,newton"),
+            "'newton' is none of proximal, ridge, rescaled, ema-ridge, recursive",
+        ),
         (("--batch-sizes", "8,many"), "'8,many' is not a list of whole numbers"),
         (("--batch-sizes", "0,8"), "a batch has at least one row, but got 0"),
         (("--batch-sizes", "5000"), "5000 is more than the 1,347 training rows"),
@@ -284,11 +287,15 @@ def test_a_mistake_in_the_code_is_no_divergence(digits):
         (("--lr", "0"), "must be finite and positive, but got 0"),
         (("--lam", "-1"), "must be finite and not negative, but got -1"),
         (("--lam", "nan"), "must be finite and not negative, but got nan"),
-        (("--lam", "squared=1"), "'squared' is none of proximal, ridge"),
+        (("--lam", "squared=1"), "'squared' is none of proximal, ridge, rescaled"),
         (("--l2", "ridge=1"), "'ridge' is none of squared, cross-entropy"),
         (("--data", "diabetes", "--heads", "cross-entropy"), "cross-entropy is left out"),
         (("--optimizer", "lbfgs"), "lbfgs"),
         (("--width", "0"), "--width"),
+        (("--device", "cuda", "--distributed", "2"), "--distributed trains on the CPU"),
+        (("--distributed", "0"), "--distributed"),
+        (("--distributed", "9", "--batch-sizes", "8"), "a batch of 8 cannot be split over 9 processes"),
+        (("--compile", "--compile-backend", "gcc"), "'gcc' is none that torch knows"),
         (("--out", __file__), "cannot be made a folder"),
         (("--speed", "1"), "--speed"),
     ],
@@ -316,9 +323,9 @@ def test_help_explains_every_option():
     parameters = [each for each in typer.main.get_command(cli.app).params if each.name != "help"]
     assert len(parameters) > 12
     for parameter in parameters:
-        assert parameter.opts[0] in output
+        assert all(option in output for option in parameter.opts)
         assert parameter.help, parameter.name
-    for name in training.HEADS:
+    for name in (*training.HEADS, *defaults.untuned()):
         assert name in output
     assert "judged on the other 20 %" in output
     assert "digits with sgd at 8, 32, 128;" in output
@@ -374,9 +381,9 @@ def test_heads_of_a_seed_share_backbone_and_batches(digits):
             learner.backbone.parameters(), learners[0].backbone.parameters(), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    first, again = (next(training._batches(digits, 32, seed=3)) for _ in range(2))
+    first, again = (next(training.batches(digits, 32, seed=3)) for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
-    other = next(training._batches(digits, 32, seed=4))
+    other = next(training.batches(digits, 32, seed=4))
     assert not torch.equal(first[0], other[0])
 
 
@@ -448,16 +455,17 @@ def test_validation_split_never_sees_the_test_part(digits):
 def test_defaults_cover_every_head():
     for name in data.DATASETS:
         for optimizer in tune.FIRST_RATES:
-            for head in training.HEADS:
-                if name == "diabetes" and head == "cross-entropy":
+            for head, kind in training.HEADS.items():
+                if name == "diabetes" and kind.classes_only:
                     continue
                 for size in defaults.BATCH_SIZES:
                     lr, penalty = defaults.tuned(name, optimizer, head, size)
                     assert lr in tune.LEARNING_RATES
                     assert penalty in tune.PENALTIES[head]
                 # An entry that tune.py wrote says how it did: no guess is passed off as tuned.
-                entries = defaults._table()[name][optimizer][head].values()
-                assert all("validation" in entry for entry in entries)
+                entries = defaults._table()[name][optimizer].get(head, {})
+                assert entries or kind.kin in defaults._table()[name][optimizer]
+                assert all("validation" in entry for entry in entries.values())
     assert defaults.tuned("digits", "sgd", "ridge", 7) == defaults.tuned("digits", "sgd", "ridge", 8)
     assert defaults.tuned("digits", "sgd", "ridge", 4096) == defaults.tuned("digits", "sgd", "ridge", 128)
 

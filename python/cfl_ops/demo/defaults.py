@@ -8,12 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BATCH_SIZES", "EPOCHS", "TABLE", "tuned", "tuned_sizes"]
+from .heads import HEADS
+
+__all__ = ["BATCH_SIZES", "EPOCHS", "TABLE", "epochs_of", "tuned", "tuned_sizes", "untuned"]
 
 TABLE = Path(__file__).with_name("defaults.json")
 BATCH_SIZES = (8, 32, 128)
 # Such that a default run takes about a minute on two cores.
 EPOCHS = {"digits": 15, "mnist5k": 5, "diabetes": 40}
+# The rows that a run of a user's own data trains on, epochs times rows; such that it takes about as long.
+ROWS, MOST_EPOCHS = 20_000, 40
 
 
 @cache
@@ -22,11 +26,26 @@ def _table() -> dict[str, Any]:
     return table
 
 
+def epochs_of(name: str, rows: int) -> int:
+    """Passes over so many training rows of a data set."""
+    return EPOCHS.get(name) or min(max(1, round(ROWS / rows)), MOST_EPOCHS)
+
+
 def tuned(data: str, optimizer: str, head: str, batch_size: int) -> tuple[float, float]:
-    """Learning rate and penalty that were best for the nearest batch size that was tried."""
-    entries = _table()[data][optimizer][head]
+    """Learning rate and penalty that were best for the nearest batch size that was tried.
+
+    A head that was not tuned for this data set and optimiser takes those of its kin.
+    """
+    heads = _table()[data][optimizer]
+    entries = heads[head] if head in heads else heads[HEADS[head].kin]
     nearest = min(entries, key=lambda size: abs(math.log(int(size) / batch_size)))
     return float(entries[nearest]["lr"]), float(entries[nearest]["penalty"])
+
+
+def untuned() -> dict[str, str]:
+    """The heads that take another's values wherever they run, and that other head."""
+    tried = {head for optimizers in _table().values() for heads in optimizers.values() for head in heads}
+    return {name: head.kin for name, head in HEADS.items() if name not in tried and head.kin is not None}
 
 
 def tuned_sizes() -> str:

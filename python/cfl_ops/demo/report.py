@@ -20,18 +20,33 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .data import Dataset
-from .summary import Cell, Summary, difference, sentences, summarize
-from .training import HEADS, REFIT_RIDGE, TURN, Run
+from .display import Outcome
+from .heads import DEFAULT, HEADS
+from .split import Split
+from .summary import Cell, Summary, difference, sentences, split_sentences, summarize
+from .training import REFIT_RIDGE, TURN, Run
 
 __all__ = ["write"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each.
-COLORS = {"proximal": "#0072b2", "ridge": "#e69f00", "squared": "#009e73", "cross-entropy": "#cc5490"}
-MARKERS = {"proximal": "o", "ridge": "s", "squared": "^", "cross-entropy": "D"}
-GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
+# Okabe and Ito's colours, which the colour-blind can tell apart, and for more heads than they are two of Tol's;
+# each has a marker, too.
+COLORS = {
+    "proximal": "#0072b2",
+    "ridge": "#e69f00",
+    "rescaled": "#56b4e9",
+    "ema-ridge": "#d55e00",
+    "recursive": "#222222",
+    "algorithm-2": "#882255",
+    "algorithm-2-cached": "#999933",
+    "squared": "#009e73",
+    "cross-entropy": "#cc5490",
+}
+MARKERS = dict(zip(COLORS, "osvPX<>^D", strict=True))
+GLYPHS = dict(zip("osvPX<>^D", "●■▼✚✖◀▶▲◆", strict=True))
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -44,26 +59,23 @@ STYLE: dict[Any, Any] = {
 SAMPLES = 12
 
 
-def write(
-    folder: Path, runs: Sequence[Run], data: Dataset, facts: Mapping[str, str], *, interrupted: bool
-) -> Path:
+def write(folder: Path, outcome: Outcome, data: Dataset, facts: Mapping[str, str]) -> Path:
     """Write ``index.html`` and ``results.json`` into a folder.
 
     Args:
         folder: made if missing.
-        runs: what was trained; unfinished runs are marked as such.
+        outcome: what was trained; unfinished runs are marked as such, and so is a run stopped before its end.
         data: what it was trained on.
         facts: names and values for the section on how the demo was run.
-        interrupted: whether the run was stopped before its end.
 
     Returns:
         The path of the report.
 
     """
-    summary = summarize(runs, data)
-    words = sentences(summary, data)
+    summary = summarize(outcome.runs, data)
+    words = sentences(summary, data) + split_sentences(outcome.splits)
     folder.mkdir(parents=True, exist_ok=True)
-    results = _results(runs, summary, data, facts, words, interrupted)
+    results = _results(outcome, summary, data, facts, words)
     (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -75,17 +87,20 @@ def write(
             "curves": _curves(summary, data),
             "metric": _metric_picture(summary, data) if summary.cells else "",
             "speed": _speed_picture(summary) if summary.cells else "",
+            "parts": _split_picture(outcome.splits, summary) if outcome.splits else "",
         }
     page = template.render(
         data=data,
         summary=summary,
         sentences=words,
         facts=facts,
-        interrupted=interrupted,
+        interrupted=outcome.interrupted,
+        splits={(each.head, each.batch_size): each for each in outcome.splits},
+        compiled=any(run.compiled for run in outcome.runs),
         heads=HEADS,
         colors=COLORS,
         glyphs={head: GLYPHS[marker] for head, marker in MARKERS.items()},
-        samples=_samples(runs, data),
+        samples=_samples(outcome.runs, data),
         refit_ridge=REFIT_RIDGE,
         turn=TURN,
         **pictures,
@@ -99,12 +114,7 @@ def write(
 
 
 def _results(
-    runs: Sequence[Run],
-    summary: Summary,
-    data: Dataset,
-    facts: Mapping[str, str],
-    words: Sequence[str],
-    interrupted: bool,
+    outcome: Outcome, summary: Summary, data: Dataset, facts: Mapping[str, str], words: Sequence[str]
 ) -> dict[str, Any]:
     def cell(entry: Cell) -> dict[str, Any]:
         return {
@@ -131,19 +141,22 @@ def _results(
             "failure": entry.failure,
             "online": _finite(entry.online),
             "refit": _finite(entry.refit),
+            "compiled": entry.compiled,
+            "moved": dict(zip(("kind", "bytes"), entry.moved, strict=True)) if entry.moved else None,
             "step_seconds_quartiles": cuts,
             "curve": [[point.step, point.seconds, _finite(point.metric)] for point in entry.points],
         }
 
     return {
         "metric": data.metric,
-        "interrupted": interrupted,
+        "interrupted": outcome.interrupted,
         "facts": dict(facts),
         "reference": summary.reference,
         "sentences": list(words),
         "summary": [cell(entry) for entry in summary.cells.values()],
         "comparisons": [asdict(entry) | {"verdict": entry.verdict} for entry in summary.comparisons],
-        "runs": [run(entry) for entry in runs],
+        "split_seconds": [asdict(entry) | {"total": entry.total} for entry in outcome.splits],
+        "runs": [run(entry) for entry in outcome.runs],
     }
 
 
@@ -226,7 +239,8 @@ def _curve(axes: Axes, cell: Cell, data: Dataset, against: str) -> list[float]:
 
 
 def _metric_picture(summary: Summary, data: Dataset) -> str:
-    axes = _axes(5.6, 3.6)
+    axes = _axes(_wide(summary), 3.6)
+    place_width = min(0.17, 0.85 / len(summary.heads))
     shown: list[float] = []
     lows: list[float] = []
     for place, head in enumerate(summary.heads):
@@ -234,8 +248,11 @@ def _metric_picture(summary: Summary, data: Dataset) -> str:
             cell = summary.cells.get((head, batch_size))
             if cell is None:
                 continue
-            x = group + 0.17 * (place - (len(summary.heads) - 1) / 2)
-            for entry, offset, face in ((cell.online, 0.0, COLORS[head]), (cell.refit, 0.07, "white")):
+            x = group + place_width * (place - (len(summary.heads) - 1) / 2)
+            for entry, offset, face in (
+                (cell.online, 0.0, COLORS[head]),
+                (cell.refit, 0.4 * place_width, "white"),
+            ):
                 if entry is None:
                     continue
                 mean, half = max(entry.mean, _floor(data)), entry.half or 0.0
@@ -261,8 +278,14 @@ def _metric_picture(summary: Summary, data: Dataset) -> str:
     return _svg(axes)
 
 
+def _wide(summary: Summary) -> float:
+    """A picture's width in inches, which grows with the number of marks side by side."""
+    return 5.6 if len(summary.heads) <= len(DEFAULT) else 9.0
+
+
 def _speed_picture(summary: Summary) -> str:
-    axes = _axes(5.6, 3.6)
+    axes = _axes(_wide(summary), 3.6)
+    many = len(summary.heads) > len(DEFAULT)
     width = 0.8 / len(summary.heads)
     for place, head in enumerate(summary.heads):
         for group, batch_size in enumerate(summary.batch_sizes):
@@ -284,7 +307,13 @@ def _speed_picture(summary: Summary) -> str:
             if cell.ratio is not None:
                 text = f"{cell.ratio:.2f}"
                 axes.annotate(
-                    text, (x, max(fast, rate)), (0, 3), textcoords="offset points", ha="center", size=8
+                    text,
+                    (x, max(fast, rate)),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    size=8,
+                    rotation=90 if many else 0,
                 )
     axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
     axes.set_xlabel("batch size")
@@ -292,6 +321,36 @@ def _speed_picture(summary: Summary) -> str:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("steps per second")
     axes.margins(y=0.12)
+    return _svg(axes)
+
+
+def _split_picture(splits: Sequence[Split], summary: Summary) -> str:
+    """A bar for each head and batch size: backbone, then head in its colour, then the rest."""
+    axes = _axes(_wide(summary), 3.6)
+    width = 0.8 / len(summary.heads)
+    for split in splits:
+        place = summary.heads.index(split.head)
+        x = summary.batch_sizes.index(split.batch_size) + width * (place - (len(summary.heads) - 1) / 2)
+        color, below = COLORS[split.head], 0.0
+        for seconds, style in (
+            (split.backbone, {"color": "#c3cad3"}),
+            (split.solve, {"color": color}),
+            (split.overhead, {"facecolor": "white", "edgecolor": color, "hatch": "/////", "linewidth": 0.8}),
+        ):
+            axes.bar(x, 1000 * seconds, 0.9 * width, bottom=below, **style)
+            below += 1000 * seconds
+    handles = [
+        Patch(facecolor="white", edgecolor="#555", hatch="/////", label="overhead"),
+        Patch(facecolor="#555", label="head (its own colour)"),
+        Patch(facecolor="#c3cad3", label="backbone"),
+    ]
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="upper left")
+    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
+    axes.set_xlabel("batch size")
+    axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("milliseconds of a step")
+    axes.margins(y=0.3)
     return _svg(axes)
 
 

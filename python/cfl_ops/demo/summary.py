@@ -10,7 +10,9 @@ from statistics import fmean, median, quantiles, stdev
 from scipy import stats
 
 from .data import Dataset
-from .training import HEADS, Run
+from .heads import HEADS
+from .split import Split
+from .training import Run
 
 __all__ = [
     "Cell",
@@ -21,6 +23,7 @@ __all__ = [
     "interval",
     "number",
     "sentences",
+    "split_sentences",
     "summarize",
 ]
 
@@ -263,6 +266,19 @@ def _speed_sentence(summary: Summary, head: str) -> str:
         f"Steps per second of {HEADS[head].label} over those of {HEADS[summary.reference].label}: "
         f"{_join(parts)}."
     )
+
+
+def split_sentences(splits: Sequence[Split]) -> list[str]:
+    """What share of a step each head itself takes, at the largest batch size."""
+    if not splits:
+        return []
+    size = max(split.batch_size for split in splits)
+    parts = [
+        f"{100 * split.solve / split.total:.0f} % of it for {HEADS[split.head].label}"
+        for split in splits
+        if split.batch_size == size
+    ]
+    return [f"Of the time of a step at batch size {size} the head takes {_join(parts)}."]
 
 
 def _join(parts: Sequence[str]) -> str:

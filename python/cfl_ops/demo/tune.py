@@ -22,7 +22,8 @@ import typer
 
 from . import data as datasets
 from .defaults import BATCH_SIZES, EPOCHS, TABLE
-from .training import HEADS, Run, Setting, train_side_by_side
+from .heads import DEFAULT, HEADS
+from .training import Run, Setting, train_side_by_side
 
 __all__ = ["Axis", "choose", "tune"]
 
@@ -30,17 +31,11 @@ __all__ = ["Axis", "choose", "tune"]
 LEARNING_RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 FIRST_RATES = {"sgd": (1e-3, 0.3), "adam": (3e-5, 1e-2)}
 POWERS = tuple(10.0**power for power in range(-6, 7))
-PENALTIES = {
-    "proximal": POWERS,
-    "ridge": POWERS,
-    "squared": (0.0, *POWERS[1:]),
-    "cross-entropy": (0.0, *POWERS[1:]),
-}
+PENALTIES = {name: POWERS if head.closed_form else (0.0, *POWERS[1:]) for name, head in HEADS.items()}
+# A ridge forgets, so that its penalty need not hold it back.
 FIRST_PENALTIES = {
-    "proximal": (0.1, 1000.0),
-    "ridge": (1e-3, 10.0),
-    "squared": (0.0, 1e-2),
-    "cross-entropy": (0.0, 1e-2),
+    name: ((1e-3, 10.0) if "ridge" in name else (0.1, 1000.0)) if head.closed_form else (0.0, 1e-2)
+    for name, head in HEADS.items()
 }
 GROWTHS = 2
 FINALISTS = 4
@@ -132,7 +127,7 @@ def choose(data: datasets.Dataset, optimizer: str, head: str, batch_size: int, s
 def tune(
     data: Annotated[str, typer.Option(help="Data set: digits, mnist5k or diabetes.")] = "digits",
     optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
-    heads: Annotated[str, typer.Option(help="Which heads.")] = ",".join(HEADS),
+    heads: Annotated[str, typer.Option(help="Which heads.")] = ",".join(DEFAULT),
     batch_sizes: Annotated[str, typer.Option(help="Which batch sizes.")] = ",".join(map(str, BATCH_SIZES)),
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     write: Annotated[bool, typer.Option("--write", help="Put the outcome into defaults.json.")] = False,
@@ -143,7 +138,7 @@ def tune(
     for batch_size in map(int, batch_sizes.split(",")):
         steps = EPOCHS[data] * (len(split.train_x) // batch_size)
         for head in heads.split(","):
-            if head == "cross-entropy" and not split.classes:
+            if HEADS[head].classes_only and not split.classes:
                 continue
             found = choose(split, optimizer, head, batch_size, steps)
             print(f"{data} {optimizer} {head} batch size {batch_size}: {json.dumps(found)}", flush=True)
