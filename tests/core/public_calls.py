@@ -262,6 +262,9 @@ CALLS: dict[str, list[Call]] = {
             bias=True, ridge=0.25, relative=True,
         ),
         Call(closed_form_linear, features=X, target=LABELS, method="ridge", lam=0.5, ridge=0.25),
+        Call(closed_form_linear, features=X, target=LABELS, sample_weight=None, kappa=2.0, target_scale=0.5),
+        Call(closed_form_linear, features=X, target=LABELS, sample_weight=S, feature_dim=1, ignore_index=1),
+        Call(closed_form_linear, features=X, target=LABELS, method="ema_ridge", decay=0.5),
     ],
     "learn.RecursiveHead": [
         Call(

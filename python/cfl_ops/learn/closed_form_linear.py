@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -21,16 +21,14 @@ from cfl_ops.ops.proximal.codes import BIAS_FITS, REDUCTIONS
 from cfl_ops.ops.proximal.rescaled import rescaled_proximal_step
 from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_step_ex_
 
-from .distributed import Traffic, group_of, row_bytes
+from .accumulate import accumulate, solve
+from .distributed import Traffic, group_of
 from .global_head import solve_together
 from .head import CHECKS, METHODS, Batch, Head, check_classes, not_finite, squared_loss
 from .head_moments import (
     Penalties,
     as_unit,
-    batch_moments,
     mean_square,
-    moments_bytes,
-    moments_loss,
     solve_moments,
 )
 from .refit import refit
@@ -40,6 +38,10 @@ __all__ = ["ClosedFormLinear"]
 
 NAME = "learn.ClosedFormLinear"
 STEP_BEFORE = "It was the step before this one that failed; it left the head as it was."
+WORDS = {
+    "method": METHODS, "reduction": tuple(REDUCTIONS), "fit_bias": tuple(BIAS_FITS), "check_when": CHECKS,
+}  # fmt: skip
+TOGETHER = {*WORDS, "kappa", "target_scale", "lam_diag"}
 NO_TRAFFIC = Traffic("none", 0, 0, 0)
 
 
@@ -164,6 +166,7 @@ class ClosedFormLinear(Head):
             checks.choice(NAME, "process_group", process_group, ("auto",))
         self.in_features = checks.integer(NAME, "in_features", in_features, 0)
         self.out_features = checks.integer(NAME, "out_features", out_features, 0)
+        self._complete = False
         self._lam_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
         self.lam = lam
         self.ridge = checks.penalty(NAME, "ridge", ridge)
@@ -193,20 +196,30 @@ class ClosedFormLinear(Head):
             checks.size(NAME, "lam_diag", lam_diag, -1, self.in_features, "in_features")
             lam_diag = lam_diag.detach().clone().to(device)
         self.register_buffer("lam_diag", lam_diag)
-        if check == "skip":
-            self.register_buffer(
-                "skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False
-            )
         self.traffic: Traffic = NO_TRAFFIC
         self._outcome: DeferredCheck | None = None
-        self._pending: list[Batch] = []
-        self._moments: GramMoments | None = None
         self._kind: tuple[torch.dtype, torch.dtype, bool] | None = (
             None  # of the last batch that was accumulated
         )
+        self._pending: list[Batch] = []
+        self._moments: GramMoments | None = None
         self._agreed = False
+        self._complete = True
         self._check_options()
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options may be set at any time: they are checked as those of the constructor are."""
+        if name == "lam":  # not registered, a parameter or not
+            object.__setattr__(self, name, value)
+            return
+        if name in WORDS:
+            checks.choice(NAME, name, value, WORDS[name])
+        elif name == "check":
+            raise AttributeError(f"cfl_ops.{NAME}: check is a method; when bad data raise is head.check_when")
+        super().__setattr__(name, value)
+        if name in TOGETHER and self.__dict__.get("_complete", False):
+            self._check_options()
 
     @property
     def rescaled(self) -> bool:
@@ -220,11 +233,15 @@ class ClosedFormLinear(Head):
 
     @lam.setter
     def lam(self, value: float | Tensor | LamSchedule) -> None:
+        kind = "schedule"
         if not isinstance(value, LamSchedule):
             value = checks.penalty(NAME, "lam", value)
+            kind = "tensor" if isinstance(value, Tensor) else "number"
             if not isinstance(value, Tensor):
                 self._lam_tensor.fill_(value)
-        self._lam: float | Tensor | LamSchedule = value
+            elif value.requires_grad:
+                raise TypeError(f"cfl_ops.{NAME}: lam must not require grad: a step has no derivative in it")
+        self._lam, self._lam_kind = value, kind
 
     def _check_options(self) -> None:
         def refuse(what: str) -> NoReturn:
@@ -237,6 +254,9 @@ class ClosedFormLinear(Head):
                 refuse("kappa and target_scale take no lam_diag")
             if self.bias is not None and self.fit_bias == "free":
                 refuse("kappa and target_scale take no free bias")
+        if self.check_when == "skip" and "skipped" not in self._buffers:
+            count = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            self.register_buffer("skipped", count, persistent=False)
         if self.check_when == "next" and (self.rescaled or self.method == "ema_ridge"):
             refuse(
                 'check="next" is for the squared loss and the methods "proximal" and "ridge": use "now" or "skip"'
@@ -291,16 +311,16 @@ class ClosedFormLinear(Head):
         self, batch: Batch | None, moments: GramMoments | None = None
     ) -> tuple[Any, Any, Tensor | None]:
         """lam, ridge and lam_diag as the proximal step takes them, for a batch or its moments."""
-        lam: Any = self._lam
+        # In a graph the number itself would be a constant.
+        number = self._lam_kind == "number"
+        lam: Any = self._lam_tensor if number and is_compiling() else self._lam
         ridge, diagonal = self.ridge, self.lam_diag
 
         def square() -> Tensor:
             return mean_square(moments, self.in_features) if moments is not None else _mean_square(batch)
 
-        if isinstance(lam, LamSchedule):
+        if self._lam_kind == "schedule":
             lam = lam.value(moments.count if moments is not None else _count(batch), square)
-        elif is_compiling() and not isinstance(lam, Tensor):
-            lam = self._lam_tensor
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
@@ -340,7 +360,7 @@ class ClosedFormLinear(Head):
         """The solve of this batch alone."""
         if self.rescaled or self.method == "ema_ridge":
             return self._solve_beside(batch, lam, ridge)
-        rows, target, sample_weight = batch
+        rows, target, sample_weight, _ = batch.widened()
         weight = self._parameters["weight"]
         assert weight is not None
         arguments = (rows, target, weight, self.bias)
@@ -358,7 +378,7 @@ class ClosedFormLinear(Head):
                 raise
         (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
         if when == "skip":
-            self.skipped += info != 0
+            self.skipped.add_(info != 0)
             return loss, grad_features
         if self._outcome is None:
             self._outcome = DeferredCheck("proximal_step", STEP_BEFORE)
@@ -367,7 +387,8 @@ class ClosedFormLinear(Head):
 
     def _solve_beside(self, batch: Batch, lam: Any, ridge: Any) -> tuple[Tensor, Tensor]:
         """Steps that are not made in place: of the rescaled loss, and the average of ridge heads."""
-        rows, target, sample_weight = batch
+        batch = batch.widened()
+        rows, target, sample_weight, _ = batch
         weight, bias = self.weight, self.bias
         try:
             if self.rescaled:
@@ -392,7 +413,7 @@ class ClosedFormLinear(Head):
         return self._evaluate_here(batch) if self.method == "ema_ridge" else (step.loss, step.grad_features)
 
     def _skip(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        self.skipped += 1
+        self.skipped.add_(1)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return rows.new_full((), math.nan, dtype=dtype), torch.zeros_like(rows)
 
@@ -430,7 +451,11 @@ class ClosedFormLinear(Head):
         if batch.classes and self.check_when == "now" and not is_compiling():
             check_classes(NAME, batch.target, self.out_features)
 
-    # Several batches for one solve
+    def _solve_moments(self, moments: GramMoments) -> None:
+        lam, ridge, diagonal = self._penalties(None, moments)
+        self._adopt(*solve_moments(
+            moments, self.weight, self.bias, Penalties(lam, ridge, diagonal, self.reduction, self.fit_bias)
+        ))  # fmt: skip
 
     def accumulate(self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> None:
         """Keep a batch for the next :meth:`solve`, which is then that of all such batches together.
@@ -449,57 +474,20 @@ class ClosedFormLinear(Head):
         Algorithm 1 needs the new head before the first backward pass, so a forward pass more: accumulate all parts
         under ``torch.no_grad()``, :meth:`solve`, then a pass with ``head.loss(features, y, solve=False)``.
         """
-        with torch.no_grad():
-            batch = self._rows(features, target, sample_weight, False)
-            self._check_classes(batch)
-            if self._pending and _kind(batch) != _kind(self._pending[0]):
-                self._fold()
-            self._pending.append(_kept(batch))
-            size = sum(each.features.shape[0] * row_bytes(each) for each in self._pending)
-            order = self.in_features + int(self.bias is not None)
-            if self._moments is not None or size > moments_bytes(order, self.out_features):
-                self._fold()
+        accumulate(self, self._rows(features, target, sample_weight, False))
 
-    def _fold(self) -> None:
-        """Bring what is accumulated into moments."""
-        if self.rescaled:  # which has none
-            return
-        for batch in self._pending:
-            moments = batch_moments(batch, self.out_features, self.bias is not None)
-            self._moments = moments if self._moments is None else self._moments + moments
-        self._pending = []
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self._pending, self._moments = [], None
 
     def solve(self) -> Tensor:
         """Solve the head on all batches of :meth:`accumulate`; the loss there, without a graph.
 
         With nothing accumulated the head stays as it is, and the loss is 0. Over several processes it is all batches of
-        all ranks, of which some may have none. Where it raises, what was accumulated is still there.
+        all ranks, of which some may have none. Where it raises, what was accumulated is still there (:meth:`discard`
+        forgets it).
         """
-        with torch.no_grad():
-            self._own_weight()
-            batch = _joined(self._pending) if self._pending else self._no_rows()
-            group, moments = group_of(self.process_group), self._moments
-            if group is not None:
-                loss = solve_together(self, group, batch, None, solve=True, moments=moments)[0]
-            elif not self._pending and moments is None:
-                return self.weight.new_zeros((), dtype=torch.float32)
-            elif moments is None:
-                loss = self._solve_here(batch, *self._penalties(batch))[0]
-            else:
-                self._solve_moments(moments)
-                loss = moments_loss(moments, self.weight, self.bias, self.reduction).float()
-            self._pending, self._moments = [], None
-            return loss
-
-    def _solve_moments(self, moments: GramMoments) -> None:
-        lam, ridge, diagonal = self._penalties(None, moments)
-        self._adopt(*solve_moments(
-            moments, self.weight, self.bias, Penalties(lam, ridge, diagonal, self.reduction, self.fit_bias)
-        ))  # fmt: skip
-
-    def _no_rows(self) -> Batch:
-        rows = torch.zeros(0, self.in_features, device=self.weight.device)
-        return Batch(rows, rows.new_zeros(0, self.out_features), None)
+        return solve(self)
 
     def refit(
         self,
@@ -532,6 +520,12 @@ class ClosedFormLinear(Head):
 
         """
         return refit(self, loader, backbone, lam=lam, relative=relative, progress=progress)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        key = prefix + "lam_diag"
+        if self.lam_diag is not None and key not in state_dict:  # of an nn.Linear, say
+            state_dict = {**state_dict, key: self.lam_diag}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def check(self) -> None:
         """With ``check="next"``: raise now if the last step failed. Waits for a GPU to have done that step."""
@@ -583,21 +577,3 @@ def _count(batch: Batch | None) -> Any:
         if batch.sample_weight is None
         else batch.sample_weight.sum(dtype=torch.float64)
     )
-
-
-def _kept(batch: Batch) -> Batch:
-    """A copy: the caller may write to what is a buffer of a loader or of a graph."""
-    features, target, weight = batch
-    return Batch(features.clone(), target.clone(), None if weight is None else weight.clone())
-
-
-def _kind(batch: Batch) -> tuple[torch.dtype, torch.dtype, bool]:
-    """Batches of one kind can be joined."""
-    return batch.target.dtype, batch.features.dtype, batch.sample_weight is None
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
-    features, targets, weights = zip(*batches, strict=True)
-    return Batch(torch.cat(features), torch.cat(targets), None if weights[0] is None else torch.cat(weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,14 +92,27 @@ def refuse_graph(name: str) -> None:
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@functools.lru_cache(maxsize=4)
+def _places(count: int, device: torch.device) -> Tensor:
+    """An odd number for each place, which differ in all bits."""
+    return (torch.arange(1, count + 1, device=device) * 0x1E3779B97F4A7C15) | 1  # wraps
+
+
 def fingerprint(*tensors: Tensor | None) -> int:
     """A hash of the bits of some tensors and of where they lie, which a float64 can hold."""
     value = 0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            bits = tensor.detach().reshape(-1).view(BITS[tensor.element_size()]).long()
-            place = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x1E3779B97F4A7C15  # wraps
-            value = (value * 1_000_003) ^ int(((bits ^ (bits >> 21)) * (place | 1)).sum())
+            flat = tensor.detach().reshape(-1)
+            bits = flat.view(BITS[flat.element_size()])
+            if (
+                flat.numel() * flat.element_size() % 8 == 0
+                and flat.storage_offset() * flat.element_size() % 8 == 0
+            ):
+                bits = bits.view(torch.int64)  # fewer, longer ones
+            bits = bits.long()
+            mixed = (bits ^ (bits >> 21)) * _places(bits.numel(), bits.device)
+            value = (value * 1_000_003) ^ int(mixed.sum())
     return (value ^ (value >> 50)) & ((1 << 50) - 1)
 
 
@@ -224,7 +238,7 @@ def gather_rows(ranks: Ranks, batch: Batch) -> Batch:
         for column, place in zip(columns, everyone.split(widths, 1), strict=True)
     ]
     classes = whole[1].reshape(-1).long() if batch.classes else whole[1]
-    return Batch(whole[0], classes, whole[2].reshape(-1) if len(whole) > 2 else None)
+    return Batch(whole[0], classes, whole[2].reshape(-1) if len(whole) > 2 else None, batch.wide)
 
 
 def sum_over(ranks: Ranks, vector: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def rows_facts(batch: Batch | None) -> dict[str, float | Choice]:
     """What the rows of all ranks must have alike; a rank without any has no say."""
     kinds: tuple[Any, Any, Any] = (NO_SAY, NO_SAY, NO_SAY)
     if batch is not None and batch.features.shape[0]:
-        features, target, weight = batch
+        features, target, weight, _ = batch
         kinds = (features.dtype, target.dtype, None if weight is None else weight.dtype)
     return {
         "dtype of features": Choice(kinds[0], checks.FLOATS),
@@ -74,7 +74,7 @@ def of_their_kind(ranks: Ranks, batch: Batch, outputs: int) -> Batch:
     shape = (0,) if target is torch.int64 else (0, outputs)
     device = rows.device
     weights = None if weight is None else torch.zeros(0, dtype=weight, device=device)
-    return Batch(rows, torch.zeros(shape, dtype=target, device=device), weights)
+    return Batch(rows, torch.zeros(shape, dtype=target, device=device), weights, batch.wide)
 
 
 def solve_together(
@@ -154,7 +154,8 @@ def _solve_moments(
     except (ValueError, IndexError, LinAlgError):
         if head.check_when != "skip":
             raise
-        return head._skip(batch.features)
+        return head._skip(batch.widened().features)
+    batch = batch.widened()
     loss = moments_loss(total, head.weight, head.bias, head.reduction)
     count = total.count.clamp(min=torch.finfo(torch.float64).tiny) if head.reduction == "mean" else 1.0
     _, grad = squared_loss(batch, head.weight, head.bias, total=count / ranks.size)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
@@ -29,6 +28,14 @@ class Batch(NamedTuple):
     """``(B, K)`` floating point, or classes ``(B,)`` int64."""
     sample_weight: Tensor | None
     """``(B,)``."""
+    wide: bool = False
+    """Whether features in half precision are to be computed with, and their gradient given, in float32."""
+
+    def widened(self) -> Batch:
+        """The batch to compute with (rows travel between processes as they are)."""
+        if not self.wide or self.features.dtype not in (torch.float16, torch.bfloat16):
+            return self
+        return self._replace(features=self.features.float())
 
     @property
     def classes(self) -> bool:
@@ -66,9 +73,14 @@ class Head(StateModule):
     def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
         """The batch as rows; raises for what does not fit. together: other processes wait for this one's rows."""
         batch = as_batch(
-            self.name, features, target, sample_weight, self.in_features, self.feature_dim, self.ignore_index,
+            self.name,
+            features,
+            target,
+            sample_weight,
+            self.in_features,
+            self.feature_dim,
             self.out_features == 1,
-        )  # fmt: skip
+        )
         rows, shape = batch.features.shape[0], batch.target.shape
         if not batch.classes and batch.target.dtype not in checks.FLOATS:
             raise TypeError(
@@ -78,7 +90,16 @@ class Head(StateModule):
             raise _misfit(self.name, features, target, self.out_features)
         if batch.sample_weight is not None:
             checks.sample_weight(self.name, batch.sample_weight, rows, "the rows of features")
-        return batch
+        return batch if self.ignore_index is None or not batch.classes else self._without_ignored(batch)
+
+    def _without_ignored(self, batch: Batch) -> Batch:
+        """Rows of ``ignore_index`` with the class 0 and the weight 0."""
+        rows, target, weight, _ = batch
+        ignored: Tensor = target == self.ignore_index  # type: ignore[assignment]
+        if weight is None:
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            weight = torch.ones(target.shape, dtype=dtype, device=target.device)
+        return Batch(rows, torch.where(ignored, 0, target), torch.where(ignored, 0.0, weight))
 
     def update(
         self, features: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
@@ -119,8 +140,8 @@ class Head(StateModule):
                 "forward again and would solve the head twice: keep the head out of the checkpointed part"
             )
         batch = self._rows(features, target, sample_weight, solve or self.training)
-        if wide and batch.features.dtype in (torch.float16, torch.bfloat16):
-            batch = batch._replace(features=batch.features.float())
+        if wide:
+            batch = batch._replace(wide=True)
         loss, grad = self._solve(batch) if solve else self._evaluate(batch)
         if features.ndim == 2:
             return loss, grad
@@ -157,7 +178,8 @@ class Head(StateModule):
 
         In train mode it solves the head on the batch first, and is the loss at the new head. In eval mode it is the
         loss at the present head. It stands where ``F.cross_entropy(head(features), target)`` stood: it can be scaled
-        (AMP), added to other losses, averaged by DDP, and compiled with the backbone in one graph.
+        (AMP), added to other losses, averaged by DDP, and compiled with the backbone in one graph. Where
+        ``head(features)`` takes part in another loss, call it after this: a solve writes to the head in place.
 
         Args:
             features, target, sample_weight: as for :meth:`update`.
@@ -190,8 +212,12 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        if not is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError(
+                "cfl_ops.learn: the loss of a solved head has no second derivative (create_graph=True): a penalty on "
+                "the gradient would lose the head's part of it; use F.mse_loss(head(features), target) for that"
+            )
         (grad,) = ctx.saved_tensors
         # In float32 until it is scaled: what float16 could not hold is what loss scaling is for.
         return (grad * scale).to(ctx.dtype), None, None
@@ -204,13 +230,11 @@ def as_batch(
     sample_weight: Any,
     width: int,
     feature_dim: int = -1,
-    ignore_index: int | None = None,
     one_target: bool = False,
 ) -> Batch:
     """Features, targets and weights of any leading dimensions as rows.
 
-    Rows of ``ignore_index`` get the class 0 and the weight 0. one_target: a floating-point target may lack the last
-    dimension.
+    one_target: a floating-point target may lack the last dimension.
     """
     checks.floating(name, "features", features, 1)
     core = 0 if isinstance(target, Tensor) and target.dtype is torch.int64 else 1
@@ -226,13 +250,6 @@ def as_batch(
         _check_rows(name, "sample_weight", sample_weight, 0, features)
         sample_weight = sample_weight.reshape(-1)
     rows, target = _flat(features.detach(), 1), _flat(target, core)
-    if ignore_index is not None and core == 0:
-        ignored = target == ignore_index
-        target = torch.where(ignored, 0, target)
-        if sample_weight is None:
-            dtype = torch.promote_types(rows.dtype, torch.float32)
-            sample_weight = torch.ones(target.shape, dtype=dtype, device=target.device)
-        sample_weight = torch.where(ignored, 0.0, sample_weight)
     return Batch(rows, target, sample_weight)
 
 
@@ -259,6 +276,20 @@ def check_classes(name: str, target: Tensor, outputs: int) -> None:
             f"cfl_ops.{name}: target must hold class indices from 0 to {outputs - 1}, but got {int(target[row])} in "
             f"row {row}"
         )
+
+
+def refuse_bad(name: str, batch: Batch, outputs: int) -> None:
+    """Raise for what no solve would take, naming the row."""
+    rows, target, weight, _ = batch
+    if batch.classes:
+        check_classes(name, target, outputs)
+    finite = rows.isfinite().all() & (target.isfinite().all() if not batch.classes else True)
+    if weight is not None:
+        finite &= ((weight >= 0) & weight.isfinite()).all()
+    if not bool(finite):
+        if weight is not None and bool((weight < 0).any()):
+            raise ValueError(f"cfl_ops.{name}: sample_weight must be finite and not negative")
+        raise ValueError(f"cfl_ops.{name}: {not_finite(batch)}")
 
 
 def _features_last(name: str, argument: str, value: Tensor, dim: int) -> Tensor:
@@ -314,6 +345,7 @@ def squared_loss(
     if torch._C._is_any_autocast_enabled():  # which would have the products in half precision
         with torch.autocast(batch.features.device.type, enabled=False):
             return squared_loss(batch, weight, bias, total=total, kappa=kappa, target_scale=target_scale)
+    batch = batch.widened()
     dtype = torch.float64 if torch.float64 in (batch.features.dtype, weight.dtype) else torch.float32
     weight = weight.to(dtype)
     residual = F.linear(batch.features.to(dtype), weight, None if bias is None else bias.to(dtype))
@@ -340,7 +372,7 @@ def squared_loss(
 def not_finite(batch: Batch) -> str:
     """What of a batch whose loss is not finite has NaN or Inf, and in which row."""
     for name, value in batch._asdict().items():
-        if value is not None and value.is_floating_point():
+        if isinstance(value, Tensor) and value.is_floating_point():
             bad = (
                 ~(value if value.ndim == 1 else value.abs().amax(-1)).isfinite()
                 if value.numel()

@@ -170,7 +170,7 @@ class RecursiveHead(Head):
 
     def _check_batch(self, batch: Batch) -> None:
         """What the filter does not check itself, or under other names."""
-        features, target, sample_weight = batch
+        features, target, sample_weight, _ = batch
         checks.same_device(NAME, "the head", self.filter.factor, features=features, target=target,
                            sample_weight=sample_weight)  # fmt: skip
         if batch.classes and not is_compiling():
@@ -214,7 +214,8 @@ class RecursiveHead(Head):
         return loss, grad[ranks.mine] * ranks.size
 
     def _evaluate_here(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        features, target, sample_weight = batch
+        batch = batch.widened()
+        features, target, sample_weight, _ = batch
         if sample_weight is not None:  # a row of weight 0 is missing, whatever it holds
             there = (sample_weight > 0).unsqueeze(-1)
             features = torch.where(there, features, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def refit(
         for batch in _batches(head, with_bar(loader, progress), backbone):
             if accumulator is None:
                 accumulator = _accumulator(head, batch.classes)
-            accumulator.update(*batch)
+            accumulator.update(*batch[:3])
     except Exception as caught:
         if group is None:
             raise
@@ -112,6 +113,16 @@ def _with_others(
     return empty
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _device_of(backbone: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where its parameters are, as far as they are in one place."""
+    first = next(itertools.chain(backbone.parameters(), backbone.buffers()), None)
+    return otherwise if first is None else first.device
+
+
 def _batches(head: ClosedFormLinear, loader: Iterable[Any], backbone: nn.Module | None) -> Iterator[Batch]:
     """The batches of a loader as rows of features."""
     name = f"{head.name}.refit"
@@ -128,10 +139,9 @@ def _batches(head: ClosedFormLinear, loader: Iterable[Any], backbone: nn.Module 
             with torch.no_grad():
                 x, target, *weight = item
                 device = head.weight.device
-                features: Tensor = x if backbone is None else backbone(x)
-                batch = head._rows(
-                    features.to(device), target.to(device), weight[0].to(device) if weight else None, False
-                )
+                features = x if backbone is None else backbone(_moved(x, _device_of(backbone, device)))
+                parts = [_moved(part, device) for part in (features, target, weight[0] if weight else None)]
+                batch = head._rows(parts[0], parts[1], parts[2], False)
             yield batch
     finally:
         for module, mode in modes:
