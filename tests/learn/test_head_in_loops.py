@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import resource
+import signal
+import time
 
 import pytest
 import torch
+from cfl_ops._core.overlap import beside
 from cfl_ops.learn import (
     BatchSizeLam,
     ClosedFormHeads,
     ClosedFormLinear,
     CosineLam,
     RelativeLam,
+    closed_form_gain,
+    feature_alignment,
     train_step,
 )
+from cfl_ops.learn.distributed import row_bytes
 from sklearn.linear_model import Ridge
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -583,3 +590,130 @@ def test_moments_say_where_they_lose_digits() -> None:
     head.accumulate(features + 1e6, y.double())
     with pytest.warns(UserWarning, match="lose digits in the moments"):
         head.solve()
+
+
+def test_a_bad_batch_does_not_enter_what_is_accumulated() -> None:
+    for rows in (4, 60):  # kept as rows, and as moments
+        heads = [ClosedFormLinear(16, 3), ClosedFormLinear(16, 3, check="skip"), ClosedFormLinear(16, 3)]
+        for _ in range(4):
+            features, y = torch.randn(rows, 16), torch.randint(3, (rows,))
+            heads[2].accumulate(features, y)
+            for head in heads[:2]:
+                head.accumulate(features, y)
+            bad, labels = features.clone(), y.clone()
+            bad[1, 2] = torch.nan
+            labels[2] = 3
+            with pytest.raises(ValueError, match="features has NaN or Inf in row 1"):
+                heads[0].accumulate(bad, y)
+            with pytest.raises(IndexError, match="but got 3 in row 2"):
+                heads[0].accumulate(features, labels)
+            heads[1].accumulate(bad, y)
+        for head in heads:
+            head.solve()
+        assert int(heads[1].skipped) == 4
+        same(heads[0], heads[2], rtol=0, atol=0)
+        same(heads[1], heads[2], rtol=0, atol=0)
+
+
+def test_what_is_accumulated_can_be_discarded() -> None:
+    head = ClosedFormLinear(16, 3)
+    head.accumulate(torch.randn(60, 16), torch.randint(3, (60,)))
+    head.discard()
+    assert float(head.solve()) == 0
+    assert not head.weight.any()
+
+
+def test_options_are_checked_when_they_are_set() -> None:
+    head = ClosedFormLinear(4, 2)
+    with pytest.raises(ValueError, match="method must be one of"):
+        head.method = "Proximal"
+    with pytest.raises(AttributeError, match="head.check_when"):
+        head.check = "skip"
+    with pytest.raises(TypeError, match="lam must not require grad"):
+        head.lam = nn.Parameter(torch.ones(()))
+    head.lam = torch.tensor(2.0)
+    assert list(head.state_dict()) == ["weight", "bias"]
+    head.check_when = "skip"
+    assert head.update(torch.full((1, 4), torch.nan), torch.tensor([0]))[0].isnan()
+    head.kappa = 2.0
+    with pytest.raises(ValueError, match="take no free bias"):
+        head.fit_bias = "free"
+
+
+def test_the_diagonal_penalty_is_state() -> None:
+    diagonal = torch.rand(4)
+    head, linear = ClosedFormLinear(4, 2, lam_diag=diagonal), nn.Linear(4, 2)
+    other = ClosedFormLinear(4, 2, lam_diag=torch.zeros(4))
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.lam_diag, diagonal)
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other.weight, linear.weight)
+    assert torch.equal(other.lam_diag, diagonal)
+    assert head.double().lam_diag.dtype == torch.float64
+
+
+@pytest.mark.parametrize("solve", [True, False])
+def test_a_second_derivative_is_refused(solve: bool) -> None:
+    """A gradient penalty would lose the part through the gradient itself, in silence."""
+    backbone, head, *_ = twins()
+    x, y = data()
+    loss = head.loss(backbone(x), y, solve=solve)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss, backbone[0].weight, create_graph=True)
+
+
+def test_a_frozen_backbone_needs_no_other_loop() -> None:
+    backbone, head, *_ = twins()
+    backbone.requires_grad_(False)
+    x, y = data()
+    loss = head.loss(backbone(x), y)
+    loss.backward()
+    assert backbone[0].weight.grad is None
+    assert head.weight.any()
+
+
+def test_dead_features_give_the_mean_and_no_gradient() -> None:
+    """A critical point (Theorem 5.1): the head is zero, and so is the gradient, whatever lambda is relative to."""
+    for options in ({"relative": True}, {"lam": 1.0}, {"relative": True, "method": "ridge"}):
+        head = ClosedFormLinear(16, 3, fit_bias="free", **options)
+        features, y = torch.zeros(30, 16, requires_grad=True), torch.randint(3, (30,))
+        head.step(features, y)
+        assert not head.weight.any()
+        assert not features.grad.any()
+        torch.testing.assert_close(head.bias.detach(), F.one_hot(y, 3).float().mean(0))
+    new = ClosedFormLinear(16, 3, fit_bias="free").refit([(features, y)])
+    torch.testing.assert_close(new.bias.detach(), F.one_hot(y, 3).float().mean(0))
+    assert not new.weight.any()
+
+
+def test_features_orthogonal_to_the_targets_are_a_critical_point() -> None:
+    """Theorem 5.1: the solved weight is zero, so the backbone gets no gradient, though better features exist."""
+    features = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], requires_grad=True)
+    target = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    loss = ClosedFormLinear(1, 1).step(features, target)
+    assert float(loss) == 1
+    assert not features.grad.any()
+    assert float(feature_alignment(features, target)) == 0
+    assert closed_form_gain(features, target, torch.zeros(1, 1)).gain.isnan()
+
+
+def test_half_precision_rows_are_not_widened_for_the_journey() -> None:
+    batch = ClosedFormLinear(16, 3)._rows(torch.randn(4, 16).bfloat16(), torch.randint(3, (4,)), None, False)
+    assert row_bytes(batch._replace(wide=True)) == 16 * 2 + 4
+    assert batch._replace(wide=True).widened().features.dtype == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_overlaps_too() -> None:
+    assert beside(lambda: 1, torch.device("cpu"))() == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if beside(lambda: 2, torch.device("cpu"))() == 2 else 1)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(done[1]) == 0
