@@ -59,7 +59,7 @@ bool trusted(double spread, int64_t order) {
 
 // A head whose rounding errors are bounded by this, relative to it, has them, too; and a gradient
 // is good to this, which comes with its residual.
-constexpr double kTrustedHead = 5e-6, kTrustedResidual = 1e-3;
+constexpr double kTrustedHead = 5e-6, kTrustedResidual = 1e-4;
 
 // The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
 // gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against

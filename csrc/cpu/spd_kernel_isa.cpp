@@ -256,14 +256,17 @@ constexpr int kDotRows = kLanes<T> == 16  ? 4
 template <class T>
 constexpr int kDotColumns = kLanes<T> / kDotRows<T>;
 
-// A tile of inner products of rows a and rows b, to `rows` rows of `to`.
+// What one accumulator adds up before its sum goes to another: so the errors of long rows stay
+// those of a short one.
 template <class T>
-CFL_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t width, T* to, int64_t stride,
-                         int64_t rows) {
+constexpr int64_t kDotDepth = 64 * kLanes<T>;
+
+// sum += the products of rows a and rows b from column d to column end.
+template <class T>
+CFL_INLINE void dot_block(const T* const* a, const T* const* b, int64_t d, int64_t end,
+                          Vec<T> (&sum)[kLanes<T>]) {
   constexpr int R = kDotRows<T>, C = kDotColumns<T>, n = kLanes<T>;
-  Vec<T> sum[n] = {};
-  int64_t d = 0;
-  for (; d + n <= width; d += n) {
+  for (; d + n <= end; d += n) {
     Vec<T> right[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) right[c] = load(b[c] + d);
@@ -274,8 +277,8 @@ CFL_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t width, T*
       for (int c = 0; c < C; ++c) sum[r * C + c] += left * right[c];
     }
   }
-  if (d < width) {
-    const size_t bytes = size_t(width - d) * sizeof(T);
+  if (d < end) {
+    const size_t bytes = size_t(end - d) * sizeof(T);
     Vec<T> right[C] = {};
     for (int c = 0; c < C; ++c) memcpy(&right[c], b[c] + d, bytes);
 #pragma GCC unroll 16
@@ -285,6 +288,20 @@ CFL_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t width, T*
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) sum[r * C + c] += left * right[c];
     }
+  }
+}
+
+// A tile of inner products of rows a and rows b, to `rows` rows of `to`.
+template <class T>
+CFL_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t width, T* to, int64_t stride,
+                         int64_t rows) {
+  constexpr int C = kDotColumns<T>, n = kLanes<T>;
+  Vec<T> sum[n] = {};
+  dot_block<T>(a, b, 0, min64(width, kDotDepth<T>), sum);
+  for (int64_t d = kDotDepth<T>; d < width; d += kDotDepth<T>) {
+    Vec<T> more[n] = {};
+    dot_block<T>(a, b, d, min64(width, d + kDotDepth<T>), more);
+    for (int i = 0; i < n; ++i) sum[i] += more[i];
   }
   add_step<T, 1>(sum);
   T sums[n];

@@ -264,3 +264,21 @@ def test_a_bias_beyond_the_range_of_its_dtype_says_so(backend: str) -> None:
     old, bias = torch.zeros(2, 2).half(), torch.zeros(2).half()
     with pytest.raises(torch.linalg.LinAlgError, match="leaves the range of float16"):
         cfl_ops.proximal_step(x, target, old, bias, lam=1e-8, fit_bias="free")
+
+
+@pytest.mark.parametrize("width", [20000, 40000, 43700])
+def test_rows_of_tens_of_thousands_of_features(width: int, instruction_set) -> None:
+    """Their products were sums in one accumulator: the reported loss was 11 times the head's own.
+
+    A large old head, orthogonal to the rows, makes the step trust a system whose errors nothing else shows.
+    """
+    rows, target = (torch.rand(2, 1) + 0.5) * torch.ones(2, width), torch.randn(2, 1)
+    penalty = float(rows.double().square().sum()) / 1.5e4
+    old = torch.randn(1, width).double()
+    old -= old.mean()
+    old = (old / old.norm() * 300 * float(target.norm()) / penalty**0.5).float()
+    step = cfl_ops.proximal_step(rows, target, old, lam=penalty / 2)
+    residual = target.double() - rows.double() @ step.weight.double().T
+    gradient = -residual @ step.weight.double()
+    assert float(step.loss) == pytest.approx(float(residual.square().mean()), rel=0.02)
+    assert (step.grad_features - gradient).norm() < 0.02 * gradient.norm()
