@@ -61,6 +61,9 @@ bool trusted(double spread, int64_t order) {
 // is good to this, which comes with its residual.
 constexpr double kTrustedHead = 5e-6, kTrustedResidual = 1e-4;
 
+// Sums of equal terms, of which an accumulator takes 64 and more, err by so many units.
+constexpr double kSums = 8;
+
 // The rounding errors of a residual R, relative to it, at which the loss is still right to 5 %. The
 // gradient weighs rows by S R, not by S^1/2 R: with unequal weights the errors are held against
 // |S R| / max(S)^1/2, which is never more than |S^1/2 R|.
@@ -1062,7 +1065,7 @@ int64_t dual_step(Problem<T>& pb, const Penalties& pen, const std::vector<double
   const double product =
       std::sqrt(reach) * (anchor_norm + change_norm) + std::sqrt(total * bias_norm);
   const double left = remainder ? std::sqrt(sum_of_squares(remainder, B, K, K)) : 0;
-  const double noise = kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
+  const double noise = kSums * kUnit<T> * (trace * alpha_norm + 2 * product + best) + left;
   const double worth = std::sqrt(pull / heaviest);
   if (shows(pb, noise, worth) || pb.rounds()) {
     T* weight = scratch.take<T>(K * D);

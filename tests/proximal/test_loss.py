@@ -282,3 +282,15 @@ def test_rows_of_tens_of_thousands_of_features(width: int, instruction_set) -> N
     gradient = -residual @ step.weight.double()
     assert float(step.loss) == pytest.approx(float(residual.square().mean()), rel=0.02)
     assert (step.grad_features - gradient).norm() < 0.02 * gradient.norm()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 65537), (1, 65536), (2, 40000)])
+def test_an_old_head_along_long_rows(rows: int, width: int, instruction_set) -> None:
+    """Each row is its own system, in which nothing cancels; the sums of its squares lose digits all the same."""
+    factors = torch.rand(rows, 1) + 0.5
+    features, target = factors * torch.ones(rows, width), 1e-4 * torch.randn(rows, 1)
+    penalty = float(features.double().square().sum()) / rows / 3e4
+    old = torch.full((1, width), 1 / float(features.norm()))
+    step = cfl_ops.proximal_step(features, target, old, lam=penalty / rows)
+    residual = target.double() - features.double() @ step.weight.double().T
+    assert float(step.loss) == pytest.approx(float(residual.square().mean()), rel=0.02)
