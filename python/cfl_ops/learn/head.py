@@ -198,7 +198,7 @@ class Head(StateModule):
             loss, grad = self._run(features, target, sample_weight, True, solve)
         if self._is_skipped(loss) or not features.requires_grad:
             return loss.requires_grad_()  # a leaf: its backward pass reaches nothing, a frozen backbone say
-        out: Tensor = _WithGradient.apply(features, loss, grad)  # type: ignore[no-untyped-call]
+        out: Tensor = _WithGradient.apply(features, (loss, grad))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -206,21 +206,24 @@ class _WithGradient(torch.autograd.Function):
     """A loss whose gradient for the features is known."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
+    def forward(ctx: Any, features: Tensor, known: tuple[Tensor, Tensor]) -> Tensor:
+        loss, ctx.gradient = known  # of which autograd need not know: nobody writes to it
         ctx.dtype = features.dtype
-        return loss.clone()
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        if not is_compiling() and torch.is_grad_enabled():
-            raise RuntimeError(
-                "cfl_ops.learn: the loss of a solved head has no second derivative (create_graph=True): a penalty on "
-                "the gradient would lose the head's part of it; use F.mse_loss(head(features), target) for that"
-            )
-        (grad,) = ctx.saved_tensors
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        gradient: Tensor = ctx.gradient
+        if not is_compiling():
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "cfl_ops.learn: the loss of a solved head has no second derivative (create_graph=True): a penalty "
+                    "on the gradient would lose the head's part of it; use F.mse_loss(head(features), target) for that"
+                )
+            if scale.is_cpu and scale.item() == 1 and gradient.dtype == ctx.dtype:
+                return gradient, None
         # In float32 until it is scaled: what float16 could not hold is what loss scaling is for.
-        return (grad * scale).to(ctx.dtype), None, None
+        return (gradient * scale).to(ctx.dtype), None
 
 
 def as_batch(
