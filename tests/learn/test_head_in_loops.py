@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+import warnings
 
 import pytest
 import torch
@@ -725,3 +726,89 @@ def test_a_forked_child_overlaps_too() -> None:
             pytest.fail("the child hangs")
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+def test_a_loop_that_trains_nothing_is_told() -> None:
+    backbone, head, *_ = twins()
+    x, y = data()
+    head.eval()
+    with pytest.warns(UserWarning, match="a loss in eval mode does not solve the head"):
+        head.loss(backbone(x), y)
+    backbone, head, *_ = twins()
+    with pytest.warns(UserWarning, match="trains nothing; use head.loss"):
+        F.cross_entropy(head(backbone(x)), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(backbone(x))  # told once
+        for kind in ("lecun", "solved"):
+            backbone, head, *_ = twins(init="lecun" if kind == "lecun" else "zeros")
+            if kind == "solved":
+                head.loss(backbone(x), y)
+            head(backbone(x))
+            head.eval().loss(backbone(x), y)
+
+
+@pytest.mark.parametrize("check", ["next", "skip"])
+def test_a_bad_batch_does_not_reach_the_backbone(check: str) -> None:
+    backbone, head, *_ = twins(check=check)
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=0.1)
+    x, y = data()
+    head.loss(backbone(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in backbone.parameters()]
+    bad = x.clone()
+    bad[0, 0] = torch.inf
+    head.loss(backbone(bad), y).backward()
+    optimizer.step()
+    for p, old in zip(backbone.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    if check == "next":
+        with pytest.raises(ValueError, match="features has NaN or Inf in row 0"):
+            head.check()
+
+
+def test_a_skipped_batch_under_a_scaler() -> None:
+    """GradScaler must see gradients, and leaves a step out itself where they are NaN."""
+    backbone, head, *_ = twins(check="skip")
+    optimizer, scaler = torch.optim.SGD(backbone.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    x, y = data()
+    before = [p.detach().clone() for p in backbone.parameters()]
+    x[0, 0] = torch.nan
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = head.loss(backbone(x), y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert int(head.skipped) == 1
+    assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_features_that_a_solve_takes_are_predicted_for(dtype: torch.dtype) -> None:
+    head = ClosedFormLinear(16, 3, feature_dim=1)
+    features, y = torch.randn(4, 16, 5).to(dtype), torch.randint(3, (4, 5))
+    head.update(features, y)
+    out = head(features)
+    assert out.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(out.float(), head(features.float()), rtol=1e-2, atol=1e-2)
+
+
+def test_two_scalings_of_lambda_are_refused() -> None:
+    for make in (lambda: RelativeLam(1.0), lambda: BatchSizeLam(RelativeLam(1.0), reference=8)):
+        with pytest.raises(ValueError, match="use one of them"):
+            ClosedFormLinear(4, 2, make(), relative=True)
+        head = ClosedFormLinear(4, 2, relative=True)
+        with pytest.raises(ValueError, match="use one of them"):
+            head.lam = make()
+
+
+def test_targets_of_other_integers_are_named() -> None:
+    for shape in ((4,), (4, 5)):
+        with pytest.raises(
+            TypeError, match="must be floating point, or int64 class indices, but got torch.uint8"
+        ):
+            ClosedFormLinear(16, 3).update(torch.randn(*shape, 16), torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(IndexError) as caught:
+        ClosedFormLinear(16, 1).update(torch.randn(4, 16), torch.full((4,), 52))
+    assert "those of a regression must be floating point" in caught.value.__notes__[0]

@@ -290,3 +290,12 @@ def test_errors_of_calibration_error() -> None:
         expected_calibration_error(torch.ones(2, 2), labels, 0)
     with pytest.raises(ValueError, match="at least 1 row"):
         expected_calibration_error(torch.ones(0, 2), labels[:0])
+
+
+def test_probabilities_of_maps() -> None:
+    scores = torch.rand(2, 3, 4, 5)
+    got = class_probabilities(scores, dim=1)
+    torch.testing.assert_close(got.sum(1), torch.ones(2, 4, 5))
+    torch.testing.assert_close(got, class_probabilities(scores.movedim(1, -1)).movedim(-1, 1))
+    with pytest.raises(ValueError, match="dim must be an integer from -4 to 3, but got 4"):
+        class_probabilities(scores, dim=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -24,15 +25,17 @@ from cfl_ops.ops.proximal.step import proximal_step, proximal_step_, proximal_st
 from .accumulate import accumulate, solve
 from .distributed import Traffic, group_of
 from .global_head import solve_together
-from .head import CHECKS, METHODS, Batch, Head, check_classes, not_finite, squared_loss
+from .head import ABOUT_CLASSES, CHECKS, METHODS, Batch, Head, check_classes, not_finite, squared_loss
 from .head_moments import (
     Penalties,
     as_unit,
     mean_square,
+    rows_count,
+    rows_mean_square,
     solve_moments,
 )
 from .refit import refit
-from .schedules import LamSchedule
+from .schedules import LamSchedule, RelativeLam
 
 __all__ = ["ClosedFormLinear"]
 
@@ -41,7 +44,7 @@ STEP_BEFORE = "It was the step before this one that failed; it left the head as 
 WORDS = {
     "method": METHODS, "reduction": tuple(REDUCTIONS), "fit_bias": tuple(BIAS_FITS), "check_when": CHECKS,
 }  # fmt: skip
-TOGETHER = {*WORDS, "kappa", "target_scale", "lam_diag"}
+TOGETHER = {*WORDS, "kappa", "target_scale", "lam_diag", "relative"}
 NO_TRAFFIC = Traffic("none", 0, 0, 0)
 
 
@@ -104,13 +107,15 @@ class ClosedFormLinear(Head):
         ignore_index: rows of this class take no part.
         init: ``"zeros"`` (the paper's choice with SGD), ``"lecun"`` (with Adam), ``"xavier"`` or ``"he"``: a
             normal distribution; the bias starts at zero.
-        check: when bad data raise. ``"now"``: in the step that meets them, which synchronises a GPU in each
-            step. ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does
-            with a gradient head; the step that failed left the head as it was and gave the backbone a gradient
-            of zero. ``"skip"``: never for what the values are; such a step leaves the head as it was, is counted in
+        check: when bad data raise. ``"now"``: in the step that meets them, which synchronises a GPU in each step.
+            ``"next"``: in the next step, or in :meth:`check`, so that the host runs ahead as it does with a
+            gradient head; the step that failed left the head as it was, and on a CPU its backward pass does not
+            reach the backbone (on a GPU it has a gradient of zero, which is NaN behind NaN activations).
+            ``"skip"``: never for what the values are; such a step leaves the head as it was, is counted in
             :attr:`skipped`, has a loss of NaN, and its backward pass does not reach the backbone. (It must where
-            several processes wait for each other's gradients, or in a compiled graph: there look at the loss, and
-            leave out ``optimizer.step()``.)
+            several processes wait for each other's gradients, in a compiled graph, and for float16 features, whose
+            GradScaler leaves such a step out itself: in the first two look at the loss, and leave out
+            ``optimizer.step()``. The running statistics of a BatchNorm have seen the batch all the same.)
         process_group: ``"auto"``, None (each process solves for itself), or a group.
         device, dtype: of the parameters.
 
@@ -204,6 +209,7 @@ class ClosedFormLinear(Head):
         self._pending: list[Batch] = []
         self._moments: GramMoments | None = None
         self._agreed = False
+        self._solved = False
         self._complete = True
         self._check_options()
         self.reset_parameters()
@@ -242,6 +248,8 @@ class ClosedFormLinear(Head):
             elif value.requires_grad:
                 raise TypeError(f"cfl_ops.{NAME}: lam must not require grad: a step has no derivative in it")
         self._lam, self._lam_kind = value, kind
+        if kind == "schedule" and self.__dict__.get("_complete", False):
+            self._check_options()
 
     def _check_options(self) -> None:
         def refuse(what: str) -> NoReturn:
@@ -254,6 +262,11 @@ class ClosedFormLinear(Head):
                 refuse("kappa and target_scale take no lam_diag")
             if self.bias is not None and self.fit_bias == "free":
                 refuse("kappa and target_scale take no free bias")
+        part: Any = self._lam
+        while self.relative and isinstance(part, LamSchedule):
+            if isinstance(part, RelativeLam):
+                refuse("relative=True and a RelativeLam would both scale lam: use one of them")
+            part = getattr(part, "lam", None)
         if self.check_when == "skip" and "skipped" not in self._buffers:
             count = torch.zeros((), dtype=torch.int64, device=self.weight.device)
             self.register_buffer("skipped", count, persistent=False)
@@ -275,17 +288,33 @@ class ClosedFormLinear(Head):
                 self.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
-        """The prediction ``features W^T + b`` of the present head; of maps a map."""
+        """The prediction ``features W^T + b`` of the present head; of maps a map. A loss of it trains no head."""
+        if not self._solved and self.training and not is_compiling() and features.requires_grad:
+            self._warn_if_idle()
+        weight, bias = self.weight, self.bias
+        if features.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            # A solve takes them as they are: so does the prediction, in the wider dtype of both.
+            dtype = torch.promote_types(features.dtype, weight.dtype)
+            features, weight = features.to(dtype), weight.to(dtype)  # type: ignore[assignment]
+            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
         if self.feature_dim in (-1, features.ndim - 1):
-            return F.linear(features, self.weight, self.bias)
-        moved = F.linear(features.movedim(self.feature_dim, -1), self.weight, self.bias)
-        return moved.movedim(-1, self.feature_dim)
+            return F.linear(features, weight, bias)
+        return F.linear(features.movedim(self.feature_dim, -1), weight, bias).movedim(-1, self.feature_dim)
+
+    def _warn_if_idle(self) -> None:
+        if torch.is_grad_enabled() and self._is_idle():
+            warnings.warn(
+                f"cfl_ops.{NAME}: the head is zero until it is solved, and no gradient reaches the features through "
+                "it: a loss such as cross_entropy(head(features), y) trains nothing; use head.loss(features, y)",
+                stacklevel=4,
+            )
 
     # Solving
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self.check()
         self._own_weight()
+        self._solved = True
         group = None if self.process_group is None else group_of(self.process_group)
         if group is None:
             return self._solve_here(batch, *self._penalties(batch))
@@ -317,10 +346,10 @@ class ClosedFormLinear(Head):
         ridge, diagonal = self.ridge, self.lam_diag
 
         def square() -> Tensor:
-            return mean_square(moments, self.in_features) if moments is not None else _mean_square(batch)
+            return mean_square(moments, self.in_features) if moments is not None else rows_mean_square(batch)
 
         if self._lam_kind == "schedule":
-            lam = lam.value(moments.count if moments is not None else _count(batch), square)
+            lam = lam.value(moments.count if moments is not None else rows_count(batch), square)
         if self.relative or self.method != "proximal":  # they are more than passed on, and may have been set
             lam, ridge = checks.penalty(NAME, "lam", lam), checks.penalty(NAME, "ridge", ridge)
         if self.relative:
@@ -331,10 +360,24 @@ class ClosedFormLinear(Head):
             lam, ridge = 0.0, lam + ridge
         return lam, ridge, diagonal
 
-    def _is_skipped(self, loss: Tensor) -> bool:
-        if self.check_when != "skip" or is_compiling() or not bool(loss.isnan()):
+    def _is_skipped(self, loss: Tensor, features: Tensor) -> bool:
+        when = self.check_when
+        # What fails later is not waited for on a GPU. GradScaler leaves a step out that has NaN, and needs to see it.
+        if (
+            when == "now"
+            or is_compiling()
+            or (when == "next" and loss.is_cuda)
+            or features.dtype == torch.float16
+        ):
             return False
-        return group_of(self.process_group) is None  # else DistributedDataParallel waits for a backward pass
+        # Else DistributedDataParallel waits for a backward pass.
+        return bool(loss.isnan()) and group_of(self.process_group) is None
+
+    def _is_idle(self) -> bool:
+        if self._solved or bool(self.weight.any()):
+            return False
+        self._solved = True  # told once
+        return True
 
     def _own_weight(self) -> Tensor:
         weight: Tensor | None = self._parameters.get("weight")
@@ -374,7 +417,7 @@ class ClosedFormLinear(Head):
                 return proximal_step_(*arguments, **options)
             except IndexError as error:
                 if not is_compiling():
-                    error.add_note("ignore_index= of the head leaves rows of one such class out.")
+                    error.add_note(ABOUT_CLASSES)
                 raise
         (loss, grad_features), info = proximal_step_ex_(*arguments, **options)
         if when == "skip":
@@ -555,25 +598,3 @@ class ClosedFormLinear(Head):
         bias = f"bias={self.bias is not None}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return ", ".join([sizes, f"lam={self.lam}", bias, *others])
-
-
-def _mean_square(batch: Batch | None) -> Tensor:
-    """trace(Phi^T Phi) / (B D) of the rows, weighted as they are; NaN without rows."""
-    assert batch is not None
-    squares = batch.features.double().square().mean(-1)
-    if batch.sample_weight is None:
-        square = squares.mean()
-    else:
-        weight = batch.sample_weight.double()
-        square = (squares * weight).sum() / weight.sum()
-    return square
-
-
-def _count(batch: Batch | None) -> Any:
-    """How many rows: the sum of their weights, as in moments."""
-    assert batch is not None
-    return (
-        batch.features.shape[0]
-        if batch.sample_weight is None
-        else batch.sample_weight.sum(dtype=torch.float64)
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ __all__ = ["Batch", "Head", "as_batch", "squared_loss"]
 
 METHODS = ("proximal", "ridge", "ema_ridge")
 CHECKS = ("now", "next", "skip")
+ABOUT_CLASSES = (
+    "int64 targets are classes: those of a regression must be floating point; ignore_index= of a ClosedFormLinear "
+    "leaves rows of one class out."
+)
 
 
 class Batch(NamedTuple):
@@ -66,8 +71,12 @@ class Head(StateModule):
         """The loss at the present head and its gradient for the rows."""
         raise NotImplementedError
 
-    def _is_skipped(self, loss: Tensor) -> bool:
+    def _is_skipped(self, loss: Tensor, features: Tensor) -> bool:
         """Whether this loss is that of a bad batch, whose zero gradient would become NaN among NaN activations."""
+        return False
+
+    def _is_idle(self) -> bool:
+        """Whether it is zero, and has not been solved yet."""
         return False
 
     def _rows(self, features: Any, target: Any, sample_weight: Any, together: bool) -> Batch:
@@ -82,10 +91,6 @@ class Head(StateModule):
             self.out_features == 1,
         )
         rows, shape = batch.features.shape[0], batch.target.shape
-        if not batch.classes and batch.target.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"cfl_ops.{self.name}: target must be floating point, or int64 class indices, but got {target.dtype}"
-            )
         if shape != ((rows,) if batch.classes else (rows, self.out_features)):
             raise _misfit(self.name, features, target, self.out_features)
         if batch.sample_weight is not None:
@@ -162,7 +167,7 @@ class Head(StateModule):
         scaling, need :meth:`loss`.
         """
         loss, grad_features = self.update(features, target, sample_weight=sample_weight)
-        if features.requires_grad and not self._is_skipped(loss):
+        if features.requires_grad and not self._is_skipped(loss, features):
             backward(features, grad_features)
         return loss
 
@@ -196,7 +201,13 @@ class Head(StateModule):
             return self._run(features, target, sample_weight, True, solve)[0]
         with torch.no_grad():
             loss, grad = self._run(features, target, sample_weight, True, solve)
-        if self._is_skipped(loss) or not features.requires_grad:
+        if not solve and not self.training and not is_compiling() and self._is_idle():
+            warnings.warn(
+                f"cfl_ops.{self.name}: a loss in eval mode does not solve the head, which is still zero: nothing is "
+                "trained. Call head.train() (a backbone may stay in eval mode)",
+                stacklevel=2,
+            )
+        if self._is_skipped(loss, features) or not features.requires_grad:
             return loss.requires_grad_()  # a leaf: its backward pass reaches nothing, a frozen backbone say
         out: Tensor = _WithGradient.apply(features, (loss, grad))  # type: ignore[no-untyped-call]
         return out
@@ -240,6 +251,10 @@ def as_batch(
     one_target: a floating-point target may lack the last dimension.
     """
     checks.floating(name, "features", features, 1)
+    if isinstance(target, Tensor) and target.dtype is not torch.int64 and target.dtype not in checks.FLOATS:
+        raise TypeError(
+            f"cfl_ops.{name}: target must be floating point, or int64 class indices, but got {target.dtype}"
+        )
     core = 0 if isinstance(target, Tensor) and target.dtype is torch.int64 else 1
     if one_target and core and isinstance(target, Tensor) and target.ndim == features.ndim - 1 == 1:
         target = target.unsqueeze(-1)
@@ -275,10 +290,12 @@ def check_classes(name: str, target: Tensor, outputs: int) -> None:
     bad = (target < 0) | (target >= outputs)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise IndexError(
+        error = IndexError(
             f"cfl_ops.{name}: target must hold class indices from 0 to {outputs - 1}, but got {int(target[row])} in "
             f"row {row}"
         )
+        error.add_note(ABOUT_CLASSES)
+        raise error
 
 
 def refuse_bad(name: str, batch: Batch, outputs: int) -> None:

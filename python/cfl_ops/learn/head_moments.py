@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,28 @@ def moments_loss(moments: GramMoments, weight: Tensor, bias: Tensor | None, redu
 def mean_square(moments: GramMoments, width: int) -> Tensor:
     """trace(Phi^T Phi) / (B D) of the features; NaN without data."""
     return moments.gram.diagonal()[:width].sum() / (moments.count * width)
+
+
+def rows_count(batch: Batch | None) -> Any:
+    """How many rows: the sum of their weights, as in moments."""
+    assert batch is not None
+    return (
+        batch.features.shape[0]
+        if batch.sample_weight is None
+        else batch.sample_weight.sum(dtype=torch.float64)
+    )
+
+
+def rows_mean_square(batch: Batch | None) -> Tensor:
+    """trace(Phi^T Phi) / (B D) of the rows, weighted as they are; NaN without rows."""
+    assert batch is not None
+    squares = batch.features.double().square().mean(-1)
+    if batch.sample_weight is None:
+        square = squares.mean()
+    else:
+        weight = batch.sample_weight.double()
+        square = (squares * weight).sum() / weight.sum()
+    return square
 
 
 def as_unit(square: Tensor) -> Tensor:

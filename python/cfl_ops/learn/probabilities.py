@@ -21,7 +21,7 @@ NAME = "learn.Calibration"
 MOST_STEPS = 100
 
 
-def class_probabilities(scores: Tensor, method: str = "clip") -> Tensor:
+def class_probabilities(scores: Tensor, method: str = "clip", *, dim: int = -1) -> Tensor:
     r"""Probabilities of the scores of a head that was fitted to one-hot targets.
 
     .. math:: p_k = g_k / \sum_j g_j, \quad g = \max(f, 0) \text{ or } g = |f|
@@ -33,6 +33,7 @@ def class_probabilities(scores: Tensor, method: str = "clip") -> Tensor:
         scores: ``(..., K)``.
         method: ``"clip"``: a negative score is no sign of the class; ``"abs"``: only its size counts, so that the
             likeliest class may be another than the largest score's.
+        dim: that of the classes; 1 for maps ``(B, K, H, W)``.
 
     Returns:
         ``(..., K)``, of the dtype of ``scores``; half precision is computed in float32. Rows sum to 1 up to rounding;
@@ -53,6 +54,9 @@ def class_probabilities(scores: Tensor, method: str = "clip") -> Tensor:
     op = "learn.class_probabilities"
     checks.floating(op, "scores", scores, 1)
     checks.choice(op, "method", method, METHODS)
+    dim = checks.integer(op, "dim", dim, -scores.ndim, scores.ndim - 1)
+    if dim not in (-1, scores.ndim - 1):
+        return class_probabilities(scores.movedim(dim, -1), method).movedim(-1, dim)
     if scores.shape[-1] == 0:
         return scores.clone()
     wide = _wide(scores)

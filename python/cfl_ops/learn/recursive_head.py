@@ -64,8 +64,9 @@ class RecursiveHead(Head):
         dtype: of the state, float64 or float32, whatever that of the features.
         device: where it lives.
 
-    The state is in the state_dict (``filter.*``), and keeps its dtypes under ``half()`` and ``parent.to(dtype)``. There
-    are no parameters: an optimiser has nothing to pass over. A batch that is refused, for NaN say, leaves it as it was.
+    The state is in the state_dict (``filter.*``), the options (``noise``, which scales variances, say) are not. It
+    keeps its dtypes under ``half()`` and ``parent.to(dtype)``. There are no parameters: an optimiser has nothing to
+    pass over. A batch that is refused, for NaN say, leaves it as it was.
 
     Not under ``fullgraph=True`` nor ``torch.export`` with a window: which rows leave depends on how many came.
 
