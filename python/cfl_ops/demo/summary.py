@@ -194,7 +194,13 @@ def _difference(data: Dataset, cell: Cell | None, other: Cell | None) -> Interva
 
 def sentences(summary: Summary, data: Dataset) -> list[str]:
     """What the numbers show, in words that follow from them."""
-    said = [_comparison_sentence(summary, batch_size, data) for batch_size in summary.batch_sizes]
+    said = []
+    if summary.cells and data.tuned_as != data.name:
+        said.append(
+            f"Learning rates and penalties were not tuned for this data but for {data.tuned_as}: before you "
+            "compare heads, try others (--lr, --lam, factors of ten)."
+        )
+    said += [_comparison_sentence(summary, batch_size, data) for batch_size in summary.batch_sizes]
     said += [_refit_sentence(summary, head, data) for head in summary.heads if HEADS[head].closed_form]
     said += [_speed_sentence(summary, head) for head in summary.heads if HEADS[head].closed_form]
     for (head, batch_size), cell in summary.cells.items():
