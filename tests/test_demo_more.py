@@ -262,6 +262,7 @@ def test_shares_are_the_batch():
     torch.testing.assert_close(torch.cat(shares), batch[0], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_interrupt_of_several_processes_writes_what_is_done(tmp_path):
     command = [sys.executable, "-m", "cfl_ops", "demo", "--distributed", "2", "--steps", "100000"]
     command += ["--head", "proximal", "--batch-sizes", "8", "--seeds", "1", "--out", str(tmp_path)]

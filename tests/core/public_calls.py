@@ -286,7 +286,7 @@ CALLS: dict[str, list[Call]] = {
         Call(learn.feature_alignment, features=X, target=Y, center=True),
         Call(learn.feature_alignment, features=X, target=LABELS),
     ],
-    "learn.class_probabilities": [Call(learn.class_probabilities, scores=Y)],
+    "learn.class_probabilities": [Call(learn.class_probabilities, scores=Y, dim=0)],
     "learn.expected_calibration_error": [
         Call(learn.expected_calibration_error, probabilities=Y.softmax(1), labels=1 - LABELS, bins=8)
     ],

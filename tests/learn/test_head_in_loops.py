@@ -196,6 +196,7 @@ def test_schedules_compile_once(make) -> None:
     same(backbone, other)
 
 
+@pytest.mark.slow
 def test_a_whole_compiled_step_with_the_inductor() -> None:
     """Forward, solve, backward and update in one graph, where Dynamo traces backward passes."""
     torch._dynamo.reset()
