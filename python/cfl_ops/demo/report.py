@@ -238,6 +238,14 @@ def _curve(axes: Axes, cell: Cell, data: Dataset, against: str) -> list[float]:
     return low + high
 
 
+def _by_batch_size(axes: Axes, summary: Summary) -> None:
+    """A place on the horizontal axis for each batch size."""
+    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
+    axes.set_xlabel("batch size")
+    axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
+    axes.grid(axis="x", visible=False)
+
+
 def _metric_picture(summary: Summary, data: Dataset) -> str:
     axes = _axes(_wide(summary), 3.6)
     place_width = min(0.17, 0.85 / len(summary.heads))
@@ -270,10 +278,7 @@ def _metric_picture(summary: Summary, data: Dataset) -> str:
                 shown.append(mean)
                 lows += [mean + half, max(mean - half, mean / 3)]
     _scale(axes, shown + lows)
-    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
-    axes.set_xlabel("batch size")
-    axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
-    axes.grid(axis="x", visible=False)
+    _by_batch_size(axes, summary)
     axes.set_ylabel(data.metric)
     return _svg(axes)
 
@@ -315,10 +320,7 @@ def _speed_picture(summary: Summary) -> str:
                     size=8,
                     rotation=90 if many else 0,
                 )
-    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
-    axes.set_xlabel("batch size")
-    axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
-    axes.grid(axis="x", visible=False)
+    _by_batch_size(axes, summary)
     axes.set_ylabel("steps per second")
     axes.margins(y=0.12)
     return _svg(axes)
@@ -345,10 +347,7 @@ def _split_picture(splits: Sequence[Split], summary: Summary) -> str:
         Patch(facecolor="#c3cad3", label="backbone"),
     ]
     axes.legend(handles=handles, frameon=False, fontsize=9, loc="upper left")
-    axes.set_xticks(range(len(summary.batch_sizes)), [str(size) for size in summary.batch_sizes])
-    axes.set_xlabel("batch size")
-    axes.set_xlim(-0.55, len(summary.batch_sizes) - 0.45)
-    axes.grid(axis="x", visible=False)
+    _by_batch_size(axes, summary)
     axes.set_ylabel("milliseconds of a step")
     axes.margins(y=0.3)
     return _svg(axes)

@@ -203,9 +203,6 @@ class ClosedFormLinear(Head):
         self.register_buffer("lam_diag", lam_diag)
         self.traffic: Traffic = NO_TRAFFIC
         self._outcome: DeferredCheck | None = None
-        self._kind: tuple[torch.dtype, torch.dtype, bool] | None = (
-            None  # of the last batch that was accumulated
-        )
         self._pending: list[Batch] = []
         self._moments: GramMoments | None = None
         self._agreed = False
@@ -326,9 +323,8 @@ class ClosedFormLinear(Head):
         group = group_of(self.process_group)
         try:
             batch = super()._rows(features, target, sample_weight, together)
-            if (
-                group is not None
-            ):  # what an op would refuse here alone must be known before ranks exchange rows
+            if group is not None:
+                # What an op would refuse here alone must be known before ranks exchange rows.
                 self._check_classes(batch)
         except Exception as error:
             if group is not None:

@@ -65,6 +65,11 @@ class Ranks(NamedTuple):
         first = sum(self.rows[: self.rank])
         return slice(first, first + self.rows[self.rank])
 
+    def explain_rows(self, error: Exception) -> None:
+        """Add to an error which names a row of the global batch whose that is."""
+        first = [sum(self.rows[:rank]) for rank in range(self.size)]
+        error.add_note(f"Rows are those of the global batch: those of the ranks begin at {first}.")
+
 
 def group_of(choice: Any) -> Any:
     """The process group of a choice: ``"auto"`` is the default group where there is one of several ranks, else None."""

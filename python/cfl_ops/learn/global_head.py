@@ -124,8 +124,7 @@ def solve_together(
     try:
         loss, grad = head._solve_here(whole, *head._penalties(whole))
     except (ValueError, IndexError) as failure:
-        first = [sum(ranks.rows[:rank]) for rank in range(ranks.size)]
-        failure.add_note(f"Rows are those of the global batch: those of the ranks begin at {first}.")
+        ranks.explain_rows(failure)
         raise
     return loss, grad[ranks.mine] * ranks.size
 

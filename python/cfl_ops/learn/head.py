@@ -393,11 +393,7 @@ def not_finite(batch: Batch) -> str:
     """What of a batch whose loss is not finite has NaN or Inf, and in which row."""
     for name, value in batch._asdict().items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            bad = (
-                ~(value if value.ndim == 1 else value.abs().amax(-1)).isfinite()
-                if value.numel()
-                else value.new_zeros(0)
-            )
-            if bool(bad.any()):
-                return f"{name} has NaN or Inf in row {int(bad.nonzero()[0])}"
+            bad = (~value.isfinite()).nonzero()
+            if len(bad):
+                return f"{name} has NaN or Inf in row {int(bad[0, 0])}"
     return "the head has NaN or Inf, or the squares of the errors overflow"

@@ -187,8 +187,7 @@ class RecursiveHead(Head):
                 distributed.gather_rows(ranks, of_their_kind(ranks, batch, self.out_features))
             )
         except ValueError as error:
-            first = [sum(ranks.rows[:rank]) for rank in range(ranks.size)]
-            error.add_note(f"Rows are those of the global batch: those of the ranks begin at {first}.")
+            ranks.explain_rows(error)
             raise
         return loss, grad[ranks.mine] * ranks.size
 

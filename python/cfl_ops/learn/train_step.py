@@ -43,8 +43,7 @@ def train_step(
             then solve the head on the features of the new backbone, which costs a second forward (without a
             graph). ``"backbone-first-cached"`` solves it on the features of the old one instead, so that it lags behind
             by a step: with small lam and a large rate of the backbone it can diverge where the others do not. With a
-            head
-            of zeros Algorithm 2's first backbone gradient is zero: it needs ``init="lecun"`` or a head step.
+            head of zeros Algorithm 2's first backbone gradient is zero: it needs ``init="lecun"`` or a head step.
         sample_weight: weights of the rows.
         overlap: with ``"backbone-first-cached"``, whether the solve runs beside the backbone's backward pass, in a
             second thread, or on a second stream of a GPU. ``"auto"``: on a GPU, or where torch leaves a core free
