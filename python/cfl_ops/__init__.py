@@ -26,7 +26,7 @@ from cfl_ops.ops.cholesky.update import (
     cholesky_update_ex_,
 )
 from cfl_ops.ops.codec.blob import compress, decompress
-from cfl_ops.ops.codec.files import compress_state_dict, decompress_state_dict, load_file, save_file
+from cfl_ops.ops.codec.files import load_file, save_file
 from cfl_ops.ops.codec.huffman import huffman_decode, huffman_encode
 from cfl_ops.ops.codec.quantize import (
     QuantizedTensor,
@@ -36,6 +36,7 @@ from cfl_ops.ops.codec.quantize import (
     quantize,
     quantize_ex,
 )
+from cfl_ops.ops.codec.state_dict import compress_state_dict, decompress_state_dict
 from cfl_ops.ops.gram import exact_gram as _exact_gram  # noqa: F401  (an op that no public function calls)
 from cfl_ops.ops.gram.accumulate import GramAccumulator
 from cfl_ops.ops.gram.gram import gram, gram_

@@ -1,4 +1,4 @@
-"""files: a state dict as blobs, and as one file of them. docs/format.md describes the bytes."""
+"""files: a state dict as one file of blobs. docs/format.md describes the bytes."""
 
 from __future__ import annotations
 
@@ -13,86 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops._core import checks
-from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec.blob import compress_named, decompress, store_raw
 from cfl_ops.ops.codec.huffman import corrupt
-from cfl_ops.ops.codec.plan import Options
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
+from cfl_ops.ops.codec.state_dict import MIN_NUMEL, decompress_state_dict, named_blobs
 
-__all__ = ["compress_state_dict", "decompress_state_dict", "load_file", "save_file"]
+__all__ = ["load_file", "save_file"]
 
 _FILE_MAGIC, _FILE_VERSION = b"CFLZ", 1
 _FILE = struct.Struct("<4sIQII")  # then a checksum: 28 bytes
-MIN_NUMEL = 256
-
-
-def compress_state_dict(
-    state_dict: Mapping[str, Tensor], *, min_numel: int = MIN_NUMEL, **options: Any
-) -> dict[str, Tensor]:
-    """Compress each floating-point tensor of at least ``min_numel`` elements; keep all others bit for bit.
-
-    Args:
-        state_dict: names to tensors.
-        min_numel: smaller tensors (biases, norms) are kept as they are: their headers would outweigh the gain.
-        options: those of :func:`compress`.
-
-    Returns:
-        names to blobs, for :func:`decompress_state_dict` or :func:`save_file`.
-
-    Warns:
-        UserWarning: as :func:`compress`, with the name of the tensor.
-
-    Not under ``fullgraph=True`` nor ``torch.export``: it compresses.
-
-    Example:
-        >>> import torch, cfl_ops
-        >>> model = torch.nn.Linear(100, 100)
-        >>> blobs = cfl_ops.compress_state_dict(model.state_dict(), bits=8)
-        >>> _ = model.load_state_dict(cfl_ops.decompress_state_dict(blobs))
-
-    """
-    return _blobs(state_dict, min_numel, options)
-
-
-def _blobs(state_dict: Mapping[str, Tensor], min_numel: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    """What compress_state_dict returns; warnings point at its caller's caller."""
-    op, out = "compress_state_dict", {}
-    if unknown := options.keys() - set(Options._fields):
-        raise TypeError(f"cfl_ops.{op}: unknown options {', '.join(sorted(unknown))}")
-    asked = Options(**options)
-    min_numel = checks.integer(op, "min_numel", min_numel, 0)
-    for name, value in state_dict.items():
-        where = f"state_dict[{name!r}]"
-        checks.tensor(op, where, value, 0)
-        try:
-            compressible = value.dtype in checks.FLOATS and value.numel() >= min_numel
-            out[name] = (
-                compress_named(op, where, value, asked, 4) if compressible else store_raw(op, where, value)
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in {where})") from None
-    return out
-
-
-def decompress_state_dict(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict that :func:`compress_state_dict` took; raises CorruptDataError as :func:`decompress`.
-
-    Not under ``fullgraph=True`` nor ``torch.export``: it decompresses.
-
-    Example:
-        >>> import torch, cfl_ops
-        >>> blobs = cfl_ops.compress_state_dict({"w": torch.zeros(3)})
-        >>> cfl_ops.decompress_state_dict(blobs)
-        {'w': tensor([0., 0., 0.])}
-    """
-    out = {}
-    for name, blob in blobs.items():
-        try:
-            out[name] = decompress(blob)
-        except CorruptDataError as error:
-            raise CorruptDataError(f"{error} (in {name!r})") from None
-    return out
 
 
 def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **options: Any) -> int:
@@ -116,7 +44,9 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **
 
     """
     min_numel = options.pop("min_numel", MIN_NUMEL)
-    blobs = {name: as_bytes(blob) for name, blob in _blobs(state_dict, min_numel, options).items()}
+    blobs = {
+        name: as_bytes(blob) for name, blob in dict(named_blobs(state_dict, min_numel, options, 4)).items()
+    }
     index = b""
     for name, blob in blobs.items():
         encoded = name.encode()
