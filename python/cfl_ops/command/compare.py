@@ -1,0 +1,61 @@
+"""Two tensors piece by piece: whether their bits are the same, and by how much they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Difference", "difference", "same_bits"]
+
+PIECE = 1 << 20
+Read = Callable[[int, int], Tensor]
+"""Elements from one place to another of a flattened tensor."""
+
+
+class Difference(NamedTuple):
+    """Of what came back and what it was."""
+
+    largest: float
+    rms: float
+    rms_over_std: float
+
+
+def same_bits(mine: Read, other: Read, numel: int) -> bool:
+    """Whether two tensors of one dtype and shape are equal bit for bit."""
+    for start in range(0, numel, PIECE):
+        stop = min(start + PIECE, numel)
+        if not torch.equal(_bits(mine(start, stop)), _bits(other(start, stop))):
+            return False
+    return True
+
+
+def difference(mine: Read, other: Read, numel: int) -> Difference:
+    """Errors in float64. Where both have the same bits there is none; where one alone is finite it is infinite."""
+    largest = squares = total = total_squares = 0.0
+    finite = 0
+    for start in range(0, numel, PIECE):
+        stop = min(start + PIECE, numel)
+        a, b = mine(start, stop).reshape(-1), other(start, stop).reshape(-1)
+        same = (_bits(a).view(len(a), -1) == _bits(b).view(len(b), -1)).all(1)
+        wide = torch.complex128 if b.is_complex() else torch.float64
+        values = b.to(wide)
+        errors = (a.to(wide) - values).abs()
+        errors = torch.where(same, 0.0, errors).nan_to_num(math.inf, math.inf)
+        largest = max(largest, float(errors.max()))
+        squares += float(errors.square().sum())
+        values = values[values.isfinite()]
+        finite += len(values)
+        total += float(values.real.sum())
+        total_squares += float(values.abs().square().sum())
+    rms = math.sqrt(squares / numel) if numel else 0.0
+    mean = total / max(1, finite)
+    deviation = math.sqrt(max(0.0, total_squares / max(1, finite) - mean * mean))
+    return Difference(largest, rms, rms / deviation if deviation else (0.0 if rms == 0 else math.inf))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

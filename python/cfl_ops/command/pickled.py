@@ -1,0 +1,131 @@
+"""torch's own files (.pt, .pth, .bin): a state dict read as it lies on the disk, and written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from cfl_ops.errors import CorruptDataError
+
+from .failures import UsageError
+
+__all__ = ["read_state_dict", "tied", "write_state_dict"]
+
+_NESTED = ("state_dict", "model", "model_state_dict")
+_PAGE = 4096
+
+
+def read_state_dict(path: Path, shown: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict that a file holds, mapped into memory, and the names of what else it holds.
+
+    Raises:
+        CorruptDataError: torch cannot read the file.
+        UsageError: it can, and there is no state dict in it.
+    """
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "nsupported" in str(error):
+            raise UsageError(
+                f"{shown} holds Python objects besides tensors, which are not loaded (torch.load, weights_only=True)"
+            ) from error
+        raise CorruptDataError(f"{shown}: torch cannot read it") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CorruptDataError(f"{shown}: torch cannot read it ({str(error).splitlines()[0][:200]})") from error
+    return _find(content, shown)
+
+
+def _find(content: object, shown: str) -> tuple[dict[str, Tensor], list[str]]:
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{shown} holds a {type(content).__name__}, not a state dict")
+    rest: list[str] = []
+    for key in _NESTED:
+        inner = content.get(key)
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            rest = [str(name) for name in content if name != key]
+            content = inner
+            break
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            rest.append(str(name))
+        elif not isinstance(name, str):
+            raise UsageError(f"{shown} names a tensor {name!r}; names must be str")
+        elif value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UsageError(f"{shown}: {name!r} is sparse, quantised by torch or without data")
+        else:
+            tensors[name] = value.detach()
+    if not tensors and rest:
+        raise UsageError(f"{shown} holds no tensors")
+    return tensors, rest
+
+
+def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that are another's memory, each with the first name of it."""
+    first: dict[tuple[object, ...], str] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if (owner := first.setdefault(view, name)) != name:
+                out[name] = owner
+    return out
+
+
+def write_state_dict(
+    file: BinaryIO,
+    folder: Path,
+    facts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    aliases: Mapping[str, str],
+    names: Iterable[str],
+    fill: Callable[[str, Tensor], None],
+) -> None:
+    """Write a state dict with torch.save, without holding it in memory.
+
+    torch.save takes a whole state dict, so the tensors are made in a temporary file that is mapped into memory: the
+    system may write its pages out and drop them.
+
+    Args:
+        file: to write to.
+        folder: of the temporary file.
+        facts: name, dtype and shape of each tensor that is no other's.
+        aliases: further names, each with the name of its tensor.
+        names: all of them, in their order.
+        fill: writes the tensor of that name into the one that is given.
+    """
+    facts = list(facts)
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in facts]
+    total = sum(-(-size // _PAGE) * _PAGE for size in sizes)
+    made: dict[str, Tensor] = {}
+    with tempfile.TemporaryFile(dir=folder, prefix=".cfl-ops-") as temporary:
+        if hasattr(os, "posix_fallocate") and total:
+            os.posix_fallocate(temporary.fileno(), 0, total)  # a full disk is an error here, not a SIGBUS below
+        else:
+            temporary.truncate(total)
+        mapped = mmap.mmap(temporary.fileno(), total) if total else None
+        at = 0
+        for (name, dtype, shape), size in zip(facts, sizes, strict=True):
+            if size and mapped is not None:
+                made[name] = torch.frombuffer(
+                    mapped, dtype=torch.uint8, count=size, offset=at
+                ).view(dtype).view(shape)  # fmt: skip
+            else:
+                made[name] = torch.empty(shape, dtype=dtype)
+            at += -(-size // _PAGE) * _PAGE
+            fill(name, made[name])
+        torch.save({name: made[aliases.get(name, name)] for name in names}, file)
+        made.clear()
+        del mapped  # unmapped with the last tensor that is a view of it

@@ -1,0 +1,213 @@
+"""What a command reads: tensors by name, one at a time, of whatever kind of file they are in."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfl_ops.errors import CorruptDataError
+from cfl_ops.ops.codec import blob as blobs
+from cfl_ops.ops.codec import delta as deltas
+from cfl_ops.ops.codec import files
+from cfl_ops.ops.codec.tied import Distinct
+
+from . import pickled
+from .failures import UsageError
+
+__all__ = ["STDIN", "Facts", "Lazy", "Shapes", "Source", "facts_of_blob", "open_source"]
+
+STDIN = "-"
+_DELTA_MARK = b"CFLD"
+
+
+class Facts(NamedTuple):
+    """Of one tensor, as its header says."""
+
+    kind: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...] | None
+    numel: int
+    nbytes: int
+    """As stored."""
+    bits: int | None = None
+
+    @property
+    def raw_bytes(self) -> int:
+        """Of its elements as they are in memory."""
+        return self.numel * (self.dtype.itemsize if self.dtype is not None else 0)
+
+
+class Source:
+    """Names, and tensors one at a time."""
+
+    shown: str
+    """What messages call it."""
+    format: str
+    names: tuple[str, ...]
+    aliases: Mapping[str, str]
+    metadata: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
+    """What the file holds besides tensors."""
+    is_delta = False
+
+    def stored(self) -> list[str]:
+        """The names without the further ones of tied tensors."""
+        return [name for name in self.names if name not in self.aliases]
+
+    def facts(self, name: str) -> Facts:
+        """What the header says; nothing is decoded."""
+        raise NotImplementedError
+
+    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """A tensor, or elements of the flattened one, as :func:`cfl_ops.decompress`."""
+        raise NotImplementedError
+
+    def blob(self, name: str) -> Tensor:
+        """The coded bytes; of a delta file only these."""
+        raise NotImplementedError
+
+
+class Coded(Source):
+    """A .cflz file or safetensors, whose tensors may be plain or coded."""
+
+    def __init__(self, path: Path, shown: str, stack: ExitStack, format: str) -> None:
+        self._weights = stack.enter_context(files.open_weights(path))
+        self.shown, self.format = shown, format
+        self.names, self.aliases = tuple(self._weights.names), self._weights.aliases
+        self.metadata = self._weights.metadata or {}
+        self.is_delta = any(
+            bytes(self._weights.blob(name)[:4].tolist()) == _DELTA_MARK
+            for name in self.names
+            if not self._weights.native(name)
+        )
+
+    def facts(self, name: str) -> Facts:
+        stored = self._weights.stored_bytes(name)
+        if self._weights.native(name):
+            dtype, shape = self._weights.header(name)
+            return Facts("plain", dtype, shape, torch.Size(shape).numel(), stored)
+        blob = self._weights.blob(name)
+        if self.is_delta:
+            found = deltas.describe_delta(blob)
+            return Facts(found.kind, found.dtype, found.shape, found.numel, blob.numel())
+        header = blobs.describe(blob)
+        return Facts(header.kind, header.dtype, tuple(header.shape), header.numel, blob.numel(), header.bits)
+
+    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        return self._weights.tensor(name, start, stop, out)
+
+    def blob(self, name: str) -> Tensor:
+        return self._weights.blob(name)
+
+
+class Pickled(Source):
+    """A file of torch's."""
+
+    format = "pt"
+
+    def __init__(self, path: Path, shown: str) -> None:
+        self._tensors, left_out = pickled.read_state_dict(path, shown)
+        self.shown, self.left_out = shown, tuple(left_out)
+        self.names, self.aliases, self.metadata = tuple(self._tensors), pickled.tied(self._tensors), {}
+
+    def facts(self, name: str) -> Facts:
+        tensor = self._tensors[name]
+        return Facts("plain", tensor.dtype, tuple(tensor.shape), tensor.numel(), tensor.nbytes)
+
+    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        if start is not None or stop is not None:
+            tensor = tensor.reshape(-1)[start:stop]
+        return tensor if out is None else out.copy_(tensor)
+
+
+def open_source(argument: str, stack: ExitStack) -> Source:
+    """Open what a command line names: a file, a folder of shards, or ``-`` for stdin.
+
+    Its kind is told by its first bytes, whatever its name.
+    """
+    shown, path = argument, Path(argument)
+    if argument == STDIN:
+        if sys.stdin.isatty():
+            raise UsageError("'-' reads stdin, which is a terminal: redirect a file or a pipe to it")
+        shown, path = "stdin", _spooled(sys.stdin.buffer, stack)
+    elif path.exists() and not path.is_dir() and not path.is_file():
+        with path.open("rb") as pipe:
+            path = _spooled(pipe, stack)
+    if path.is_dir() or path.name.endswith(".index.json"):
+        return Coded(path, shown, stack, "safetensors")
+    with path.open("rb") as file:
+        start = file.read(16)
+    kind = _kind(start)
+    if kind is None:
+        what = "is empty" if not start else "is neither a .cflz file nor safetensors nor a file of torch.save"
+        raise CorruptDataError(f"{shown} {what}")
+    return Pickled(path, shown) if kind == "pt" else Coded(path, shown, stack, kind)
+
+
+def _kind(start: bytes) -> str | None:
+    if start[:4] == b"CFLZ":
+        return "cflz"
+    if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
+        return "pt"
+    if len(start) > 8 and start[8:9] == b"{":
+        return "safetensors"
+    return None
+
+
+def _spooled(stream: BinaryIO, stack: ExitStack) -> Path:
+    """A pipe's bytes as a temporary file: the readers need to go back and forth."""
+    file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="cfl-ops-"))
+    shutil.copyfileobj(stream, file, 1 << 20)
+    file.flush()
+    return Path(file.name)
+
+
+class Lazy(Mapping[str, Tensor]):
+    """The stored tensors of a source as a state dict that decodes each when it is asked for, and keeps the last."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._names = source.stored()
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next one is made
+            self._last = name, self._source.tensor(name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Shapes(Distinct):
+    """A lazy state dict for a writer that looks at all shapes first, which are told without decoding anything."""
+
+    def __init__(self, source: Source, lazy: Lazy) -> None:
+        super().__init__("compress", lazy)
+        self._source = source
+        self.aliases = dict(source.aliases)
+
+    def __len__(self) -> int:
+        return len(self._state_dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state_dict)
+
+    def items(self) -> Any:
+        """Names, and tensors of that dtype and shape that take no memory."""
+        for name in self._state_dict:
+            facts = self._source.facts(name)
+            yield name, torch.empty((), dtype=facts.dtype).expand(facts.shape or ())

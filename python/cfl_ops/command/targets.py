@@ -1,0 +1,237 @@
+"""What a command writes: a file that is there whole or not at all, a pipe, or stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfl_ops.ops.codec import files
+from cfl_ops.ops.codec.atomic import Sink, contents, replacing
+from cfl_ops.ops.codec.safetensors_file import NAMES
+from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
+
+from . import pickled
+from .failures import UsageError
+from .sources import Shapes
+
+__all__ = ["STDOUT", "Target", "target_of", "write_coded", "write_plain"]
+
+STDOUT = "-"
+SUFFIXES = {
+    ".cflz": "cflz",
+    ".safetensors": "safetensors",
+    ".pt": "pt",
+    ".pth": "pt",
+    ".bin": "pt",
+}
+
+
+class Target(NamedTuple):
+    """Where to, and as what."""
+
+    argument: str
+    format: str
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether the bytes go to stdout, where nothing else may then go."""
+        return self.argument == STDOUT
+
+    @property
+    def streams(self) -> bool:
+        """Whether it is stdout, a pipe or a device: written to as it is, from front to back."""
+        path = Path(self.argument)
+        return self.is_stdout or (path.exists() and not path.is_file())
+
+
+def target_of(argument: str, to: str | None, allowed: Mapping[str, str], force: bool, default: str | None) -> Target:
+    """Check OUT before any work.
+
+    Args:
+        argument: OUT.
+        to: the format, where the name does not tell it.
+        allowed: formats that the command writes, with what to say of the others.
+        force: replace a file that is there.
+        default: the format of stdout and of pipes without --to.
+    """
+    path = Path(argument)
+    format = to or SUFFIXES.get(path.suffix.lower()) if argument != STDOUT else to or default
+    special = argument != STDOUT and path.exists() and not path.is_dir() and not path.is_file()
+    if format is None and special:
+        format = default
+    if path.is_dir() and argument != STDOUT:
+        raise UsageError(f"{argument} is a folder: name the file to write in it")
+    if format is None:
+        raise UsageError(f"{argument}: its ending tells no format ({', '.join(SUFFIXES)}): give --to")
+    if format not in allowed or allowed[format]:
+        raise UsageError(f"{argument}: {allowed.get(format) or format + ' is not written by this command'}")
+    if argument == STDOUT:
+        if sys.stdout.isatty() and not force:
+            raise UsageError("bytes are not written to a terminal: redirect stdout, or give --force")
+    elif not force and (there := [each for each in (path, index_of(path)) if each.is_file()]):
+        raise UsageError(f"{there[0]} is there already: --force replaces it")
+    elif not path.absolute().parent.is_dir():
+        raise FileNotFoundError(2, "there is no such folder", str(path.parent))
+    return Target(argument, format)
+
+
+
+def write_coded(
+    target: Target,
+    entries: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    aliases: Mapping[str, str],
+    shapes: Shapes,
+    max_shard: int | None,
+) -> int:
+    """Blobs into a file, one after the other; returns its bytes. ``aliases`` is read as the entries come."""
+    if target.format == "cflz":
+        with _sink(target) as sink:
+            return files.write_archive(sink, entries, metadata, aliases)
+    if not target.streams:
+        return write_safetensors("compress", shapes, entries, target.argument, metadata, max_shard)
+    with tempfile.TemporaryDirectory(prefix="cfl-ops-") as folder:  # the header comes last and stands first
+        path = Path(folder) / "model.safetensors"
+        size = write_safetensors("compress", shapes, entries, path, metadata, None)
+        with path.open("rb") as made, _sink(target) as sink:
+            shutil.copyfileobj(made, sink, 1 << 20)
+        return size
+
+
+Make = Callable[[str, Tensor | None], Tensor]
+"""The tensor of a name, written into the one that is given, if one is."""
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_plain(
+    target: Target,
+    specs: Specs,
+    names: Sequence[str],
+    aliases: Mapping[str, str],
+    metadata: Mapping[str, str],
+    make: Make,
+    max_shard: int | None = None,
+) -> int:
+    """Tensors as they are into a file, one after the other; returns its bytes.
+
+    Args:
+        target: where to.
+        specs: dtype and shape of each tensor.
+        names: theirs and the further ones of tied tensors, in the order of the file.
+        aliases: of a further name the one of its tensor.
+        metadata: of the file, if it can have some.
+        make: called for each tensor, in the order of ``names``.
+        max_shard: the most bytes of tensors of a file.
+    """
+    if target.format == "pt":
+        folder = Path(tempfile.gettempdir()) if target.streams else Path(target.argument).absolute().parent
+        with _sink(target) as sink:
+            counted = sink if isinstance(sink, Sink) else Sink(sink)
+            pickled.write_state_dict(
+                counted, folder, [(name, *specs[name]) for name in names if name not in aliases], aliases, names, make
+            )
+            return counted.position
+    for name, (dtype, _) in specs.items():
+        if dtype not in NAMES:
+            raise UsageError(f"{name!r} is {dtype}, which .safetensors does not have: write a .pt file")
+    shards = _shards(specs, names, aliases, max_shard)
+    if len(shards) == 1:
+        with _sink(target) as sink:
+            return _write_safetensors(sink, specs, names, aliases, metadata, make)
+    if target.streams:
+        raise UsageError("--max-shard splits files, not a stream")
+    return _write_shards(Path(target.argument), shards, specs, aliases, metadata, make)
+
+
+def _shards(
+    specs: Specs, names: Sequence[str], aliases: Mapping[str, str], most: int | None
+) -> list[list[str]]:
+    """The names of each file."""
+    out: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        own = _size(specs[aliases.get(name, name)])
+        if most is not None and out[-1] and size + own > most:
+            out.append([])
+            size = 0
+        out[-1].append(name)
+        size += own
+    return out
+
+
+def _write_shards(
+    target: Path,
+    shards: list[list[str]],
+    specs: Specs,
+    aliases: Mapping[str, str],
+    metadata: Mapping[str, str],
+    make: Make,
+) -> int:
+    stem = target.name.removesuffix(".safetensors")
+    total = size = 0
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        with replacing(target.with_name(file)) as sink:
+            size += _write_safetensors(sink, specs, names, aliases, metadata, make)
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(_size(specs[aliases.get(name, name)]) for name in names)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with replacing(index_of(target)) as sink:
+        sink.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    target.unlink(missing_ok=True)  # readers look for it first
+    return size
+
+
+def _write_safetensors(
+    sink: Any,
+    specs: Specs,
+    names: Sequence[str],
+    aliases: Mapping[str, str],
+    metadata: Mapping[str, str],
+    make: Make,
+) -> int:
+    """The bytes that safetensors' own writer makes of tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in names:
+        dtype, shape = spec = specs[aliases.get(name, name)]
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + _size(spec)]}
+        at += _size(spec)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    out = Sink(sink)
+    for name in names:  # of a tied tensor all names, as the format has no tied ones
+        out.write(contents(make(aliases.get(name, name), None)))
+    return 8 + len(text) + at
+
+
+def index_of(target: Path) -> Path:
+    """Of shards that are called as this file is."""
+    return target.with_name(target.name + INDEX_SUFFIX)
+
+
+def _size(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return math.prod(spec[1]) * spec[0].itemsize
+
+
+@contextmanager
+def _sink(target: Target) -> Iterator[Any]:
+    """Something with ``write``, from front to back."""
+    if target.is_stdout:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    else:
+        with replacing(target.argument) as sink:
+            yield sink
