@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 class Coded(StrEnum):
-    """What compress and diff write."""
+    """What compress writes."""
 
     cflz = "cflz"
     safetensors = "safetensors"
@@ -295,11 +295,10 @@ def verify(
 def diff(
     old: Annotated[str, _file("The checkpoint that the other side has: as IN of compress.", "OLD")],
     new: Annotated[str, _file("The checkpoint that it shall get.", "NEW")],
-    out: Annotated[str, _file("A .cflz or .safetensors file; or - for stdout.", "OUT")],
+    out: Annotated[str, _file("A .cflz file; or - for stdout.", "OUT")],
     small: Annotated[
         bool, typer.Option("--small", help="Fewer bytes, more time: old exponents tell where changes are.")
     ] = False,
-    to: Annotated[Coded | None, typer.Option(help="Format of OUT.", show_default="by its ending; cflz")] = None,
     force: Force = False,
     threads: Threads = None,
     json: Json = None,
@@ -317,7 +316,6 @@ def diff(
         new,
         out,
         small=small,
-        to=None if to is None else to.value,
         force=force,
         showing=Showing(quiet, not no_table, json, picture),
     )

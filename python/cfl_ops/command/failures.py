@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ from types import FrameType
 
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 
-__all__ = ["Code", "UsageError", "VerificationError", "guarded", "say"]
+__all__ = ["Code", "UsageError", "VerificationError", "guarded", "plain", "say"]
 
 
 class Code(IntEnum):
@@ -43,6 +44,11 @@ def say(command: str, message: str) -> None:
     print(f"cfl-ops {command}: {' '.join(message.split())}", file=sys.stderr)
 
 
+def plain(error: BaseException | str) -> str:
+    """A message of the package without the name of the function, which is the command's affair."""
+    return re.sub(r"^cfl_ops\.\w+: ", "", str(error))
+
+
 def guarded(command: str, debug: bool, work: Callable[[], None]) -> int:
     """Do the work; the exit code. What it raises becomes one line, with ``debug`` after its traceback."""
     try:
@@ -66,7 +72,7 @@ def guarded(command: str, debug: bool, work: Callable[[], None]) -> int:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    text = str(error).removeprefix("cfl_ops.")
+    text = plain(error)
     if isinstance(error, UsageError):
         return Code.USAGE, text
     if isinstance(error, WrongBaseError):
@@ -114,7 +120,7 @@ def _warnings_as_lines(command: str, most: int = 3) -> Iterator[None]:
         try:
             yield
         finally:
-            lines = dict.fromkeys(str(each.message).removeprefix("cfl_ops.") for each in caught)
+            lines = dict.fromkeys(plain(each.message) for each in caught)
             for line in list(lines)[:most]:
                 say(command, f"warning: {line}")
             if len(lines) > most:

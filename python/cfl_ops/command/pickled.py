@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +85,22 @@ def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return out
 
 
+class _File:
+    """What torch.save asks of a file, for what has ``write``. The error of a write comes out as it was."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
 def write_state_dict(
-    file: BinaryIO,
+    file: Any,
     folder: Path,
     facts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     aliases: Mapping[str, str],
@@ -126,6 +140,6 @@ def write_state_dict(
                 made[name] = torch.empty(shape, dtype=dtype)
             at += -(-size // _PAGE) * _PAGE
             fill(name, made[name])
-        torch.save({name: made[aliases.get(name, name)] for name in names}, file)
+        torch.save({name: made[aliases.get(name, name)] for name in names}, _File(file))
         made.clear()
         del mapped  # unmapped with the last tensor that is a view of it

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
@@ -25,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Report", "Row", "human", "progress"]
+__all__ = ["Bar", "Report", "Row", "human", "progress", "stderr_console", "stdout_console"]
 
 MOST_ROWS = 60
 _SMALL = 4096
@@ -144,7 +145,8 @@ class Report:
         parts = [f"{totals['tensors']:,} tensor{'s' if totals['tensors'] != 1 else ''}"]
         if totals["parameters"]:
             parts.append(f"{totals['parameters']:,} parameters")
-        parts.append(f"{human(totals['raw_bytes'])} -> {human(totals['bytes'])}")
+        sizes = [human(totals["raw_bytes"]), human(totals["bytes"])]
+        parts.append(" -> ".join(sizes[::-1] if self.command == "decompress" else sizes))
         if totals["ratio"] is not None:
             parts.append(f"ratio {_ratio(totals['ratio'])}")
         if totals["bits_per_parameter"] is not None:
@@ -202,7 +204,7 @@ COLUMNS: Sequence[tuple[str, bool, Any]] = (
     ("max error", True, lambda row: _number(row.max_error, ".3g")),
     ("rms/std", True, lambda row: _number(row.rms_over_std, ".4f")),
     ("ms", True, lambda row: "" if row.seconds is None else f"{1000 * row.seconds:.1f}"),
-    ("", False, lambda row: row.state or ""),
+    ("", False, lambda row: "" if row.state == "good" else row.state or ""),
 )
 
 
@@ -234,21 +236,26 @@ class Bar:
 
 def stderr_console() -> Console:
     """As wide as the terminal, or, where none is there to be looked at, as wide as the table needs."""
-    return Console(stderr=True, width=None if sys.stderr.isatty() else 240)
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 240)
+
+
+def stdout_console() -> Console:
+    """The same for a table that is the result."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240)
 
 
 @contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Bar]:
+def progress(total: int, quiet: bool, unit: str = "bytes") -> Iterator[Bar]:
     """A bar with the time left on stderr, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield Bar()
         return
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *counts,
         TextColumn("left"),
         TimeRemainingColumn(),
         console=stderr_console(),

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,8 +32,8 @@ class Facts(NamedTuple):
     """Of one tensor, as its header says."""
 
     kind: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
     numel: int
     nbytes: int
     """As stored."""
@@ -42,7 +42,25 @@ class Facts(NamedTuple):
     @property
     def raw_bytes(self) -> int:
         """Of its elements as they are in memory."""
-        return self.numel * (self.dtype.itemsize if self.dtype is not None else 0)
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def lossy(self) -> bool:
+        """Whether what comes back may differ from what it was."""
+        return self.kind == "quantised"
+
+
+def facts_of_blob(blob: Tensor) -> Facts:
+    """Of a coded tensor, or of a delta."""
+    if _is_delta(blob):
+        found = deltas.describe_delta(blob)
+        return Facts(found.kind, found.dtype, found.shape, found.numel, blob.numel())
+    header = blobs.describe(blob)
+    return Facts(header.kind, header.dtype, tuple(header.shape), header.numel, blob.numel(), header.bits)
+
+
+def _is_delta(blob: Tensor) -> bool:
+    return bytes(blob[:4].tolist()) == _DELTA_MARK
 
 
 class Source:
@@ -54,6 +72,7 @@ class Source:
     names: tuple[str, ...]
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
+    version: int | None = None
     left_out: tuple[str, ...] = ()
     """What the file holds besides tensors."""
     is_delta = False
@@ -74,6 +93,11 @@ class Source:
         """The coded bytes; of a delta file only these."""
         raise NotImplementedError
 
+    @property
+    def compressed(self) -> bool:
+        """Whether any tensor is stored as a blob."""
+        return False
+
 
 class Coded(Source):
     """A .cflz file or safetensors, whose tensors may be plain or coded."""
@@ -83,29 +107,32 @@ class Coded(Source):
         self.shown, self.format = shown, format
         self.names, self.aliases = tuple(self._weights.names), self._weights.aliases
         self.metadata = self._weights.metadata or {}
-        self.is_delta = any(
-            bytes(self._weights.blob(name)[:4].tolist()) == _DELTA_MARK
-            for name in self.names
-            if not self._weights.native(name)
-        )
+        self.version = _version(path)
+        # All blobs of a file are deltas or none is; one that is damaged is found when it is looked at.
+        coded = (name for name in self.stored() if not self._weights.native(name))
+        first = next(coded, None)
+        with suppress(CorruptDataError):
+            self.is_delta = first is not None and _is_delta(self._weights.blob(first))
 
     def facts(self, name: str) -> Facts:
         stored = self._weights.stored_bytes(name)
         if self._weights.native(name):
             dtype, shape = self._weights.header(name)
             return Facts("plain", dtype, shape, torch.Size(shape).numel(), stored)
-        blob = self._weights.blob(name)
-        if self.is_delta:
-            found = deltas.describe_delta(blob)
-            return Facts(found.kind, found.dtype, found.shape, found.numel, blob.numel())
-        header = blobs.describe(blob)
-        return Facts(header.kind, header.dtype, tuple(header.shape), header.numel, blob.numel(), header.bits)
+        try:
+            return facts_of_blob(self._weights.blob(name))
+        except CorruptDataError as error:
+            raise CorruptDataError(f"{error} (in {name!r})") from None
 
     def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         return self._weights.tensor(name, start, stop, out)
 
     def blob(self, name: str) -> Tensor:
         return self._weights.blob(name)
+
+    @property
+    def compressed(self) -> bool:
+        return not all(self._weights.native(name) for name in self.stored())
 
 
 class Pickled(Source):
@@ -151,6 +178,15 @@ def open_source(argument: str, stack: ExitStack) -> Source:
         what = "is empty" if not start else "is neither a .cflz file nor safetensors nor a file of torch.save"
         raise CorruptDataError(f"{shown} {what}")
     return Pickled(path, shown) if kind == "pt" else Coded(path, shown, stack, kind)
+
+
+def _version(path: Path) -> int | None:
+    """Of the format of a .cflz file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = file.read(8)
+    return int.from_bytes(start[4:], "little") if start[:4] == b"CFLZ" else None
 
 
 def _kind(start: bytes) -> str | None:
@@ -210,4 +246,4 @@ class Shapes(Distinct):
         """Names, and tensors of that dtype and shape that take no memory."""
         for name in self._state_dict:
             facts = self._source.facts(name)
-            yield name, torch.empty((), dtype=facts.dtype).expand(facts.shape or ())
+            yield name, torch.empty((), dtype=facts.dtype).expand(facts.shape)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops.ops.codec import files
-from cfl_ops.ops.codec.atomic import Sink, contents, replacing
+from cfl_ops.ops.codec.atomic import Sink, replacing
 from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
 
@@ -91,13 +91,14 @@ def write_coded(
     entries: Iterator[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     aliases: Mapping[str, str],
-    shapes: Shapes,
+    shapes: Shapes | None,
     max_shard: int | None,
 ) -> int:
     """Blobs into a file, one after the other; returns its bytes. ``aliases`` is read as the entries come."""
     if target.format == "cflz":
         with _sink(target) as sink:
             return files.write_archive(sink, entries, metadata, aliases)
+    assert shapes is not None
     if not target.streams:
         return write_safetensors("compress", shapes, entries, target.argument, metadata, max_shard)
     with tempfile.TemporaryDirectory(prefix="cfl-ops-") as folder:  # the header comes last and stands first
@@ -213,8 +214,12 @@ def _write_safetensors(
     sink.write(len(text).to_bytes(8, "little") + text)
     out = Sink(sink)
     for name in names:  # of a tied tensor all names, as the format has no tied ones
-        out.write(contents(make(aliases.get(name, name), None)))
+        out.write(_contents(make(aliases.get(name, name), None)))
     return 8 + len(text) + at
+
+
+def _contents(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def index_of(target: Path) -> Path:

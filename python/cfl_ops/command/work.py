@@ -13,16 +13,18 @@ from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec.blob import decompress as decoded
+from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 
 from .compare import difference, same_bits
-from .failures import UsageError, VerificationError, say
+from .failures import UsageError, VerificationError, plain, say
 from .picture import check_picture, draw
 from .report import Bar, Report, Row, human, progress, stderr_console, stdout_console
-from .sources import Facts, Lazy, Source, open_source
+from .sources import Facts, Lazy, Shapes, Source, facts_of_blob, open_source
 from .targets import Target, target_of, write_coded, write_plain
 
-__all__ = ["Showing", "compress", "decompress", "finish", "inspect", "row_of", "verify", "weights_of"]
+__all__ = ["Showing", "compress", "decompress", "finish", "inspect", "row_of", "store_coded", "store_plain",
+           "tied_in_place", "verify", "weights_of"]
 
 CODED = {"cflz": "", "safetensors": "", "pt": "compress writes .cflz or .safetensors; decompress writes .pt"}
 PLAIN = {"safetensors": "", "pt": "", "cflz": "decompress writes .safetensors or .pt; compress writes .cflz"}
@@ -66,14 +68,8 @@ def compress(
         if budget is not None:
             options["max_bytes"] = bytes_of(budget, "--budget", raw)
         report = Report("compress", {"input": source.shown, "output": out, "format": target.format})
-        least = MIN_NUMEL if min_numel is None else min_numel
         with progress(raw, showing.quiet) as bar:
-            aliases: dict[str, str] = {}
-            entries = _tied_in_place(source, aliases, _coded(source, options, least, report, bar))
-            size = write_coded(
-                target, entries, source.metadata, aliases, None if max_shard is None else bytes_of(max_shard, "--max-shard")
-            )
-        report.rows += [Row(name, same_as=of) for name, of in source.aliases.items()]
+            size = store_coded(source, target, options, report, bar, min_numel, max_shard)
         finish(report, showing, started, size)
 
 
@@ -86,24 +82,68 @@ def decompress(
     showing.check(target)
     with ExitStack() as stack:
         source = weights_of("decompress", argument, stack)
-        facts = {name: source.facts(name) for name in source.stored()}
+        raw = sum(source.facts(name).raw_bytes for name in source.stored())
         report = Report("decompress", {"input": source.shown, "output": out, "format": target.format})
-        with progress(sum(each.raw_bytes for each in facts.values()), showing.quiet) as bar:
-
-            def make(name: str, into: Tensor | None) -> Tensor:
-                bar.at(name)
-                begin = time.perf_counter()
-                tensor = source.tensor(name, out=into)
-                report.rows.append(row_of(name, facts[name], seconds=time.perf_counter() - begin))
-                bar.advance(facts[name].raw_bytes)
-                return tensor
-
-            specs = {name: (each.dtype, each.shape) for name, each in facts.items()}
-            size = write_plain(
-                target, specs, source.names, source.aliases, source.metadata, make, _shard(max_shard)
-            )
-        report.rows += [Row(name, same_as=of) for name, of in source.aliases.items()]
+        with progress(raw, showing.quiet) as bar:
+            size = store_plain(source, target, report, bar, max_shard)
         finish(report, showing, started, size)
+
+
+def store_coded(
+    source: Source,
+    target: Target,
+    options: dict[str, Any],
+    report: Report,
+    bar: Bar,
+    min_numel: int | None = None,
+    max_shard: str | None = None,
+) -> int:
+    """Compress all tensors of a source; returns the bytes of the file, and fills the report."""
+    aliases: dict[str, str] = {}
+    lazy = Lazy(source)
+    blobs = _coded(source, lazy, options, MIN_NUMEL if min_numel is None else min_numel, report, bar)
+    size = write_coded(
+        target,
+        tied_in_place(source, aliases, blobs),
+        source.metadata,
+        aliases,
+        Shapes(source, lazy),
+        _shard(max_shard),
+    )
+    if target.format == "safetensors":
+        _as_stored(report)
+    _tied_rows(source, report)
+    return size
+
+
+def store_plain(
+    source: Source, target: Target, report: Report, bar: Bar, max_shard: str | None = None
+) -> int:
+    """Write all tensors of a source as they are; returns the bytes of the file, and fills the report."""
+    facts = {name: source.facts(name) for name in source.stored()}
+
+    def make(name: str, into: Tensor | None) -> Tensor:
+        bar.at(name)
+        begin = time.perf_counter()
+        tensor = source.tensor(name, out=into)
+        report.rows.append(row_of(name, facts[name], time.perf_counter() - begin))
+        bar.advance(facts[name].raw_bytes)
+        return tensor
+
+    if target.format == "safetensors" and source.aliases:
+        some = ", ".join(list(source.aliases)[:3])
+        say(report.command, f"note: .safetensors has no tied tensors, so {some} are written out in full")
+    specs = {name: (each.dtype, each.shape) for name, each in facts.items()}
+    size = write_plain(target, specs, source.names, source.aliases, source.metadata, make, _shard(max_shard))
+    _tied_rows(source, report)
+    return size
+
+
+def _tied_rows(source: Source, report: Report) -> None:
+    """Rows in the order of the names, each once."""
+    rows = {row.name: row for row in report.rows}
+    rows |= {name: Row(name, same_as=of) for name, of in source.aliases.items()}
+    report.rows = [rows[name] for name in source.names]
 
 
 def inspect(argument: str, *, showing: Showing) -> None:
@@ -144,12 +184,11 @@ def verify(argument: str, original: str | None, *, showing: Showing) -> None:
             raise UsageError(f"{source.shown} is a delta: `patch` it, and verify what comes out")
         other = None if original is None else weights_of("verify", original, stack)
         names = source.stored()
-        total = sum(source.facts_or_none(name).raw_bytes for name in names)
-        with progress(total, showing.quiet) as bar:
+        with progress(len(names), showing.quiet, "tensors") as bar:
             for name in names:
                 bar.at(name)
                 report.rows.append(_verified(source, other, name))
-                bar.advance(report.rows[-1].raw_bytes)
+                bar.advance(1)
         if other is not None:
             report.rows += _names_apart(source, other)
         bad = [row for row in report.rows if row.state != "good"]
@@ -192,7 +231,7 @@ def _verified(source: Source, other: Source | None, name: str) -> Row:
         else:
             _compare(source, other, name, facts, row)
     except CorruptDataError as error:
-        row.state = str(error).removeprefix("cfl_ops.")
+        row.state = plain(error)
     row.seconds = time.perf_counter() - begin
     return row
 
@@ -224,11 +263,11 @@ def _names_apart(source: Source, other: Source) -> list[Row]:
 
 
 def _coded(
-    source: Source, options: dict[str, Any], min_numel: int, report: Report, bar: Bar
+    source: Source, lazy: Lazy, options: dict[str, Any], min_numel: int, report: Report, bar: Bar
 ) -> Iterator[tuple[str, Tensor]]:
     """Blobs one by one, each with its row in the report."""
     lossless = bool(options.get("lossless"))
-    pairs = _pairs(source, options, min_numel, bar)
+    pairs = _pairs(source, lazy, options, min_numel, bar)
     while True:
         begin = time.perf_counter()
         pair = next(pairs, None)
@@ -236,12 +275,12 @@ def _coded(
             return
         seconds = time.perf_counter() - begin
         name, blob = pair
-        facts = source.facts_of_blob(blob)
+        facts = facts_of_blob(blob)
         row = row_of(name, facts, seconds=seconds)
         if not lossless and facts.lossy:
             row.max_error, row.rms_error, row.rms_over_std = difference(
                 lambda start, stop, blob=blob: decoded(blob, start=start, stop=stop),  # type: ignore[misc]
-                lambda start, stop, name=name: source.tensor(name, start, stop),  # type: ignore[misc]
+                lambda start, stop, name=name: lazy[name].reshape(-1)[start:stop],  # type: ignore[misc]
                 facts.numel,
             )
         report.rows.append(row)
@@ -251,7 +290,7 @@ def _coded(
 
 
 def _pairs(
-    source: Source, options: dict[str, Any], min_numel: int, bar: Bar
+    source: Source, lazy: Lazy, options: dict[str, Any], min_numel: int, bar: Bar
 ) -> Iterator[tuple[str, Tensor]]:
     patterns = options.get("exact", ())
     for pattern in patterns:
@@ -259,17 +298,24 @@ def _pairs(
             raise UsageError(f"--exact {pattern}: no tensor has such a name")
     if "max_bytes" in options:  # what a tensor gets depends on all others
         bar.at("planning")
-        yield from named_blobs(Lazy(source), min_numel, options, 2)
+        yield from named_blobs(lazy, min_numel, options, 2)
         return
     for name in source.stored():
         bar.at(name)
         mine = dict(options)
         if patterns:
             mine["exact"] = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-        yield from named_blobs({name: source.tensor(name)}, min_numel, mine, 2)
+        yield from named_blobs({name: lazy[name]}, min_numel, mine, 2)
 
 
-def _tied_in_place(
+def _as_stored(report: Report) -> None:
+    """What does not get smaller, safetensors keeps as it is."""
+    for row in report.rows:
+        if row.dtype is not None and row.bytes >= row.raw_bytes and getattr(torch, row.dtype) in NAMES:
+            row.kind, row.bytes = "plain", row.raw_bytes
+
+
+def tied_in_place(
     source: Source, aliases: dict[str, str], entries: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The entries; ``aliases`` gets each further name when it comes, so that names keep their order in the file."""
@@ -297,10 +343,12 @@ def weights_of(command: str, argument: str, stack: ExitStack) -> Source:
 
 def row_of(name: str, facts: Facts, seconds: float | None = None) -> Row:
     """A row with what a header says."""
+    if facts.kind == "left":  # a delta of a tensor that is gone: nothing that comes back
+        return Row(name, kind=facts.kind, bytes=facts.nbytes, seconds=seconds)
     return Row(
         name,
-        None if facts.shape is None else list(facts.shape),
-        None if facts.dtype is None else str(facts.dtype).removeprefix("torch."),
+        list(facts.shape),
+        str(facts.dtype).removeprefix("torch."),
         facts.kind,
         facts.numel,
         facts.raw_bytes,
@@ -321,7 +369,7 @@ def finish(report: Report, showing: Showing, started: float, size: int) -> None:
     console = stderr_console()
     if showing.table:
         report.print_table(console)
-    line = f"{report.facts['output']}: {report.totals_line()}, {human(size)} in all"
+    line = f"{report.facts['output']}: {report.totals_line()}, {human(size)} written"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
