@@ -26,8 +26,9 @@ from cfl_ops.ops.cholesky.update import (
     cholesky_update_ex_,
 )
 from cfl_ops.ops.codec.blob import compress, decompress
-from cfl_ops.ops.codec.files import load_file, save_file
+from cfl_ops.ops.codec.files import load_file, save_file, save_safetensors
 from cfl_ops.ops.codec.huffman import huffman_decode, huffman_encode
+from cfl_ops.ops.codec.load_model import load_model
 from cfl_ops.ops.codec.quantize import (
     QuantizedTensor,
     allocate_bits,
@@ -114,6 +115,7 @@ __all__ = [
     "learn",
     "linear_gram",
     "load_file",
+    "load_model",
     "lstsq",
     "lstsq_ex",
     "pinv",
@@ -135,6 +137,7 @@ __all__ = [
     "safe_cholesky",
     "safe_cholesky_ex",
     "save_file",
+    "save_safetensors",
     "spd_inverse",
     "spd_inverse_ex",
 ]

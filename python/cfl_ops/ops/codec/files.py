@@ -1,37 +1,57 @@
-"""files: a state dict as one file of blobs. docs/format.md describes the bytes."""
+"""files: a state dict as a file of blobs, and back. docs/checkpoints.md shows how, docs/format.md describes the bytes."""
 
 from __future__ import annotations
 
+import json
 import os
-import struct
-import tempfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata, write_archive
+from cfl_ops.ops.codec.atomic import replacing
 from cfl_ops.ops.codec.huffman import corrupt
-from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
-from cfl_ops.ops.codec.state_dict import MIN_NUMEL, decompress_state_dict, named_blobs
+from cfl_ops.ops.codec.reference.header import as_bytes
+from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
+from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
+from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
+from cfl_ops.ops.codec.tied import Distinct
+from cfl_ops.ops.codec.weights import Mapped, Weights
 
-__all__ = ["load_file", "save_file"]
-
-_FILE_MAGIC, _FILE_VERSION = b"CFLZ", 1
-_FILE = struct.Struct("<4sIQII")  # then a checksum: 28 bytes
+__all__ = ["load_file", "save_file", "save_safetensors"]
 
 
-def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **options: Any) -> int:
+def save_file(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    lossless: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> int:
     """Compress a state dict into a ``.cflz`` file; returns its size in bytes.
 
-    The file is written under a temporary name beside ``path`` and renamed when it is complete and on disk.
+    Tensors are compressed and written one by one, so that besides the state dict one of them is in memory. The bytes go
+    to a temporary file beside ``path``, which is renamed when it is complete and on disk: whatever happens, the old
+    file is there whole or the new one is. The mode of an old file is kept; of a symbolic link what it points to is
+    replaced. Names that stand for the same tensor (tied weights) are stored once.
 
     Args:
         state_dict: names to tensors.
         path: where to write.
+        lossless: every bit comes back; else floating-point weights are quantised.
+        metadata: strings to keep beside.
         options: those of :func:`compress_state_dict`.
+
+    Raises:
+        TypeError, ValueError: bad arguments, a value that is no tensor, a name that is no string.
+        OSError: the file cannot be written; the old one is as it was.
+
+    Warns:
+        UserWarning: as :func:`compress`, with the name of the tensor.
 
     Not under ``fullgraph=True`` nor ``torch.export``: it writes a file.
 
@@ -43,38 +63,109 @@ def save_file(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], **
         torch.Size([300, 300])
 
     """
-    min_numel = options.pop("min_numel", MIN_NUMEL)
-    blobs = {
-        name: as_bytes(blob) for name, blob in dict(named_blobs(state_dict, min_numel, options, 4)).items()
-    }
-    index = b""
-    for name, blob in blobs.items():
-        encoded = name.encode()
-        index += struct.pack("<QI", len(blob), len(encoded)) + encoded
-    total = _FILE.size + 4 + len(index) + sum(map(len, blobs.values()))
-    head = _FILE.pack(_FILE_MAGIC, _FILE_VERSION, total, len(blobs), len(index))
-    head += struct.pack("<I", zlib.crc32(index, zlib.crc32(head)))
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(head + index)
-            for blob in blobs.values():
-                file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return total
+    op = "save_file"
+    distinct, metadata = Distinct(op, state_dict), checked_metadata(op, metadata)
+    told = 0
+    with replacing(path) as sink:
+        writer = Writer(op, sink)
+        for name, blob in blobs_of(distinct, lossless, options):
+            told = _tell(writer, distinct, told)
+            writer.add(name, blob)
+            del blob  # before the next one is made
+        _tell(writer, distinct, told)
+        return writer.finish(metadata)
 
 
-def load_file(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read a ``.cflz`` file back into a state dict.
+def save_safetensors(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    lossless: bool = True,
+    max_shard_size: int | str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> int:
+    """Compress a state dict into ``.safetensors``, which every hub and tool carries; returns the bytes written.
+
+    A compressed tensor is a 1-d uint8 tensor of its own name; what it stands for is in the file's metadata, under
+    ``cfl_ops``. What gains nothing is stored as it is, for any reader; tied tensors are stored once. Files are replaced
+    as by :func:`save_file`, and no more than one tensor is in memory besides the state dict.
+
+    Args:
+        state_dict: names to tensors.
+        path: where to write; of a folder, its ``model.safetensors``.
+        lossless: every bit comes back; else floating-point weights are quantised.
+        max_shard_size: the most bytes of tensors in a file, or ``"5GB"``. What takes more goes to files like
+            ``model-00001-of-00002.safetensors`` with an index, ``model.safetensors.index.json``, as Hugging Face's
+            does. Shards are complete before the first is renamed, and the index comes last; a mix of two checkpoints,
+            which an end in between may leave, is refused when it is read.
+        metadata: strings to keep beside, as ``{"format": "pt"}``.
+        options: those of :func:`compress_state_dict`.
 
     Raises:
-        CorruptDataError: the file is not one, or a byte of it is wrong, missing or too many.
+        TypeError, ValueError: bad arguments, a value that is no tensor, a name that is no string.
+        OSError: a file cannot be written.
+
+    Warns:
+        UserWarning: as :func:`compress`, with the name of the tensor.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: it writes files.
+
+    Example:
+        >>> import os, tempfile, torch, cfl_ops
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.safetensors")
+        ...     size = cfl_ops.save_safetensors({"w": torch.zeros(300)}, path, metadata={"format": "pt"})
+        ...     bool((cfl_ops.load_file(path)["w"] == 0).all())
+        True
+
+    """
+    op = "save_safetensors"
+    distinct = Distinct(op, state_dict)
+    made = blobs_of(distinct, lossless, options)
+    return write_safetensors(op, distinct, made, path, metadata, max_shard_size)
+
+
+def _tell(writer: Writer, distinct: Distinct, told: int) -> int:
+    """Further names that were passed, where they come in the state dict."""
+    for name, of in list(distinct.aliases.items())[told:]:
+        writer.alias(name, of)
+    return len(distinct.aliases)
+
+
+def blobs_of(
+    state_dict: Mapping[str, Tensor], lossless: bool, options: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """The blobs one by one; warnings point to the caller of the function that takes them."""
+    options = dict(options)
+    min_numel = options.pop("min_numel", MIN_NUMEL)
+    if lossless:
+        options["lossless"] = True
+    return named_blobs(state_dict, min_numel, options, 4)
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    names: str | Iterable[str] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Read tensors back: of a ``.cflz`` file, of ``.safetensors`` (compressed or not, in shards or not).
+
+    The file is mapped into memory and decoded tensor by tensor: besides the result about one tensor is in memory, and
+    of a large file only what ``names`` asks for is read.
+
+    Args:
+        path: a file; an index of shards (``model.safetensors.index.json``); or the folder of one of these.
+        names: which tensors to read, a name or several; all if it is None. Tied ones are the same tensor.
+        device: where they come; a CPU if it is None.
+
+    Returns:
+        names to tensors, in the order of ``names`` or of the file.
+
+    Raises:
+        CorruptDataError: the file is none of these, or a byte of it is wrong, missing or too many.
+        KeyError: the file has no such name; the message shows near ones.
+        OSError: the file cannot be read, or a shard is not there.
 
     Not under ``fullgraph=True`` nor ``torch.export``: it reads a file.
 
@@ -82,40 +173,41 @@ def load_file(path: str | os.PathLike[str], *, device: torch.device | str = "cpu
         >>> import os, tempfile, torch, cfl_ops
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "model.cflz")
-        ...     size = cfl_ops.save_file({"w": torch.zeros(3)}, path)
-        ...     cfl_ops.load_file(path)
+        ...     size = cfl_ops.save_file({"w": torch.zeros(3), "b": torch.ones(1)}, path)
+        ...     cfl_ops.load_file(path, "w")
         {'w': tensor([0., 0., 0.])}
     """
-    op = "load_file"
-    data = Path(path).read_bytes()
-    if len(data) < _FILE.size + 4 or data[:4] != _FILE_MAGIC:
-        raise corrupt(op, "the file does not start with the codec's mark")
-    _, version, total, count, index_bytes = _FILE.unpack_from(data)
-    if version != _FILE_VERSION:
-        raise corrupt(op, "the file was written in a version that this reader does not know")
-    at = _FILE.size + 4
-    if total != len(data) or at + index_bytes > total:
-        raise corrupt(op, "the file has another length than its header says (truncated or extended)")
-    index = data[at : at + index_bytes]
-    (checksum,) = struct.unpack_from("<I", data, _FILE.size)
-    if zlib.crc32(index, zlib.crc32(data[: _FILE.size])) != checksum:
-        raise corrupt(op, "the file has a damaged header (checksum)")
-    sizes: dict[str, int] = {}
-    position = 0
-    try:
-        for _ in range(count):
-            size, name_bytes = struct.unpack_from("<QI", index, position)
-            position += 12 + name_bytes
-            if position > len(index):
-                raise ValueError
-            sizes[index[position - name_bytes : position].decode()] = size
-    except (struct.error, ValueError):
-        raise corrupt(op, "the file has an index that contradicts itself") from None
-    at += index_bytes
-    if position != len(index) or len(sizes) != count or at + sum(sizes.values()) != total:
-        raise corrupt(op, "the file has an index that contradicts itself")
-    blobs, view = {}, memoryview(data)
-    for name, size in sizes.items():
-        blobs[name] = from_bytes(bytes(view[at : at + size]), torch.device(device))
-        at += size
-    return decompress_state_dict(blobs)
+    with open_weights(path) as weights:
+        return weights.load("load_file", names, device)
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
+    """The reader for what is at ``path``, by its content: an archive, a safetensors file, an index or a folder."""
+    where = Path(path)
+    if where.is_dir():
+        where = _in_folder(where)
+    mapped = Mapped(where)
+    start = as_bytes(mapped.data[:16])
+    if start[:4] == MAGIC:
+        return Archive(mapped)
+    if start[4:9] == b"\0\0\0\0{":
+        return SafetensorsFile(mapped)
+    if start[:1] == b"{":
+        return ShardedSafetensors(mapped)
+    raise corrupt("load_file", f"{mapped.path} is neither a .cflz nor a .safetensors file, nor an index of shards")
+
+
+def _in_folder(folder: Path) -> Path:
+    """The checkpoint in a folder: by the names that Hugging Face gives them, in its order, or the only one there."""
+    for name in ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}"):
+        if (folder / name).exists():
+            return folder / name
+    found: list[Path] = []
+    for pattern in (f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", "*.cflz"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    what = f"got {', '.join(item.name for item in found[:4])}" if found else "there is none"
+    raise FileNotFoundError(f"cfl_ops.load_file: {folder} must hold one checkpoint, but {what}")

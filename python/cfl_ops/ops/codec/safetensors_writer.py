@@ -1,0 +1,247 @@
+"""safetensors_writer: compressed tensors in ordinary .safetensors files, which every hub and tool carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cfl_ops._core import checks
+from cfl_ops.ops.codec import blob as blobs
+from cfl_ops.ops.codec.archive import checked_metadata, encoded_name, first_checksum
+from cfl_ops.ops.codec.atomic import Staged, permissions, replacing, sync_folder, view_of
+from cfl_ops.ops.codec.safetensors_file import (
+    KEY,
+    MOST_HEADER,
+    NAMES,
+    VERSION,
+    dtype_name,
+    notes_text,
+    plain_name,
+)
+from cfl_ops.ops.codec.tied import Distinct
+
+__all__: list[str] = []
+
+INDEX_SUFFIX = ".index.json"
+_UNITS = {"": 1, **{f"{prefix}B": 1000**i for i, prefix in enumerate(("", "K", "M", "G", "T"))}}
+_UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate(("K", "M", "G", "T"), 1)}
+_MOST_NUMBER = 10**19
+
+
+def bytes_of(op: str, name: str, value: Any) -> int:
+    """A size: an integer, or "5GB" as Hugging Face writes it."""
+    if not isinstance(value, str):
+        return checks.integer(op, name, value, 1)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"cfl_ops.{op}: {name} must be a number of bytes, or like '5GB', but got {value!r}")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+
+
+class _Shard:
+    """A file that is being written: room for the header, blobs as they come, then what is stored natively."""
+
+    def __init__(self, folder: Path, mode: int | None, room: int) -> None:
+        self.staged = Staged(folder, mode)
+        self.body = 8 + room
+        self.staged.sink.skip(self.body)
+        self.size = 0
+        """Bytes of tensors, with those that are still to be written."""
+        self._stop = 0
+        self.blobs: dict[str, tuple[Tensor, int, int, int]] = {}
+        """By name what it stands for (on the meta device), where it is, and its checksum."""
+        self.native: dict[str, int] = {}
+        self.padding = 0
+        self.checksum = 0
+
+    def add(self, name: str, value: Tensor, blob: Tensor) -> None:
+        start, self._stop = self._stop, self._stop + blob.numel()
+        self.blobs[name] = value.to("meta"), start, self._stop, first_checksum(blob)
+        self.staged.sink.write(blob)
+        self.size += blob.numel()
+
+    def add_native(self, name: str, size: int) -> None:
+        self.native[name] = size
+        self.size += size
+
+    def finish(
+        self, order: list[str], values: Distinct, metadata: dict[str, str], aliases: dict[str, str], shard: bool
+    ) -> None:
+        """Write the rest, the widest elements first so that each is aligned, and the header."""
+        sink = self.staged.sink
+        found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        notes: dict[str, dict[str, Any]] = {}
+        waiting = {name: values[name].element_size() for name in self.native}
+        if self.blobs and any(size > 1 for size in waiting.values()):
+            self.padding = -self._stop % 8
+            sink.write(bytes(self.padding))
+            self.size += self.padding
+        last = next(reversed(self.blobs), None)
+        for name, (value, start, stop, checksum) in self.blobs.items():
+            padding = self.padding if name == last else 0
+            found[name] = "U8", (stop + padding - start,), start, stop + padding
+            notes[name] = _note(value, checksum, padding)
+        for name in sorted(waiting, key=lambda name: -waiting[name]):
+            value = values[name]
+            data = blobs._raw_bytes(value).cpu()
+            start = sink.position - self.body
+            sink.write(data)
+            found[name] = NAMES[value.dtype], tuple(value.shape), start, start + data.numel()
+            notes[name] = _note(value, zlib.crc32(view_of(data)), None)
+            del value, data
+        order = [name for name in order if name in found]
+        notes = {name: notes[name] for name in order}
+        ours = {**metadata, KEY: notes_text(notes, aliases, shard)}
+        text = header_text(ours, {name: found[name] for name in order}).encode()
+        assert len(text) <= self.body - 8
+        text += b" " * (self.body - 8 - len(text))
+        self.checksum = zlib.crc32(text)
+        sink.write_at(0, (self.body - 8).to_bytes(8, "little") + text)
+        self.staged.close()
+
+
+def _note(value: Tensor, checksum: int, padding: int | None) -> dict[str, Any]:
+    out = {"dtype": dtype_name(value.dtype), "shape": list(value.shape), "checksum": checksum}
+    return out if padding is None else {**out, "padding": padding}
+
+
+def header_text(metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...], int, int]]) -> str:
+    """The JSON of a header."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for name, (dtype, shape, start, stop) in found.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+
+
+def _room(op: str, values: Distinct, metadata: dict[str, str]) -> int:
+    """Bytes that no header of these tensors passes, a multiple of 8. Finds which are tied."""
+    notes: dict[str, Any] = {}
+    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    for name, value in values.items():
+        encoded_name(op, name)
+        if name == "__metadata__":
+            raise ValueError(f"cfl_ops.{op}: state_dict must not have the key {name!r}, which the format keeps")
+        notes[name] = _note(value, _MOST_NUMBER, 7)
+        found[name] = "F8_E4M3FNUZ", (_MOST_NUMBER, *value.shape), _MOST_NUMBER, _MOST_NUMBER
+    ours = {**metadata, KEY: notes_text(notes, values.aliases, False)}
+    room = -(-(len(header_text(ours, found).encode()) + 32) // 8) * 8
+    if room > MOST_HEADER:
+        raise ValueError(
+            f"cfl_ops.{op}: state_dict must have a header of at most {MOST_HEADER} bytes, but it needs {room}"
+        )
+    return room
+
+
+def write_safetensors(
+    op: str,
+    state_dict: Distinct,
+    made: Iterator[tuple[str, Tensor]],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None,
+    max_shard_size: Any,
+) -> int:
+    """Write the blobs that ``made`` makes of the state dict, or the tensors themselves; returns the bytes."""
+    user = checked_metadata(op, metadata)
+    if KEY in user:
+        raise ValueError(f"cfl_ops.{op}: metadata must not have the key {KEY!r}, which is this package's")
+    most = None if max_shard_size is None else bytes_of(op, "max_shard_size", max_shard_size)
+    target = Path(path)
+    if target.is_dir():
+        target = target / "model.safetensors"
+    target = target.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {path}")
+    room = _room(op, state_dict, user)
+    mode = permissions(target)
+    shards = [_Shard(target.parent, mode, room)]
+    try:
+        order: list[str] = []
+        for name, blob in made:
+            value = state_dict[name]
+            order.append(name)
+            size = value.numel() * value.element_size()
+            native = blob.numel() >= size and value.dtype in NAMES
+            stored = size if native else blob.numel()
+            if most is not None and shards[-1].size and shards[-1].size + stored > most:
+                _finish(shards[-1], order, state_dict, user, True)
+                shards.append(_Shard(target.parent, mode, room))
+            if native:
+                shards[-1].add_native(name, size)
+            else:
+                shards[-1].add(name, value, blob)
+            del value, blob
+        _finish(shards[-1], order, state_dict, user, len(shards) > 1)
+        if len(shards) == 1:
+            shards[0].staged.commit(target)
+            _remove_shards(target, set())
+        else:
+            _commit(op, target, shards)
+    except BaseException:
+        for shard in shards:
+            shard.staged.discard()
+        raise
+    return sum(shard.body + shard.size for shard in shards)
+
+
+def _finish(shard: _Shard, order: list[str], values: Distinct, metadata: dict[str, str], many: bool) -> None:
+    here = shard.blobs.keys() | shard.native.keys()
+    aliases = {name: of for name, of in values.aliases.items() if of in here}
+    shard.finish(order, values, metadata, aliases, many)
+
+
+def _commit(op: str, target: Path, shards: list[_Shard]) -> None:
+    """All shards are on the disk: name them, then the index, then remove what it replaces."""
+    stem = target.name.removesuffix(".safetensors")
+    files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {
+        name: file
+        for file, shard in zip(files, shards, strict=True)
+        for name in (*shard.blobs, *shard.native)
+    }
+    checksums = {file: shard.checksum for file, shard in zip(files, shards, strict=True)}
+    index = {
+        "metadata": {
+            "total_size": sum(shard.size for shard in shards),
+            KEY: json.dumps({"version": VERSION, "shards": checksums}),
+        },
+        "weight_map": weight_map,
+    }
+    for file, shard in zip(files, shards, strict=True):
+        shard.staged.commit(target.parent / file)
+    old = _old_shards(target)
+    with replacing(_index_of(target)) as sink:
+        sink.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    target.unlink(missing_ok=True)  # readers look for it first
+    for file in old - set(files):
+        (target.parent / file).unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def _index_of(target: Path) -> Path:
+    return target.with_name(target.name + INDEX_SUFFIX)
+
+
+def _old_shards(target: Path) -> set[str]:
+    """The files that an index that is there names, if they are called as this one's shards are."""
+    try:
+        files = set(json.loads(_index_of(target).read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return set()
+    shape = re.escape(target.name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors"
+    return {file for file in files if isinstance(file, str) and plain_name(file) and re.fullmatch(shape, file)}
+
+
+def _remove_shards(target: Path, keep: set[str]) -> None:
+    """An index and its shards that a single file replaces: readers look for that first."""
+    old = _old_shards(target)
+    if old:
+        _index_of(target).unlink(missing_ok=True)
+    for file in old - keep:
+        (target.parent / file).unlink(missing_ok=True)
