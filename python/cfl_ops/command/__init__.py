@@ -1,4 +1,4 @@
-"""``cfl-ops compress``, ``decompress``, ``inspect``, ``verify``, ``diff`` and ``patch``: files of weights in a shell."""
+"""``cfl-ops compress``, ``decompress``, ``inspect``, ``verify``, ``diff``, ``patch``: files of weights in a shell."""
 
 from __future__ import annotations
 

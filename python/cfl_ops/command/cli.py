@@ -18,12 +18,12 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
-# The errors of a command line; typer names only the most special of them.
-_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+# Any error of a command line; typer's newer versions have click within, and export the most special one only.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 CODES = (
-    "[bold]Exit codes[/]: 0 all is well; 1 the data are corrupt, or not what they should be; 2 a wrong command line, or "
-    "a file that is there already; 3 a delta on the wrong base; 4 cannot read or write (no such file, no permission, "
+    "[bold]Exit codes[/]: 0 all is well; 1 the data are corrupt, or not what they should be; 2 a wrong command line, "
+    "or a file that is there already; 3 a delta on the wrong base; 4 cannot read or write (no such file, no permission, "
     "the disk is full); 5 not enough memory, or a fault of cfl-ops; 130 interrupted; 141 nobody reads stdout any more."
 )
 
@@ -92,7 +92,9 @@ def _file(help: str, metavar: str) -> Any:
 IN = "A .safetensors file (plain or compressed), its index.json or its folder; a .cflz; a .pt, .pth or .bin that " \
      "holds a state dict; or - for stdin."  # fmt: skip
 In = Annotated[str, _file(IN, "IN")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace OUT if it is there; write to a terminal.")]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace OUT if it is there; write to a terminal.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="all cores")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table, no totals.")]
 NoTable = Annotated[bool, typer.Option("--no-table", help="No table, but the line of totals.")]
@@ -119,7 +121,9 @@ def _command(function: Any) -> Any:
     """A subcommand, with the help of COMMANDS, its docstring and the exit codes."""
     name = function.__name__
     first = COMMANDS[name]
-    help = "\n\n".join((first[0].upper() + first[1:] + ".", " ".join((function.__doc__ or "").split()), CODES))
+    help = "\n\n".join(
+        (first[0].upper() + first[1:] + ".", " ".join((function.__doc__ or "").split()), CODES)
+    )
     return app.command(name, help=help)(function)
 
 
@@ -143,7 +147,9 @@ def compress(
     ] = False,
     bits: Annotated[
         int | None,
-        typer.Option(help="Quantise to N bits before coding.", min=1, max=16, metavar="N", show_default=False),
+        typer.Option(
+            help="Quantise to N bits before coding.", min=1, max=16, metavar="N", show_default=False
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -159,7 +165,9 @@ def compress(
             help="Quantise, so that no tensor's error is above this: 0.01.", metavar="X", show_default=False
         ),
     ] = None,
-    error_kind: Annotated[Kind, typer.Option(help="Whether --error is the rms error or the largest.")] = Kind.rms,
+    error_kind: Annotated[
+        Kind, typer.Option(help="Whether --error is the rms error or the largest.")
+    ] = Kind.rms,
     error_unit: Annotated[
         Unit, typer.Option(help="Whether --error is a part of the tensor's standard deviation, or absolute.")
     ] = Unit.deviation,
@@ -181,7 +189,9 @@ def compress(
     nonfinite: Annotated[
         Nonfinite, typer.Option(help="Of lossy compression: refuse NaN and Inf, or keep them exactly.")
     ] = Nonfinite.refuse,
-    to: Annotated[Coded | None, typer.Option(help="Format of OUT.", show_default="by its ending; cflz")] = None,
+    to: Annotated[
+        Coded | None, typer.Option(help="Format of OUT.", show_default="by its ending; cflz")
+    ] = None,
     max_shard: Shard = None,
     force: Force = False,
     threads: Threads = None,
@@ -200,9 +210,13 @@ def compress(
         "--nonfinite": nonfinite is not Nonfinite.refuse,
     }
     if len(given) + lossless > 1:
-        return _wrong("compress", f"give one of {', '.join([*['--lossless'] * lossless, *given])}, not several")
+        return _wrong(
+            "compress", f"give one of {', '.join([*['--lossless'] * lossless, *given])}, not several"
+        )
     if not given and (idle := [name for name, there in only_lossy.items() if there]):
-        return _wrong("compress", f"{idle[0]} is a matter of --bits, --budget or --error; lossless keeps all exactly")
+        return _wrong(
+            "compress", f"{idle[0]} is a matter of --bits, --budget or --error; lossless keeps all exactly"
+        )
     if error is None and (error_kind is not Kind.rms or error_unit is not Unit.deviation):
         return _wrong("compress", "--error-kind and --error-unit are a matter of --error")
     options: dict[str, Any] = {} if given else {"lossless": True}
@@ -327,7 +341,10 @@ def patch(
     old: Annotated[str, _file("The checkpoint that the delta was made from: as IN of compress.", "OLD")],
     delta: Annotated[str, _file("What diff wrote; or - for stdin.", "DELTA")],
     out: Annotated[
-        str, _file("A .cflz file (lossless), .safetensors (compressed if OLD is), or .pt; or - for stdout.", "OUT")
+        str,
+        _file(
+            "A .cflz file (lossless), .safetensors (compressed if OLD is), or .pt; or - for stdout.", "OUT"
+        ),
     ],
     to: Annotated[
         AnyFormat | None, typer.Option(help="Format of OUT.", show_default="by its ending; safetensors")

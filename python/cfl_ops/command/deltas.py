@@ -26,9 +26,7 @@ LEFT = "left"
 """A delta's kind of a tensor that the new checkpoint has not."""
 
 
-def diff(
-    old: str, new: str, out: str, *, small: bool, force: bool, showing: Showing
-) -> None:
+def diff(old: str, new: str, out: str, *, small: bool, force: bool, showing: Showing) -> None:
     """What makes NEW of OLD, in OUT."""
     started = time.perf_counter()
     _one_stdin(old, new)
@@ -41,7 +39,9 @@ def diff(
         with progress(sum(each.raw_bytes for each in facts.values()), showing.quiet) as bar:
             aliases: dict[str, str] = {}
             entries = _deltas(before, after, facts, "small" if small else "fast", report, bar)
-            size = write_coded(target, tied_in_place(after, aliases, entries), after.metadata, aliases, None, None)
+            size = write_coded(
+                target, tied_in_place(after, aliases, entries), after.metadata, aliases, None, None
+            )
         report.rows += [Row(name, same_as=of) for name, of in after.aliases.items()]
         finish(report, showing, started, size)
 
@@ -109,7 +109,9 @@ class Patched(Source):
     def facts(self, name: str) -> Facts:
         return self._facts[name]
 
-    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+    def tensor(
+        self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         tensor = self._applied(name)[name]
         if start is not None or stop is not None:
             tensor = tensor.reshape(-1)[start:stop]

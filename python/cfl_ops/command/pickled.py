@@ -44,7 +44,9 @@ def read_state_dict(path: Path, shown: str) -> tuple[dict[str, Tensor], list[str
             ) from error
         raise CorruptDataError(f"{shown}: torch cannot read it") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CorruptDataError(f"{shown}: torch cannot read it ({str(error).splitlines()[0][:200]})") from error
+        raise CorruptDataError(
+            f"{shown}: torch cannot read it ({str(error).splitlines()[0][:200]})"
+        ) from error
     return _find(content, shown)
 
 
@@ -105,7 +107,7 @@ def write_state_dict(
     facts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     aliases: Mapping[str, str],
     names: Iterable[str],
-    fill: Callable[[str, Tensor], None],
+    fill: Callable[[str, Tensor], object],
 ) -> None:
     """Write a state dict with torch.save, without holding it in memory.
 
@@ -126,7 +128,9 @@ def write_state_dict(
     made: dict[str, Tensor] = {}
     with tempfile.TemporaryFile(dir=folder, prefix=".cfl-ops-") as temporary:
         if hasattr(os, "posix_fallocate") and total:
-            os.posix_fallocate(temporary.fileno(), 0, total)  # a full disk is an error here, not a SIGBUS below
+            os.posix_fallocate(
+                temporary.fileno(), 0, total
+            )  # a full disk is an error here, not a SIGBUS below
         else:
             temporary.truncate(total)
         mapped = mmap.mmap(temporary.fileno(), total) if total else None
@@ -140,6 +144,6 @@ def write_state_dict(
                 made[name] = torch.empty(shape, dtype=dtype)
             at += -(-size // _PAGE) * _PAGE
             fill(name, made[name])
-        torch.save({name: made[aliases.get(name, name)] for name in names}, _File(file))
+        torch.save({name: made[aliases.get(name, name)] for name in names}, _File(file))  # type: ignore[arg-type]
         made.clear()
         del mapped  # unmapped with the last tensor that is a view of it

@@ -169,7 +169,9 @@ class Report:
             key=lambda row: -(row.rms_over_std or 0.0),
         )
         third = MOST_ROWS // 3
-        chosen = {id(row) for row in (*bad[:third], *large[:third], *ratios[: third // 2], *errors[: third // 2])}
+        chosen = {
+            id(row) for row in (*bad[:third], *large[:third], *ratios[: third // 2], *errors[: third // 2])
+        }
         return [row for row in self.rows if id(row) in chosen]
 
 

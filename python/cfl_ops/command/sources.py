@@ -85,12 +85,18 @@ class Source:
         """What the header says; nothing is decoded."""
         raise NotImplementedError
 
-    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+    def tensor(
+        self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """A tensor, or elements of the flattened one, as :func:`cfl_ops.decompress`."""
         raise NotImplementedError
 
     def blob(self, name: str) -> Tensor:
         """The coded bytes; of a delta file only these."""
+        raise NotImplementedError
+
+    def check_delta(self, name: str) -> None:
+        """Look at every byte of a delta, as far as that can be done without its base."""
         raise NotImplementedError
 
     @property
@@ -124,11 +130,16 @@ class Coded(Source):
         except CorruptDataError as error:
             raise CorruptDataError(f"{error} (in {name!r})") from None
 
-    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+    def tensor(
+        self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         return self._weights.tensor(name, start, stop, out)
 
     def blob(self, name: str) -> Tensor:
         return self._weights.blob(name)
+
+    def check_delta(self, name: str) -> None:
+        deltas.check_delta(self._weights.blob(name))
 
     @property
     def compressed(self) -> bool:
@@ -149,7 +160,9 @@ class Pickled(Source):
         tensor = self._tensors[name]
         return Facts("plain", tensor.dtype, tuple(tensor.shape), tensor.numel(), tensor.nbytes)
 
-    def tensor(self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+    def tensor(
+        self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
         tensor = self._tensors[name]
         if start is not None or stop is not None:
             tensor = tensor.reshape(-1)[start:stop]
@@ -201,10 +214,10 @@ def _kind(start: bytes) -> str | None:
 
 def _spooled(stream: BinaryIO, stack: ExitStack) -> Path:
     """A pipe's bytes as a temporary file: the readers need to go back and forth."""
-    file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="cfl-ops-"))
-    shutil.copyfileobj(stream, file, 1 << 20)
-    file.flush()
-    return Path(file.name)
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cfl-ops-"))) / "piped"
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+    return path
 
 
 class Lazy(Mapping[str, Tensor]):

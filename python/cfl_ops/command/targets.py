@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.codec import files
+from cfl_ops.ops.codec.archive import write_archive
 from cfl_ops.ops.codec.atomic import Sink, replacing
 from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
@@ -54,7 +54,9 @@ class Target(NamedTuple):
         return self.is_stdout or (path.exists() and not path.is_file())
 
 
-def target_of(argument: str, to: str | None, allowed: Mapping[str, str], force: bool, default: str | None) -> Target:
+def target_of(
+    argument: str, to: str | None, allowed: Mapping[str, str], force: bool, default: str | None
+) -> Target:
     """Check OUT before any work.
 
     Args:
@@ -85,7 +87,6 @@ def target_of(argument: str, to: str | None, allowed: Mapping[str, str], force: 
     return Target(argument, format)
 
 
-
 def write_coded(
     target: Target,
     entries: Iterator[tuple[str, Tensor]],
@@ -97,7 +98,7 @@ def write_coded(
     """Blobs into a file, one after the other; returns its bytes. ``aliases`` is read as the entries come."""
     if target.format == "cflz":
         with _sink(target) as sink:
-            return files.write_archive(sink, entries, metadata, aliases)
+            return write_archive(sink, entries, metadata, aliases)
     assert shapes is not None
     if not target.streams:
         return write_safetensors("compress", shapes, entries, target.argument, metadata, max_shard)
@@ -139,7 +140,12 @@ def write_plain(
         with _sink(target) as sink:
             counted = sink if isinstance(sink, Sink) else Sink(sink)
             pickled.write_state_dict(
-                counted, folder, [(name, *specs[name]) for name in names if name not in aliases], aliases, names, make
+                counted,
+                folder,
+                [(name, *specs[name]) for name in names if name not in aliases],
+                aliases,
+                names,
+                make,
             )
             return counted.position
     for name, (dtype, _) in specs.items():
@@ -180,7 +186,7 @@ def _write_shards(
 ) -> int:
     stem = target.name.removesuffix(".safetensors")
     total = size = 0
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
         with replacing(target.with_name(file)) as sink:
@@ -219,7 +225,11 @@ def _write_safetensors(
 
 
 def _contents(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return (
+        tensor.contiguous().reshape(-1).view(torch.uint8)
+        if tensor.numel()
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def index_of(target: Path) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec.blob import decompress as decoded
+from cfl_ops.ops.codec.blob import store_lossless
 from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 
@@ -23,8 +24,19 @@ from .report import Bar, Report, Row, human, progress, stderr_console, stdout_co
 from .sources import Facts, Lazy, Shapes, Source, facts_of_blob, open_source
 from .targets import Target, target_of, write_coded, write_plain
 
-__all__ = ["Showing", "compress", "decompress", "finish", "inspect", "row_of", "store_coded", "store_plain",
-           "tied_in_place", "verify", "weights_of"]
+__all__ = [
+    "Showing",
+    "compress",
+    "decompress",
+    "finish",
+    "inspect",
+    "row_of",
+    "store_coded",
+    "store_plain",
+    "tied_in_place",
+    "verify",
+    "weights_of",
+]
 
 CODED = {"cflz": "", "safetensors": "", "pt": "compress writes .cflz or .safetensors; decompress writes .pt"}
 PLAIN = {"safetensors": "", "pt": "", "cflz": "decompress writes .safetensors or .pt; compress writes .cflz"}
@@ -168,7 +180,12 @@ def inspect(argument: str, *, showing: Showing) -> None:
                 report.print_table(console)
             what = f"{source.format}{'' if source.version is None else f' version {source.version}'}"
             kind = "a delta, " if source.is_delta else ""
-            console.print(f"{source.shown}: {what}, {kind}{report.totals_line()}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"{source.shown}: {what}, {kind}{report.totals_line()}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
             for key, value in source.metadata.items():
                 console.print(f"  {key}: {value[:200]}", soft_wrap=True, highlight=False, markup=False)
 
@@ -292,6 +309,11 @@ def _coded(
 def _pairs(
     source: Source, lazy: Lazy, options: dict[str, Any], min_numel: int, bar: Bar
 ) -> Iterator[tuple[str, Tensor]]:
+    if options.get("lossless"):
+        for name in source.stored():
+            bar.at(name)
+            yield name, store_lossless("compress", name, lazy[name])
+        return
     patterns = options.get("exact", ())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in source.names):
