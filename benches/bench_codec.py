@@ -19,6 +19,7 @@ import pytest
 import torch
 from _ratio import ROWS, compare, record, time_interleaved
 from cfl_ops.ops.codec import blob as blobs
+from cfl_ops.ops.codec.blob_reader import parse_blob
 from cfl_ops.ops.codec.huffman import CHUNK_LOG2, HUFFMAN_DECODE
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse
@@ -310,7 +311,7 @@ def bench_fused(benchmark, bits: int, n: int) -> None:
     q = cfl_ops.quantize(w, bits)
     title = f"decompress, {bits} bits, {n} values"
     # The ops behind decompress and huffman_decode, for Python's share counts at the smaller size.
-    start, op = blobs._parse_blob("bench", blob), blobs.DECOMPRESS
+    start, op = parse_blob("bench", blob), blobs.DECOMPRESS
     fused = (start.data, start.minimum, start.maximum, bits, n, out, 0)
     compare(benchmark, title, lambda: op(*fused), {
         "decode alone": lambda: HUFFMAN_DECODE(payload, plain, 0),

@@ -5,11 +5,9 @@ Quantisation and a Huffman code over the bins, with a checksum over every byte: 
 
 from __future__ import annotations
 
-import math
 import struct
 import warnings
 import zlib
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from cfl_ops._core.arguments import same_dtype, within
 from cfl_ops._core.failures import check_info, error_message
 from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
-from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
 from cfl_ops.ops.codec.arguments import (
     DecompressArguments,
@@ -28,6 +25,7 @@ from cfl_ops.ops.codec.arguments import (
     check_contiguous,
     check_encoded,
 )
+from cfl_ops.ops.codec.blob_reader import contradiction, describe, parse_blob
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
     CHUNK_LOG2,
@@ -41,10 +39,22 @@ from cfl_ops.ops.codec.huffman import (
     corrupt,
     decode_error,
     encoded_fake,
-    read_header,
     span,
 )
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid, zero_bin
+from cfl_ops.ops.codec.layout import (
+    BLOB,
+    BLOB_BYTES,
+    DTYPES,
+    MAGIC,
+    MOST_RAW_DIMS,
+    PALETTE,
+    QUANTIZED,
+    RAW,
+    ZERO_BINS,
+    pack_shape,
+)
+from cfl_ops.ops.codec.lossless import LOSSLESS_DECODE, LOSSLESS_ENCODE
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid
 from cfl_ops.ops.codec.quantize import (
     check_bits,
     check_fraction,
@@ -54,25 +64,11 @@ from cfl_ops.ops.codec.quantize import (
     to_bins,
 )
 from cfl_ops.ops.codec.reference import payload as reference
-from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, prefix, symbol_dtype
+from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, memory_of, symbol_dtype
 
-__all__ = ["compress", "decompress"]
+__all__ = ["compress", "decompress", "describe"]
 
-_BLOB_MAGIC = b"CFLC"
-_BLOB = struct.Struct("<4s4BQQQQdI")  # then a checksum: 56 bytes
-_BLOB_BYTES = _BLOB.size + 4
-_RAW, _QUANTIZED, _PALETTE = 0, 1, 2
-_KINDS = {1: (_RAW, _QUANTIZED), 2: (_QUANTIZED, _PALETTE)}
-"""What each version has; a writer uses the lowest that says what it has to, so that old readers read on."""
-_ZERO_BINS = 1
-"""Version 2, quantised: the bin that 0 falls into reads as 0."""
 _ERROR = checks.Range("above 0 (it may be inf)", lambda value: value > 0)
-_DTYPES = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
-    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.complex32),
-)
 
 
 def compress(
@@ -87,6 +83,7 @@ def compress(
     nonfinite: str = "refuse",
     max_error: float = 0.02,
     zero: str = "centre",
+    lossless: bool = False,
 ) -> Tensor:
     """Weights to bytes: quantise to N bits, Huffman-code the bins, add checksums.
 
@@ -116,6 +113,9 @@ def compress(
             nothing warns.
         zero: ``"exact"``: what falls into the bin of 0 comes back as 0, for pruned weights; otherwise 0 comes back
             as the centre of its bin, up to half a bin off.
+        lossless: keep every bit (NaN payloads, infinities, -0.0 too) of a tensor of any dtype that the format knows:
+            exponents, and what else of the bytes pays, are Huffman-coded (docs/format.md, lossless). No other option
+            goes with it. At most 160 bytes more than the tensor.
 
     Returns:
         A 1-d uint8 tensor (docs/format.md describes it), for :func:`decompress`.
@@ -138,8 +138,21 @@ def compress(
         True
 
     """
-    options = (floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
-    return compress_named("compress", "w", w, Options(*options))
+    options = Options(floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
+    if checks.flag("compress", "lossless", lossless):
+        refuse_options("compress", options)
+        checks.tensor("compress", "w", w, 0)
+        return store_lossless("compress", "w", w)
+    return compress_named("compress", "w", w, options)
+
+
+def refuse_options(op: str, options: Options) -> None:
+    """Raise for options that ask for a loss, where nothing is to be lost."""
+    given = [name for name, value in options._asdict().items() if value != getattr(Options(), name)]
+    if given:
+        raise ValueError(
+            f"cfl_ops.{op}: lossless must be given without other options, but got {', '.join(given)}"
+        )
 
 
 def _checked(w: Tensor, options: Options) -> Options:
@@ -171,7 +184,7 @@ def compress_named(op: str, name: str, w: Tensor, asked: Options, stacklevel: in
         return store_raw("compress", "w", w)
     else:
         blob = _store_bins(w, grid, options)
-    if blob.numel() >= w.numel() * w.element_size() + _BLOB_BYTES + 8 * w.ndim:
+    if blob.numel() >= w.numel() * w.element_size() + BLOB_BYTES + 8 * w.ndim:
         return store_raw("compress", "w", w)
     if isinstance(grid, Grid) and grid.error > options.max_error:
         warnings.warn(
@@ -200,22 +213,22 @@ def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
         if len(tables) > 2 or low.numel() > 64
         else from_bytes(as_bytes(low) + as_bytes(high))
     )
-    head_bytes = _BLOB_BYTES + table.numel()
+    head_bytes = BLOB_BYTES + table.numel()
     where = list(w.shape), CHUNK_LOG2, head_bytes
     if q is None:  # the symbols of a chunk are encoded while they are in the cache
         blob: Tensor = QUANTIZE_ENCODE(grid.weights.reshape(-1), minimum, maximum, bits, *where)
     else:
         blob = HUFFMAN_ENCODE(q.symbols, *where)
     zero_bins = options.zero == "exact"
-    head = _BLOB.pack(
-        *(_BLOB_MAGIC, 2 if zero_bins else 1, _QUANTIZED, _DTYPES.index(w.dtype), bits, blob.numel()),
+    head = BLOB.pack(
+        *(MAGIC, 2 if zero_bins else 1, QUANTIZED, DTYPES.index(w.dtype), bits, blob.numel()),
         *(
             group_size,
             minimum.numel(),
             0 if grid.exceptions is None else grid.exceptions.numel(),
             grid.entropy,
         ),
-        _ZERO_BINS if zero_bins else 0,
+        ZERO_BINS if zero_bins else 0,
     )
     raw = as_bytes(table)
     head += struct.pack("<I", zlib.crc32(raw, zlib.crc32(head)))
@@ -225,10 +238,10 @@ def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
 
 def _store_palette(w: Tensor, palette: Palette) -> Tensor:
     raw = as_bytes(_raw_bytes(palette.values))
-    head_bytes = _BLOB_BYTES + len(raw)
+    head_bytes = BLOB_BYTES + len(raw)
     blob: Tensor = HUFFMAN_ENCODE(palette.symbols, list(w.shape), CHUNK_LOG2, head_bytes)
-    head = _BLOB.pack(
-        *(_BLOB_MAGIC, 2, _PALETTE, _DTYPES.index(w.dtype), 0, blob.numel()),
+    head = BLOB.pack(
+        *(MAGIC, 2, PALETTE, DTYPES.index(w.dtype), 0, blob.numel()),
         *(palette.values.numel(), 0, 0, 0.0, 0),
     )
     head += struct.pack("<I", zlib.crc32(raw, zlib.crc32(head)))
@@ -271,7 +284,7 @@ def decompress(
     """
     op = "decompress"
     check_payload(op, "blob", blob)
-    parsed = _parse_blob(op, blob)
+    parsed = parse_blob(op, blob)
     whole = start is None and stop is None
     first, count = span(op, start, stop, parsed.numel)
     if out is None:
@@ -282,6 +295,13 @@ def decompress(
             raise ValueError(
                 f"cfl_ops.{op}: out must hold {count} elements, but got shape {tuple(out.shape)}"
             )
+    if parsed.lossless:
+        flat = out.detach().view(-1).view(torch.uint8)
+        check_info("lossless_decode_", LOSSLESS_DECODE(blob, flat, first), [flat], [])
+        if parsed.dtype == torch.bool and bool((flat > 1).any()):
+            flat.zero_()
+            raise corrupt(op, "the data of the blob are neither true nor false")
+        return out
     if parsed.raw:
         element = parsed.dtype.itemsize
         part = parsed.data[first * element : (first + count) * element]
@@ -293,7 +313,7 @@ def decompress(
         info = HUFFMAN_DECODE(parsed.data, symbols, first)
         check_info("decompress_", info, [symbols], [])
         if count and int(symbols.max()) >= parsed.palette.numel():
-            raise _contradiction(op)
+            raise contradiction(op)
         torch.index_select(parsed.palette, 0, symbols.to(torch.int32), out=out.detach().view(-1))
         return out
     info = DECOMPRESS(parsed.data, parsed.minimum, parsed.maximum, parsed.bits, parsed.group_size, out, first)
@@ -320,154 +340,46 @@ def _zero_bins(flat: Tensor, centre: Tensor, first: int, group_size: int) -> Non
 
 
 def store_raw(op: str, name: str, w: Tensor) -> Tensor:
-    """A blob that keeps every bit of the tensor."""
-    if w.dtype not in _DTYPES:
-        raise TypeError(f"cfl_ops.{op}: {name} must have a dtype that the format knows, but got {w.dtype}")
+    """A blob that keeps every bit of the tensor, as it is."""
+    _check_dtype(op, name, w)
     check_shape(op, name, w, 2**63 - 1)
-    data = as_bytes(_raw_bytes(w))
-    shape = struct.pack(f"<{w.ndim}Q", *w.shape)
-    total = _BLOB_BYTES + len(shape) + len(data)
-    head = _BLOB.pack(
-        *(_BLOB_MAGIC, 1, _RAW, _DTYPES.index(w.dtype), 0, total),
-        *(w.ndim, len(data), 0, 0.0, zlib.crc32(data)),
+    data = _raw_bytes(w)
+    host = memory_of(data.cpu())
+    if w.ndim <= MOST_RAW_DIMS:
+        version, shape, table_bytes = 1, struct.pack(f"<{w.ndim}Q", *w.shape), 0
+    else:
+        version, shape = 3, pack_shape(w.shape)
+        table_bytes = len(shape)
+    total = BLOB_BYTES + len(shape) + data.numel()
+    head = BLOB.pack(
+        *(MAGIC, version, RAW, DTYPES.index(w.dtype), 0, total),
+        *(w.ndim, data.numel(), table_bytes, 0.0, zlib.crc32(host)),
     )
     head += struct.pack("<I", zlib.crc32(shape, zlib.crc32(head)))
-    return from_bytes(head + shape + data, w.device)
+    blob = torch.empty(total, dtype=torch.uint8, device=w.device)
+    blob[: BLOB_BYTES + len(shape)] = from_bytes(head + shape, w.device)
+    blob[BLOB_BYTES + len(shape) :] = data
+    return blob
 
 
 def store_lossless(op: str, name: str, w: Tensor) -> Tensor:
     """A blob that keeps every bit of the tensor, at most 160 bytes larger than it."""
-    return store_raw(op, name, w)
+    _check_dtype(op, name, w)
+    check_shape(op, name, w, 2**63 - 1)
+    blob: Tensor = LOSSLESS_ENCODE(_raw_bytes(w), DTYPES.index(w.dtype), list(w.shape))
+    return blob if blob.numel() else store_raw(op, name, w)
+
+
+def _check_dtype(op: str, name: str, w: Tensor) -> None:
+    if w.dtype not in DTYPES:
+        raise TypeError(f"cfl_ops.{op}: {name} must have a dtype that the format knows, but got {w.dtype}")
 
 
 def _raw_bytes(w: Tensor) -> Tensor:
     """The memory of a tensor as 1-d uint8."""
     if w.numel() == 0:
         return torch.empty(0, dtype=torch.uint8, device=w.device)
-    return dense(w.detach()).view(torch.uint8)
-
-
-class _Blob(NamedTuple):
-    """A checked blob: what decompress needs to know before it allocates anything."""
-
-    shape: tuple[int, ...]
-    numel: int
-    dtype: torch.dtype
-    data: Tensor
-    raw: bool
-    bits: int = 0
-    group_size: int = 1
-    minimum: Tensor | None = None
-    maximum: Tensor | None = None
-    where: Tensor | None = None
-    exceptions: Tensor | None = None
-    zero_bins: Tensor | None = None
-    """The weight of each group that stands for 0, in a blob where 0 is exact."""
-    palette: Tensor | None = None
-
-
-def _contradiction(op: str) -> CorruptDataError:
-    return corrupt(op, "the blob has a header that contradicts itself")
-
-
-def _parse_blob(op: str, blob: Tensor) -> _Blob:
-    size = blob.numel()
-    if size < _BLOB_BYTES:
-        raise corrupt(op, "the blob is too short to hold a header")
-    near = blob  # what can be read without synchronising: of a blob on a GPU, its first bytes
-    if cuda.synchronises(blob):
-        near = cuda.to_host(blob[: prefix(size)])
-    fixed = as_bytes(near[:_BLOB_BYTES])
-    magic, version, kind, code, bits, total, group_size, groups, exceptions, _, last = _BLOB.unpack_from(
-        fixed
-    )
-    (checksum,) = struct.unpack_from("<I", fixed, _BLOB.size)
-    if magic != _BLOB_MAGIC:
-        raise corrupt(op, "the blob does not start with the codec's mark")
-    if kind not in _KINDS.get(version, ()) or code >= len(_DTYPES):
-        raise corrupt(op, "the blob was written in a version that this reader does not know")
-    if total != size:
-        raise corrupt(op, "the blob has another length than its header says (truncated or extended)")
-    dtype = _DTYPES[code]
-    element = dtype.itemsize
-    if kind == _RAW:
-        ndim, table_bytes = group_size, 8 * group_size
-    elif kind == _PALETTE:
-        table_bytes = group_size * element
-    else:
-        table_bytes = 2 * groups * element + exceptions * (8 + element)
-    head = _BLOB_BYTES + table_bytes
-    if head > size or (kind == _RAW and head + groups != size):
-        raise _contradiction(op)
-    table = as_bytes((near if head <= near.numel() else blob)[_BLOB_BYTES:head])
-    if zlib.crc32(table, zlib.crc32(fixed[: _BLOB.size])) != checksum:
-        raise corrupt(op, "the blob has a damaged header (checksum)")
-    data = blob[head:]
-    if kind == _RAW:
-        shape = struct.unpack(f"<{ndim}Q", table)
-        if not codes.shape_fits(shape) or math.prod(shape) * element != groups:
-            raise _contradiction(op)
-        if zlib.crc32(as_bytes(data)) != last:
-            raise corrupt(op, "the data of the blob are damaged (checksum)")
-        if dtype == torch.bool and bool((data > 1).any()):
-            raise corrupt(op, "the data of the blob are neither true nor false")
-        return _Blob(shape, math.prod(shape), dtype, data, True)
-
-    header = read_header(op, data, None if near is blob or head >= near.numel() else near[head:])
-    if kind == _PALETTE:
-        if (
-            code > 3
-            or header.symbol_bytes != 1
-            or not 1 <= group_size <= 256
-            or any((groups, exceptions, bits, last))
-        ):
-            raise _contradiction(op)
-        palette = from_bytes(table, blob.device).view(dtype)
-        return _Blob(header.shape, header.numel, dtype, header.payload, False, palette=palette)
-    if not 1 <= bits <= 16 or code > 3 or header.symbol_bytes != (1 if bits <= 8 else 2):
-        raise _contradiction(op)
-    if last != (_ZERO_BINS if version == 2 else 0):
-        raise _contradiction(op)
-    if not 1 <= group_size < 2**63 or -(-header.numel // group_size) != groups:
-        raise _contradiction(op)
-    at = 8 * exceptions
-    ranges = from_bytes(table[at : at + 2 * groups * element]).view(dtype)
-    minimum, maximum = ranges[:groups], ranges[groups:]
-    if groups == 1:  # the common case, without the overhead of small tensors
-        low, high = ranges.tolist()
-        good = math.isfinite(low) and math.isfinite(high) and low <= high
-    else:
-        good = bool((minimum.isfinite() & maximum.isfinite() & (minimum <= maximum)).all())
-    index = values = None
-    if exceptions:
-        index = from_bytes(table[:at]).view(torch.int64)
-        values = from_bytes(table[at + 2 * groups * element :]).view(dtype)
-        rising = bool((index[1:] > index[:-1]).all())
-        if not rising or int(index[0]) < 0 or int(index[-1]) >= header.numel:
-            raise _contradiction(op)
-    if not good:
-        raise corrupt(op, "the blob has a range that is not finite or not ordered")
-    centre = zero_bin(minimum, maximum, bits) if last else None
-    if cuda.synchronises(blob):
-        minimum = cuda.to_device(minimum, blob.device)
-        maximum = cuda.to_device(maximum, blob.device)
-        if index is not None and values is not None:
-            index, values = index.to(blob.device), values.to(blob.device)
-        centre = None if centre is None else centre.to(blob.device)
-    return _Blob(
-        header.shape,
-        header.numel,
-        dtype,
-        header.payload,
-        False,
-        bits,
-        group_size,
-        minimum,
-        maximum,
-        index,
-        values,
-        centre,
-    )
+    return dense(w.detach().resolve_conj().resolve_neg()).view(torch.uint8)
 
 
 def _quantize_encode_python(args: QuantizeEncodeArguments) -> Tensor:

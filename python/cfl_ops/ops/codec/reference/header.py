@@ -24,6 +24,13 @@ def as_bytes(data: Tensor) -> bytes:
     return ctypes.string_at(data.data_ptr(), data.numel()) if data.numel() else b""
 
 
+def memory_of(data: Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor on the CPU, as long as that lives."""
+    if data.numel() == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_uint8 * data.numel()).from_address(data.data_ptr())).cast("B")
+
+
 def from_bytes(data: bytes, device: torch.device | None = None) -> Tensor:
     """A fresh uint8 tensor of these bytes."""
     out = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
