@@ -46,11 +46,13 @@ inline const Dtypes kFloat32 = one_dtype(aoti_torch_dtype_float32());
 inline const Dtypes kFloat64 = one_dtype(aoti_torch_dtype_float64());
 inline const Dtypes kUInt8 = one_dtype(aoti_torch_dtype_uint8());
 inline const Dtypes kUInt16 = one_dtype(aoti_torch_dtype_uint16());
+inline const Dtypes kInt16 = one_dtype(aoti_torch_dtype_int16());
 inline const Dtypes kInt32 = one_dtype(aoti_torch_dtype_int32());
 inline const Dtypes kInt64 = one_dtype(aoti_torch_dtype_int64());
 inline const Dtypes kReals = kFloat32 | kFloat64;
 inline const Dtypes kFloats = kFloat16 | kBFloat16 | kReals;
 inline const Dtypes kSymbols = kUInt8 | kUInt16;
+inline const Dtypes kUnits = kUInt8 | kInt16 | kInt32 | kInt64;
 
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
@@ -436,6 +438,7 @@ class Checked {
         {kFloat64, "float64"},
         {kUInt8, "uint8"},
         {kUInt16, "uint16"},
+        {kInt16, "int16"},
         {kInt32, "int32"},
         {kInt64, "int64"},
         {one_dtype(aoti_torch_dtype_bool()), "bool"},

@@ -26,6 +26,7 @@ from cfl_ops.ops.cholesky.update import (
     cholesky_update_ex_,
 )
 from cfl_ops.ops.codec.blob import compress, decompress
+from cfl_ops.ops.codec.delta import apply_delta, apply_delta_, compress_delta
 from cfl_ops.ops.codec.files import load_file, save_file, save_safetensors
 from cfl_ops.ops.codec.huffman import huffman_decode, huffman_encode
 from cfl_ops.ops.codec.load_model import load_model
@@ -60,7 +61,7 @@ from cfl_ops.ops.solve.ridge_cv import RidgeCVResult, ridge_cv
 from cfl_ops.ops.solve.ridge_solve import ridge_solve, ridge_solve_ex
 
 from ._version import __version__
-from .errors import CorruptDataError, LinAlgError
+from .errors import CorruptDataError, LinAlgError, WrongBaseError
 
 dispatch.load_backends()
 
@@ -85,8 +86,11 @@ __all__ = [
     "RecursiveRidge",
     "RidgeCVResult",
     "SafeCholesky",
+    "WrongBaseError",
     "__version__",
     "allocate_bits",
+    "apply_delta",
+    "apply_delta_",
     "arrays",
     "cholesky_append",
     "cholesky_append_ex",
@@ -101,6 +105,7 @@ __all__ = [
     "cholesky_update_ex_",
     "class_ridge",
     "compress",
+    "compress_delta",
     "compress_state_dict",
     "config",
     "decompress",

@@ -25,6 +25,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "int64": (torch.int64,),
     "uint8": (torch.uint8,),
     "symbols": (torch.uint8, torch.uint16),
+    "units": (torch.uint8, torch.int16, torch.int32, torch.int64),
 }
 
 Shapes = Mapping[str, str] | Callable[..., Mapping[str, str]]

@@ -1,0 +1,63 @@
+// Deltas on the CPU: comparing, fingerprints, numbers in buckets, classes of the old exponent. The
+// bytes are those of docs/format.md ("Delta"). No torch here, so that the fuzzer can feed the
+// reader.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "cpu/codec_delta_kernel.h"
+#include "cpu/codec_payload.h"
+
+namespace cfl::codec {
+
+constexpr int64_t kDeltaBlock = int64_t{1} << 15;  // numbers whose raw bits begin at a byte
+constexpr int kGapBits = 3, kValueBits = 2;        // of a number, below its highest, in its symbol
+// The one of the same instruction set.
+const DeltaKernel* delta_kernel(const Kernel* kernel);
+
+uint64_t fingerprint(const DeltaKernel* kernel, const uint8_t* data, int64_t bytes,
+                     Threads threads);
+
+// Where two tensors of n units differ. `allocate` is called once with their number, then filled
+// is what it gave: positions, and what new and old hold there; nothing where there are more than
+// `most`. sums: of the fingerprints of new and old.
+struct Changes {
+  int64_t* positions = nullptr;
+  uint8_t *new_values = nullptr, *old_values = nullptr;
+};
+int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_data,
+                     const uint8_t* old_data, int64_t n, int64_t most, uint64_t* sums,
+                     Threads threads, const std::function<Changes(int64_t)>& allocate);
+
+// Numbers to symbols and raw bits. `allocate` gives the memory of the raw bits.
+using Allocate = std::function<uint8_t*(int64_t)>;
+void write_gaps(const int64_t* positions, int64_t n, uint8_t* symbols, Threads threads,
+                const Allocate& allocate);
+void write_values(int unit, const uint8_t* new_values, const uint8_t* old_values, int64_t n,
+                  bool use_xor, uint8_t* symbols, Threads threads, const Allocate& allocate);
+
+// And back; false where the bytes contradict themselves or `limit` (positions are below it).
+bool read_gaps(const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_t raw_bytes,
+               int64_t limit, int64_t* positions, Threads threads);
+// `old` holds n values, or with `positions` (checked by the caller) those are looked up in it.
+bool read_values(int unit, const uint8_t* old_data, const int64_t* positions,
+                 const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_t raw_bytes,
+                 bool use_xor, uint8_t* values, Threads threads);
+
+// By how much the fingerprint's sum changes where values are put at (rising) positions.
+uint64_t fingerprint_change(int unit, const uint8_t* data, int64_t n, const int64_t* positions,
+                            const uint8_t* values, int64_t count);
+
+// The rank of each position (they rise) among the units of its class, sorted by class; order[i]:
+// which position that was; counts: of each class. False where one has no class.
+bool find_ranks(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_t n,
+                const uint8_t* map, const int64_t* positions, int64_t count, int64_t* ranks,
+                int64_t* order, int64_t* counts);
+// And back: counts[c] rising ranks for each class (checked by the caller). order sorts the
+// positions. False where a class has fewer units.
+bool find_places(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_t n,
+                 const uint8_t* map, int classes, const int64_t* counts, const int64_t* ranks,
+                 int64_t* positions, int64_t* order);
+
+}  // namespace cfl::codec
