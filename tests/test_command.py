@@ -106,6 +106,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def listed() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
 def ok(*arguments: object, **more: object) -> Done:
     done = cfl(*arguments, **more)
     assert done.code == 0, done.err
@@ -515,9 +519,9 @@ def test_errors(here: Path, arguments: str, code: int, words: str) -> None:
     torch.save({0: torch.ones(3)}, "keys.pt")
     torch.save({"s": torch.ones(3).to_sparse()}, "sparse.pt")
     torch.save({"c": torch.ones(3, dtype=torch.complex128)}, "complex.pt")
-    before = sorted(os.listdir())
+    before = listed()
     assert_one_line(cfl(*arguments.split()), code, words)
-    assert sorted(os.listdir()) == before
+    assert listed() == before
 
 
 def test_unreadable_and_unwritable(here: Path) -> None:
@@ -535,7 +539,7 @@ def test_a_full_disk(here: Path, arguments: str) -> None:
     """To a device, to stdout, and where a file may not grow; the old file stays."""
     name, *flags = arguments.split()
     assert_one_line(cfl(name, "a.safetensors", "/dev/full", *flags, "-q"), 4, "No space left on device")
-    with open("/dev/full", "wb") as full, contextlib.redirect_stdout(io.TextIOWrapper(full)):
+    with Path("/dev/full").open("wb") as full, contextlib.redirect_stdout(io.TextIOWrapper(full)):
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
             assert __main__.main([name, "a.safetensors", "-", *flags, "-q"]) == 4
@@ -552,7 +556,7 @@ def test_a_full_disk(here: Path, arguments: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_one_line(done, 4, "too large|No space")
     assert out.read_bytes() == b"old"
-    assert not [name for name in os.listdir() if name.endswith(".tmp")]
+    assert not [name for name in listed() if name.endswith(".tmp")]
 
 
 def test_nobody_reads(here: Path) -> None:
@@ -572,7 +576,7 @@ def test_nobody_reads(here: Path) -> None:
 def test_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, kind: int, code: int, name: str) -> None:
     """The old file stays, and nothing beside it."""
     Path(name).write_bytes(b"old")
-    before = sorted(os.listdir())
+    before = listed()
     store, count = work.store_lossless, []
 
     def interrupt(*arguments: object) -> Tensor:
@@ -587,7 +591,7 @@ def test_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, kind: int, cod
     assert done.code == code
     assert len(count) == 4
     assert Path(name).read_bytes() == b"old"
-    assert sorted(os.listdir()) == before
+    assert listed() == before
     if kind == signal.SIGINT:
         assert_one_line(done, 130, "interrupted")
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]

@@ -23,8 +23,9 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 CODES = (
     "[bold]Exit codes[/]: 0 all is well; 1 the data are corrupt, or not what they should be; 2 a wrong command line, "
-    "or a file that is there already; 3 a delta on the wrong base; 4 cannot read or write (no such file, no permission, "
-    "the disk is full); 5 not enough memory, or a fault of cfl-ops; 130 interrupted; 141 nobody reads stdout any more."
+    "or a file that is there already; 3 a delta on the wrong base; 4 cannot read or write (no such file, no "
+    "permission, the disk is full); 5 not enough memory, or a fault of cfl-ops; 130 interrupted; 141 nobody reads "
+    "stdout any more."
 )
 
 

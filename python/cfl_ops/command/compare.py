@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Difference", "changed", "difference", "same_bits"]
+__all__ = ["Difference", "difference", "same_bits"]
 
 PIECE = 1 << 20
 Read = Callable[[int, int], Tensor]
@@ -55,27 +55,6 @@ def difference(mine: Read, other: Read, numel: int) -> Difference:
     mean = total / max(1, finite)
     deviation = math.sqrt(max(0.0, total_squares / max(1, finite) - mean * mean))
     return Difference(largest, rms, rms / deviation if deviation else (0.0 if rms == 0 else math.inf))
-
-
-def changed(new: Tensor, old: Tensor | None) -> float | None:
-    """The part of the elements whose bits are others; None where the tensors cannot be compared."""
-    if old is None or (old.dtype, old.shape) != (new.dtype, new.shape):
-        return None
-    count = 0
-    flat, before = new.reshape(-1), old.reshape(-1)
-    for start in range(0, len(flat), PIECE):
-        a, b = flat[start : start + PIECE], before[start : start + PIECE]
-        count += int((_elements(a) != _elements(b)).sum())
-    return count / max(1, len(flat))
-
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _elements(flat: Tensor) -> Tensor:
-    """The bits of each element as an integer; of complex128 as two, which count as two elements."""
-    flat = flat.contiguous()
-    return flat.view(_WORDS.get(flat.element_size(), torch.int64))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec.delta import apply_delta, compress_delta
 
-from .compare import changed
 from .failures import UsageError
 from .report import Bar, Report, Row, progress
-from .sources import STDIN, Facts, Source, facts_of_blob, open_source
+from .sources import LEFT, STDIN, Facts, Source, facts_of_blob, open_source
 from .targets import target_of, write_coded
 from .work import Showing, finish, row_of, store_coded, store_plain, tied_in_place, weights_of
 
@@ -22,8 +21,6 @@ __all__ = ["diff", "patch"]
 
 ONE = {"cflz": ""}
 ANY = {"cflz": "", "safetensors": "", "pt": ""}
-LEFT = "left"
-"""A delta's kind of a tensor that the new checkpoint has not."""
 
 
 def diff(old: str, new: str, out: str, *, small: bool, force: bool, showing: Showing) -> None:
@@ -60,7 +57,6 @@ def _deltas(
         row = row_of(name, facts_of_blob(delta), time.perf_counter() - begin)
         if new:
             row.raw_bytes, row.parameters = facts[name].raw_bytes, facts[name].numel
-            row.changed = changed(new[name], base.get(name))
             bar.advance(row.raw_bytes)
         report.rows.append(row)
         del new, base

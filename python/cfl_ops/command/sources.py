@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import blob as blobs
-from cfl_ops.ops.codec import delta as deltas
 from cfl_ops.ops.codec import files
+from cfl_ops.ops.codec.delta import describe_delta
+from cfl_ops.ops.codec.delta_format import parse_delta, unpack_symbols
+from cfl_ops.ops.codec.huffman import read_header
 from cfl_ops.ops.codec.tied import Distinct
 
 from . import pickled
@@ -25,6 +28,8 @@ from .failures import UsageError
 __all__ = ["STDIN", "Facts", "Lazy", "Shapes", "Source", "facts_of_blob", "open_source"]
 
 STDIN = "-"
+LEFT = "left"
+"""A delta's kind of a tensor that the new checkpoint has not."""
 _DELTA_MARK = b"CFLD"
 
 
@@ -38,6 +43,8 @@ class Facts(NamedTuple):
     nbytes: int
     """As stored."""
     bits: int | None = None
+    changed: float | None = None
+    """Of a delta the part of the elements that are others."""
 
     @property
     def raw_bytes(self) -> int:
@@ -53,10 +60,24 @@ class Facts(NamedTuple):
 def facts_of_blob(blob: Tensor) -> Facts:
     """Of a coded tensor, or of a delta."""
     if _is_delta(blob):
-        found = deltas.describe_delta(blob)
-        return Facts(found.kind, found.dtype, found.shape, found.numel, blob.numel())
+        found = describe_delta(blob)
+        numel = math.prod(found.shape)
+        numbers = numel * (2 if found.dtype.is_complex else 1)
+        changed = None if found.kind in ("joined", "replaced", LEFT) else found.changed / max(1, numbers)
+        return Facts(found.kind, found.dtype, found.shape, numel, blob.numel(), changed=changed)
     header = blobs.describe(blob)
     return Facts(header.kind, header.dtype, tuple(header.shape), header.numel, blob.numel(), header.bits)
+
+
+def _check_delta(delta: Tensor) -> None:
+    op = "verify"
+    parsed = parse_delta(op, delta)
+    if parsed.blob is not None:
+        blobs.decompress(parsed.blob)
+    for part in parsed.parts:
+        for numbers in (part.gaps, part.values):
+            if numbers is not None and numbers.coded:
+                unpack_symbols(op, numbers, read_header(op, numbers.symbols).numel)
 
 
 def _is_delta(blob: Tensor) -> bool:
@@ -139,7 +160,7 @@ class Coded(Source):
         return self._weights.blob(name)
 
     def check_delta(self, name: str) -> None:
-        deltas.check_delta(self._weights.blob(name))
+        _check_delta(self._weights.blob(name))
 
     @property
     def compressed(self) -> bool:

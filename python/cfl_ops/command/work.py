@@ -21,7 +21,7 @@ from .compare import difference, same_bits
 from .failures import UsageError, VerificationError, plain, say
 from .picture import check_picture, draw
 from .report import Bar, Report, Row, human, progress, stderr_console, stdout_console
-from .sources import Facts, Lazy, Shapes, Source, facts_of_blob, open_source
+from .sources import LEFT, Facts, Lazy, Shapes, Source, facts_of_blob, open_source
 from .targets import Target, target_of, write_coded, write_plain
 
 __all__ = [
@@ -365,7 +365,7 @@ def weights_of(command: str, argument: str, stack: ExitStack) -> Source:
 
 def row_of(name: str, facts: Facts, seconds: float | None = None) -> Row:
     """A row with what a header says."""
-    if facts.kind == "left":  # a delta of a tensor that is gone: nothing that comes back
+    if facts.kind == LEFT:  # a delta of a tensor that is gone: nothing that comes back
         return Row(name, kind=facts.kind, bytes=facts.nbytes, seconds=seconds)
     return Row(
         name,
@@ -376,6 +376,7 @@ def row_of(name: str, facts: Facts, seconds: float | None = None) -> Row:
         facts.raw_bytes,
         facts.nbytes,
         facts.bits,
+        facts.changed,
         seconds=seconds,
     )
 
