@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec import blob as blobs
 from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.archive import first_checksum
 from cfl_ops.ops.codec.atomic import view_of
+from cfl_ops.ops.codec.blob import store_raw
+from cfl_ops.ops.codec.blob_reader import describe
 from cfl_ops.ops.codec.huffman import corrupt, span
 from cfl_ops.ops.codec.reference.header import as_bytes
-from cfl_ops.ops.codec.weights import Mapped, Weights, headline
+from cfl_ops.ops.codec.weights import Mapped, Weights
 
 __all__: list[str] = []
 
@@ -146,13 +147,13 @@ class SafetensorsFile(Weights):
     def _blob(self, name: str) -> Tensor:
         note = self._note(name)
         if note is None or note.dtype is None:
-            return blobs.store_raw("load_file", name, self._native(name))
+            return store_raw("load_file", name, self._native(name))
         data = self._bytes(name)
         blob = data[: data.numel() - note.padding]
         if first_checksum(blob) != note.checksum or bool(data[blob.numel() :].any()):
             raise corrupt("load_file", "the blob is not the one that the metadata name (checksum)")
-        dtype, shape = headline("load_file", blob, name)
-        if dtype_name(dtype) != note.dtype or shape != note.shape:
+        found = describe(blob, "load_file")
+        if dtype_name(found.dtype) != note.dtype or found.shape != note.shape:
             raise corrupt("load_file", "the blob has another dtype or shape than the metadata say")
         return blob
 
@@ -352,14 +353,18 @@ class ShardedSafetensors(Weights):
         self._place: dict[str, str] = {}
         for name, file in weight_map.items():
             if name not in self._shards[file] or name in self._shards[file].aliases:
-                raise corrupt("load_file", f"the shard {file} has no tensor {name!r}, which the index has in it")
+                raise corrupt(
+                    "load_file", f"the shard {file} has no tensor {name!r}, which the index has in it"
+                )
             self._place[name] = file
         self.aliases = {}
         for file, shard in self._shards.items():
             if sums is not None and any(self._place.get(name) != file for name in shard._entries):
                 raise corrupt("load_file", f"the shard {file} has tensors that the index has not")
             self.aliases |= {a: of for a, of in shard.aliases.items() if self._place.get(of) == file}
-        if self.aliases.keys() & self._place.keys() or (sums is not None and sums.keys() != self._shards.keys()):
+        if self.aliases.keys() & self._place.keys() or (
+            sums is not None and sums.keys() != self._shards.keys()
+        ):
             raise corrupt("load_file", "the index contradicts its shards")
         self.names = (*self._place, *self.aliases)
         self.metadata = {}
