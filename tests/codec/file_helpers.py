@@ -52,7 +52,7 @@ def hard_state(dtypes: tuple[torch.dtype, ...] = WIDE + NARROW) -> dict[str, Ten
         "parameter": torch.nn.Parameter(base + 1),
         "../up": base[0],
         "/absolute": base[1] + 1,
-        "a\0b\nc\\d\"e": base[2] + 2,
+        'a\0b\nc\\d"e': base[2] + 2,
         "ünïcode/名": torch.arange(5),
         "": base[3] + 3,
     }

@@ -47,7 +47,9 @@ def write_one(state: Any, folder: Path) -> None:
 
 
 def write_shards(state: Any, folder: Path) -> None:
-    cfl_ops.save_safetensors(state, folder / "model.safetensors", lossless=False, bits=8, max_shard_size="40KB")
+    cfl_ops.save_safetensors(
+        state, folder / "model.safetensors", lossless=False, bits=8, max_shard_size="40KB"
+    )
 
 
 WRITERS: dict[str, Callable[[Any, Path], None]] = {

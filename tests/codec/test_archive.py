@@ -108,7 +108,7 @@ def test_what_no_writer_writes_is_refused(tmp_path: Path) -> None:
     assert read(body, one + b"{}", 1).keys() == {"a"}
     assert read(body, one + entry(0, 0, 0, b"b") + b"{}", 2).keys() == {"a", "b"}
     assert read(b"", b"{}", 0) == {}
-    for what, arguments in {
+    for _, arguments in {
         "the same name twice": (body * 2, one + one + b"{}", 2),
         "an alias of the same name": (body, one + entry(0, 0, 0, b"a") + b"{}", 2),
         "an alias of an alias": (body, one + entry(0, 0, 2, b"b") + entry(0, 0, 1, b"c") + b"{}", 3),
@@ -128,7 +128,6 @@ def test_what_no_writer_writes_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CorruptDataError, match="contradicts itself"):
             read(*arguments)
-            pytest.fail(what)
     with pytest.raises(CorruptDataError, match="not the one that the index names"):
         read(body, entry(len(body), checksum ^ 1, own, b"a") + b"{}", 1)
     for version in (0, 3, 2**32 - 1):
@@ -171,7 +170,9 @@ def test_names(small: Path) -> None:
     assert same(cfl_ops.load_file(small, names=["tied"])["tied"], whole["a"])
     assert cfl_ops.load_file(small, []) == {}
     assert list(cfl_ops.load_file(small, names=None, device="cpu")) == list(whole)
-    with pytest.raises(KeyError, match=r"load_file: names must be in .*, but got 'tier'; near it are 'tied'") as raised:
+    with pytest.raises(
+        KeyError, match=r"load_file: names must be in .*, but got 'tier'; near it are 'tied'"
+    ) as raised:
         cfl_ops.load_file(small, ["a", "tier"])
     assert not str(raised.value).startswith("'")
     with pytest.raises(KeyError, match="got 3"):
@@ -379,8 +380,13 @@ def test_a_write_that_fails_leaves_the_old_file(
             for name in ("write", "pwrite", "lseek", "fsync"):
                 patch.setattr(os, name, counted(getattr(os, name)))
             patch.setattr(Path, "replace", counted(Path.replace))
-            renamed = []
-            patch.setattr(Path, "replace", lambda self, to, f=Path.replace: (f(self, to), renamed.append(to)))
+            renamed: list[Path] = []
+
+            def replace(self: Path, to: Path, f: Any = Path.replace, renamed: list[Path] = renamed) -> None:
+                f(self, to)
+                renamed.append(to)
+
+            patch.setattr(Path, "replace", replace)
             try:
                 save(new, path)
             except (OSError, KeyboardInterrupt):
@@ -405,7 +411,9 @@ def test_a_file_that_grows_beyond_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.cflz"
     cfl_ops.save_file({"a": torch.ones(3)}, path)
     before = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, env=environment()
+    )
     assert "File too large" in done.stderr
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["a.cflz"]
@@ -489,7 +497,12 @@ def test_bad_arguments_name_the_argument(save: Any, tmp_path: Path) -> None:
         (ValueError, r"state_dict\['a'\] must hold data, but it is on the meta", {"a": one.to("meta")}, {}),
         (ValueError, r"names must be Unicode text, but got '\\ud800'", {"\ud800": one}, {}),
         (TypeError, "metadata must be a mapping, but got list", {"a": one}, {"metadata": [1]}),
-        (TypeError, "metadata must map strings to strings, but got 'k': 3", {"a": one}, {"metadata": {"k": 3}}),
+        (
+            TypeError,
+            "metadata must map strings to strings, but got 'k': 3",
+            {"a": one},
+            {"metadata": {"k": 3}},
+        ),
     ):
         with pytest.raises(error, match=op + message):
             save(state, path, **options)

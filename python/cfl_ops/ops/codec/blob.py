@@ -306,7 +306,9 @@ def decompress(
         element = parsed.dtype.itemsize
         part = parsed.data[first * element : (first + count) * element]
         if count:
-            out.detach().view(-1).view(torch.uint8).copy_(part)  # bytes: some dtypes can be copied in no other way
+            out.detach().view(-1).view(torch.uint8).copy_(
+                part
+            )  # bytes: some dtypes can be copied in no other way
         return out
     if parsed.palette is not None:
         symbols = torch.empty(count, dtype=torch.uint8, device=blob.device)

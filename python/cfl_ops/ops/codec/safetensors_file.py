@@ -28,6 +28,8 @@ from cfl_ops.ops.codec.weights import Mapped, Weights
 __all__: list[str] = []
 
 KEY, VERSION = "cfl_ops", 1
+_MARK = f'{{"format":"{KEY}"'
+"""How our part of the metadata begins, lest a damaged key makes compressed tensors look like plain ones."""
 MOST_HEADER = 100_000_000
 """The most bytes of a header that safetensors' own readers take."""
 DTYPES: dict[str, torch.dtype] = {
@@ -83,7 +85,7 @@ def notes_text(tensors: dict[str, Any], aliases: dict[str, str], shard: bool) ->
     """What goes into the metadata: JSON with a checksum of what else is in it."""
     content = {"tensors": tensors, "aliases": aliases, "shard": shard}
     return json.dumps(
-        {"version": VERSION, "checksum": notes_checksum(content), **content},
+        {"format": KEY, "version": VERSION, "checksum": notes_checksum(content), **content},
         ensure_ascii=False,
         separators=(",", ":"),
     )
@@ -108,6 +110,8 @@ class SafetensorsFile(Weights):
     def _read(self) -> None:
         self._entries, self.metadata, self._body, self.header_checksum = read_header(self._mapped.data)
         ours = self.metadata.pop(KEY, None)
+        if any(value.startswith(_MARK) for value in self.metadata.values()):
+            raise corrupt("load_file", "the file has metadata of cfl_ops under another name")
         self.notes = None if ours is None else read_notes(ours, self._entries)
         self.aliases = {} if self.notes is None else self.notes.aliases
         self.names = (*self._entries, *self.aliases)
@@ -272,7 +276,7 @@ def read_notes(text: str, entries: dict[str, Entry]) -> Notes:
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
         version = found.pop("version")
-        if type(version) is not int:
+        if found.pop("format") != KEY or type(version) is not int:
             raise ValueError
     except (ValueError, KeyError, AttributeError, RecursionError):
         raise corrupt("load_file", "the file has metadata of cfl_ops that nobody wrote") from None

@@ -214,7 +214,9 @@ def _commit(target: Path, shards: list[_Shard], order: list[str]) -> None:
     stem = target.name.removesuffix(".safetensors")
     files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     place = {
-        name: file for file, shard in zip(files, shards, strict=True) for name in (*shard.blobs, *shard.native)
+        name: file
+        for file, shard in zip(files, shards, strict=True)
+        for name in (*shard.blobs, *shard.native)
     }
     checksums = {file: shard.checksum for file, shard in zip(files, shards, strict=True)}
     index = {
