@@ -106,7 +106,7 @@ class Lossless(NamedTuple):
     sizes: list[list[int]]
     """Bytes of the payload of each table of each plane."""
     checksums: list[int]
-    """Of each stored piece: of the planes of the first chunk, of the second, and so on."""
+    """Of the stored pieces of each chunk, which lie one after the other."""
     head: int
     """Bytes before the first stored piece."""
     stored: int
@@ -170,7 +170,7 @@ def parse_lossless(raw: bytes, size: int) -> Lossless:
     pieces = sum(chosen.count(0) for chosen in maps)
     short = sum(chosen[-1] == 0 for chosen in maps)
     stored = pieces * CHUNK - short * (chunks * CHUNK - n)
-    if len(rest) != at + 4 * pieces or head + stored + sum(map(sum, sizes)) != size:
+    if len(rest) != at + 4 * chunks or head + stored + sum(map(sum, sizes)) != size:
         raise Corrupt(codes.BAD_HEADER)
-    checksums = list(struct.unpack_from(f"<{pieces}I", rest, at))
+    checksums = list(struct.unpack_from(f"<{chunks}I", rest, at))
     return Lossless(code, shape, numel, maps, sizes, checksums, head, stored)
