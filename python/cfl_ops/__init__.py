@@ -37,6 +37,7 @@ from cfl_ops.ops.codec.quantize import (
     quantize,
     quantize_ex,
 )
+from cfl_ops.ops.codec.report import TensorReport, compression_report
 from cfl_ops.ops.codec.state_dict import compress_state_dict, decompress_state_dict
 from cfl_ops.ops.gram import exact_gram as _exact_gram  # noqa: F401  (an op that no public function calls)
 from cfl_ops.ops.gram.accumulate import GramAccumulator
@@ -85,6 +86,7 @@ __all__ = [
     "RecursiveRidge",
     "RidgeCVResult",
     "SafeCholesky",
+    "TensorReport",
     "__version__",
     "allocate_bits",
     "arrays",
@@ -102,6 +104,7 @@ __all__ = [
     "class_ridge",
     "compress",
     "compress_state_dict",
+    "compression_report",
     "config",
     "decompress",
     "decompress_state_dict",

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.codec import state_dict as state_dict_module
 from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata
 from cfl_ops.ops.codec.atomic import replacing
-from cfl_ops.ops.codec.blob import store_lossless
 from cfl_ops.ops.codec.huffman import corrupt
 from cfl_ops.ops.codec.reference.header import as_bytes
 from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
@@ -140,8 +138,6 @@ def blobs_of(
     """The blobs one by one; warnings point so many calls up."""
     options = dict(options)
     min_numel = options.pop("min_numel", MIN_NUMEL)
-    if lossless and not hasattr(state_dict_module, "_blobs"):  # until the branch i18-lossy is merged
-        return ((name, store_lossless("save_file", name, value)) for name, value in state_dict.items())
     if lossless:
         options["lossless"] = True
     return named_blobs(state_dict, min_numel, options, stacklevel)
