@@ -38,6 +38,7 @@ from cfl_ops.ops.codec.quantize import (
     quantize,
     quantize_ex,
 )
+from cfl_ops.ops.codec.report import TensorReport, compression_report
 from cfl_ops.ops.codec.state_dict import compress_state_dict, decompress_state_dict
 from cfl_ops.ops.gram import exact_gram as _exact_gram  # noqa: F401  (an op that no public function calls)
 from cfl_ops.ops.gram.accumulate import GramAccumulator
@@ -86,6 +87,7 @@ __all__ = [
     "RecursiveRidge",
     "RidgeCVResult",
     "SafeCholesky",
+    "TensorReport",
     "WrongBaseError",
     "__version__",
     "allocate_bits",
@@ -107,6 +109,7 @@ __all__ = [
     "compress",
     "compress_delta",
     "compress_state_dict",
+    "compression_report",
     "config",
     "decompress",
     "decompress_state_dict",

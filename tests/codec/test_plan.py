@@ -295,9 +295,9 @@ def test_a_warning_says_what_and_how_much() -> None:
         quietly(w, bits=bits, max_error=1.1 * told)
         quietly(w, bits=bits, max_error=math.inf)
     with pytest.warns(UserWarning, match="state_dict") as caught:
-        cfl_ops.compress_state_dict({"a.weight": w, "b.bias": w[:100], "c": w.view(100, 100)}, bits=4)
+        cfl_ops.compress_state_dict({"a.flat": w, "b.bias": w[:100], "c": w.view(100, 100)}, bits=4)
     assert [str(item.message).split(" comes")[0] for item in caught] == [
-        "cfl_ops.compress_state_dict: state_dict['a.weight']",
+        "cfl_ops.compress_state_dict: state_dict['a.flat']",
         "cfl_ops.compress_state_dict: state_dict['c']",
     ]
     with pytest.warns(UserWarning, match=r"about 0\.1\d? of its standard deviation"):

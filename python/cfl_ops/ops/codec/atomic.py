@@ -177,4 +177,3 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Sink]:
     except BaseException:
         staged.discard()
         raise
-

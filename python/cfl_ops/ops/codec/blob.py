@@ -54,7 +54,7 @@ from cfl_ops.ops.codec.layout import (
     pack_shape,
 )
 from cfl_ops.ops.codec.lossless import LOSSLESS_DECODE, LOSSLESS_ENCODE
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid, stretched
 from cfl_ops.ops.codec.quantize import (
     check_bits,
     check_fraction,
@@ -155,7 +155,8 @@ def refuse_options(op: str, options: Options) -> None:
         )
 
 
-def _checked(w: Tensor, options: Options) -> Options:
+def checked_options(w: Tensor, options: Options) -> Options:
+    """The options with their numbers as numbers; raises for what is wrong with them or with the weights' kind."""
     checks.floating("compress", "w", w, 0)
     checks.choice("compress", "nonfinite", options.nonfinite, ("refuse", "keep"))
     checks.choice("compress", "zero", options.zero, ("centre", "exact"))
@@ -173,20 +174,13 @@ def _checked(w: Tensor, options: Options) -> Options:
 
 def compress_named(op: str, name: str, w: Tensor, asked: Options, stacklevel: int = 3) -> Tensor:
     """As :func:`compress`; warnings call the weights ``name`` and point so many calls up."""
-    options = _checked(w, asked)
+    options = checked_options(w, asked)
     w = w.detach()
     if w.numel() == 0:
         return store_raw("compress", "w", w)
     grid = find_grid(w, options)
-    if isinstance(grid, Palette):
-        blob = _store_palette(w, grid)
-    elif grid is None:
-        return store_raw("compress", "w", w)
-    else:
-        blob = _store_bins(w, grid, options)
-    if blob.numel() >= w.numel() * w.element_size() + BLOB_BYTES + 8 * w.ndim:
-        return store_raw("compress", "w", w)
-    if isinstance(grid, Grid) and grid.error > options.max_error:
+    blob = store_planned(w, grid, options)
+    if isinstance(grid, Grid) and grid.error > options.max_error and quantised_bits(blob):
         warnings.warn(
             f"cfl_ops.{op}: {name} comes back with an rms error of about {grid.error:.2g} of its standard deviation, "
             f"which passes max_error={options.max_error:g}: {grid.bits} bits are too few for it; ask for more, "
@@ -197,10 +191,30 @@ def compress_named(op: str, name: str, w: Tensor, asked: Options, stacklevel: in
     return blob
 
 
+def store_planned(w: Tensor, grid: Grid | Palette | None, options: Options) -> Tensor:
+    """The blob that :func:`find_grid` has found to serve; the weights' own bytes where they are no more."""
+    if isinstance(grid, Palette):
+        blob = _store_palette(w, grid)
+    elif grid is None:
+        return store_raw("compress", "w", w)
+    else:
+        blob = _store_bins(w, grid, options)
+    if blob.numel() >= w.numel() * w.element_size() + BLOB_BYTES + 8 * w.ndim:
+        return store_raw("compress", "w", w)
+    return blob
+
+
+def quantised_bits(blob: Tensor) -> int:
+    """N of a blob of quantised weights, 0 of one that keeps every bit."""
+    return int(blob[7]) if int(blob[5]) == QUANTIZED else 0
+
+
 def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
     q = None
     bits, minimum, maximum, group_size = grid.bits, grid.minimum, grid.maximum, w.numel()
-    if options.per != "tensor" or w.device.type != "cpu":
+    if grid.stretch > 1:
+        maximum = stretched(grid)
+    if options.per != "tensor" or (w.device.type != "cpu" and grid.stretch == 1):
         q, info = quantize_ex(grid.weights, bits, per=options.per, block_size=options.block_size)
         check_info("compress", info, [q.symbols], [])
         minimum, maximum, group_size = q.minimum, q.maximum, q.group_size
@@ -215,8 +229,11 @@ def _store_bins(w: Tensor, grid: Grid, options: Options) -> Tensor:
     )
     head_bytes = BLOB_BYTES + table.numel()
     where = list(w.shape), CHUNK_LOG2, head_bytes
-    if q is None:  # the symbols of a chunk are encoded while they are in the cache
-        blob: Tensor = QUANTIZE_ENCODE(grid.weights.reshape(-1), minimum, maximum, bits, *where)
+    if q is None and w.device.type != "cpu":
+        symbols = to_bins(grid.weights.reshape(1, -1), minimum.view(1), maximum.view(1), bits)
+        blob: Tensor = HUFFMAN_ENCODE(symbols.view(w.shape).to(symbol_dtype(bits)), *where)
+    elif q is None:  # the symbols of a chunk are encoded while they are in the cache
+        blob = QUANTIZE_ENCODE(grid.weights.reshape(-1), minimum, maximum, bits, *where)
     else:
         blob = HUFFMAN_ENCODE(q.symbols, *where)
     zero_bins = options.zero == "exact"
@@ -306,7 +323,9 @@ def decompress(
         element = parsed.dtype.itemsize
         part = parsed.data[first * element : (first + count) * element]
         if count:
-            out.view(-1).copy_(part.clone().view(parsed.dtype))
+            out.detach().view(-1).view(torch.uint8).copy_(
+                part
+            )  # bytes: some dtypes can be copied in no other way
         return out
     if parsed.palette is not None:
         symbols = torch.empty(count, dtype=torch.uint8, device=blob.device)

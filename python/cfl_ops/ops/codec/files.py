@@ -1,8 +1,7 @@
-"""files: a state dict as a file of blobs, and back. docs/checkpoints.md shows how, docs/format.md describes the bytes."""
+"""files: a state dict as a file of blobs, and back. docs/checkpoints.md shows how; docs/format.md has the bytes."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata, write_archive
+from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata
 from cfl_ops.ops.codec.atomic import replacing
 from cfl_ops.ops.codec.huffman import corrupt
 from cfl_ops.ops.codec.reference.header import as_bytes
@@ -68,7 +67,7 @@ def save_file(
     told = 0
     with replacing(path) as sink:
         writer = Writer(op, sink)
-        for name, blob in blobs_of(distinct, lossless, options):
+        for name, blob in blobs_of(distinct, lossless, options, 4):
             told = _tell(writer, distinct, told)
             writer.add(name, blob)
             del blob  # before the next one is made
@@ -122,7 +121,7 @@ def save_safetensors(
     """
     op = "save_safetensors"
     distinct = Distinct(op, state_dict)
-    made = blobs_of(distinct, lossless, options)
+    made = blobs_of(distinct, lossless, options, 5)
     return write_safetensors(op, distinct, made, path, metadata, max_shard_size)
 
 
@@ -134,14 +133,14 @@ def _tell(writer: Writer, distinct: Distinct, told: int) -> int:
 
 
 def blobs_of(
-    state_dict: Mapping[str, Tensor], lossless: bool, options: dict[str, Any]
+    state_dict: Mapping[str, Tensor], lossless: bool, options: dict[str, Any], stacklevel: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The blobs one by one; warnings point to the caller of the function that takes them."""
+    """The blobs one by one; warnings point so many calls up."""
     options = dict(options)
     min_numel = options.pop("min_numel", MIN_NUMEL)
     if lossless:
         options["lossless"] = True
-    return named_blobs(state_dict, min_numel, options, 4)
+    return named_blobs(state_dict, min_numel, options, stacklevel)
 
 
 def load_file(
@@ -194,7 +193,9 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         return SafetensorsFile(mapped)
     if start[:1] == b"{":
         return ShardedSafetensors(mapped)
-    raise corrupt("load_file", f"{mapped.path} is neither a .cflz nor a .safetensors file, nor an index of shards")
+    raise corrupt(
+        "load_file", f"{mapped.path} is neither a .cflz nor a .safetensors file, nor an index of shards"
+    )
 
 
 def _in_folder(folder: Path) -> Path:

@@ -64,7 +64,9 @@ def load_model(
             _load_own(model, weights, prefix, plan, strict)
         made: dict[int, Tensor] = {}
         order = {name: i for i, name in enumerate(weights.names)}
-        steps = {(weights.stored_name(name), _memory(target)): target for name, target in plan.targets.items()}
+        steps = {
+            (weights.stored_name(name), _memory(target)): target for name, target in plan.targets.items()
+        }
         sources = sorted(steps, key=lambda step: order[step[0]])
         for i, step in enumerate(sources):
             if i + 1 < len(sources):
@@ -163,7 +165,9 @@ def _read(weights: Weights, name: str, target: Tensor, made: dict[int, Tensor], 
     dtype, _ = weights.header(name)
     if target.is_meta:
         read = weights.tensor(name).to(place, target.dtype)
-        made[id(target)] = nn.Parameter(read, target.requires_grad) if isinstance(target, nn.Parameter) else read
+        made[id(target)] = (
+            nn.Parameter(read, target.requires_grad) if isinstance(target, nn.Parameter) else read
+        )
     elif dtype == target.dtype and target.is_contiguous():
         weights.tensor(name, out=target)
     else:

@@ -292,6 +292,10 @@ class Options(NamedTuple):
     nonfinite: str = "refuse"
     max_error: float = 0.02
     zero: str = "centre"
+    allocated: int | None = None
+    """Not an argument of compress: N to begin with, instead of H + floor; it grows as that does."""
+    unit: float | None = None
+    """Not an argument of compress: what max_error is a part of, instead of the standard deviation."""
 
 
 class Grid(NamedTuple):
@@ -309,6 +313,17 @@ class Grid(NamedTuple):
     """What the bits came from, or NaN."""
     error: float
     """The rms error relative to the standard deviation; 0 where it is not passed for certain."""
+    levels: float = 0.0
+    """Of the range, so many steps would keep to the error, if that was asked for and found by its formula; else 0."""
+    stretch: float = 1.0
+    """The range is made so many times as long, for a step between those of two numbers of bits (one range only)."""
+
+
+def stretched(grid: Grid) -> Tensor:
+    """The upper end of the range made longer; as it was where there is no such number."""
+    low, high = grid.minimum.to(torch.float64), grid.maximum.to(torch.float64)
+    found = (low + (high - low) * grid.stretch).to(grid.maximum.dtype)
+    return torch.where(found.isfinite() & (found > grid.maximum), found, grid.maximum)
 
 
 class Palette(NamedTuple):
@@ -339,6 +354,8 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         minimum, maximum, counts = probe("compress", weights, max(8, options.probe_bits), options.fraction)
         counts = counts.cpu()
         entropy = float(entropy_of(counts.view(1 << options.probe_bits, -1).sum(1)))
+        if options.allocated is not None:
+            return minimum, maximum, counts.view(256, -1).sum(1), math.nan, options.allocated
         return (
             minimum,
             maximum,
@@ -348,12 +365,15 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         )
 
     minimum, maximum, counts, entropy, bits = measure(weights)
+    most = 0.0
 
     def grid(error: float = 0.0) -> Grid:
-        return Grid(weights.view(w.shape), bits, minimum, maximum, exceptions, entropy, error)
+        by_formula = most if bits <= max(1, math.ceil(math.log2(max(most, 1.0)))) else 0.0
+        return Grid(weights.view(w.shape), bits, minimum, maximum, exceptions, entropy, error, by_formula)
 
+    by_histogram = options.per == "tensor" and options.unit is None
     if exceptions is None and (
-        bool(minimum == maximum) or (options.per == "tensor" and is_plain(counts, bits, max_error, zero_bins))
+        bool(minimum == maximum) or (by_histogram and is_plain(counts, bits, max_error, zero_bins))
     ):
         return grid()
     if int(counts.count_nonzero()) <= _FEW:
@@ -370,6 +390,9 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         spread_of_groups(rows, look, span, max_error)
         for rows, look, (_, _, span) in zip(views, looks, ranges, strict=True)
     ]
+    if options.unit is not None:
+        for spread in spreads:
+            spread.deviation.fill_(0.25 * options.unit)
 
     def needed() -> Tensor:
         found = [

@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec import blob as blobs
 from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.archive import first_checksum
 from cfl_ops.ops.codec.atomic import view_of
+from cfl_ops.ops.codec.blob import store_raw
+from cfl_ops.ops.codec.blob_reader import describe
 from cfl_ops.ops.codec.huffman import corrupt, span
 from cfl_ops.ops.codec.reference.header import as_bytes
-from cfl_ops.ops.codec.weights import Mapped, Weights, headline
+from cfl_ops.ops.codec.weights import Mapped, Weights
 
 __all__: list[str] = []
 
 KEY, VERSION = "cfl_ops", 1
+_MARK = f'{{"format":"{KEY}"'
+"""How our part of the metadata begins, lest a damaged key makes compressed tensors look like plain ones."""
 MOST_HEADER = 100_000_000
 """The most bytes of a header that safetensors' own readers take."""
 DTYPES: dict[str, torch.dtype] = {
@@ -82,7 +85,7 @@ def notes_text(tensors: dict[str, Any], aliases: dict[str, str], shard: bool) ->
     """What goes into the metadata: JSON with a checksum of what else is in it."""
     content = {"tensors": tensors, "aliases": aliases, "shard": shard}
     return json.dumps(
-        {"version": VERSION, "checksum": notes_checksum(content), **content},
+        {"format": KEY, "version": VERSION, "checksum": notes_checksum(content), **content},
         ensure_ascii=False,
         separators=(",", ":"),
     )
@@ -107,6 +110,8 @@ class SafetensorsFile(Weights):
     def _read(self) -> None:
         self._entries, self.metadata, self._body, self.header_checksum = read_header(self._mapped.data)
         ours = self.metadata.pop(KEY, None)
+        if any(value.startswith(_MARK) for value in self.metadata.values()):
+            raise corrupt("load_file", "the file has metadata of cfl_ops under another name")
         self.notes = None if ours is None else read_notes(ours, self._entries)
         self.aliases = {} if self.notes is None else self.notes.aliases
         self.names = (*self._entries, *self.aliases)
@@ -146,13 +151,13 @@ class SafetensorsFile(Weights):
     def _blob(self, name: str) -> Tensor:
         note = self._note(name)
         if note is None or note.dtype is None:
-            return blobs.store_raw("load_file", name, self._native(name))
+            return store_raw("load_file", name, self._native(name))
         data = self._bytes(name)
         blob = data[: data.numel() - note.padding]
         if first_checksum(blob) != note.checksum or bool(data[blob.numel() :].any()):
             raise corrupt("load_file", "the blob is not the one that the metadata name (checksum)")
-        dtype, shape = headline("load_file", blob, name)
-        if dtype_name(dtype) != note.dtype or shape != note.shape:
+        found = describe(blob, "load_file")
+        if dtype_name(found.dtype) != note.dtype or found.shape != note.shape:
             raise corrupt("load_file", "the blob has another dtype or shape than the metadata say")
         return blob
 
@@ -271,7 +276,7 @@ def read_notes(text: str, entries: dict[str, Entry]) -> Notes:
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
         version = found.pop("version")
-        if type(version) is not int:
+        if found.pop("format") != KEY or type(version) is not int:
             raise ValueError
     except (ValueError, KeyError, AttributeError, RecursionError):
         raise corrupt("load_file", "the file has metadata of cfl_ops that nobody wrote") from None
@@ -352,14 +357,18 @@ class ShardedSafetensors(Weights):
         self._place: dict[str, str] = {}
         for name, file in weight_map.items():
             if name not in self._shards[file] or name in self._shards[file].aliases:
-                raise corrupt("load_file", f"the shard {file} has no tensor {name!r}, which the index has in it")
+                raise corrupt(
+                    "load_file", f"the shard {file} has no tensor {name!r}, which the index has in it"
+                )
             self._place[name] = file
         self.aliases = {}
         for file, shard in self._shards.items():
             if sums is not None and any(self._place.get(name) != file for name in shard._entries):
                 raise corrupt("load_file", f"the shard {file} has tensors that the index has not")
             self.aliases |= {a: of for a, of in shard.aliases.items() if self._place.get(of) == file}
-        if self.aliases.keys() & self._place.keys() or (sums is not None and sums.keys() != self._shards.keys()):
+        if self.aliases.keys() & self._place.keys() or (
+            sums is not None and sums.keys() != self._shards.keys()
+        ):
             raise corrupt("load_file", "the index contradicts its shards")
         self.names = (*self._place, *self.aliases)
         self.metadata = {}

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops.ops.codec import blob as blobs
 from cfl_ops.ops.codec.archive import checked_metadata, encoded_name, first_checksum
-from cfl_ops.ops.codec.atomic import Staged, permissions, replacing, sync_folder, view_of
+from cfl_ops.ops.codec.atomic import Staged, permissions, replacing, view_of
+from cfl_ops.ops.codec.blob import _raw_bytes as raw_bytes
 from cfl_ops.ops.codec.safetensors_file import (
     KEY,
     MOST_HEADER,
@@ -48,9 +48,8 @@ def bytes_of(op: str, name: str, value: Any) -> int:
 class _Shard:
     """A file that is being written: room for the header, blobs as they come, then what is stored natively."""
 
-    def __init__(self, folder: Path, mode: int | None, room: int) -> None:
-        self.staged = Staged(folder, mode)
-        self.body = 8 + room
+    def __init__(self, staged: Staged, room: int) -> None:
+        self.staged, self.body = staged, 8 + room
         self.staged.sink.skip(self.body)
         self.size = 0
         """Bytes of tensors, with those that are still to be written."""
@@ -72,7 +71,12 @@ class _Shard:
         self.size += size
 
     def finish(
-        self, order: list[str], values: Distinct, metadata: dict[str, str], aliases: dict[str, str], shard: bool
+        self,
+        order: list[str],
+        values: Distinct,
+        metadata: dict[str, str],
+        aliases: dict[str, str],
+        shard: bool,
     ) -> None:
         """Write the rest, the widest elements first so that each is aligned, and the header."""
         sink = self.staged.sink
@@ -90,7 +94,7 @@ class _Shard:
             notes[name] = _note(value, checksum, padding)
         for name in sorted(waiting, key=lambda name: -waiting[name]):
             value = values[name]
-            data = blobs._raw_bytes(value).cpu()
+            data = raw_bytes(value).cpu()
             start = sink.position - self.body
             sink.write(data)
             found[name] = NAMES[value.dtype], tuple(value.shape), start, start + data.numel()
@@ -127,7 +131,9 @@ def _room(op: str, values: Distinct, metadata: dict[str, str]) -> int:
     for name, value in values.items():
         encoded_name(op, name)
         if name == "__metadata__":
-            raise ValueError(f"cfl_ops.{op}: state_dict must not have the key {name!r}, which the format keeps")
+            raise ValueError(
+                f"cfl_ops.{op}: state_dict must not have the key {name!r}, which the format keeps"
+            )
         notes[name] = _note(value, _MOST_NUMBER, 7)
         found[name] = "F8_E4M3FNUZ", (_MOST_NUMBER, *value.shape), _MOST_NUMBER, _MOST_NUMBER
     ours = {**metadata, KEY: notes_text(notes, values.aliases, False)}
@@ -160,8 +166,15 @@ def write_safetensors(
         raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {path}")
     room = _room(op, state_dict, user)
     mode = permissions(target)
-    shards = [_Shard(target.parent, mode, room)]
+    staged: list[Staged] = []
+    shards: list[_Shard] = []
+
+    def begin() -> None:
+        staged.append(Staged(target.parent, mode))
+        shards.append(_Shard(staged[-1], room))
+
     try:
+        begin()
         order: list[str] = []
         for name, blob in made:
             value = state_dict[name]
@@ -171,7 +184,7 @@ def write_safetensors(
             stored = size if native else blob.numel()
             if most is not None and shards[-1].size and shards[-1].size + stored > most:
                 _finish(shards[-1], order, state_dict, user, True)
-                shards.append(_Shard(target.parent, mode, room))
+                begin()
             if native:
                 shards[-1].add_native(name, size)
             else:
@@ -179,13 +192,13 @@ def write_safetensors(
             del value, blob
         _finish(shards[-1], order, state_dict, user, len(shards) > 1)
         if len(shards) == 1:
-            shards[0].staged.commit(target)
-            _remove_shards(target, set())
+            staged[0].commit(target)
+            _remove_shards(target)
         else:
-            _commit(op, target, shards)
+            _commit(target, shards, order)
     except BaseException:
-        for shard in shards:
-            shard.staged.discard()
+        for file in staged:
+            file.discard()
         raise
     return sum(shard.body + shard.size for shard in shards)
 
@@ -196,11 +209,11 @@ def _finish(shard: _Shard, order: list[str], values: Distinct, metadata: dict[st
     shard.finish(order, values, metadata, aliases, many)
 
 
-def _commit(op: str, target: Path, shards: list[_Shard]) -> None:
+def _commit(target: Path, shards: list[_Shard], order: list[str]) -> None:
     """All shards are on the disk: name them, then the index, then remove what it replaces."""
     stem = target.name.removesuffix(".safetensors")
     files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    weight_map = {
+    place = {
         name: file
         for file, shard in zip(files, shards, strict=True)
         for name in (*shard.blobs, *shard.native)
@@ -211,7 +224,7 @@ def _commit(op: str, target: Path, shards: list[_Shard]) -> None:
             "total_size": sum(shard.size for shard in shards),
             KEY: json.dumps({"version": VERSION, "shards": checksums}),
         },
-        "weight_map": weight_map,
+        "weight_map": {name: place[name] for name in order},
     }
     for file, shard in zip(files, shards, strict=True):
         shard.staged.commit(target.parent / file)
@@ -221,7 +234,6 @@ def _commit(op: str, target: Path, shards: list[_Shard]) -> None:
     target.unlink(missing_ok=True)  # readers look for it first
     for file in old - set(files):
         (target.parent / file).unlink(missing_ok=True)
-    sync_folder(target.parent)
 
 
 def _index_of(target: Path) -> Path:
@@ -235,13 +247,15 @@ def _old_shards(target: Path) -> set[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return set()
     shape = re.escape(target.name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors"
-    return {file for file in files if isinstance(file, str) and plain_name(file) and re.fullmatch(shape, file)}
+    return {
+        file for file in files if isinstance(file, str) and plain_name(file) and re.fullmatch(shape, file)
+    }
 
 
-def _remove_shards(target: Path, keep: set[str]) -> None:
+def _remove_shards(target: Path) -> None:
     """An index and its shards that a single file replaces: readers look for that first."""
     old = _old_shards(target)
     if old:
         _index_of(target).unlink(missing_ok=True)
-    for file in old - keep:
+    for file in old:
         (target.parent / file).unlink(missing_ok=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec import blob as blobs
+from cfl_ops.ops.codec.blob import decompress
+from cfl_ops.ops.codec.blob_reader import describe
 from cfl_ops.ops.codec.huffman import corrupt
 
 __all__: list[str] = []
@@ -109,7 +110,7 @@ class Weights(ABC):
         known = self.__dict__.get("_names")
         if known is None:
             known = self.__dict__["_names"] = frozenset(self.names)
-        return known  # type: ignore[no-any-return]
+        return known
 
     @abstractmethod
     def close(self) -> None:
@@ -123,9 +124,11 @@ class Weights(ABC):
     def _blob(self, name: str) -> Tensor:
         """Of a name that is stored."""
 
+    @abstractmethod
     def _soon(self, name: str) -> None:
         """It will be read."""
 
+    @abstractmethod
     def _done(self, name: str) -> None:
         """It has been read."""
 
@@ -153,7 +156,8 @@ class Weights(ABC):
         """Dtype and shape, from the first bytes."""
         name = self.stored_name(name)
         with self._naming(name):
-            return headline("load_file", self._blob(name), name)
+            found = describe(self._blob(name), "load_file")
+        return found.dtype, found.shape
 
     def tensor(
         self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
@@ -172,7 +176,7 @@ class Weights(ABC):
                 )
             if out is not None:
                 device = out.device
-            return blobs.decompress(blob if device is None else blob.to(device), out, start=start, stop=stop)
+            return decompress(blob if device is None else blob.to(device), out, start=start, stop=stop)
 
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:
@@ -197,9 +201,7 @@ class Weights(ABC):
             return list(self.names)
         asked = [names] if isinstance(names, str) else names
         if not isinstance(asked, Iterable):
-            raise TypeError(
-                f"cfl_ops.{op}: names must be a name or several, but got {type(names).__name__}"
-            )
+            raise TypeError(f"cfl_ops.{op}: names must be a name or several, but got {type(names).__name__}")
         asked = list(dict.fromkeys(asked))
         for name in asked:
             self.stored_name(name, op)
@@ -214,9 +216,3 @@ class Weights(ABC):
                 self._soon(sources[i + 1])
             yield source, self._decode(source, None, None, None, device)
             self._done(source)
-
-
-def headline(op: str, blob: Tensor, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Dtype and shape of a blob, from its header."""
-    parsed = blobs._parse_blob(op, blob)
-    return parsed.dtype, parsed.shape
