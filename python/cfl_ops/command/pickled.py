@@ -88,13 +88,19 @@ def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class _File:
-    """What torch.save asks of a file, for what has ``write``. The error of a write comes out as it was."""
+    """What torch.save asks of a file, for what has ``write``."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self.error: OSError | None = None
+        """Of the first write that failed: torch closes its archive after it, and what that raises says less."""
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -144,6 +150,12 @@ def write_state_dict(
                 made[name] = torch.empty(shape, dtype=dtype)
             at += -(-size // _PAGE) * _PAGE
             fill(name, made[name])
-        torch.save({name: made[aliases.get(name, name)] for name in names}, _File(file))  # type: ignore[arg-type]
+        sink = _File(file)
+        try:
+            torch.save({name: made[aliases.get(name, name)] for name in names}, sink)  # type: ignore[arg-type]
+        except RuntimeError:
+            if sink.error is None:
+                raise
+            raise sink.error from None
         made.clear()
         del mapped  # unmapped with the last tensor that is a view of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -243,12 +244,14 @@ def _verified(source: Source, other: Source | None, name: str) -> Row:
         row.state = "good"
         if source.is_delta:
             source.check_delta(name)
-        elif other is None or name not in other.names:
+        elif other is None:
             source.tensor(name)
+        elif name not in other.names:
+            row.state = "is not in the original"
         else:
             _compare(source, other, name, facts, row)
     except CorruptDataError as error:
-        row.state = plain(error)
+        row.state = re.sub(r" \(in '.*\)$", "", plain(error))  # the line begins with the name
     row.seconds = time.perf_counter() - begin
     return row
 
@@ -270,12 +273,14 @@ def _compare(source: Source, other: Source, name: str, facts: Facts, row: Row) -
 
 
 def _names_apart(source: Source, other: Source) -> list[Row]:
-    rows = [Row(name, same_as=of, state="good") for name, of in source.aliases.items() if name in other.names]
-    rows += [Row(name, state="is not in the file") for name in other.names if name not in source.names]
-    known = {row.name for row in rows}
-    for name in source.names:
-        if name not in other.names and name not in known:
-            rows.append(Row(name, state="is not in the original"))
+    rows = [Row(name, state="is not in the file") for name in other.names if name not in source.names]
+    for name, of in source.aliases.items():
+        row = Row(name, same_as=of, state="good")
+        if name not in other.names:
+            row.state = "is not in the original"
+        elif other.aliases.get(name) != of:
+            _compare(source, other, name, source.facts(of), row)
+        rows.append(row)
     return rows
 
 
