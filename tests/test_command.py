@@ -184,6 +184,34 @@ def test_old_files_of_torch(here: Path) -> None:
     ok("verify", "o.cflz", "a.safetensors")
 
 
+def test_files_of_torch_where_memory_is_short(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tensors are made in a temporary file, which is gone afterwards."""
+    monkeypatch.setattr("cfl_ops.command.pickled._free_memory", lambda: 0)
+    before = listed()
+    ok("decompress", "a.safetensors", "s.pt")
+    assert_equal(torch.load("s.pt"), state())
+    assert listed() == sorted([*before, "s.pt"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        done = cfl("decompress", "a.safetensors", "t.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(done, 4, "too large|No space")
+    assert listed() == sorted([*before, "s.pt"])
+
+
+def test_inputs_are_not_changed(here: Path) -> None:
+    """Plain tensors are read where they lie in the file."""
+    torch.save(state(), "a.pt")
+    before = {name: Path(name).read_bytes() for name in ("a.safetensors", "b.safetensors", "a.pt")}
+    for source in ("a.safetensors", "a.pt"):
+        ok("compress", source, "x.cflz", "--force", "--bits", "6", "--nonfinite", "keep")
+        ok("diff", source, "b.safetensors", "d.cflz", "--force")
+        ok("patch", source, "d.cflz", "y.pt", "--force")
+    assert before == {name: Path(name).read_bytes() for name in before}
+
+
 def test_shards(here: Path) -> None:
     (here / "s").mkdir()
     ok("compress", "a.safetensors", "s/model.safetensors", "--max-shard", "20kB")
@@ -378,7 +406,7 @@ def test_verify_names_each_bad_tensor(here: Path) -> None:
     told = json.loads(Path("x.json").read_text())
     assert not told["good"]
     assert [row["name"] for row in told["tensors"] if row["state"] != "good"] == bad
-    assert_one_line(cfl("decompress", "x.cflz", "x.pt"), 1, "damaged")
+    assert_one_line(cfl("decompress", "x.cflz", "x.pt"), 1, "damaged|checksum")
     assert not Path("x.pt").exists()
 
 

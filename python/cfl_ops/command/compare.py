@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["Difference", "difference", "same_bits"]
 
 PIECE = 1 << 20
+_CACHED = 1 << 16
 Read = Callable[[int, int], Tensor]
 """Elements from one place to another of a flattened tensor."""
 
@@ -40,21 +41,30 @@ def difference(mine: Read, other: Read, numel: int) -> Difference:
     for start in range(0, numel, PIECE):
         stop = min(start + PIECE, numel)
         a, b = mine(start, stop).reshape(-1), other(start, stop).reshape(-1)
-        same = (_bits(a).view(len(a), -1) == _bits(b).view(len(b), -1)).all(1)
-        wide = torch.complex128 if b.is_complex() else torch.float64
-        values = b.to(wide)
-        errors = (a.to(wide) - values).abs()
-        errors = torch.where(same, 0.0, errors).nan_to_num(math.inf, math.inf)
-        largest = max(largest, float(errors.max()))
-        squares += float(errors.square().sum())
-        values = values[values.isfinite()]
-        finite += len(values)
-        total += float(values.real.sum())
-        total_squares += float(values.abs().square().sum())
+        for part, given in zip(a.split(_CACHED), b.split(_CACHED), strict=True):
+            errors, values = _errors(part, given)
+            low, high = errors.aminmax()
+            largest = max(largest, -float(low), float(high))
+            squares += float(torch.dot(errors, errors))
+            total += float(values.sum())
+            total_squares += float(torch.dot(values, values))
+            finite += len(values)
     rms = math.sqrt(squares / numel) if numel else 0.0
     mean = total / max(1, finite)
     deviation = math.sqrt(max(0.0, total_squares / max(1, finite) - mean * mean))
     return Difference(largest, rms, rms / deviation if deviation else (0.0 if rms == 0 else math.inf))
+
+
+def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each element the error, and the values of b that are finite; in float64, complex ones as two numbers."""
+    if b.is_complex():
+        a, b = torch.view_as_real(a).reshape(-1), torch.view_as_real(b).reshape(-1)
+    values = b.to(torch.float64)
+    errors = a.to(torch.float64).sub_(values)
+    if math.isfinite(float(errors.sum())):
+        return errors, values
+    same = (_bits(a).view(len(a), -1) == _bits(b).view(len(b), -1)).all(1)
+    return errors.masked_fill_(same, 0).nan_to_num_(math.inf, math.inf, -math.inf), values[values.isfinite()]
 
 
 def _bits(tensor: Tensor) -> Tensor:

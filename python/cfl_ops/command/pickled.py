@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +117,10 @@ def write_state_dict(
     names: Iterable[str],
     fill: Callable[[str, Tensor], object],
 ) -> None:
-    """Write a state dict with torch.save, without holding it in memory.
+    """Write a state dict with torch.save.
 
-    torch.save takes a whole state dict, so the tensors are made in a temporary file that is mapped into memory: the
-    system may write its pages out and drop them.
+    torch.save takes a whole state dict. Where memory is short, its tensors are made in a temporary file that is mapped:
+    the system may write its pages out and drop them.
 
     Args:
         file: to write to.
@@ -128,28 +130,11 @@ def write_state_dict(
         names: all of them, in their order.
         fill: writes the tensor of that name into the one that is given.
     """
-    facts = list(facts)
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in facts]
-    total = sum(-(-size // _PAGE) * _PAGE for size in sizes)
     made: dict[str, Tensor] = {}
-    with tempfile.TemporaryFile(dir=folder, prefix=".cfl-ops-") as temporary:
-        if hasattr(os, "posix_fallocate") and total:
-            os.posix_fallocate(
-                temporary.fileno(), 0, total
-            )  # a full disk is an error here, not a SIGBUS below
-        else:
-            temporary.truncate(total)
-        mapped = mmap.mmap(temporary.fileno(), total) if total else None
-        at = 0
-        for (name, dtype, shape), size in zip(facts, sizes, strict=True):
-            if size and mapped is not None:
-                made[name] = torch.frombuffer(
-                    mapped, dtype=torch.uint8, count=size, offset=at
-                ).view(dtype).view(shape)  # fmt: skip
-            else:
-                made[name] = torch.empty(shape, dtype=dtype)
-            at += -(-size // _PAGE) * _PAGE
-            fill(name, made[name])
+    with _room(list(facts), folder) as places:
+        for name, place in places:
+            fill(name, place)
+            made[name] = place
         sink = _File(file)
         try:
             torch.save({name: made[aliases.get(name, name)] for name in names}, sink)  # type: ignore[arg-type]
@@ -157,5 +142,45 @@ def write_state_dict(
             if sink.error is None:
                 raise
             raise sink.error from None
-        made.clear()
-        del mapped  # unmapped with the last tensor that is a view of it
+        finally:
+            made.clear()
+
+
+@contextmanager
+def _room(
+    facts: list[tuple[str, torch.dtype, tuple[int, ...]]], folder: Path
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Tensors to write to: in memory if they take at most half of what is free, else in a temporary file."""
+    sizes = [-(-math.prod(shape) * dtype.itemsize // _PAGE) * _PAGE for _, dtype, shape in facts]
+    total = sum(sizes)
+    if total <= _free_memory() // 2:
+        yield ((name, torch.empty(shape, dtype=dtype)) for name, dtype, shape in facts)
+        return
+    with tempfile.TemporaryFile(dir=folder, prefix=".cfl-ops-") as temporary:
+        # A full disk is an error here, not a SIGBUS where the memory is written to.
+        getattr(os, "posix_fallocate", _truncate)(temporary.fileno(), 0, total)
+        mapped = mmap.mmap(temporary.fileno(), total)  # unmapped with the last tensor that looks at it
+
+        def places() -> Iterator[tuple[str, Tensor]]:
+            at = 0
+            for (name, dtype, shape), size in zip(facts, sizes, strict=True):
+                count = math.prod(shape) * dtype.itemsize
+                bytes_ = torch.empty(0, dtype=torch.uint8)
+                if count:  # a storage of its own: torch.save writes whole storages
+                    bytes_ = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=at)
+                yield name, bytes_.view(dtype).view(shape)
+                at += size
+
+        yield places()
+
+
+def _truncate(file: int, _: int, size: int) -> None:
+    os.truncate(file, size)
+
+
+def _free_memory() -> int:
+    """Bytes, as the system tells; none where it does not."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0

@@ -20,6 +20,7 @@ from cfl_ops.ops.codec import files
 from cfl_ops.ops.codec.delta import describe_delta
 from cfl_ops.ops.codec.delta_format import parse_delta, unpack_symbols
 from cfl_ops.ops.codec.huffman import read_header
+from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
 from cfl_ops.ops.codec.tied import Distinct
 
 from . import pickled
@@ -132,6 +133,7 @@ class Coded(Source):
     def __init__(self, path: Path, shown: str, stack: ExitStack, format: str) -> None:
         self._weights = stack.enter_context(files.open_weights(path))
         self.shown, self.format = shown, format
+        self._last: str | None = None
         self.names, self.aliases = tuple(self._weights.names), self._weights.aliases
         self.metadata = self._weights.metadata or {}
         self.version = _version(path)
@@ -149,12 +151,30 @@ class Coded(Source):
         try:
             return facts_of_blob(self._weights.blob(name))
         except CorruptDataError as error:
-            raise CorruptDataError(f"{error} (in {name!r})") from None
+            raise CorruptDataError(f"{error} (in {name!r} of {self.shown})") from None
 
     def tensor(
         self, name: str, start: int | None = None, stop: int | None = None, out: Tensor | None = None
     ) -> Tensor:
-        return self._weights.tensor(name, start, stop, out)
+        name = self.aliases.get(name, name)
+        if self._last not in (None, name):
+            self._weights._done(self._last)  # its pages need not stay in memory
+        self._last = name
+        mapped = self._mapped(name) if out is None and start is None and stop is None else None
+        return self._weights.tensor(name, start, stop, out) if mapped is None else mapped
+
+    def _mapped(self, name: str) -> Tensor | None:
+        """A plain tensor where it lies in the file, if nothing of it is to be checked; not to be written to."""
+        weights = self._weights
+        if isinstance(weights, ShardedSafetensors):
+            weights = weights._of(name)
+        if not isinstance(weights, SafetensorsFile) or weights.notes is not None:
+            return None
+        dtype, shape = weights.header(name)
+        data = weights._bytes(name)
+        if dtype == torch.bool or not data.numel() or data.storage_offset() % dtype.itemsize:
+            return None
+        return data.view(dtype).view(shape)
 
     def blob(self, name: str) -> Tensor:
         return self._weights.blob(name)
