@@ -357,8 +357,8 @@ def test_importing_the_package_imports_no_extra():
     ("arguments", "code", "words"),
     [
         (["info"], 0, "backend"),
-        (["--help"], 0, "usage: python -m cfl_ops COMMAND"),
-        ([], 2, "usage: python -m cfl_ops COMMAND"),
+        (["--help"], 0, "usage: cfl-ops COMMAND"),
+        ([], 2, "usage: cfl-ops COMMAND"),
         (["dance"], 2, "unknown command: dance"),
     ],
 )

@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def modules() -> list[str]:
     names = ["cfl_ops"]
     for info in pkgutil.walk_packages(cfl_ops.__path__, "cfl_ops."):
-        if not re.search(r"\.(_C|demo|__main__|triton_kernels|tests|benches|build)\b", info.name):
+        if not re.search(r"\.(_C|demo|command|__main__|triton_kernels|tests|benches|build)\b", info.name):
             names.append(info.name)
     return names
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec.delta import apply_delta, compress_delta
 
-from .failures import UsageError
+from .failures import UsageError, plain
 from .report import Bar, Report, Row, progress
 from .sources import LEFT, STDIN, Facts, Source, facts_of_blob, open_source
 from .targets import target_of, write_coded
@@ -118,8 +118,9 @@ class Patched(Source):
         try:
             return apply_delta(base, {name: self._change.blob(name)})
         except (CorruptDataError, WrongBaseError) as error:
-            where = "" if repr(name) in str(error) else f" (in {name!r})"
-            raise type(error)(f"{error}{where}") from None
+            wrong = isinstance(error, WrongBaseError)
+            what = f"{self._before.shown} is not the base of " if wrong else ""
+            raise type(error)(f"{what}{self._change.shown}: {plain(error)}") from None
 
 
 def _one_stdin(*arguments: str) -> None:

@@ -56,7 +56,8 @@ def draw(path: str, rows: Sequence[Row], title: str) -> None:
     limit = 1.1 * max([8.0, *raw])
     (axes.set_xlim if named else axes.set_ylim)(0, limit)
     axes.set_title(_plain(title), fontsize=10)
-    axes.legend(fontsize=8)
+    axes.margins(x=0.005) if not named else axes.margins(y=0.01)
+    figure.legend(fontsize=8, ncols=2, loc="outside lower right")
     figure.savefig(path, dpi=120)
 
 

@@ -23,7 +23,7 @@ from .failures import UsageError, VerificationError, plain, say
 from .picture import check_picture, draw
 from .report import Bar, Report, Row, human, progress, stderr_console, stdout_console
 from .sources import LEFT, Facts, Lazy, Shapes, Source, facts_of_blob, open_source
-from .targets import Target, target_of, write_coded, write_plain
+from .targets import STDOUT, Target, target_of, write_coded, write_plain
 
 __all__ = [
     "Showing",
@@ -397,7 +397,8 @@ def finish(report: Report, showing: Showing, started: float, size: int) -> None:
     console = stderr_console()
     if showing.table:
         report.print_table(console)
-    line = f"{report.facts['output']}: {report.totals_line()}, {human(size)} written"
+    name = "stdout" if report.facts["output"] == STDOUT else report.facts["output"]
+    line = f"{name}: {report.totals_line()}, {human(size)} written"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
