@@ -344,7 +344,7 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
     _check_dtype(op, name, w)
     check_shape(op, name, w, 2**63 - 1)
     data = _raw_bytes(w)
-    host = memory_of(data.cpu())
+    host = memory_of(data)
     if w.ndim <= MOST_RAW_DIMS:
         version, shape, table_bytes = 1, struct.pack(f"<{w.ndim}Q", *w.shape), 0
     else:
