@@ -136,6 +136,9 @@ def compress(
         True
         >>> bool((cfl_ops.decompress(blob) - w).abs().max() <= (w.max() - w.min()) / 2**8 * 1.001)
         True
+        >>> blob = cfl_ops.compress(w.bfloat16(), lossless=True)
+        >>> len(blob) < 0.7 * w.numel() * 2, torch.equal(cfl_ops.decompress(blob), w.bfloat16())
+        (True, True)
 
     """
     options = Options(floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
