@@ -22,7 +22,7 @@ from cfl_ops.ops.codec.blob import (
     store_planned,
 )
 from cfl_ops.ops.codec.measure import deviation_of, errors_of
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, as_rows, dense, find_grid, ranges_of
 from cfl_ops.ops.codec.policy import OP, Decision, told
 from cfl_ops.ops.codec.quantize import WEIGHT_RANGE, to_bins
 from cfl_ops.ops.codec.sample import sample_index
@@ -58,9 +58,13 @@ def compress_within(decision: Decision) -> Tensor:
     grid = find_grid(w, options)
     if not isinstance(grid, Grid) or bool((grid.minimum == grid.maximum).all()):
         return _smaller(store_planned(w, grid, options), w, decision)
-    # The deviation of 1,024 weights may be 2 % larger than that of all.
-    steps = max(1.0, grid.levels * (1.002 if absolute else 1.03)) if grid.levels else 2.0**grid.bits
     limit = budget.error * (1.0 if absolute else deviation_of(w))
+    steps = 2.0**grid.bits
+    if grid.levels and options.per == "tensor":
+        span = float(grid.maximum.to(torch.float64) * 0.25 - grid.minimum.to(torch.float64) * 0.25)
+        enough = span / limit / part / math.sqrt(0.75) if limit > span / 2.0**MOST_BITS else grid.levels
+        # Outliers do not count in the plan's deviation, which is that of 1,024 weights: 2 % off, or far below.
+        steps = max(1.0, 1.002 * (enough if grid.levels < 1.1 * enough else grid.levels))
     while True:
         bits = max(1, math.ceil(math.log2(steps)))
         if bits > MOST_BITS:
@@ -69,7 +73,7 @@ def compress_within(decision: Decision) -> Tensor:
         blob = store_planned(w, grid._replace(bits=bits, stretch=stretch), options)
         if not quantised_bits(blob):
             return _smaller(blob, w, decision)
-        errors = errors_of(w, blob)
+        errors = errors_of(w, blob, budget.kind == "rms")
         off = errors.rms if budget.kind == "rms" else errors.largest
         if off <= limit:
             return _smaller(blob, w, decision)
@@ -94,18 +98,19 @@ class _Curve:
         self.decision, self.options, self.palette = decision, options, palette
         w = decision.value
         n, item = w.numel(), w.element_size()
-        counts, step = _histogram(w, grid, options)
+        counts, step, groups = _histogram(w, grid, options)
         occupied, entropies, squares = _pooled(counts)
         total = int(counts.sum())
         kept = 0 if grid.exceptions is None else grid.exceptions.numel()
-        tables = 400 + 8 * w.ndim + 2 * grid.minimum.numel() * item + kept * (8 + item)
+        tables = 400 + 8 * w.ndim + 2 * groups * item + kept * (8 + item)
         scale = decision.importance * n * (step**2 if absolute else 1 / (_spread(counts) + 1 / 12))
         sizes, costs = [0.0], [4.0**_PROBE_BITS / 12]
         for bits in range(1, MOST_BITS + 1):
             known = min(bits, _PROBE_BITS)
             each = max(1.0, entropies[known] + bits - known)
             symbols = min(occupied[known] << (bits - known), n)
-            sizes.append(tables + n * (each / 8 + 8 / 2**15) + symbols * 0.6)
+            lengths = min(1.8 * symbols, 0.6 * symbols + 0.4 * (2**bits - symbols))
+            sizes.append(tables + n * (each / 8 + 8 / 2**15) + lengths)
             # Squares of distances in half steps of the probe, and what the probe itself is off.
             off = (
                 squares[known] / total / 4 + 1 / 12
@@ -165,29 +170,29 @@ class _Curve:
         return found
 
 
-def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float]:
-    """Counts of 2^12 bins (on the CPU) of a sample of the weights, and the rms of the groups' steps."""
+def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float, int]:
+    """Counts of 2^12 bins (on the CPU) of a sample of the weights, the rms of the groups' steps, and their number."""
     flat, n = dense(grid.weights), w.numel()
     every = max(1, n // _SAMPLE)
-    low, high = (end.flatten().to("cpu", torch.float64) * 0.25 for end in (grid.minimum, grid.maximum))
     if options.per == "tensor":
         counts = WEIGHT_RANGE(flat, _PROBE_BITS, every)[2].cpu()
-        size = n
+        size, low, high = n, grid.minimum.view(1), grid.maximum.view(1)
     else:
         size = w.shape[-1] if options.per == "row" else options.block_size or n
+        found = [ranges_of(rows)[:2] for rows in as_rows(flat, options.per, size, options.block_size)]
+        low, high = (torch.cat([ends[i] for ends in found]) for i in (0, 1))
         at = sample_index(n, every, flat.device)
-        group = at // size
-        low_of, high_of = (end.flatten()[group] for end in (grid.minimum, grid.maximum))
-        bins = to_bins(flat[at].unsqueeze(-1), low_of, high_of, _PROBE_BITS)
-        counts = torch.bincount(bins.flatten(), minlength=1 << _PROBE_BITS).cpu()
-    steps = ((high - low) * (4 / 2**_PROBE_BITS)).tolist()
-    lengths = [size] * (len(steps) - 1) + [n - size * (len(steps) - 1)]
-    largest = min(max(steps), 1e150)
+        group = (at // size).cpu()
+        bins = to_bins(flat[at].cpu().unsqueeze(-1), low[group], high[group], _PROBE_BITS)
+        counts = torch.bincount(bins.flatten(), minlength=1 << _PROBE_BITS)
+    quarters = high.to(torch.float64) * 0.25 - low.to(torch.float64) * 0.25
+    steps = [min(quarter, 1e140) * (4 / 2**_PROBE_BITS) for quarter in quarters.tolist()]
+    largest = max(steps)
     if not largest:
-        return counts, 0.0
-    return counts, largest * math.sqrt(
-        math.fsum(length * (step / largest) ** 2 for length, step in zip(lengths, steps, strict=True)) / n
-    )
+        return counts, 0.0, len(steps)
+    lengths = [size] * (len(steps) - 1) + [n - size * (len(steps) - 1)]
+    parts = (length * (step / largest) ** 2 for length, step in zip(lengths, steps, strict=True))
+    return counts, largest * math.sqrt(math.fsum(parts) / n), len(steps)
 
 
 def _pooled(counts: Tensor) -> tuple[list[int], list[float], list[int]]:
