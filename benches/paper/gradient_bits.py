@@ -5,8 +5,8 @@ with a squared error. At some epochs, for each layer: G, the rms of the gradient
 images; H, the entropy that Algorithm 1 measures; and the bits that the layer needs: the least N (interpolated) from
 which on quantising this layer alone changes the loss by no more than the tolerance, 0.001 (a constant T, which the
 thesis derives its formula from) or 1 % of the loss. What is printed: the correlation of log2(G + 1) with H, which the
-thesis reports as above .75 (section 3.5), with both kinds of bits needed, and of H with them; within each layer over the
-epochs (each network for itself, then the mean), and over the three layers at the end of training.
+thesis reports as above .75 (section 3.5), with both kinds of bits needed, and of H with them; within each layer over
+the epochs (each network for itself, then the mean), and over the three layers at the end of training.
 
 Run: OMP_NUM_THREADS=1 python benches/paper/gradient_bits.py --seeds 3 --epochs 40
 """

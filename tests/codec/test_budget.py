@@ -151,8 +151,8 @@ def test_an_error_budget_of_half_precision_takes_no_more_than_the_weights() -> N
 
 
 BYTES = {
-    **{name: HARD[name] for name in ("normal", "constant", "a hundred values", "half zeros", "outlier", "offset", "mask")},
-    **{name: HARD[name] for name in ("bfloat16", "float16", "float64", "column", "scalar", "nothing")},
+    **{name: HARD[name] for name in ("normal", "constant", "a hundred values", "half zeros", "outlier", "offset")},
+    **{name: HARD[name] for name in ("mask", "bfloat16", "float16", "float64", "column", "scalar", "nothing")},
     "much larger": normal(300, 250) * 100,
     "steps": torch.arange(100),
 }  # fmt: skip
@@ -227,7 +227,7 @@ def test_bytes_go_where_they_save_most() -> None:
     state = {
         "a": normal(50, 60),
         "b": normal(40, 40, seed=1) * 50,
-        "c": torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(60, 50, generator=torch.Generator().manual_seed(2)) * 0.998 + 0.001),
+        "c": normal(60, 50, seed=2) * normal(60, 50, seed=3),
     }  # fmt: skip
 
     def error(w: Tensor, back: Tensor, absolute: bool) -> float:

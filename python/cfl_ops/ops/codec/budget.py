@@ -60,8 +60,8 @@ def compress_within(decision: Decision) -> Tensor:
         return _smaller(store_planned(w, grid, options), w, decision)
     limit = budget.error * (1.0 if absolute else deviation_of(w))
     steps = 2.0**grid.bits
+    span = float(grid.maximum.to(torch.float64) * 0.25 - grid.minimum.to(torch.float64) * 0.25)
     if grid.levels and options.per == "tensor":
-        span = float(grid.maximum.to(torch.float64) * 0.25 - grid.minimum.to(torch.float64) * 0.25)
         enough = span / limit / part / math.sqrt(0.75) if limit > span / 2.0**MOST_BITS else grid.levels
         # Outliers do not count in the plan's deviation, which is that of 1,024 weights: 2 % off, or far below.
         steps = max(1.0, 1.002 * (enough if grid.levels < 1.1 * enough else grid.levels))
@@ -77,8 +77,22 @@ def compress_within(decision: Decision) -> Tensor:
         off = errors.rms if budget.kind == "rms" else errors.largest
         if off <= limit:
             return _smaller(blob, w, decision)
-        shortage = min(2.0, max(1.005, off / limit * 1.002)) if limit > 0 else 2.0
-        steps = steps * shortage if options.per == "tensor" else 2.0 ** (bits + 1)
+        if options.per != "tensor":
+            steps = 2.0 ** (bits + 1)
+            continue
+        steps *= _shortage(span / steps * (1 / math.sqrt(0.75) if budget.kind == "rms" else 2), off, limit, budget.kind)
+
+
+def _shortage(expected: float, off: float, limit: float, kind: str) -> float:
+    """How many times as many steps to try, where an error was to be ``expected`` and is ``off``, above the limit.
+
+    What the step does not explain is the rounding of the weights' dtype, which a shorter step leaves as it is.
+    """
+    if off >= 4 * limit:
+        return 2.0
+    expected, off = expected / limit, off / limit
+    left = math.sqrt(max(0.0, expected**2 - off**2 + 1)) if kind == "rms" else expected - off + 1
+    return min(2.0, max(1.005, 1.002 * expected / left)) if left > 0 else 2.0
 
 
 def _smaller(blob: Tensor, w: Tensor, decision: Decision) -> Tensor:

@@ -320,10 +320,14 @@ class Grid(NamedTuple):
 
 
 def stretched(grid: Grid) -> Tensor:
-    """The upper end of the range made longer; as it was where there is no such number."""
-    low, high = grid.minimum.to(torch.float64), grid.maximum.to(torch.float64)
-    found = (low + (high - low) * grid.stretch).to(grid.maximum.dtype)
-    return torch.where(found.isfinite() & (found > grid.maximum), found, grid.maximum)
+    """The upper end of the range made longer, rounded down; as it was where there is no such number."""
+    low, high = float(grid.minimum), float(grid.maximum)
+    wanted = low + (high - low) * grid.stretch
+    found = torch.tensor(wanted, dtype=torch.float64).to(grid.maximum.dtype)
+    if float(found) > wanted:
+        found = torch.nextafter(found, torch.zeros_like(found).fill_(low))
+    longer = math.isfinite(float(found)) and float(found) > high
+    return found.to(grid.maximum.device) if longer else grid.maximum
 
 
 class Palette(NamedTuple):
