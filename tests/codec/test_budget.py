@@ -10,7 +10,10 @@ from typing import Any
 import cfl_ops
 import pytest
 import torch
+from cfl_ops.ops.codec.blob import store_planned
 from cfl_ops.ops.codec.measure import deviation_of, errors_of, rms_of
+from cfl_ops.ops.codec.plan import Grid, Options, find_grid, stretched
+from cfl_ops.ops.codec.quantize import to_bins
 from cfl_ops.ops.codec.state_dict import named_blobs
 from torch import Tensor
 
@@ -332,6 +335,27 @@ def test_measures_bound_what_float64_finds(dtype: torch.dtype) -> None:
     assert rms_of(torch.zeros(5)) == rms_of(torch.empty(0)) == deviation_of(torch.empty(0)) == 0
     assert deviation_of(torch.full((9,), math.nan)) == 0
     assert rms_of(torch.tensor([1e-300, 0.0], dtype=torch.float64)) == pytest.approx(1e-300 / 2**0.5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_stretched_range_is_written_as_torch_ops_write_it(backend: str, dtype: torch.dtype) -> None:
+    """As for a tensor on a GPU, whose kernel finds a range of its own."""
+    w = (normal(200, 171) * 7).to(dtype)
+    for bits, stretch in ((3, 1.3), (8, 1.999), (11, 1.0001)):
+        grid = find_grid(w, Options(bits=bits, max_error=math.inf))
+        assert isinstance(grid, Grid)
+        end = stretched(grid._replace(stretch=stretch))
+        wanted = float(grid.minimum) + (float(grid.maximum) - float(grid.minimum)) * stretch
+        assert float(grid.maximum) <= float(end) <= wanted
+        blob = store_planned(w, grid._replace(stretch=stretch), Options())
+        symbols = to_bins(w.reshape(1, -1), grid.minimum.view(1), end.view(1), bits).view(w.shape)
+        payload = cfl_ops.huffman_encode(symbols.to(torch.uint8 if bits <= 8 else torch.uint16))
+        assert same(blob[-len(payload) :], payload)
+    top = find_grid(
+        torch.linspace(-1, torch.finfo(dtype).max, 99, dtype=torch.float64).to(dtype), Options(bits=3)
+    )
+    assert isinstance(top, Grid)
+    assert same(stretched(top._replace(stretch=1.9)), top.maximum)  # there is nothing above it
 
 
 def test_files_take_all_options(tmp_path: Any) -> None:

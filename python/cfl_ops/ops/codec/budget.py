@@ -80,7 +80,9 @@ def compress_within(decision: Decision) -> Tensor:
         if options.per != "tensor":
             steps = 2.0 ** (bits + 1)
             continue
-        steps *= _shortage(span / steps * (1 / math.sqrt(0.75) if budget.kind == "rms" else 2), off, limit, budget.kind)
+        steps *= _shortage(
+            span / steps * (1 / math.sqrt(0.75) if budget.kind == "rms" else 2), off, limit, budget.kind
+        )
 
 
 def _shortage(expected: float, off: float, limit: float, kind: str) -> float:
