@@ -33,6 +33,8 @@ _PROBE_BITS = 12
 _SAMPLE = 1 << 18
 _PLANNED_BITS = 8
 """Outliers are left out of the range as compress(bits=8) does, whatever the bits will be."""
+_PARTS, _LARGE = 16, 1 << 20
+"""Steps are a part of a bit apart: a 16th in large tensors, where it is many bytes, a quarter in others."""
 _ROUNDS = 6
 _SPARE = 400
 """So small a part of the bytes may stay unused."""
@@ -106,7 +108,7 @@ def _smaller(blob: Tensor, w: Tensor, decision: Decision) -> Tensor:
 
 
 class _Curve:
-    """What a tensor takes, and how far it is off, with a range of 2^(level / 4) steps; level 0: with every bit kept."""
+    """What a tensor takes, and how far it is off, with a range of 2^(level / 16) steps; level 0 keeps every bit."""
 
     def __init__(
         self, decision: Decision, options: Options, grid: Grid, absolute: bool, palette: Options | None
@@ -137,14 +139,12 @@ class _Curve:
         self.bytes = {0: 200 + round(n * item * _LOSSLESS[w.dtype])}
         self.costs = {0: 0.0}
         self.measured: dict[int, int] = {}
-        between = (1, 2, 3, 4) if options.per == "tensor" else (4,)
-        for bits in range(1, MOST_BITS + 1):
-            for quarter in between if bits > 1 else (4,):
-                level = 4 * bits - 4 + quarter
-                part = quarter / 4
-                self.bytes[level] = round(sizes[bits - 1] * (1 - part) + sizes[bits] * part)
-                off = costs[bits - 1] ** (1 - part) * costs[bits] ** part
-                self.costs[level] = scale * off if step else 0.0
+        apart = _PARTS if options.per != "tensor" else 1 if n >= _LARGE else _PARTS // 4
+        for level in range(_PARTS, _PARTS * MOST_BITS + 1, apart):
+            bits, part = -(-level // _PARTS), (level - 1) % _PARTS / _PARTS + 1 / _PARTS
+            self.bytes[level] = round(sizes[bits - 1] * (1 - part) + sizes[bits] * part)
+            off = costs[bits - 1] ** (1 - part) * costs[bits] ** part
+            self.costs[level] = scale * off if step else 0.0
 
     def guess(self, level: int) -> int:
         """The bytes of a level: as measured, or as much off as what was measured next to it."""
@@ -166,8 +166,10 @@ class _Curve:
             return few if few.numel() < exact.numel() else exact
         grid = find_grid(w, self.options)
         assert isinstance(grid, Grid)
-        bits = -(-level // 4)
-        return store_planned(w, grid._replace(bits=bits, stretch=2.0 ** (bits - level / 4)), self.options)
+        bits = -(-level // _PARTS)
+        return store_planned(
+            w, grid._replace(bits=bits, stretch=2.0 ** (bits - level / _PARTS)), self.options
+        )
 
     def hull(self) -> list[tuple[int, int, float]]:
         """(level, bytes, cost) from the fewest bytes on: each further one saves less of the cost for a byte."""
@@ -276,7 +278,7 @@ def share_bytes(
         chosen, total, cost = _choose(curves, room)
         unknown = [(i, level) for i, level in chosen.items() if level not in curves[i].measured]
         if not unknown and total > room:
-            unknown = [(i, 4) for i, curve in curves.items() if 4 not in curve.measured]
+            unknown = [(i, _PARTS) for i, curve in curves.items() if _PARTS not in curve.measured]
         if not unknown and total > room:
             raise ValueError(
                 f"cfl_ops.{OP}: max_bytes must be at least {total + max_bytes - room} (1 bit for each weight that "
