@@ -60,11 +60,12 @@ Element element_of(int dtype) {
     int width, per;
     bool rotated;
   };
-  static constexpr Row rows[kDtypes] = {
+  static constexpr Row rows[] = {
       {2, 1, true},  {2, 1, true},  {4, 1, true},  {8, 1, true},  {1, 1, false}, {1, 1, false},
       {1, 1, false}, {2, 1, false}, {4, 1, false}, {8, 1, false}, {2, 1, false}, {4, 1, false},
       {8, 1, false}, {4, 2, true},  {8, 2, true},  {1, 1, true},  {1, 1, true},  {2, 2, true}};
-  const Row& row = rows[dtype];
+  // Then float8 and float4, and after them integers of less than a byte and bits, of which bits16 has two.
+  const Row row = dtype < 18 ? rows[dtype] : Row{dtype == 37 ? 2 : 1, 1, dtype < 22};
   const Cut cut = !row.rotated ? Cut::kPlain : row.width == 8 ? Cut::kRebiased : Cut::kRotated;
   return {{row.width, cut}, row.per};
 }

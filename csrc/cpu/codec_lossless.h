@@ -11,7 +11,7 @@
 
 namespace cfl::codec {
 
-constexpr int kDtypes = 18;  // of blobs, by their numbers
+constexpr int kDtypes = 41;  // of blobs, by their numbers
 
 // An element of a dtype: `per` lanes.
 struct Element {

@@ -64,15 +64,25 @@ def save_file(
     """
     op = "save_file"
     distinct, metadata = Distinct(op, state_dict), checked_metadata(op, metadata)
-    told = 0
+    order = {name: i for i, name in enumerate(state_dict)}
     with replacing(path) as sink:
-        writer = Writer(op, sink)
+        writer, told = Writer(op, sink), 0
         for name, blob in blobs_of(distinct, lossless, options, 4):
-            told = _tell(writer, distinct, told)
+            told = _tell(writer, distinct, told, order, order[name])
             writer.add(name, blob)
             del blob  # before the next one is made
-        _tell(writer, distinct, told)
+        _tell(writer, distinct, told, order, len(order))
         return writer.finish(metadata)
+
+
+def _tell(writer: Writer, distinct: Distinct, told: int, order: dict[str, int], before: int) -> int:
+    """Further names where they come in the state dict, for names to keep their order; how many were told so far."""
+    for name in list(distinct.aliases)[told:]:
+        if order[name] > before:
+            break
+        writer.alias(name, distinct.aliases[name])
+        told += 1
+    return told
 
 
 def save_safetensors(
@@ -123,13 +133,6 @@ def save_safetensors(
     distinct = Distinct(op, state_dict)
     made = blobs_of(distinct, lossless, options, 5)
     return write_safetensors(op, distinct, made, path, metadata, max_shard_size)
-
-
-def _tell(writer: Writer, distinct: Distinct, told: int) -> int:
-    """Further names that were passed, where they come in the state dict."""
-    for name, of in list(distinct.aliases.items())[told:]:
-        writer.alias(name, of)
-    return len(distinct.aliases)
 
 
 def blobs_of(

@@ -128,6 +128,7 @@ def _blobs(
         if policy.report is not None:
             policy.report(report_of(decision.name, decision.value, blob))
         yield decision.name, blob
+        del blob  # before the next one is made
 
 
 def _blob(decision: Decision, stacklevel: int = 1) -> Tensor:
