@@ -199,6 +199,21 @@ void split(const Lanes* lanes, const uint8_t* w, int64_t n, uint8_t* const* plan
   for_lanes(*lanes, [&]<int kWidth, Cut kCut>() { split_as<kWidth, kCut>(w, n, planes); });
 }
 
+void copy_past(uint8_t* to, const uint8_t* from, int64_t n) {
+#if CFL_CODEC_ISA == 512
+  const int64_t lead = min64(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63));
+  memcpy(to, from, static_cast<size_t>(lead));
+  int64_t i = lead;
+  for (; i + 64 <= n; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+  memcpy(to + i, from + i, static_cast<size_t>(n - i));
+  _mm_sfence();
+#else
+  memcpy(to, from, static_cast<size_t>(n));
+#endif
+}
+
 // ---- putting together
 // ---------------------------------------------------------------------------
 
