@@ -60,6 +60,20 @@ Tensor fingerprint_op(const Tensor& strided) {
       fingerprint(kernel(), data<const uint8_t>(bytes), bytes.numel(), threads())));
 }
 
+// A copy of bytes, in memory that is asked for in huge pages: fresh small ones cost three times
+// what the copying does.
+Tensor delta_copy_op(const Tensor& strided) {
+  Checked check("delta_copy");
+  check_bytes(check, "data", strided);
+  const Tensor bytes = torch::stable::contiguous(strided);
+  Tensor out = empty_cpu({bytes.numel()}, ScalarType::Byte);
+  torch::stable::parallel_for(0, bytes.numel(), 1 << 22, [&](int64_t begin, int64_t end) {
+    std::memcpy(data<uint8_t>(out) + begin, data<const uint8_t>(bytes) + begin,
+                static_cast<size_t>(end - begin));
+  });
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_new,
                                                          const Tensor& strided_old, int64_t most) {
   Checked check("delta_scan");
@@ -99,7 +113,7 @@ std::tuple<Tensor, Tensor> delta_gaps_op(const Tensor& strided) {
     check.that(gap >> 34 == 0, "positions", "must be less than 2^34 apart, but two are ", gap);
   }
   Tensor symbols = empty_cpu({n}, ScalarType::Byte), raw;
-  write_gaps(at, n, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
+  write_gaps(kernel(), at, n, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
     raw = empty_cpu({bytes}, ScalarType::Byte);
     return data<uint8_t>(raw);
   });
@@ -120,7 +134,7 @@ std::tuple<Tensor, Tensor> delta_positions_op(const Tensor& strided, const Tenso
   const Tensor raw = torch::stable::contiguous(strided_raw);
   const int64_t n = symbols.numel();
   Tensor positions = empty_cpu({n}, ScalarType::Long);
-  const bool good = read_gaps(data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
+  const bool good = read_gaps(kernel(), data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
                               raw.numel(), limit, data<int64_t>(positions), threads());
   if (!good) std::fill_n(data<int64_t>(positions), n, 0);
   return {positions, scalar_of(good ? 0 : 1)};
@@ -135,8 +149,8 @@ std::tuple<Tensor, Tensor> delta_values_op(const Tensor& strided_new, const Tens
   const Tensor now = torch::stable::contiguous(strided_new);
   const Tensor before = torch::stable::contiguous(strided_old);
   Tensor symbols = empty_cpu({now.numel()}, ScalarType::Byte), raw;
-  write_values(unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before), now.numel(),
-               use_xor, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
+  write_values(kernel(), unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before),
+               now.numel(), use_xor, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
                  raw = empty_cpu({bytes}, ScalarType::Byte);
                  return data<uint8_t>(raw);
                });
@@ -163,7 +177,7 @@ std::tuple<Tensor, Tensor> delta_patch_op(const Tensor& strided_old,
   }
   const int64_t n = symbols.numel();
   Tensor values = empty_cpu({n}, before.scalar_type());
-  const bool good = read_values(unit_of(before), data<const uint8_t>(before),
+  const bool good = read_values(kernel(), unit_of(before), data<const uint8_t>(before),
                                 strided_positions ? data<const int64_t>(positions) : nullptr,
                                 data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
                                 raw.numel(), use_xor, data<uint8_t>(values), threads());
@@ -187,9 +201,9 @@ Tensor delta_shift_op(const Tensor& strided_old, const Tensor& strided_positions
   const Tensor positions = torch::stable::contiguous(strided_positions);
   const Tensor values = torch::stable::contiguous(strided_values);
   check_positions(check, positions, before.numel());
-  return scalar_of(static_cast<int64_t>(fingerprint_change(
-      unit_of(before), data<const uint8_t>(before), before.numel(), data<const int64_t>(positions),
-      data<const uint8_t>(values), positions.numel())));
+  return scalar_of(static_cast<int64_t>(kernel()->change(
+      unit_of(before), data<const uint8_t>(before), before.numel() * unit_of(before),
+      data<const int64_t>(positions), data<const uint8_t>(values), positions.numel())));
 }
 
 void delta_write_op(Tensor out, const Tensor& strided_positions, const Tensor& strided_values) {
@@ -288,6 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_places_op(const Tensor& strided_old,
 
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&cfl::codec::fingerprint_op));
+  m.impl("delta_copy", TORCH_BOX(&cfl::codec::delta_copy_op));
   m.impl("delta_scan", TORCH_BOX(&cfl::codec::delta_scan_op));
   m.impl("delta_gaps", TORCH_BOX(&cfl::codec::delta_gaps_op));
   m.impl("delta_positions", TORCH_BOX(&cfl::codec::delta_positions_op));

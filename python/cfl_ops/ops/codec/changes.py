@@ -110,6 +110,16 @@ DELTA_SHIFT = define_op(
 )
 """By how much the sum of the fingerprint changes where values are put at positions."""
 
+DELTA_COPY = define_op(
+    "delta_copy(Tensor data) -> Tensor",
+    python=lambda data: data.clone(memory_format=torch.contiguous_format),
+    fake=lambda data: data.new_empty(data.shape),
+    shapes={"data": "uint8 ..."},
+    check=lambda data: check_bytes("delta_copy", "data", data),
+    no_vmap=NO_VMAP,
+)
+"""A copy, which on CPUs is in huge pages where it is large."""
+
 # --- where two tensors differ
 
 

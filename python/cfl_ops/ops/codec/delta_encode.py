@@ -38,7 +38,7 @@ from cfl_ops.ops.codec.reference.header import from_bytes
 
 _LOOK = 1 << 14
 """Values that XOR and difference are compared on."""
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 18
 """Elements whose contexts are counted."""
 _CLASS_BITS = 1400 << 16
 """What another class costs: two payloads' headers and code tables. In 2^-16 bits, as all costs of classes."""

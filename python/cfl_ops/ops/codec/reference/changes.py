@@ -51,10 +51,17 @@ def shift(old: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     size = old.element_size()
     words = to_words(old.contiguous().view(torch.uint8))
     index, which = torch.unique_consecutive(positions * size // 8, return_inverse=True)
-    step = values.to(torch.int64) - old[positions].to(torch.int64)
-    before = words[index]
-    now = before.index_add(0, which, step << 8 * (positions * size % 8))
-    return (products(now, index) - products(before, index)).sum()
+    now, before = _unsigned(values), _unsigned(old[positions])
+    then = words[index]
+    after = then.index_add(0, which, (now - before) << 8 * (positions * size % 8))
+    return (products(after, index) - products(then, index)).sum()
+
+
+def _unsigned(units: Tensor) -> Tensor:
+    """As int64, the upper bits 0."""
+    size = units.element_size()
+    wide = units.to(torch.int64)
+    return wide if size == 8 else wide & (1 << 8 * size) - 1
 
 
 def scan(new: Tensor, old: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
