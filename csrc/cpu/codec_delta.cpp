@@ -133,12 +133,12 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
   cpu::KeptMemory memory;
   uint64_t* const mask = memory.get<uint64_t>(static_cast<size_t>((n + 63) / 64));
   std::vector<Found> parts(static_cast<size_t>(tasks));
-  std::atomic<uint64_t> sum_new = 0, sum_old = 0;
+  std::atomic<uint64_t> sum_new = 0, sum_old = 0, other = 0;
   auto first_block = [&](int64_t t) { return blocks * t / tasks; };
   in_parts(threads, tasks, 1, [&](int64_t begin_task, int64_t end_task) {
     for (int64_t t = begin_task; t < end_task; ++t) {
       Found& found = parts[static_cast<size_t>(t)];
-      uint64_t both[2] = {0, 0};
+      uint64_t both[3] = {0, 0, 0};
       for (int64_t b = first_block(t); b < first_block(t + 1); ++b) {
         const int64_t begin = b * kCompareBlock, count = std::min(kCompareBlock, n - begin);
         uint64_t* const here = mask + b * kWords;
@@ -162,10 +162,12 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
       }
       sum_new += both[0];
       sum_old += both[1];
+      other |= both[2];
     }
   });
   sums[0] = sum_new;
   sums[1] = sum_old;
+  sums[2] = other;
   std::vector<int64_t> starts(static_cast<size_t>(tasks) + 1, 0);
   for (size_t t = 0; t < parts.size(); ++t) starts[t + 1] = parts[t].count;
   add_up(&starts);
@@ -213,17 +215,17 @@ void write_gaps(const DeltaKernel* kernel, const int64_t* positions, int64_t n, 
 }
 
 void write_values(const DeltaKernel* kernel, int unit, const uint8_t* new_values,
-                  const uint8_t* old_values, int64_t n, bool use_xor, uint8_t* symbols,
+                  const uint8_t* old_values, int64_t n, bool use_xor, int shift, uint8_t* symbols,
                   Threads threads, const Allocate& allocate) {
   write_numbers(
       n, threads, allocate,
       [&](int64_t first, int64_t count) {
-        return kernel->value_symbols(unit, use_xor, new_values + first * unit,
+        return kernel->value_symbols(unit, use_xor, shift, new_values + first * unit,
                                      old_values + first * unit, count, symbols + first);
       },
       [&](int64_t first, int64_t count, uint8_t* raw, int64_t bytes) {
-        kernel->value_bits(unit, use_xor, new_values + first * unit, old_values + first * unit,
-                           count, raw, bytes);
+        kernel->value_bits(unit, use_xor, shift, new_values + first * unit,
+                           old_values + first * unit, count, raw, bytes);
       });
 }
 
@@ -250,9 +252,9 @@ bool read_gaps(const DeltaKernel* kernel, const uint8_t* symbols, int64_t n, con
 
 bool read_values(const DeltaKernel* kernel, int unit, const uint8_t* old_data,
                  const int64_t* positions, const uint8_t* symbols, int64_t n, const uint8_t* raw,
-                 int64_t raw_bytes, bool use_xor, uint8_t* values, Threads threads) {
+                 int64_t raw_bytes, bool use_xor, int shift, uint8_t* values, Threads threads) {
   auto read = [&](int64_t first, int64_t count, const uint8_t* from) {
-    return kernel->read_values(unit, use_xor, positions ? old_data : old_data + first * unit,
+    return kernel->read_values(unit, use_xor, shift, positions ? old_data : old_data + first * unit,
                                positions ? positions + first : nullptr, symbols + first, count,
                                from, values + first * unit);
   };

@@ -19,7 +19,8 @@ uint64_t fingerprint(const DeltaKernel* kernel, const uint8_t* data, int64_t byt
 
 // Where two tensors of n units differ. `allocate` is called once with their number, then filled
 // is what it gave: positions, and what new and old hold there; nothing where there are more than
-// `most`. sums: of the fingerprints of new and old.
+// `most`. sums: of the fingerprints of new and old, and the bits
+// that differ anywhere.
 struct Changes {
   int64_t* positions = nullptr;
   uint8_t *new_values = nullptr, *old_values = nullptr;
@@ -28,12 +29,13 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
                      const uint8_t* old_data, int64_t n, int64_t most, uint64_t* sums,
                      Threads threads, const std::function<Changes(int64_t)>& allocate);
 
-// Numbers to symbols and raw bits. `allocate` gives the memory of the raw bits.
+// Numbers to symbols and raw bits (values are multiples of 2^shift). `allocate` gives the memory of
+// the raw bits.
 using Allocate = std::function<uint8_t*(int64_t)>;
 void write_gaps(const DeltaKernel* kernel, const int64_t* positions, int64_t n, uint8_t* symbols,
                 Threads threads, const Allocate& allocate);
 void write_values(const DeltaKernel* kernel, int unit, const uint8_t* new_values,
-                  const uint8_t* old_values, int64_t n, bool use_xor, uint8_t* symbols,
+                  const uint8_t* old_values, int64_t n, bool use_xor, int shift, uint8_t* symbols,
                   Threads threads, const Allocate& allocate);
 
 // And back; false where the bytes contradict themselves or `limit` (positions are below it).
@@ -42,7 +44,7 @@ bool read_gaps(const DeltaKernel* kernel, const uint8_t* symbols, int64_t n, con
 // `old` holds n values, or with `positions` (checked by the caller) those are looked up in it.
 bool read_values(const DeltaKernel* kernel, int unit, const uint8_t* old_data,
                  const int64_t* positions, const uint8_t* symbols, int64_t n, const uint8_t* raw,
-                 int64_t raw_bytes, bool use_xor, uint8_t* values, Threads threads);
+                 int64_t raw_bytes, bool use_xor, int shift, uint8_t* values, Threads threads);
 
 // The rank of each position (they rise) among the units of its class, sorted by class; order[i]:
 // which position that was; counts: of each class. False where one has no class.

@@ -46,6 +46,10 @@ CFL_INLINE Vector all(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm512_add_epi64(a, b); }
 CFL_INLINE Vector add32(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
 CFL_INLINE Vector product(Vector a) { return _mm512_mul_epu32(a, _mm512_srli_epi64(a, 32)); }
+// a, and the bits in which b and c differ.
+CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0xf6);
+}
 CFL_INLINE void spill(uint64_t* to, Vector v) { _mm512_storeu_si512(to, v); }
 CFL_INLINE Vector fill(const uint64_t* from) { return _mm512_loadu_si512(from); }
 #elif CFL_CODEC_ISA == 2
@@ -58,6 +62,9 @@ CFL_INLINE Vector all(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm256_add_epi64(a, b); }
 CFL_INLINE Vector add32(Vector a, Vector b) { return _mm256_add_epi32(a, b); }
 CFL_INLINE Vector product(Vector a) { return _mm256_mul_epu32(a, _mm256_srli_epi64(a, 32)); }
+CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
+  return _mm256_or_si256(a, _mm256_xor_si256(b, c));
+}
 CFL_INLINE void spill(uint64_t* to, Vector v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
 }
@@ -127,6 +134,15 @@ CFL_INLINE uint64_t differ(Vector a, Vector b) {
 }
 #endif
 
+// The bits of the units of a word in one.
+template <int kUnit>
+CFL_INLINE uint64_t fold(uint64_t w) {
+  if constexpr (kUnit <= 4) w |= w >> 32;
+  if constexpr (kUnit <= 2) w |= w >> 16;
+  if constexpr (kUnit <= 1) w |= w >> 8;
+  return kUnit == 8 ? w : w & ((uint64_t{1} << (8 * kUnit % 64)) - 1);
+}
+
 template <int kUnit>
 int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t first,
                       uint64_t* mask, uint64_t* sums) {
@@ -134,7 +150,7 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
 #if CFL_CODEC_ISA > 0
   constexpr int kVectors = 64 * kUnit / kBytes;  // for a word of the mask
   const Vector step = all(kKey * kLanes);
-  Vector keys = keys_from(first), sum_a = all(0), sum_b = all(0);
+  Vector keys = keys_from(first), sum_a = all(0), sum_b = all(0), other = all(0);
   for (; at + 64 * kUnit <= bytes; at += 64 * kUnit) {
     uint64_t word = 0;
 #pragma GCC unroll 8
@@ -143,6 +159,7 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
       word |= differ<kUnit>(x, y) << (j * kBytes / kUnit);
       sum_a = add64(sum_a, product(add32(x, keys)));
       sum_b = add64(sum_b, product(add32(y, keys)));
+      other = either(other, x, y);
       keys = add64(keys, step);
     }
     *mask++ = word;
@@ -150,6 +167,9 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
   }
   sums[0] += total(sum_a);
   sums[1] += total(sum_b);
+  uint64_t lanes[kLanes];
+  spill(lanes, other);
+  for (uint64_t lane : lanes) sums[2] |= fold<kUnit>(lane);
 #endif
   sums[0] += fingerprint_tail(a + at, bytes - at, first + at / 8);
   sums[1] += fingerprint_tail(b + at, bytes - at, first + at / 8);
@@ -158,8 +178,11 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
     uint64_t word = 0;
     if (memcmp(a + at, b + at, static_cast<size_t>(here)) != 0) {
       for (int64_t u = 0; u * kUnit < here; ++u) {
-        const bool other = memcmp(a + at + u * kUnit, b + at + u * kUnit, kUnit) != 0;
-        word |= static_cast<uint64_t>(other) << u;
+        uint64_t x = 0, y = 0;
+        memcpy(&x, a + at + u * kUnit, kUnit);
+        memcpy(&y, b + at + u * kUnit, kUnit);
+        sums[2] |= x ^ y;
+        word |= static_cast<uint64_t>(x != y) << u;
       }
     }
     *mask++ = word;
@@ -463,20 +486,45 @@ void write_gap_bits(const int64_t* positions, int64_t before, int64_t n, uint8_t
   write_bits<kGapBits>(n, gap, raw, bytes);
 }
 
+template <class T>
+struct Unit;
+template <>
+struct Unit<uint8_t> {
+  using type = uint8_t;
+  using with_sign = int8_t;
+};
+template <>
+struct Unit<uint16_t> {
+  using type = uint16_t;
+  using with_sign = int16_t;
+};
+template <>
+struct Unit<uint32_t> {
+  using type = uint32_t;
+  using with_sign = int32_t;
+};
+template <>
+struct Unit<uint64_t> {
+  using type = uint64_t;
+  using with_sign = int64_t;
+};
+
 // The XOR, or the distance around the circle with its sign in the lowest bit: small for small
 // steps.
 template <class T, bool kXor>
-CFL_INLINE T difference(T now, T before) {
-  if constexpr (kXor) return static_cast<T>(now ^ before);
-  const T d = static_cast<T>(now - before);
-  const T sign = static_cast<T>(0 - (d >> (8 * sizeof(T) - 1)));
-  return static_cast<T>(static_cast<T>(d << 1) ^ sign);
+CFL_INLINE T difference(T now, T before, int shift) {
+  if constexpr (kXor) return static_cast<T>(static_cast<T>(now ^ before) >> shift);
+  using S = typename Unit<T>::with_sign;
+  const S d = static_cast<S>(static_cast<S>(static_cast<T>(now - before)) >> shift);
+  return static_cast<T>(static_cast<T>(static_cast<T>(d) << 1) ^
+                        static_cast<T>(d >> (8 * sizeof(T) - 1)));
 }
 template <class T, bool kXor>
-CFL_INLINE T changed(T before, T z) {
-  if constexpr (kXor) return static_cast<T>(before ^ z);
+CFL_INLINE T changed(T before, T z, int shift) {
+  if constexpr (kXor) return static_cast<T>(before ^ static_cast<T>(z << shift));
   const T sign = static_cast<T>(0 - (z & 1));
-  return static_cast<T>(before + static_cast<T>(static_cast<T>(z >> 1) ^ sign));
+  const T step = static_cast<T>(static_cast<T>(z >> 1) ^ sign);
+  return static_cast<T>(before + static_cast<T>(step << shift));
 }
 
 #if CFL_CODEC_ISA == 512
@@ -493,22 +541,21 @@ CFL_INLINE __m512i signed_units(const uint8_t* data, int64_t i) {
   }
 }
 template <class T, bool kXor>
-CFL_INLINE __m512i differences(const uint8_t* now, const uint8_t* before, int64_t i) {
+CFL_INLINE __m512i differences(const uint8_t* now, const uint8_t* before, int64_t i, int shift) {
   constexpr int kSpare = 64 - 8 * static_cast<int>(sizeof(T));
   const __m512i a = signed_units<T>(now, i), b = signed_units<T>(before, i);
-  __m512i z = _mm512_xor_si512(a, b);
-  if constexpr (!kXor) {
-    const __m512i d = _mm512_slli_epi64(_mm512_sub_epi64(a, b), kSpare);
-    z = _mm512_xor_si512(_mm512_srai_epi64(d, 63), _mm512_srai_epi64(d, kSpare - 1));
+  const __m512i ones = _mm512_set1_epi64(static_cast<T>(~T{0}));
+  if constexpr (kXor) {
+    const __m512i z = _mm512_and_si512(_mm512_xor_si512(a, b), ones);
+    return _mm512_srl_epi64(z, _mm_cvtsi32_si128(shift));
   }
-  return _mm512_and_si512(z, _mm512_set1_epi64(static_cast<T>(~T{0})));
+  const __m512i far = _mm512_slli_epi64(_mm512_sub_epi64(a, b), kSpare);
+  const __m512i d = _mm512_sra_epi64(far, _mm_cvtsi32_si128(kSpare + shift));
+  const __m512i z = _mm512_xor_si512(_mm512_slli_epi64(d, 1), _mm512_srai_epi64(d, 63));
+  return _mm512_and_si512(z, ones);
 }
 #endif
 
-template <class T>
-struct Unit {
-  using type = T;
-};
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
@@ -528,19 +575,19 @@ CFL_INLINE auto with_unit(int unit, int use_xor, const Call& call) {
   }
 }
 
-int64_t write_value_symbols(int unit, int use_xor, const uint8_t* new_values,
+int64_t write_value_symbols(int unit, int use_xor, int shift, const uint8_t* new_values,
                             const uint8_t* old_values, int64_t n, uint8_t* symbols) {
   return with_unit(unit, use_xor, [&](auto of, auto kind) {
     using T = typename decltype(of)::type;
     auto number = [&](int64_t i) -> uint64_t {
       return difference<T, decltype(kind)::value>(unit_at<T>(new_values, i),
-                                                  unit_at<T>(old_values, i));
+                                                  unit_at<T>(old_values, i), shift);
     };
     int64_t bits = 0, done = 0;
 #if CFL_CODEC_ISA == 512
     if constexpr (sizeof(T) < 8) {
       auto numbers = [&](int64_t i) {
-        return differences<T, decltype(kind)::value>(new_values, old_values, i);
+        return differences<T, decltype(kind)::value>(new_values, old_values, i, shift);
       };
       bits = write_symbols_by_8<kValueBits>(n, numbers, symbols);
       done = n / 8 * 8;
@@ -550,13 +597,13 @@ int64_t write_value_symbols(int unit, int use_xor, const uint8_t* new_values,
     return bits + write_symbols<kValueBits>(n - done, rest, symbols + done);
   });
 }
-void write_value_bits(int unit, int use_xor, const uint8_t* new_values, const uint8_t* old_values,
-                      int64_t n, uint8_t* raw, int64_t bytes) {
+void write_value_bits(int unit, int use_xor, int shift, const uint8_t* new_values,
+                      const uint8_t* old_values, int64_t n, uint8_t* raw, int64_t bytes) {
   with_unit(unit, use_xor, [&](auto of, auto kind) {
     using T = typename decltype(of)::type;
     auto number = [&](int64_t i) -> uint64_t {
       return difference<T, decltype(kind)::value>(unit_at<T>(new_values, i),
-                                                  unit_at<T>(old_values, i));
+                                                  unit_at<T>(old_values, i), shift);
     };
     write_bits<kValueBits>(n, number, raw, bytes);
   });
@@ -606,16 +653,17 @@ int read_gap_block(const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_
   });
 }
 
-int read_value_block(int unit, int use_xor, const uint8_t* old_data, const int64_t* positions,
-                     const uint8_t* symbols, int64_t n, const uint8_t* raw, uint8_t* values) {
+int read_value_block(int unit, int use_xor, int shift, const uint8_t* old_data,
+                     const int64_t* positions, const uint8_t* symbols, int64_t n,
+                     const uint8_t* raw, uint8_t* values) {
   return with_unit(unit, use_xor, [&](auto of, auto kind) {
     using T = typename decltype(of)::type;
     uint64_t all = 0;
     auto read = [&](const auto& place) {
       return read_numbers<kValueBits>(symbols, n, raw, [&](int64_t i, uint64_t z) {
         all |= z;
-        const T value =
-            changed<T, decltype(kind)::value>(unit_at<T>(old_data, place(i)), static_cast<T>(z));
+        const T value = changed<T, decltype(kind)::value>(unit_at<T>(old_data, place(i)),
+                                                          static_cast<T>(z), shift);
         memcpy(values + i * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
       });
     };

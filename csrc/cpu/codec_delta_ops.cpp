@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_n
   const Tensor now = torch::stable::contiguous(strided_new);
   const Tensor before = torch::stable::contiguous(strided_old);
   Tensor positions, new_values, old_values;
-  Tensor facts = empty_cpu({3}, ScalarType::Long);
-  uint64_t sums[2];
+  Tensor facts = empty_cpu({4}, ScalarType::Long);
+  uint64_t sums[3];
   const int64_t count =
       find_changes(kernel(), unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before),
                    now.numel(), most, sums, threads(), [&](int64_t changes) {
@@ -98,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_n
   data<int64_t>(facts)[0] = count;
   data<int64_t>(facts)[1] = static_cast<int64_t>(sums[0]);
   data<int64_t>(facts)[2] = static_cast<int64_t>(sums[1]);
+  data<int64_t>(facts)[3] = static_cast<int64_t>(sums[2]);
   return {positions, new_values, old_values, facts};
 }
 
@@ -141,16 +142,18 @@ std::tuple<Tensor, Tensor> delta_positions_op(const Tensor& strided, const Tenso
 }
 
 std::tuple<Tensor, Tensor> delta_values_op(const Tensor& strided_new, const Tensor& strided_old,
-                                           bool use_xor) {
+                                           bool use_xor, int64_t shift) {
   Checked check("delta_values");
   check_line(check, "new", strided_new, kUnits);
   check_line(check, "old", strided_old, dtype_of(strided_new));
   check_same_size(check, "old", strided_old, strided_new, "new");
+  check.integer("shift", shift, 0, 8 * unit_of(strided_new) - 1);
   const Tensor now = torch::stable::contiguous(strided_new);
   const Tensor before = torch::stable::contiguous(strided_old);
   Tensor symbols = empty_cpu({now.numel()}, ScalarType::Byte), raw;
   write_values(kernel(), unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before),
-               now.numel(), use_xor, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
+               now.numel(), use_xor, static_cast<int>(shift), data<uint8_t>(symbols), threads(),
+               [&](int64_t bytes) {
                  raw = empty_cpu({bytes}, ScalarType::Byte);
                  return data<uint8_t>(raw);
                });
@@ -160,11 +163,12 @@ std::tuple<Tensor, Tensor> delta_values_op(const Tensor& strided_new, const Tens
 std::tuple<Tensor, Tensor> delta_patch_op(const Tensor& strided_old,
                                           const std::optional<Tensor>& strided_positions,
                                           const Tensor& strided, const Tensor& strided_raw,
-                                          bool use_xor) {
+                                          bool use_xor, int64_t shift) {
   Checked check("delta_patch");
   check_line(check, "old", strided_old, kUnits);
   if (strided_positions) check_line(check, "positions", *strided_positions, kInt64);
   check_numbers(check, strided, strided_raw);
+  check.integer("shift", shift, 0, 8 * unit_of(strided_old) - 1);
   check_same_size(check, "symbols", strided, strided_positions ? *strided_positions : strided_old,
                   strided_positions ? "positions" : "old");
   const Tensor before = torch::stable::contiguous(strided_old);
@@ -177,10 +181,11 @@ std::tuple<Tensor, Tensor> delta_patch_op(const Tensor& strided_old,
   }
   const int64_t n = symbols.numel();
   Tensor values = empty_cpu({n}, before.scalar_type());
-  const bool good = read_values(kernel(), unit_of(before), data<const uint8_t>(before),
-                                strided_positions ? data<const int64_t>(positions) : nullptr,
-                                data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
-                                raw.numel(), use_xor, data<uint8_t>(values), threads());
+  const bool good =
+      read_values(kernel(), unit_of(before), data<const uint8_t>(before),
+                  strided_positions ? data<const int64_t>(positions) : nullptr,
+                  data<const uint8_t>(symbols), n, data<const uint8_t>(raw), raw.numel(), use_xor,
+                  static_cast<int>(shift), data<uint8_t>(values), threads());
   if (!good) std::fill_n(data<uint8_t>(values), n * unit_of(before), uint8_t{0});
   return {values, scalar_of(good ? 0 : 1)};
 }

@@ -349,7 +349,7 @@ def _whole(
 ) -> Tensor:
     """A delta that holds the new tensor."""
     result, units = fingerprint_of(new), new.numel() * (2 if new.dtype.is_complex else 1)
-    mine = (SMALL if small else 0, new.dtype, tuple(new.shape), *base, result, units)
+    mine = (SMALL if small else 0, new.dtype, tuple(new.shape), *base, result, units, 0)
     return pack_delta(Delta(kind, *mine, None, [], store_lossless(op, name, new), 0), new.device)
 
 
@@ -375,7 +375,7 @@ def _compress_mapping(
         if key not in new:
             shape = tuple(value.shape)
             fields = (value.dtype, shape, value.dtype, shape, fingerprint_of(value), 0)
-            gone = Delta(LEFT, SMALL if small else 0, *fields, 0, None, [], None, 0)
+            gone = Delta(LEFT, SMALL if small else 0, *fields, 0, 0, None, [], None, 0)
             out[key] = pack_delta(gone, value.device)
     return out
 
@@ -413,11 +413,11 @@ def _changes(op: str, delta: Delta, units: Tensor, total: int) -> tuple[Tensor |
 
 
 def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor]:
-    use_xor, n = bool(delta.flags & XOR), units.numel()
+    how, n = (bool(delta.flags & XOR), delta.shift), units.numel()
     if delta.kind == DENSE:
         if delta.classes is None:
             symbols = unpack_symbols(op, delta.parts[0].values, n)
-            return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, use_xor))
+            return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, *how))
         of = from_bytes(delta.classes, units.device)[contexts(units)]
         if bool((of == NO_CLASS).any()):
             raise contradiction(op)
@@ -426,7 +426,7 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
             here = of == c
             before = units[here]
             symbols = unpack_symbols(op, part.values, before.numel())
-            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, use_xor))
+            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, *how))
         return None, values
     ranks, numbers = [], []
     for part in delta.parts:
@@ -438,13 +438,13 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
         numbers.append((unpack_symbols(op, part.values, part.count), part.values.raw))
     if delta.classes is None:
         positions = ranks[0]
-        return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], use_xor))
+        return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], *how))
     classes = from_bytes(delta.classes, units.device)
     counts = [part.count for part in delta.parts]
     places, order, info = DELTA_PLACES(units, classes, torch.cat(ranks), counts)
     _good(op, places, info)
     found = [
-        _good(op, *DELTA_PATCH(units, where, *coded, use_xor))
+        _good(op, *DELTA_PATCH(units, where, *coded, *how))
         for where, coded in zip(places.split(counts), numbers, strict=True)
     ]
     return places[order], torch.cat(found)[order]
