@@ -34,6 +34,11 @@ def to_words(data: Tensor) -> Tensor:
     return data.view(torch.int64)
 
 
+def _bytes(units: Tensor) -> Tensor:
+    """Those of a 1-d tensor, which may have a stride that no elements show."""
+    return (units.contiguous() if units.numel() else units.new_empty(0)).view(torch.uint8)
+
+
 def fingerprint(data: Tensor) -> Tensor:
     """The sum over bytes."""
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -49,7 +54,7 @@ def shift(old: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     if positions.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=old.device)
     size = old.element_size()
-    words = to_words(old.contiguous().view(torch.uint8))
+    words = to_words(_bytes(old))
     index, which = torch.unique_consecutive(positions * size // 8, return_inverse=True)
     now, before = _unsigned(values), _unsigned(old[positions])
     then = words[index]
@@ -72,7 +77,7 @@ def scan(new: Tensor, old: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, T
     count = torch.full((), positions.numel(), dtype=torch.int64, device=new.device)
     if positions.numel() > most:
         positions = positions[:0]
-    sums = [fingerprint(value.contiguous().view(torch.uint8)) for value in (new, old)]
+    sums = [fingerprint(_bytes(value)) for value in (new, old)]
     return (
         positions,
         new[positions],
