@@ -11,8 +11,6 @@
 
 namespace cfl::codec {
 
-constexpr int64_t kDeltaBlock = int64_t{1} << 15;  // numbers whose raw bits begin at a byte
-constexpr int kGapBits = 3, kValueBits = 2;        // of a number, below its highest, in its symbol
 // The one of the same instruction set.
 const DeltaKernel* delta_kernel(const Kernel* kernel);
 
@@ -21,7 +19,8 @@ uint64_t fingerprint(const DeltaKernel* kernel, const uint8_t* data, int64_t byt
 
 // Where two tensors of n units differ. `allocate` is called once with their number, then filled
 // is what it gave: positions, and what new and old hold there; nothing where there are more than
-// `most`. sums: of the fingerprints of new and old.
+// `most`. sums: of the fingerprints of new and old, and the bits
+// that differ anywhere.
 struct Changes {
   int64_t* positions = nullptr;
   uint8_t *new_values = nullptr, *old_values = nullptr;
@@ -30,24 +29,22 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
                      const uint8_t* old_data, int64_t n, int64_t most, uint64_t* sums,
                      Threads threads, const std::function<Changes(int64_t)>& allocate);
 
-// Numbers to symbols and raw bits. `allocate` gives the memory of the raw bits.
+// Numbers to symbols and raw bits (values are multiples of 2^shift). `allocate` gives the memory of
+// the raw bits.
 using Allocate = std::function<uint8_t*(int64_t)>;
-void write_gaps(const int64_t* positions, int64_t n, uint8_t* symbols, Threads threads,
-                const Allocate& allocate);
-void write_values(int unit, const uint8_t* new_values, const uint8_t* old_values, int64_t n,
-                  bool use_xor, uint8_t* symbols, Threads threads, const Allocate& allocate);
+void write_gaps(const DeltaKernel* kernel, const int64_t* positions, int64_t n, uint8_t* symbols,
+                Threads threads, const Allocate& allocate);
+void write_values(const DeltaKernel* kernel, int unit, const uint8_t* new_values,
+                  const uint8_t* old_values, int64_t n, bool use_xor, int shift, uint8_t* symbols,
+                  Threads threads, const Allocate& allocate);
 
 // And back; false where the bytes contradict themselves or `limit` (positions are below it).
-bool read_gaps(const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_t raw_bytes,
-               int64_t limit, int64_t* positions, Threads threads);
+bool read_gaps(const DeltaKernel* kernel, const uint8_t* symbols, int64_t n, const uint8_t* raw,
+               int64_t raw_bytes, int64_t limit, int64_t* positions, Threads threads);
 // `old` holds n values, or with `positions` (checked by the caller) those are looked up in it.
-bool read_values(int unit, const uint8_t* old_data, const int64_t* positions,
-                 const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_t raw_bytes,
-                 bool use_xor, uint8_t* values, Threads threads);
-
-// By how much the fingerprint's sum changes where values are put at (rising) positions.
-uint64_t fingerprint_change(int unit, const uint8_t* data, int64_t n, const int64_t* positions,
-                            const uint8_t* values, int64_t count);
+bool read_values(const DeltaKernel* kernel, int unit, const uint8_t* old_data,
+                 const int64_t* positions, const uint8_t* symbols, int64_t n, const uint8_t* raw,
+                 int64_t raw_bytes, bool use_xor, int shift, uint8_t* values, Threads threads);
 
 // The rank of each position (they rise) among the units of its class, sorted by class; order[i]:
 // which position that was; counts: of each class. False where one has no class.

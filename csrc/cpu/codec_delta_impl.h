@@ -46,6 +46,10 @@ CFL_INLINE Vector all(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm512_add_epi64(a, b); }
 CFL_INLINE Vector add32(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
 CFL_INLINE Vector product(Vector a) { return _mm512_mul_epu32(a, _mm512_srli_epi64(a, 32)); }
+// a, and the bits in which b and c differ.
+CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0xf6);
+}
 CFL_INLINE void spill(uint64_t* to, Vector v) { _mm512_storeu_si512(to, v); }
 CFL_INLINE Vector fill(const uint64_t* from) { return _mm512_loadu_si512(from); }
 #elif CFL_CODEC_ISA == 2
@@ -58,6 +62,9 @@ CFL_INLINE Vector all(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm256_add_epi64(a, b); }
 CFL_INLINE Vector add32(Vector a, Vector b) { return _mm256_add_epi32(a, b); }
 CFL_INLINE Vector product(Vector a) { return _mm256_mul_epu32(a, _mm256_srli_epi64(a, 32)); }
+CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
+  return _mm256_or_si256(a, _mm256_xor_si256(b, c));
+}
 CFL_INLINE void spill(uint64_t* to, Vector v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
 }
@@ -127,6 +134,15 @@ CFL_INLINE uint64_t differ(Vector a, Vector b) {
 }
 #endif
 
+// The bits of the units of a word in one.
+template <int kUnit>
+CFL_INLINE uint64_t fold(uint64_t w) {
+  if constexpr (kUnit <= 4) w |= w >> 32;
+  if constexpr (kUnit <= 2) w |= w >> 16;
+  if constexpr (kUnit <= 1) w |= w >> 8;
+  return kUnit == 8 ? w : w & ((uint64_t{1} << (8 * kUnit % 64)) - 1);
+}
+
 template <int kUnit>
 int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t first,
                       uint64_t* mask, uint64_t* sums) {
@@ -134,7 +150,7 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
 #if CFL_CODEC_ISA > 0
   constexpr int kVectors = 64 * kUnit / kBytes;  // for a word of the mask
   const Vector step = all(kKey * kLanes);
-  Vector keys = keys_from(first), sum_a = all(0), sum_b = all(0);
+  Vector keys = keys_from(first), sum_a = all(0), sum_b = all(0), other = all(0);
   for (; at + 64 * kUnit <= bytes; at += 64 * kUnit) {
     uint64_t word = 0;
 #pragma GCC unroll 8
@@ -143,6 +159,7 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
       word |= differ<kUnit>(x, y) << (j * kBytes / kUnit);
       sum_a = add64(sum_a, product(add32(x, keys)));
       sum_b = add64(sum_b, product(add32(y, keys)));
+      other = either(other, x, y);
       keys = add64(keys, step);
     }
     *mask++ = word;
@@ -150,6 +167,9 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
   }
   sums[0] += total(sum_a);
   sums[1] += total(sum_b);
+  uint64_t lanes[kLanes];
+  spill(lanes, other);
+  for (uint64_t lane : lanes) sums[2] |= fold<kUnit>(lane);
 #endif
   sums[0] += fingerprint_tail(a + at, bytes - at, first + at / 8);
   sums[1] += fingerprint_tail(b + at, bytes - at, first + at / 8);
@@ -158,8 +178,11 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
     uint64_t word = 0;
     if (memcmp(a + at, b + at, static_cast<size_t>(here)) != 0) {
       for (int64_t u = 0; u * kUnit < here; ++u) {
-        const bool other = memcmp(a + at + u * kUnit, b + at + u * kUnit, kUnit) != 0;
-        word |= static_cast<uint64_t>(other) << u;
+        uint64_t x = 0, y = 0;
+        memcpy(&x, a + at + u * kUnit, kUnit);
+        memcpy(&y, b + at + u * kUnit, kUnit);
+        sums[2] |= x ^ y;
+        word |= static_cast<uint64_t>(x != y) << u;
       }
     }
     *mask++ = word;
@@ -264,7 +287,516 @@ void all_class_masks(int unit, const uint8_t* data, int64_t words, const uint8_t
   }
 }
 
-const DeltaKernel kDelta = {&fingerprint_bytes, &compare_bytes, &all_class_masks};
+// The places of the ones of a mask, the first of which stands for `first`. Up to 64 places behind
+// them are written, too, where there is room before `end`.
+int64_t list_ones(const uint64_t* mask, int64_t words, int64_t first, int64_t* out,
+                  const int64_t* end) {
+  const int64_t* const begin = out;
+#if CFL_CODEC_ISA == 512
+  alignas(64) uint8_t rising[64];
+  for (int i = 0; i < 64; ++i) rising[i] = static_cast<uint8_t>(i);
+  const __m512i all_places = load(rising);
+#endif
+  for (int64_t w = 0; w < words; ++w) {
+    uint64_t m = mask[w];
+    const int64_t base = first + 64 * w;
+    // Some at once, whether there are as many or not: that is hard to foretell.
+    if (end - out >= 64) {
+      const int64_t count = __builtin_popcountll(m);
+#if CFL_CODEC_ISA == 512
+      alignas(64) uint8_t places[64];
+      const __m512i v = _mm512_maskz_compress_epi8(m, all_places);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                          _mm256_add_epi64(_mm256_cvtepu8_epi64(_mm512_castsi512_si128(v)),
+                                           _mm256_set1_epi64x(base)));
+      if (count > 4) {
+        _mm512_store_si512(places, v);
+        for (int64_t j = 4; j < count; ++j) out[j] = base + places[j];
+      }
+#else
+      int64_t* to = out;
+      for (int j = 0; j < 4; ++j, m &= m - 1) {
+        *to++ = base + __builtin_ctzll(m | uint64_t{1} << 63);
+      }
+      for (; m != 0; m &= m - 1) *to++ = base + __builtin_ctzll(m);
+#endif
+      out += count;
+      continue;
+    }
+    for (; m != 0; m &= m - 1) *out++ = base + __builtin_ctzll(m);
+  }
+  return out - begin;
+}
+
+template <class T>
+CFL_INLINE T unit_at(const uint8_t* data, int64_t i) {
+  T v;
+  memcpy(&v, data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return v;
+}
+
+template <class T>
+void take_units(const uint8_t* data, int64_t first, int64_t n, const uint64_t* mask,
+                const int64_t* positions, int64_t count, uint8_t* out) {
+  constexpr int64_t kUnit = sizeof(T);
+  int64_t i = 0;
+#if CFL_CODEC_ISA == 512
+  // Of many, whole vectors; behind what is taken they write other units, which are overwritten.
+  constexpr int64_t kPer = 64 / kUnit;
+  for (int64_t at = 0; 2 * count >= n / 64 && at + 64 <= n; at += 64) {
+    const uint64_t word = mask[at / 64];
+    if (count - i < 64 + kPer) break;
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kUnit; ++j) {
+      const uint64_t m = kPer == 64 ? word : word >> (j * kPer) & ((uint64_t{1} << kPer % 64) - 1);
+      const __m512i v = load(data + (at + j * kPer) * kUnit);
+      __m512i taken;
+      if constexpr (kUnit == 1) taken = _mm512_maskz_compress_epi8(m, v);
+      if constexpr (kUnit == 2) taken = _mm512_maskz_compress_epi16(static_cast<__mmask32>(m), v);
+      if constexpr (kUnit == 4) taken = _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), v);
+      if constexpr (kUnit == 8) taken = _mm512_maskz_compress_epi64(static_cast<__mmask8>(m), v);
+      _mm512_storeu_si512(out + i * kUnit, taken);
+      i += __builtin_popcountll(m);
+    }
+  }
+#else
+  (void)n, (void)mask;
+#endif
+  for (; i < count; ++i) {
+    const T v = unit_at<T>(data, positions[i] - first);
+    memcpy(out + i * kUnit, &v, sizeof(T));
+  }
+}
+void take(int unit, const uint8_t* data, int64_t first, int64_t n, const uint64_t* mask,
+          const int64_t* positions, int64_t count, uint8_t* out) {
+  switch (unit) {
+    case 1:
+      return take_units<uint8_t>(data, first, n, mask, positions, count, out);
+    case 2:
+      return take_units<uint16_t>(data, first, n, mask, positions, count, out);
+    case 4:
+      return take_units<uint32_t>(data, first, n, mask, positions, count, out);
+    default:
+      return take_units<uint64_t>(data, first, n, mask, positions, count, out);
+  }
+}
+
+// ---- numbers in buckets: the highest bit and the kKept bits below it make the symbol
+
+CFL_INLINE uint64_t low_mask(unsigned bits) { return (uint64_t{1} << bits) - 1; }  // bits < 64
+
+template <int kKept>
+CFL_INLINE unsigned raw_bits(uint64_t z) {
+  return 63u - kKept - static_cast<unsigned>(__builtin_clzll(z | uint64_t{1} << kKept));
+}
+template <int kKept>
+CFL_INLINE unsigned raw_bits_of_symbol(unsigned symbol) {
+  const unsigned octave = symbol >> kKept;
+  return octave - (octave != 0);
+}
+
+template <int kKept, class Number>
+CFL_INLINE int64_t write_symbols(int64_t n, const Number& number, uint8_t* symbols) {
+  int64_t bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t z = number(i);
+    const unsigned raw = raw_bits<kKept>(z);
+    symbols[i] = static_cast<uint8_t>((raw << kKept) + (z >> raw));
+    bits += raw;
+  }
+  return bits;
+}
+
+#if CFL_CODEC_ISA == 512
+// The same of eight numbers below 2^53 at a time, whose highest bit is a float's exponent.
+template <int kKept, class Numbers>
+CFL_INLINE int64_t write_symbols_by_8(int64_t n, const Numbers& numbers, uint8_t* symbols) {
+  const __m512i least = _mm512_set1_epi64(1 << kKept), bias = _mm512_set1_epi64(1023 + kKept);
+  __m512i bits = _mm512_setzero_si512();
+  for (int64_t i = 0; i + 8 <= n; i += 8) {
+    const __m512i z = numbers(i);
+    const __m512i real = _mm512_castpd_si512(_mm512_cvtepu64_pd(_mm512_or_si512(z, least)));
+    const __m512i raw = _mm512_sub_epi64(_mm512_srli_epi64(real, 52), bias);
+    const __m512i symbol =
+        _mm512_add_epi64(_mm512_slli_epi64(raw, kKept), _mm512_srlv_epi64(z, raw));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(symbols + i), _mm512_cvtepi64_epi8(symbol));
+    bits = _mm512_add_epi64(bits, raw);
+  }
+  return static_cast<int64_t>(total(bits));
+}
+#endif
+
+template <int kKept, class Number>
+CFL_INLINE void write_bits(int64_t n, const Number& number, uint8_t* raw, int64_t bytes) {
+  if (bytes == 0) return;
+  uint8_t *p = raw, *const end = raw + bytes;
+  uint8_t tail[32];
+  bool in_tail = false;
+  uint64_t filled = 0;
+  unsigned fill = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!in_tail && end - p < 16) {  // from here on a store of eight bytes could pass the end
+      raw = p;
+      p = tail;
+      in_tail = true;
+    }
+    const uint64_t z = number(i);
+    const unsigned bits = raw_bits<kKept>(z);
+    const uint64_t v = z & low_mask(bits);
+    filled |= v << fill;
+    memcpy(p, &filled, 8);
+    const unsigned sum = fill + bits;
+    filled = sum >= 64 ? v >> 1 >> (63 - fill) : filled;
+    p += sum >> 6 << 3;
+    fill = sum & 63;
+  }
+  if (in_tail) {
+    memcpy(p, &filled, 8);
+    memcpy(raw, tail, static_cast<size_t>(end - raw));
+  } else {
+    memcpy(p, &filled, static_cast<size_t>(end - p));
+  }
+}
+
+int64_t write_gap_symbols(const int64_t* positions, int64_t before, int64_t n, uint8_t* symbols) {
+  if (n == 0) return 0;
+  auto first = [&](int64_t) { return static_cast<uint64_t>(positions[0] - before - 1); };
+  auto gap = [&](int64_t i) { return static_cast<uint64_t>(positions[i + 1] - positions[i] - 1); };
+  int64_t bits = write_symbols<kGapBits>(1, first, symbols), done = 0;
+#if CFL_CODEC_ISA == 512
+  auto gaps = [&](int64_t i) {
+    const __m512i after = _mm512_loadu_si512(positions + i + 1);
+    const __m512i apart = _mm512_sub_epi64(after, _mm512_loadu_si512(positions + i));
+    return _mm512_sub_epi64(apart, _mm512_set1_epi64(1));
+  };
+  bits += write_symbols_by_8<kGapBits>(n - 1, gaps, symbols + 1);
+  done = (n - 1) / 8 * 8;
+#endif
+  auto rest = [&](int64_t i) { return gap(done + i); };
+  return bits + write_symbols<kGapBits>(n - 1 - done, rest, symbols + 1 + done);
+}
+void write_gap_bits(const int64_t* positions, int64_t before, int64_t n, uint8_t* raw,
+                    int64_t bytes) {
+  int64_t last = before;
+  auto gap = [&](int64_t i) {
+    const int64_t found = positions[i] - last - 1;
+    last = positions[i];
+    return static_cast<uint64_t>(found);
+  };
+  write_bits<kGapBits>(n, gap, raw, bytes);
+}
+
+template <class T>
+struct Unit;
+template <>
+struct Unit<uint8_t> {
+  using type = uint8_t;
+  using with_sign = int8_t;
+};
+template <>
+struct Unit<uint16_t> {
+  using type = uint16_t;
+  using with_sign = int16_t;
+};
+template <>
+struct Unit<uint32_t> {
+  using type = uint32_t;
+  using with_sign = int32_t;
+};
+template <>
+struct Unit<uint64_t> {
+  using type = uint64_t;
+  using with_sign = int64_t;
+};
+
+// The XOR, or the distance around the circle with its sign in the lowest bit: small for small
+// steps.
+template <class T, bool kXor>
+CFL_INLINE T difference(T now, T before, int shift) {
+  if constexpr (kXor) return static_cast<T>(static_cast<T>(now ^ before) >> shift);
+  using S = typename Unit<T>::with_sign;
+  const S d = static_cast<S>(static_cast<S>(static_cast<T>(now - before)) >> shift);
+  return static_cast<T>(static_cast<T>(static_cast<T>(d) << 1) ^
+                        static_cast<T>(d >> (8 * sizeof(T) - 1)));
+}
+template <class T, bool kXor>
+CFL_INLINE T changed(T before, T z, int shift) {
+  if constexpr (kXor) return static_cast<T>(before ^ static_cast<T>(z << shift));
+  const T sign = static_cast<T>(0 - (z & 1));
+  const T step = static_cast<T>(static_cast<T>(z >> 1) ^ sign);
+  return static_cast<T>(before + static_cast<T>(step << shift));
+}
+
+#if CFL_CODEC_ISA == 512
+// Eight units as 64-bit numbers, the upper bits those of the sign.
+template <class T>
+CFL_INLINE __m512i signed_units(const uint8_t* data, int64_t i) {
+  const uint8_t* p = data + i * static_cast<int64_t>(sizeof(T));
+  if constexpr (sizeof(T) == 1) {
+    return _mm512_cvtepi8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  } else if constexpr (sizeof(T) == 2) {
+    return _mm512_cvtepi16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else {
+    return _mm512_cvtepi32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+}
+template <class T, bool kXor>
+CFL_INLINE __m512i differences(const uint8_t* now, const uint8_t* before, int64_t i, int shift) {
+  constexpr int kSpare = 64 - 8 * static_cast<int>(sizeof(T));
+  const __m512i a = signed_units<T>(now, i), b = signed_units<T>(before, i);
+  const __m512i ones = _mm512_set1_epi64(static_cast<T>(~T{0}));
+  if constexpr (kXor) {
+    const __m512i z = _mm512_and_si512(_mm512_xor_si512(a, b), ones);
+    return _mm512_srl_epi64(z, _mm_cvtsi32_si128(shift));
+  }
+  const __m512i far = _mm512_slli_epi64(_mm512_sub_epi64(a, b), kSpare);
+  const __m512i d = _mm512_sra_epi64(far, _mm_cvtsi32_si128(kSpare + shift));
+  const __m512i z = _mm512_xor_si512(_mm512_slli_epi64(d, 1), _mm512_srai_epi64(d, 63));
+  return _mm512_and_si512(z, ones);
+}
+#endif
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+// call(unit, xor) with both as types.
+template <class Call>
+CFL_INLINE auto with_unit(int unit, int use_xor, const Call& call) {
+  switch (unit) {
+    case 1:
+      return use_xor ? call(Unit<uint8_t>(), Flag<true>()) : call(Unit<uint8_t>(), Flag<false>());
+    case 2:
+      return use_xor ? call(Unit<uint16_t>(), Flag<true>()) : call(Unit<uint16_t>(), Flag<false>());
+    case 4:
+      return use_xor ? call(Unit<uint32_t>(), Flag<true>()) : call(Unit<uint32_t>(), Flag<false>());
+    default:
+      return use_xor ? call(Unit<uint64_t>(), Flag<true>()) : call(Unit<uint64_t>(), Flag<false>());
+  }
+}
+
+int64_t write_value_symbols(int unit, int use_xor, int shift, const uint8_t* new_values,
+                            const uint8_t* old_values, int64_t n, uint8_t* symbols) {
+  return with_unit(unit, use_xor, [&](auto of, auto kind) {
+    using T = typename decltype(of)::type;
+    auto number = [&](int64_t i) -> uint64_t {
+      return difference<T, decltype(kind)::value>(unit_at<T>(new_values, i),
+                                                  unit_at<T>(old_values, i), shift);
+    };
+    int64_t bits = 0, done = 0;
+#if CFL_CODEC_ISA == 512
+    if constexpr (sizeof(T) < 8) {
+      auto numbers = [&](int64_t i) {
+        return differences<T, decltype(kind)::value>(new_values, old_values, i, shift);
+      };
+      bits = write_symbols_by_8<kValueBits>(n, numbers, symbols);
+      done = n / 8 * 8;
+    }
+#endif
+    auto rest = [&](int64_t i) { return number(done + i); };
+    return bits + write_symbols<kValueBits>(n - done, rest, symbols + done);
+  });
+}
+void write_value_bits(int unit, int use_xor, int shift, const uint8_t* new_values,
+                      const uint8_t* old_values, int64_t n, uint8_t* raw, int64_t bytes) {
+  with_unit(unit, use_xor, [&](auto of, auto kind) {
+    using T = typename decltype(of)::type;
+    auto number = [&](int64_t i) -> uint64_t {
+      return difference<T, decltype(kind)::value>(unit_at<T>(new_values, i),
+                                                  unit_at<T>(old_values, i), shift);
+    };
+    write_bits<kValueBits>(n, number, raw, bytes);
+  });
+}
+
+template <int kKept>
+CFL_INLINE int64_t count_raw_bits(const uint8_t* symbols, int64_t n) {
+  // The symbol of the largest number there is.
+  constexpr int kAll = ((63 - kKept) << kKept) + (2 << kKept) - 1;
+  constexpr uint8_t kLargest = kAll < 255 ? kAll : 255;
+  uint32_t bits = 0;  // at most 2^15 * 61
+  uint8_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    bits += raw_bits_of_symbol<kKept>(symbols[i]);
+    bad |= symbols[i] > kLargest;
+  }
+  return bad ? -1 : static_cast<int64_t>(bits);
+}
+int64_t count_bits(int kept, const uint8_t* symbols, int64_t n) {
+  return kept == kGapBits ? count_raw_bits<kGapBits>(symbols, n)
+                          : count_raw_bits<kValueBits>(symbols, n);
+}
+
+// Calls see(i, z) for each number; whether spare bits are 0.
+template <int kKept, class See>
+CFL_INLINE bool read_numbers(const uint8_t* symbols, int64_t n, const uint8_t* raw,
+                             const See& see) {
+  uint64_t at = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const unsigned symbol = symbols[i], bits = raw_bits_of_symbol<kKept>(symbol);
+    const uint8_t* p = raw + (at >> 3);
+    const unsigned shift = at & 7;
+    uint64_t word = load64(p) >> shift;
+    // Numbers below 2^34 have no more than 30 raw bits.
+    if constexpr (kKept != kGapBits) word |= uint64_t{p[8]} << 1 << (63 - shift);
+    see(i, uint64_t{symbol - (bits << kKept)} << bits | (word & low_mask(bits)));
+    at += bits;
+  }
+  return (at & 7) == 0 || raw[at >> 3] >> (at & 7) == 0;
+}
+
+int read_gap_block(const uint8_t* symbols, int64_t n, const uint8_t* raw, int64_t* positions) {
+  int64_t next = 0;  // gaps are below 2^34, so that the sums of a block fit
+  return read_numbers<kGapBits>(symbols, n, raw, [&](int64_t i, uint64_t z) {
+    next += static_cast<int64_t>(z) + 1;
+    positions[i] = next - 1;
+  });
+}
+
+int read_value_block(int unit, int use_xor, int shift, const uint8_t* old_data,
+                     const int64_t* positions, const uint8_t* symbols, int64_t n,
+                     const uint8_t* raw, uint8_t* values) {
+  return with_unit(unit, use_xor, [&](auto of, auto kind) {
+    using T = typename decltype(of)::type;
+    uint64_t all = 0;
+    auto read = [&](const auto& place) {
+      return read_numbers<kValueBits>(symbols, n, raw, [&](int64_t i, uint64_t z) {
+        all |= z;
+        const T value = changed<T, decltype(kind)::value>(unit_at<T>(old_data, place(i)),
+                                                          static_cast<T>(z), shift);
+        memcpy(values + i * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
+      });
+    };
+    const bool good = positions ? read([&](int64_t i) { return positions[i]; })
+                                : read([](int64_t i) { return i; });
+    return good && static_cast<T>(all) == all;
+  });
+}
+
+template <class T>
+CFL_INLINE uint64_t change_units(const uint8_t* data, int64_t bytes, const int64_t* positions,
+                                 const uint8_t* values, int64_t count) {
+  constexpr int64_t kPer = 8 / static_cast<int64_t>(sizeof(T));
+  constexpr uint64_t kAll = static_cast<T>(~T{0});
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count;) {
+    const int64_t word = positions[i] / kPer;
+    uint64_t before = 0;
+    if (8 * word + 8 <= bytes) {
+      before = load64(data + 8 * word);
+    } else {
+      memcpy(&before, data + 8 * word, static_cast<size_t>(bytes - 8 * word));
+    }
+    uint64_t now = before;
+    do {
+      const int64_t shift = positions[i] % kPer * 8 * static_cast<int64_t>(sizeof(T));
+      now = (now & ~(kAll << shift)) | uint64_t{unit_at<T>(values, i)} << shift;
+    } while (++i < count && positions[i] / kPer == word);
+    const uint64_t key = kKey * static_cast<uint64_t>(word + 1);
+    sum += word_product(now, key) - word_product(before, key);
+  }
+  return sum;
+}
+uint64_t change_of(int unit, const uint8_t* data, int64_t bytes, const int64_t* positions,
+                   const uint8_t* values, int64_t count) {
+  return with_unit(unit, 0, [&](auto of, auto) {
+    return change_units<typename decltype(of)::type>(data, bytes, positions, values, count);
+  });
+}
+
+// ---- classes
+
+constexpr int64_t kClassWords = 32;  // of 64 units, whose masks are made at once
+
+// Calls see(word, masks) for each 64 units, as long as it returns true: which have each class.
+template <class See>
+CFL_INLINE void each_word(int unit, const uint8_t* data, int64_t n, const uint8_t* map, int classes,
+                          const See& see) {
+  uint64_t masks[kClassWords * kMaxClasses];
+  const int64_t whole = n / 64;
+  for (int64_t w = 0; w < whole;) {
+    const int64_t here = whole - w < kClassWords ? whole - w : kClassWords;
+    all_class_masks(unit, data + w * 64 * unit, here, map, classes, masks);
+    for (int64_t j = 0; j < here; ++j, ++w) {
+      if (!see(w, masks + j * classes)) return;
+    }
+  }
+  if (n > whole * 64) {
+    uint8_t last[64 * 8] = {};
+    memcpy(last, data + whole * 64 * unit, static_cast<size_t>((n - whole * 64) * unit));
+    all_class_masks(unit, last, 1, map, classes, masks);
+    for (int c = 0; c < classes; ++c) masks[c] &= low_mask(static_cast<unsigned>(n - whole * 64));
+    see(whole, masks);
+  }
+}
+
+void find_class_ranks(int unit, const uint8_t* data, int64_t n, const uint8_t* map, int classes,
+                      const uint8_t* of, const int64_t* positions, int64_t count, int64_t* next,
+                      int64_t* ranks, int64_t* order) {
+  int64_t seen[kMaxClasses] = {}, i = 0;
+  each_word(unit, data, n, map, classes, [&](int64_t w, const uint64_t* masks) {
+    for (; i < count && positions[i] < 64 * (w + 1); ++i) {
+      const int c = of[i];
+      const uint64_t below = masks[c] & low_mask(static_cast<unsigned>(positions[i] & 63));
+      order[next[c]] = i;
+      ranks[next[c]++] = seen[c] + __builtin_popcountll(below);
+    }
+    for (int c = 0; c < classes; ++c) seen[c] += __builtin_popcountll(masks[c]);
+    return i < count;
+  });
+}
+
+// The place of the one with so many ones below it.
+CFL_INLINE int select_bit(uint64_t mask, int64_t rank) {
+#if CFL_CODEC_ISA > 0
+  return __builtin_ctzll(_pdep_u64(uint64_t{1} << rank, mask));
+#else
+  for (; rank > 0; --rank) mask &= mask - 1;
+  return __builtin_ctzll(mask);
+#endif
+}
+
+int64_t find_class_places(int unit, const uint8_t* data, int64_t n, const uint8_t* map, int classes,
+                          const int64_t* counts, const int64_t* ranks, int64_t* positions,
+                          int64_t* order) {
+  constexpr int64_t kNone = INT64_MAX;
+  int64_t next[kMaxClasses], end[kMaxClasses], wanted[kMaxClasses], seen[kMaxClasses] = {};
+  int64_t left = 0, found = 0;
+  for (int c = 0; c < classes; left += counts[c++]) {
+    next[c] = left;
+    end[c] = left + counts[c];
+    wanted[c] = counts[c] ? ranks[left] : kNone;
+  }
+  each_word(unit, data, n, map, classes, [&](int64_t w, const uint64_t* masks) {
+    int64_t before[kMaxClasses], whose[64];
+    uint32_t hit = 0;
+    for (int c = 0; c < classes; ++c) {
+      before[c] = seen[c];
+      seen[c] += __builtin_popcountll(masks[c]);
+      hit |= static_cast<uint32_t>(wanted[c] < seen[c]) << c;
+    }
+    uint64_t all = 0;
+    for (; hit != 0; hit &= hit - 1) {
+      const int c = __builtin_ctz(hit);
+      do {
+        const int bit = select_bit(masks[c], wanted[c] - before[c]);
+        all |= uint64_t{1} << bit;
+        whose[bit] = next[c];
+        positions[next[c]++] = 64 * w + bit;
+        wanted[c] = next[c] < end[c] ? ranks[next[c]] : kNone;
+      } while (wanted[c] < seen[c]);
+    }
+    for (; all != 0; all &= all - 1) order[found++] = whose[__builtin_ctzll(all)];
+    return found < left;
+  });
+  return found;
+}
+
+const DeltaKernel kDelta = {
+    &fingerprint_bytes, &compare_bytes,    &list_ones,           &take,
+    &write_gap_symbols, &write_gap_bits,   &write_value_symbols, &write_value_bits,
+    &count_bits,        &read_gap_block,   &read_value_block,    &change_of,
+    &find_class_ranks,  &find_class_places};
 
 }  // namespace
 }  // namespace cfl::codec

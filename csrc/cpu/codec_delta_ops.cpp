@@ -60,6 +60,20 @@ Tensor fingerprint_op(const Tensor& strided) {
       fingerprint(kernel(), data<const uint8_t>(bytes), bytes.numel(), threads())));
 }
 
+// A copy of bytes, in memory that is asked for in huge pages: fresh small ones cost three times
+// what the copying does.
+Tensor delta_copy_op(const Tensor& strided) {
+  Checked check("delta_copy");
+  check_bytes(check, "data", strided);
+  const Tensor bytes = torch::stable::contiguous(strided);
+  Tensor out = empty_cpu({bytes.numel()}, ScalarType::Byte);
+  torch::stable::parallel_for(0, bytes.numel(), 1 << 22, [&](int64_t begin, int64_t end) {
+    std::memcpy(data<uint8_t>(out) + begin, data<const uint8_t>(bytes) + begin,
+                static_cast<size_t>(end - begin));
+  });
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_new,
                                                          const Tensor& strided_old, int64_t most) {
   Checked check("delta_scan");
@@ -70,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_n
   const Tensor now = torch::stable::contiguous(strided_new);
   const Tensor before = torch::stable::contiguous(strided_old);
   Tensor positions, new_values, old_values;
-  Tensor facts = empty_cpu({3}, ScalarType::Long);
-  uint64_t sums[2];
+  Tensor facts = empty_cpu({4}, ScalarType::Long);
+  uint64_t sums[3];
   const int64_t count =
       find_changes(kernel(), unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before),
                    now.numel(), most, sums, threads(), [&](int64_t changes) {
@@ -84,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta_scan_op(const Tensor& strided_n
   data<int64_t>(facts)[0] = count;
   data<int64_t>(facts)[1] = static_cast<int64_t>(sums[0]);
   data<int64_t>(facts)[2] = static_cast<int64_t>(sums[1]);
+  data<int64_t>(facts)[3] = static_cast<int64_t>(sums[2]);
   return {positions, new_values, old_values, facts};
 }
 
@@ -99,7 +114,7 @@ std::tuple<Tensor, Tensor> delta_gaps_op(const Tensor& strided) {
     check.that(gap >> 34 == 0, "positions", "must be less than 2^34 apart, but two are ", gap);
   }
   Tensor symbols = empty_cpu({n}, ScalarType::Byte), raw;
-  write_gaps(at, n, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
+  write_gaps(kernel(), at, n, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
     raw = empty_cpu({bytes}, ScalarType::Byte);
     return data<uint8_t>(raw);
   });
@@ -120,23 +135,25 @@ std::tuple<Tensor, Tensor> delta_positions_op(const Tensor& strided, const Tenso
   const Tensor raw = torch::stable::contiguous(strided_raw);
   const int64_t n = symbols.numel();
   Tensor positions = empty_cpu({n}, ScalarType::Long);
-  const bool good = read_gaps(data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
+  const bool good = read_gaps(kernel(), data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
                               raw.numel(), limit, data<int64_t>(positions), threads());
   if (!good) std::fill_n(data<int64_t>(positions), n, 0);
   return {positions, scalar_of(good ? 0 : 1)};
 }
 
 std::tuple<Tensor, Tensor> delta_values_op(const Tensor& strided_new, const Tensor& strided_old,
-                                           bool use_xor) {
+                                           bool use_xor, int64_t shift) {
   Checked check("delta_values");
   check_line(check, "new", strided_new, kUnits);
   check_line(check, "old", strided_old, dtype_of(strided_new));
   check_same_size(check, "old", strided_old, strided_new, "new");
+  check.integer("shift", shift, 0, 8 * unit_of(strided_new) - 1);
   const Tensor now = torch::stable::contiguous(strided_new);
   const Tensor before = torch::stable::contiguous(strided_old);
   Tensor symbols = empty_cpu({now.numel()}, ScalarType::Byte), raw;
-  write_values(unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before), now.numel(),
-               use_xor, data<uint8_t>(symbols), threads(), [&](int64_t bytes) {
+  write_values(kernel(), unit_of(now), data<const uint8_t>(now), data<const uint8_t>(before),
+               now.numel(), use_xor, static_cast<int>(shift), data<uint8_t>(symbols), threads(),
+               [&](int64_t bytes) {
                  raw = empty_cpu({bytes}, ScalarType::Byte);
                  return data<uint8_t>(raw);
                });
@@ -146,11 +163,12 @@ std::tuple<Tensor, Tensor> delta_values_op(const Tensor& strided_new, const Tens
 std::tuple<Tensor, Tensor> delta_patch_op(const Tensor& strided_old,
                                           const std::optional<Tensor>& strided_positions,
                                           const Tensor& strided, const Tensor& strided_raw,
-                                          bool use_xor) {
+                                          bool use_xor, int64_t shift) {
   Checked check("delta_patch");
   check_line(check, "old", strided_old, kUnits);
   if (strided_positions) check_line(check, "positions", *strided_positions, kInt64);
   check_numbers(check, strided, strided_raw);
+  check.integer("shift", shift, 0, 8 * unit_of(strided_old) - 1);
   check_same_size(check, "symbols", strided, strided_positions ? *strided_positions : strided_old,
                   strided_positions ? "positions" : "old");
   const Tensor before = torch::stable::contiguous(strided_old);
@@ -163,10 +181,11 @@ std::tuple<Tensor, Tensor> delta_patch_op(const Tensor& strided_old,
   }
   const int64_t n = symbols.numel();
   Tensor values = empty_cpu({n}, before.scalar_type());
-  const bool good = read_values(unit_of(before), data<const uint8_t>(before),
-                                strided_positions ? data<const int64_t>(positions) : nullptr,
-                                data<const uint8_t>(symbols), n, data<const uint8_t>(raw),
-                                raw.numel(), use_xor, data<uint8_t>(values), threads());
+  const bool good =
+      read_values(kernel(), unit_of(before), data<const uint8_t>(before),
+                  strided_positions ? data<const int64_t>(positions) : nullptr,
+                  data<const uint8_t>(symbols), n, data<const uint8_t>(raw), raw.numel(), use_xor,
+                  static_cast<int>(shift), data<uint8_t>(values), threads());
   if (!good) std::fill_n(data<uint8_t>(values), n * unit_of(before), uint8_t{0});
   return {values, scalar_of(good ? 0 : 1)};
 }
@@ -187,9 +206,9 @@ Tensor delta_shift_op(const Tensor& strided_old, const Tensor& strided_positions
   const Tensor positions = torch::stable::contiguous(strided_positions);
   const Tensor values = torch::stable::contiguous(strided_values);
   check_positions(check, positions, before.numel());
-  return scalar_of(static_cast<int64_t>(fingerprint_change(
-      unit_of(before), data<const uint8_t>(before), before.numel(), data<const int64_t>(positions),
-      data<const uint8_t>(values), positions.numel())));
+  return scalar_of(static_cast<int64_t>(kernel()->change(
+      unit_of(before), data<const uint8_t>(before), before.numel() * unit_of(before),
+      data<const int64_t>(positions), data<const uint8_t>(values), positions.numel())));
 }
 
 void delta_write_op(Tensor out, const Tensor& strided_positions, const Tensor& strided_values) {
@@ -288,6 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_places_op(const Tensor& strided_old,
 
 STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&cfl::codec::fingerprint_op));
+  m.impl("delta_copy", TORCH_BOX(&cfl::codec::delta_copy_op));
   m.impl("delta_scan", TORCH_BOX(&cfl::codec::delta_scan_op));
   m.impl("delta_gaps", TORCH_BOX(&cfl::codec::delta_gaps_op));
   m.impl("delta_positions", TORCH_BOX(&cfl::codec::delta_positions_op));

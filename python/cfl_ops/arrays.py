@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 __all__ = ["from_tensors", "to_tensors"]
 
 WRITTEN = {
+    "apply_delta_": ("old",),
     "cholesky_downdate_": ("L",),
     "cholesky_downdate_ex_": ("L",),
     "cholesky_update_": ("L",),

@@ -12,6 +12,7 @@ from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
 from cfl_ops.ops.codec.reference import payload as reference
 from torch import Tensor
 
+from tests.codec import samples_delta
 from tests.codec.helpers import sample_places
 from tests.contract import Case, OpSpec
 
@@ -293,4 +294,5 @@ SPECS = [
         mutates=(1,),
         tags=NO_VMAP,
     ),
+    *samples_delta.SPECS,
 ]

@@ -223,6 +223,7 @@ CALLS = [
 ]  # fmt: skip
 
 weights, blob = randn(8, 8), cfl_ops.compress(randn(8, 8), bits=4)
+delta = cfl_ops.compress_delta(weights, weights)
 features, targets = data(8)
 
 
@@ -232,6 +233,9 @@ def window() -> Tensor:
 
 CANNOT: dict[str, tuple[str, Callable[[], Any]]] = {
     "compress": ("the bytes are written on the host", lambda: cfl_ops.compress(weights)),
+    "compress_delta": ("the bytes are written on the host", lambda: cfl_ops.compress_delta(weights, weights)),
+    "apply_delta": ("the bytes are read on the host", lambda: cfl_ops.apply_delta(weights, delta)),
+    "apply_delta_": ("the bytes are read on the host", lambda: cfl_ops.apply_delta_(weights, delta)),
     "decompress": ("the bytes are read on the host", lambda: cfl_ops.decompress(blob)),
     "compress_state_dict": ("it compresses", lambda: cfl_ops.compress_state_dict({"w": weights})),
     "decompress_state_dict": (

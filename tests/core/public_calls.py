@@ -30,6 +30,8 @@ FACTOR = torch.linalg.cholesky(SPD)
 CROSS = X.mT @ Y
 WEIGHTS = randn(40, 8).float()
 MORE_WEIGHTS = torch.randn(15, 20, generator=torch.Generator().manual_seed(0))
+STEPPED = torch.where(WEIGHTS > 0.5, WEIGHTS + 1, WEIGHTS)
+DELTA = cfl_ops.compress_delta(STEPPED, WEIGHTS)
 BLOB, SYMBOLS = cfl_ops.compress(WEIGHTS, bits=4), cfl_ops.quantize(WEIGHTS, 4).symbols
 PAYLOAD = cfl_ops.huffman_encode(SYMBOLS)
 
@@ -239,6 +241,9 @@ CALLS: dict[str, list[Call]] = {
         Call(cfl_ops.compress, w=WEIGHTS, floor=1.0, max_error=0.01, zero="exact"),
         Call(cfl_ops.compress, w=WEIGHTS, lossless=True),
     ],
+    "compress_delta": [Call(cfl_ops.compress_delta, new=STEPPED, old=WEIGHTS)],
+    "apply_delta": [Call(cfl_ops.apply_delta, old=WEIGHTS, delta=DELTA)],
+    "apply_delta_": [Call(cfl_ops.apply_delta_, old=WEIGHTS, delta=DELTA)],
     "decompress": [
         Call(cfl_ops.decompress, blob=BLOB, out=torch.empty(20), start=2, stop=22),
         Call(cfl_ops.decompress, blob=BLOB),
@@ -312,7 +317,7 @@ CALLS: dict[str, list[Call]] = {
 }  # fmt: skip
 
 CODEC = ("compress", "decompress", "quantize", "huffman", "allocate_bits", "estimate_entropy", "dequantize",
-         "save_file")  # fmt: skip
+         "save_file", "apply_delta")  # fmt: skip
 
 
 def documented() -> dict[str, inspect.Signature]:

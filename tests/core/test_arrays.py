@@ -56,6 +56,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
     symbols = np.arange(40, dtype=np.uint8).reshape(5, 8)
     payload = cfl_ops.arrays.huffman_encode(symbols)
     blob = cfl_ops.arrays.compress(x, bits=6)
+    delta = cfl_ops.arrays.compress_delta(x + 1, x)
     moments = cfl_ops.arrays.gram(x, y)
     step = {
         "features": x,
@@ -79,7 +80,9 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
             for end in ("", "_", "_ex", "_ex_")
         },
         "class_ridge": {"x": x, "y": labels, "lam": 0.5, "num_classes": 2, "prox": 0.1, "weight": weight.T},
+        **{key: {"old": x, "delta": delta} for key in ("apply_delta", "apply_delta_")},
         "compress": {"w": x},
+        "compress_delta": {"new": x + 1, "old": x},
         "compress_state_dict": {"state_dict": {"w": x, "v": y}, "min_numel": 30},
         "compression_report": {"state_dict": {"w": x}, "blobs": {"w": blob}},
         "decompress": {"blob": blob, "out": np.zeros((12, 4))},

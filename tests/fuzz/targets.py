@@ -167,6 +167,8 @@ def _public() -> list[Target]:
     values = randn(3, 400, seed=7).to(f32)
     symbols = (torch.rand(2000, generator=torch.Generator().manual_seed(1)) ** 3 * 40).to(torch.uint8)
     payload, blob = cfl_ops.huffman_encode(symbols), cfl_ops.compress(values)
+    stepped = torch.where(values > 1, values * 1.001, values)
+    delta = cfl_ops.compress_delta(stepped, values, effort="small")
     moments = cfl_ops.gram(x, y)
     step: dict[str, Any] = {
         "lam": 0.5,
@@ -247,6 +249,10 @@ def _public() -> list[Target]:
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": None, "start": None, "stop": None}, ("out",)),
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": torch.zeros(3, 400), "start": None, "stop": None},
          ("out",)),
+        ("compress_delta", cfl_ops.compress_delta, {"new": values, "old": stepped, "effort": "fast"}, ()),
+        ("compress_delta", cfl_ops.compress_delta, {"new": stepped, "old": values, "effort": "small"}, ()),
+        ("apply_delta", cfl_ops.apply_delta, {"old": values, "delta": delta}, ()),
+        ("apply_delta_", cfl_ops.apply_delta_, {"old": values, "delta": delta}, ("old",)),
         ("huffman_encode", cfl_ops.huffman_encode, {"symbols": symbols}, ()),
         ("huffman_decode", cfl_ops.huffman_decode, {"payload": payload, "out": None, "start": 100, "stop": 900},
          ("out",)),

@@ -110,13 +110,23 @@ DELTA_SHIFT = define_op(
 )
 """By how much the sum of the fingerprint changes where values are put at positions."""
 
+DELTA_COPY = define_op(
+    "delta_copy(Tensor data) -> Tensor",
+    python=lambda data: data.clone(memory_format=torch.contiguous_format),
+    fake=lambda data: data.new_empty(data.shape),
+    shapes={"data": "uint8 ..."},
+    check=lambda data: check_bytes("delta_copy", "data", data),
+    no_vmap=NO_VMAP,
+)
+"""A copy, which on CPUs is in huge pages where it is large."""
+
 # --- where two tensors differ
 
 
 def _scan_fake(new: Tensor, old: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     positions = _dynamic(new, torch.int64)
     shape = positions.shape
-    return positions, new.new_empty(shape), new.new_empty(shape), new.new_empty(3, dtype=torch.int64)
+    return positions, new.new_empty(shape), new.new_empty(shape), new.new_empty(4, dtype=torch.int64)
 
 
 def _check_scan(new: Tensor, old: Tensor, most: int) -> None:
@@ -134,7 +144,7 @@ DELTA_SCAN = define_op(
     tags=DATA_DEPENDENT,
 )
 """Positions, new and old values of the changes (none where they are more than ``most``); (count, sum of the
-fingerprint of new, of old)."""
+fingerprint of new, of old, the bits that differ anywhere)."""
 
 
 def _write_python(data: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -183,14 +193,22 @@ DELTA_GAPS = define_op(
     tags=DATA_DEPENDENT,
 )
 
+
+def _values_python(new: Tensor, old: Tensor, use_xor: bool, shift: int) -> tuple[Tensor, Tensor]:
+    return reference.split(reference.difference(new, old, use_xor, shift), reference.VALUE_BITS)
+
+
+def _check_values(new: Tensor, old: Tensor, use_xor: bool, shift: int) -> None:
+    _check_pair("delta_values", "old", old, "new", new)
+    within("delta_values", "shift", shift, 0, 8 * new.element_size() - 1)
+
+
 DELTA_VALUES = define_op(
-    "delta_values(Tensor new, Tensor old, bool use_xor) -> (Tensor, Tensor)",
-    python=lambda new, old, use_xor: reference.split(
-        reference.difference(new, old, use_xor), reference.VALUE_BITS
-    ),
-    fake=lambda new, old, use_xor: _split_fake(new),
+    "delta_values(Tensor new, Tensor old, bool use_xor, int shift) -> (Tensor, Tensor)",
+    python=_values_python,
+    fake=lambda new, old, use_xor, shift: _split_fake(new),
     shapes={"new": "units ...", "old": "units ..."},
-    check=lambda new, old, use_xor: _check_pair("delta_values", "old", old, "new", new),
+    check=_check_values,
     no_vmap=NO_VMAP,
     tags=DATA_DEPENDENT,
 )
@@ -222,20 +240,23 @@ DELTA_POSITIONS = define_op(
 
 
 def _patch_python(
-    old: Tensor, positions: Tensor | None, symbols: Tensor, raw: Tensor, use_xor: bool
+    old: Tensor, positions: Tensor | None, symbols: Tensor, raw: Tensor, use_xor: bool, shift: int
 ) -> tuple[Tensor, Tensor]:
     before = old
     if positions is not None:
         _check_positions("delta_patch", positions, old.numel())
         before = old[positions]
     z = reference.join(symbols, raw, reference.VALUE_BITS)
-    return _answer(None if z is None else reference.patch(before, z, use_xor), before)
+    return _answer(None if z is None else reference.patch(before, z, use_xor, shift), before)
 
 
-def _check_patch(old: Tensor, positions: Tensor | None, symbols: Tensor, raw: Tensor, use_xor: bool) -> None:
+def _check_patch(
+    old: Tensor, positions: Tensor | None, symbols: Tensor, raw: Tensor, use_xor: bool, shift: int
+) -> None:
     op = "delta_patch"
     _check_line(op, "old", old)
     _check_numbers(op, symbols, raw)
+    within(op, "shift", shift, 0, 8 * old.element_size() - 1)
     if positions is None:
         _check_numel(op, "symbols", symbols, "old", old)
     else:
@@ -244,9 +265,10 @@ def _check_patch(old: Tensor, positions: Tensor | None, symbols: Tensor, raw: Te
 
 
 DELTA_PATCH = define_op(
-    "delta_patch(Tensor old, Tensor? positions, Tensor symbols, Tensor raw, bool use_xor) -> (Tensor, Tensor)",
+    "delta_patch(Tensor old, Tensor? positions, Tensor symbols, Tensor raw, bool use_xor,"
+    " int shift) -> (Tensor, Tensor)",
     python=_patch_python,
-    fake=lambda old, positions, symbols, raw, use_xor: (old.new_empty(symbols.shape), _info(old)),
+    fake=lambda old, positions, symbols, raw, use_xor, shift: (old.new_empty(symbols.shape), _info(old)),
     shapes={"old": "units ...", "positions": "int64 ...", "symbols": "uint8 ...", "raw": "uint8 ..."},
     check=_check_patch,
     no_vmap=NO_VMAP,

@@ -17,6 +17,7 @@ from cfl_ops.errors import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.blob import decompress, store_lossless
 from cfl_ops.ops.codec.changes import (
+    DELTA_COPY,
     DELTA_PATCH,
     DELTA_PLACES,
     DELTA_POSITIONS,
@@ -96,7 +97,8 @@ def compress_delta(new: Any, old: Any, *, effort: str = "fast") -> Any:
         (True, True)
     """
     op = "compress_delta"
-    small = checks.choice(op, "effort", effort, ("fast", "small")) == "small"
+    checks.choice(op, "effort", effort, ("fast", "small"))
+    small = effort == "small"
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         return _compress_mapping(op, new, old, small)
     _refuse_mapping(op, "new", new, "old", old)
@@ -140,13 +142,15 @@ def apply_delta(old: Any, delta: Any) -> Any:
     op = "apply_delta"
     if isinstance(old, Mapping) and isinstance(delta, Mapping):
         pairs = _check_mappings(op, old, delta)
-        for pair in pairs:
-            _check_base(op, pair)
+        totals = [_check_base(op, pair) for pair in pairs]
         device = _common_device(old)
-        return {pair.key: _result(op, pair, device) for pair in pairs if pair.delta.kind != LEFT}
+        return {
+            pair.key: _result(op, pair, total, device)
+            for pair, total in zip(pairs, totals, strict=True)
+            if pair.delta.kind != LEFT
+        }
     pair = _check_pair(op, old, delta)
-    _check_base(op, pair)
-    return _result(op, pair, None)
+    return _result(op, pair, _check_base(op, pair), None)
 
 
 @overload
@@ -345,7 +349,7 @@ def _whole(
 ) -> Tensor:
     """A delta that holds the new tensor."""
     result, units = fingerprint_of(new), new.numel() * (2 if new.dtype.is_complex else 1)
-    mine = (SMALL if small else 0, new.dtype, tuple(new.shape), *base, result, units)
+    mine = (SMALL if small else 0, new.dtype, tuple(new.shape), *base, result, units, 0)
     return pack_delta(Delta(kind, *mine, None, [], store_lossless(op, name, new), 0), new.device)
 
 
@@ -371,7 +375,7 @@ def _compress_mapping(
         if key not in new:
             shape = tuple(value.shape)
             fields = (value.dtype, shape, value.dtype, shape, fingerprint_of(value), 0)
-            gone = Delta(LEFT, SMALL if small else 0, *fields, 0, None, [], None, 0)
+            gone = Delta(LEFT, SMALL if small else 0, *fields, 0, 0, None, [], None, 0)
             out[key] = pack_delta(gone, value.device)
     return out
 
@@ -409,11 +413,11 @@ def _changes(op: str, delta: Delta, units: Tensor, total: int) -> tuple[Tensor |
 
 
 def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor]:
-    use_xor, n = bool(delta.flags & XOR), units.numel()
+    how, n = (bool(delta.flags & XOR), delta.shift), units.numel()
     if delta.kind == DENSE:
         if delta.classes is None:
             symbols = unpack_symbols(op, delta.parts[0].values, n)
-            return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, use_xor))
+            return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, *how))
         of = from_bytes(delta.classes, units.device)[contexts(units)]
         if bool((of == NO_CLASS).any()):
             raise contradiction(op)
@@ -422,7 +426,7 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
             here = of == c
             before = units[here]
             symbols = unpack_symbols(op, part.values, before.numel())
-            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, use_xor))
+            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, *how))
         return None, values
     ranks, numbers = [], []
     for part in delta.parts:
@@ -434,13 +438,13 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
         numbers.append((unpack_symbols(op, part.values, part.count), part.values.raw))
     if delta.classes is None:
         positions = ranks[0]
-        return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], use_xor))
+        return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], *how))
     classes = from_bytes(delta.classes, units.device)
     counts = [part.count for part in delta.parts]
     places, order, info = DELTA_PLACES(units, classes, torch.cat(ranks), counts)
     _good(op, places, info)
     found = [
-        _good(op, *DELTA_PATCH(units, where, *coded, use_xor))
+        _good(op, *DELTA_PATCH(units, where, *coded, *how))
         for where, coded in zip(places.split(counts), numbers, strict=True)
     ]
     return places[order], torch.cat(found)[order]
@@ -473,8 +477,8 @@ def _named(op: str, pair: _Pair, function: Callable[[], Any]) -> Any:
         raise CorruptDataError(f"{error}{where}") from None
 
 
-def _result(op: str, pair: _Pair, device: torch.device | None) -> Tensor:
-    """A new tensor; the base was checked."""
+def _result(op: str, pair: _Pair, total: int, device: torch.device | None) -> Tensor:
+    """A new tensor; the base was checked, and gave ``total``."""
     old, delta = pair.old, pair.delta
     if delta.blob is not None:
         out: Tensor = _named(op, pair, lambda: _unpack_blob(op, delta))
@@ -482,10 +486,10 @@ def _result(op: str, pair: _Pair, device: torch.device | None) -> Tensor:
     assert old is not None
     flat = flat_bits(old)
     if flat.data_ptr() == old.data_ptr():
-        flat = flat.clone()
+        flat = DELTA_COPY(as_uint8(flat)).view(flat.dtype)
     if delta.kind != SAME:
         units = units_of(flat)
-        positions, values = _named(op, pair, lambda: _changes(op, delta, units, byte_sum(flat)))
+        positions, values = _named(op, pair, lambda: _changes(op, delta, units, total))
         if positions is None:
             flat = values.view(delta.dtype)
         else:
@@ -578,7 +582,7 @@ def _write_all(op: str, old: MutableMapping[Any, Tensor], pairs: list[_Pair]) ->
     totals = {pair.key: _check_base(op, pair) for pair in pairs}
     device = _common_device(old)
     fresh = {
-        pair.key: _result(op, pair, device)
+        pair.key: _result(op, pair, totals[pair.key], device)
         for pair in pairs
         if pair.delta.blob is not None and not _in_place(pair.delta)
     }

@@ -38,7 +38,7 @@ from cfl_ops.ops.codec.reference.header import from_bytes
 
 _LOOK = 1 << 14
 """Values that XOR and difference are compared on."""
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 18
 """Elements whose contexts are counted."""
 _CLASS_BITS = 1400 << 16
 """What another class costs: two payloads' headers and code tables. In 2^-16 bits, as all costs of classes."""
@@ -56,23 +56,24 @@ def encode_pair(op: str, new: Tensor, old: Tensor, small: bool) -> Tensor:
     now, then = units_of(flat), units_of(before)
     n = now.numel()
     positions, new_values, old_values, facts = DELTA_SCAN(now, then, n // 2)
-    changed, *sums = facts.tolist()
+    changed, *sums, bits = facts.tolist()
     result, base = (finish(total, nbytes, new.dtype) for total in sums)
     if changed == 0:
         return pack_delta(_delta(SAME, effort, new, base, result, 0), new.device)
+    shift = (bits & -bits).bit_length() - 1  # the lowest of the bits that change somewhere
     found: list[tuple[int, int, bytes | None, list[ClassPart]]] = []
     if changed <= n // 2 and not _far_apart(positions, n):
-        use_xor = _prefers_xor(new_values, old_values)
-        values = pack_numbers(*DELTA_VALUES(new_values, old_values, use_xor))
+        use_xor = _prefers_xor(new_values, old_values, shift)
+        values = pack_numbers(*DELTA_VALUES(new_values, old_values, use_xor, shift))
         parts = [ClassPart(changed, pack_numbers(*DELTA_GAPS(positions)), values)]
         flags = effort | (XOR if use_xor else 0)
         found.append((CHANGED, flags, None, parts))
         classes = _choose_classes(then, old_values) if small and n <= MOST_APART else None
         if classes is not None:
-            by_class = _changed_by_class(then, classes, positions, new_values, old_values, use_xor)
+            by_class = _changed_by_class(then, classes, positions, new_values, old_values, (use_xor, shift))
             found.append((CHANGED, flags | CLASSES, classes, by_class))
     if changed > n // 8:
-        found += _dense(now, then, effort)
+        found += _dense(now, then, effort, shift)
     kind, flags, marks, parts = min(found, key=lambda one: _size(one[3]) + (300 if one[2] else 0))
     body = _size(parts)
     if _may_be_smaller_whole(now, lanes(DTYPES.index(new.dtype)), body):
@@ -81,12 +82,12 @@ def encode_pair(op: str, new: Tensor, old: Tensor, small: bool) -> Tensor:
             whole = _delta(REPLACED, effort, new, base, result, n)
             return pack_delta(whole._replace(blob=blob), new.device)
     delta = _delta(kind, flags, new, base, result, changed)
-    return pack_delta(delta._replace(classes=marks, parts=parts), new.device)
+    return pack_delta(delta._replace(shift=shift, classes=marks, parts=parts), new.device)
 
 
 def _delta(kind: int, flags: int, new: Tensor, base: int, result: int, changed: int) -> Delta:
     shape = tuple(new.shape)
-    return Delta(kind, flags, new.dtype, shape, new.dtype, shape, base, result, changed, None, [], None, 0)
+    return Delta(kind, flags, new.dtype, shape, new.dtype, shape, base, result, changed, 0, None, [], None, 0)
 
 
 def _size(parts: list[ClassPart]) -> int:
@@ -108,10 +109,10 @@ def _cost(numbers: tuple[Tensor, Tensor]) -> int:
     return int(facts[4]) + 8 * (table.numel() + raw.numel())
 
 
-def _prefers_xor(new: Tensor, old: Tensor) -> bool:
+def _prefers_xor(new: Tensor, old: Tensor, shift: int) -> bool:
     every = -(-new.numel() // _LOOK)
     some = new[::every].contiguous(), old[::every].contiguous()
-    return _cost(DELTA_VALUES(*some, True)) < _cost(DELTA_VALUES(*some, False))
+    return _cost(DELTA_VALUES(*some, True, shift)) < _cost(DELTA_VALUES(*some, False, shift))
 
 
 def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
@@ -137,10 +138,12 @@ def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
 # --- all values
 
 
-def _dense(now: Tensor, then: Tensor, effort: int) -> list[tuple[int, int, bytes | None, list[ClassPart]]]:
-    use_xor = _prefers_xor(now, then)
+def _dense(
+    now: Tensor, then: Tensor, effort: int, shift: int
+) -> list[tuple[int, int, bytes | None, list[ClassPart]]]:
+    use_xor = _prefers_xor(now, then, shift)
     flags = effort | (XOR if use_xor else 0)
-    values = pack_numbers(*DELTA_VALUES(now, then, use_xor))
+    values = pack_numbers(*DELTA_VALUES(now, then, use_xor, shift))
     found: list[tuple[int, int, bytes | None, list[ClassPart]]] = [
         (DENSE, flags, None, [ClassPart(0, None, values)])
     ]
@@ -150,7 +153,7 @@ def _dense(now: Tensor, then: Tensor, effort: int) -> list[tuple[int, int, bytes
         parts = []
         for c in range(max(set(classes) - {NO_CLASS}) + 1):
             here = of == c
-            values = pack_numbers(*DELTA_VALUES(now[here], then[here], use_xor))
+            values = pack_numbers(*DELTA_VALUES(now[here], then[here], use_xor, shift))
             parts.append(ClassPart(0, None, values))
         found.append((DENSE, flags | CLASSES, classes, parts))
     return found
@@ -251,7 +254,7 @@ def _log2(x: int) -> int:
 
 
 def _changed_by_class(
-    then: Tensor, classes: bytes, positions: Tensor, new: Tensor, old: Tensor, use_xor: bool
+    then: Tensor, classes: bytes, positions: Tensor, new: Tensor, old: Tensor, how: tuple[bool, int]
 ) -> list[ClassPart]:
     ranks, order, counts = DELTA_RANKS(then, from_bytes(classes, then.device), positions)
     new, old = new[order], old[order]
@@ -259,7 +262,7 @@ def _changed_by_class(
     for count in counts.tolist()[: max(set(classes) - {NO_CLASS}) + 1]:
         here = slice(begin, begin + count)
         gaps: Numbers = pack_numbers(*DELTA_GAPS(ranks[here]))
-        values = pack_numbers(*DELTA_VALUES(new[here], old[here], use_xor))
+        values = pack_numbers(*DELTA_VALUES(new[here], old[here], *how))
         parts.append(ClassPart(count, gaps, values))
         begin += count
     return parts

@@ -67,6 +67,8 @@ class Delta(NamedTuple):
     """The fingerprint of the old tensor; 0 where there was none."""
     result: int
     changed: int
+    shift: int
+    """So many low bits are the same in all elements, and left out of values."""
     classes: bytes | None
     """Of each context its class."""
     parts: list[ClassPart]
@@ -139,6 +141,8 @@ def pack_delta(delta: Delta, device: torch.device) -> Tensor:
     table = _pack_extents(delta.shape)
     if delta.kind == REPLACED:
         table += bytes([DTYPES.index(delta.base_dtype)]) + _pack_extents(delta.base_shape)
+    if delta.kind in (CHANGED, DENSE):
+        table += bytes([delta.shift])
     if delta.classes is not None:
         table += bytes([len(delta.parts)]) + _pack_runs(delta.classes)
     stored: list[Tensor] = []
@@ -273,9 +277,11 @@ def _parse(op: str, delta: Tensor) -> tuple[Delta, tuple[int, int, int]]:
         if kind == REPLACED:
             base_dtype, base_shape = reader.dtype(), reader.extents(reader.byte())
         units = math.prod(shape) * (2 if dtype.is_complex else 1)
-        classes, sizes = None, []
+        classes, sizes, count, shift = None, [], 1, 0
         if kind in (CHANGED, DENSE):
-            count = 1
+            shift = reader.byte()
+            if shift >= 8 * dtype.itemsize // (2 if dtype.is_complex else 1):
+                raise Corrupt(codes.BAD_HEADER)
             if flags & CLASSES:
                 count, classes = reader.byte(), reader.runs()
                 if not 1 <= count <= MAX_CLASSES or set(classes) - {NO_CLASS} != set(range(count)):
@@ -313,7 +319,7 @@ def _parse(op: str, delta: Tensor) -> tuple[Delta, tuple[int, int, int]]:
             numbers.append(Numbers(found, bool(symbols & 1), take(raw, 0)))
         parts.append(ClassPart(count, numbers[0] if len(numbers) > 1 else None, numbers[-1]))
     parsed = Delta(
-        *(kind, flags, dtype, shape, base_dtype, base_shape, base, result, changed, classes, parts),
-        *(delta[head:] if whole else None, size),
+        *(kind, flags, dtype, shape, base_dtype, base_shape, base, result, changed, shift),
+        *(classes, parts, delta[head:] if whole else None, size),
     )
     return parsed, (head, head + stored, data_crc)

@@ -34,6 +34,11 @@ def to_words(data: Tensor) -> Tensor:
     return data.view(torch.int64)
 
 
+def _bytes(units: Tensor) -> Tensor:
+    """Those of a 1-d tensor, which may have a stride that no elements show."""
+    return (units.contiguous() if units.numel() else units.new_empty(0)).view(torch.uint8)
+
+
 def fingerprint(data: Tensor) -> Tensor:
     """The sum over bytes."""
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -49,22 +54,44 @@ def shift(old: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     if positions.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=old.device)
     size = old.element_size()
-    words = to_words(old.contiguous().view(torch.uint8))
+    words = to_words(_bytes(old))
     index, which = torch.unique_consecutive(positions * size // 8, return_inverse=True)
-    step = values.to(torch.int64) - old[positions].to(torch.int64)
-    before = words[index]
-    now = before.index_add(0, which, step << 8 * (positions * size % 8))
-    return (products(now, index) - products(before, index)).sum()
+    now, before = _unsigned(values), _unsigned(old[positions])
+    then = words[index]
+    after = then.index_add(0, which, (now - before) << 8 * (positions * size % 8))
+    return (products(after, index) - products(then, index)).sum()
+
+
+def _unsigned(units: Tensor) -> Tensor:
+    """As int64, the upper bits 0."""
+    size = units.element_size()
+    wide = units.to(torch.int64)
+    return wide if size == 8 else wide & (1 << 8 * size) - 1
 
 
 def scan(new: Tensor, old: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where they differ and what is there, unless that is at more than ``most`` places; how many, and the sums."""
+    """Where they differ and what is there, unless that is at more than ``most`` places; how many, the sums, and the
+    bits that differ anywhere.
+    """
     positions = (new != old).nonzero().flatten()
     count = torch.full((), positions.numel(), dtype=torch.int64, device=new.device)
     if positions.numel() > most:
         positions = positions[:0]
-    sums = [fingerprint(value.contiguous().view(torch.uint8)) for value in (new, old)]
-    return positions, new[positions], old[positions], torch.stack([count, *sums])
+    sums = [fingerprint(_bytes(value)) for value in (new, old)]
+    return (
+        positions,
+        new[positions],
+        old[positions],
+        torch.stack([count, *sums, _any_bits(_unsigned(new ^ old))]),
+    )
+
+
+def _any_bits(x: Tensor) -> Tensor:
+    """The bits that any of the numbers has."""
+    while x.numel() > 1:
+        half = x.numel() // 2
+        x = torch.cat([x[:half] | x[half : 2 * half], x[2 * half :]])
+    return x[0] if x.numel() else x.new_zeros(())
 
 
 def _length(z: Tensor) -> Tensor:
@@ -144,26 +171,31 @@ def positions_of(symbols: Tensor, raw: Tensor, limit: int) -> Tensor | None:
     return None if int(found[-1]) >= limit else found
 
 
-def difference(new: Tensor, old: Tensor, use_xor: bool) -> Tensor:
-    """From old to new: the XOR, or the distance around the circle with its sign in the lowest bit."""
+def difference(new: Tensor, old: Tensor, use_xor: bool, shift: int) -> Tensor:
+    """From old to new: the XOR, or the distance around the circle with its sign in the lowest bit.
+
+    In both, the lowest ``shift`` bits, which are 0, are left out.
+    """
     width = 8 * new.element_size()
-    now, before = new.to(torch.int64), old.to(torch.int64)
     if use_xor:
-        return now ^ before if width == 64 else (now ^ before) & (1 << width) - 1
-    step = now - before
+        bits = _unsigned(new ^ old)
+        return bits if shift == 0 else bits >> shift & (1 << 64 - shift) - 1
+    step = new.to(torch.int64) - old.to(torch.int64)
     if width < 64:
         half = 1 << (width - 1)
         step = ((step + half) & (1 << width) - 1) - half
+    step >>= shift
     return step << 1 ^ step >> 63
 
 
-def patch(before: Tensor, z: Tensor, use_xor: bool) -> Tensor | None:
+def patch(before: Tensor, z: Tensor, use_xor: bool, shift: int) -> Tensor | None:
     """And back; None where a number does not fit."""
     width = 8 * before.element_size()
     if width < 64 and bool((z >> width != 0).any()):
         return None
     old = before.to(torch.int64)
     step = z if use_xor else (z >> 1 & 2**63 - 1) ^ -(z & 1)
+    step = step << shift
     return (old ^ step if use_xor else old + step).to(before.dtype)
 
 

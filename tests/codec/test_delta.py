@@ -1,0 +1,681 @@
+"""Deltas: bit for bit back, on no other base, and never silently wrong."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cfl_ops
+import pytest
+import torch
+from cfl_ops import CorruptDataError, WrongBaseError
+from cfl_ops._core import dispatch
+from cfl_ops.ops.codec import delta_encode, delta_format
+from cfl_ops.ops.codec.delta import describe_delta
+from cfl_ops.ops.codec.fingerprint import fingerprint_of
+from cfl_ops.ops.codec.layout import DTYPES
+from torch import Tensor
+
+from tests.codec.helpers import EXHAUSTIVE, NATIVE, cuts_and_extensions, flips, same
+
+EFFORTS = ("fast", "small")
+
+
+def weights(n: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def stepped(old: Tensor, lr: float, seed: int = 1) -> Tensor:
+    """The weights after a step of about the same size for each, rounded to their dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randn(old.numel(), generator=generator, dtype=torch.float64).clamp(-1, 1)
+    return (old.double() + lr * step.view(old.shape)).to(old.dtype)
+
+
+def random_bits(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Of all that the dtype has, NaN payloads, infinities and denormals among it."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, (n,), generator=generator).bool()
+    bits = torch.randint(0, 256, (n * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    return bits.view(dtype)
+
+
+def some_changed(old: Tensor, every: int) -> Tensor:
+    """A copy in which the bits of one of each ``every`` elements are others."""
+    new = old.clone()
+    bits = new.view(torch.uint8)
+    size = old.element_size()
+    bits.view(-1, size)[::every, 0] ^= 1
+    if size > 1:
+        bits.view(-1, size)[:: 3 * every, size - 1] ^= 0x80
+    return new
+
+
+def check(new: Any, old: Any, effort: str = "fast") -> Any:
+    """The delta, which gives new from old in both ways."""
+    kept = old.clone()
+    delta = cfl_ops.compress_delta(new, old, effort=effort)
+    assert same(cfl_ops.apply_delta(old, delta), new.contiguous())
+    assert same(old, kept)
+    target = old.clone(memory_format=torch.preserve_format)
+    assert cfl_ops.apply_delta_(target, delta) is target
+    assert same(target, new)
+    found = describe_delta(delta)
+    assert (found.shape, found.dtype, found.effort) == (tuple(new.shape), new.dtype, effort)
+    assert found.nbytes == delta.numel()
+    return delta
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_bit_for_bit(dtype: torch.dtype, effort: str, backend: str) -> None:
+    old = random_bits(3000, dtype)
+    for every in (1, 2, 40, 5000):
+        check(some_changed(old, every), old, effort)
+    assert describe_delta(check(old.clone(), old, effort)).kind == "same"
+    check(random_bits(3000, dtype, seed=1), old, effort)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_shapes_and_strides(effort: str, backend: str) -> None:
+    for shape in ((), (1,), (0,), (3, 0, 2), (7,), (5, 13), (2, 3, 4, 5)):
+        old = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        new = old + 1
+        check(new, old, effort)
+        check(old, old, effort)
+    old = torch.randn(60, 50).half()
+    new = stepped(old, 1e-4)
+    for view in (lambda t: t.mT, lambda t: t[::3, 5:], lambda t: t[:, ::7], lambda t: t[1:].flatten()[3:]):
+        base = view(old.clone())
+        delta = cfl_ops.compress_delta(view(new), base, effort=effort)
+        assert same(cfl_ops.apply_delta(base, delta), view(new))
+        cfl_ops.apply_delta_(base, delta)
+        assert same(base, view(new))
+    expanded = torch.ones(1, 4).expand(3, 4)
+    delta = cfl_ops.compress_delta(torch.zeros(3, 4), expanded)
+    assert same(cfl_ops.apply_delta(expanded, delta), torch.zeros(3, 4))
+    with pytest.raises(RuntimeError, match="old must not share memory between its elements"):
+        cfl_ops.apply_delta_(expanded, delta)
+    z = torch.randn(20, dtype=torch.complex64)
+    delta = cfl_ops.compress_delta(z.conj(), z)
+    assert same(cfl_ops.apply_delta(z, delta), z.conj().resolve_conj())
+    turned = z.clone().conj()
+    cfl_ops.apply_delta_(turned, cfl_ops.compress_delta(z, turned))
+    assert same(turned.resolve_conj(), z)
+    assert same(cfl_ops.apply_delta(z.conj(), cfl_ops.compress_delta(z, z.conj())), z)
+
+
+def test_special_values(backend: str) -> None:
+    old = torch.zeros(64)
+    new = old.clone()
+    new[3], new[10], new[20], new[30] = -0.0, torch.nan, -torch.inf, 5e-45
+    new.view(torch.int32)[40] = 0x7F812345  # a signalling NaN
+    check(new, old)
+    check(old, new)
+
+
+def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, new, old."""
+    old = weights(1 << 16)
+    yield "few", stepped(old, 4e-6), old
+    yield "a third", stepped(old, 4e-5), old
+    yield "most", stepped(old, 1e-3), old
+    row = old.view(256, 256).clone()
+    row[17] = weights(256, seed=5)
+    yield "a row", row, old.view(256, 256)
+    yield "unrelated", weights(1 << 16, seed=9), old
+    yield "to zeros", torch.zeros_like(old), old
+    yield "from zeros", old, torch.zeros_like(old)
+    master = weights(30_000, torch.float32)
+    yield "float32", stepped(master, 1e-5), master
+    yield "float64", stepped(master.double(), 1e-5), master.double()
+    counts = torch.arange(40_000, dtype=torch.int64)
+    yield "counters", counts + 1, counts
+    yield "few counters", torch.where(counts % 97 == 0, counts * 3, counts), counts
+    sparse = torch.zeros(40_000, dtype=torch.int32)
+    sparse[::1000] = 5
+    yield "emptied", torch.zeros_like(sparse), sparse
+    mask = torch.arange(50_000) % 7 == 0
+    yield "flags", ~mask, mask
+    yield "signs", -old, old
+    bits = torch.arange(40_000, dtype=torch.int32)
+    yield "bits", bits ^ 0x00400000, bits
+
+
+CASES = {name: (new, old) for name, new, old in cases()}
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("name", CASES)
+def test_never_much_larger_than_the_tensor_compressed(name: str, effort: str) -> None:
+    new, old = CASES[name]
+    delta = check(new, old, effort)
+    whole = cfl_ops.compress(new, lossless=True)
+    assert delta.numel() <= whole.numel() + 200, describe_delta(delta)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_is_never_larger_than_fast(name: str) -> None:
+    new, old = CASES[name]
+    fast, small = (cfl_ops.compress_delta(new, old, effort=effort).numel() for effort in EFFORTS)
+    assert small <= fast + 60
+
+
+def test_kinds() -> None:
+    kinds = {name: describe_delta(cfl_ops.compress_delta(*pair)).kind for name, pair in CASES.items()}
+    assert kinds["few"] == kinds["a row"] == kinds["few counters"] == "changed"
+    assert kinds["most"] == kinds["float32"] == kinds["counters"] == "dense"
+    assert kinds["signs"] == kinds["bits"] == kinds["flags"] == "dense"
+    assert kinds["to zeros"] == kinds["unrelated"] == "replaced"
+    old = weights(1 << 16)
+    for effort in EFFORTS:
+        assert describe_delta(cfl_ops.compress_delta(old, old, effort=effort)).kind == "same"
+    # 2^16 weights after a small step: about 1.8 % of them changed.
+    new, old = CASES["few"]
+    found = describe_delta(cfl_ops.compress_delta(new, old))
+    assert found.changed == int((new.view(torch.int16) != old.view(torch.int16)).sum())
+    assert 2 * old.numel() > 35 * found.nbytes
+    assert found.raw_nbytes == 2 * old.numel()
+    for name in ("bits", "signs", "flags", "counters"):  # one value, whatever it is
+        assert cfl_ops.compress_delta(*CASES[name]).numel() < 200
+    narrow = old.float()  # bf16 in float32 takes no more
+    wide = cfl_ops.compress_delta(new.float(), narrow).numel()
+    assert wide <= found.nbytes + 2
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("name", CASES)
+def test_backends_and_threads_write_the_same_bytes(name: str, effort: str, backend: str) -> None:
+    new, old = CASES[name]
+    got = cfl_ops.compress_delta(new, old, effort=effort)
+    torch.set_num_threads(3)  # back to one by the fixture
+    assert torch.equal(got, cfl_ops.compress_delta(new, old, effort=effort))
+    assert same(cfl_ops.apply_delta(old, got), new)
+    assert zlib.crc32(bytes(got.tolist())) == _expected(name, effort)
+
+
+_CRCS: dict[tuple[str, str], int] = {}
+
+
+def _expected(name: str, effort: str) -> int:
+    """Of the bytes that the first backend to ask writes."""
+    new, old = CASES[name]
+    if (name, effort) not in _CRCS:
+        delta = cfl_ops.compress_delta(new, old, effort=effort)
+        _CRCS[name, effort] = zlib.crc32(bytes(delta.tolist()))
+    return _CRCS[name, effort]
+
+
+def test_blocks_and_threads(backend: str) -> None:
+    """Several blocks of raw bits, words at the end that are not full, and parts of several threads."""
+    n = (1 << 18) + 5
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        old = random_bits(n, dtype)
+        new = some_changed(old, 3)
+        torch.set_num_threads(2)
+        delta = cfl_ops.compress_delta(new, old)
+        assert same(cfl_ops.apply_delta(old, delta), new)
+        torch.set_num_threads(1)
+        assert torch.equal(delta, cfl_ops.compress_delta(new, old))
+
+
+# --- bases
+
+
+def changed_bases(old: Tensor) -> Iterator[Tensor]:
+    bits = old.view(torch.int16)
+    for bit in range(16):
+        for place in (0, 1, 100, old.numel() - 1):
+            other = bits.clone()
+            other.view(-1)[place] ^= (1 << bit) - (1 << 16 if bit == 15 else 0)
+            yield other.view(old.dtype)
+    for a, b in ((0, 1), (2, 7), (0, 15)):
+        other = bits.clone()
+        other[[a, b]] = other[[b, a]]
+        yield other.view(old.dtype)  # rows
+        other = bits.clone()
+        other[:, [a, b]] = other[:, [b, a]]
+        yield other.view(old.dtype)  # columns
+        other = bits.clone()
+        other[[a, b], 3] ^= -(1 << 15)
+        yield other.view(old.dtype)  # two signs of a column
+        other = bits.clone()
+        other.view(-1)[[a, b]] = other.view(-1)[[b, a]]
+        yield other.view(old.dtype)
+    yield old + 0.0625
+    yield old.roll(1)
+    yield old.roll(4)
+
+
+@pytest.mark.parametrize("kind", ["changed", "dense", "same", "replaced"])
+def test_another_base_is_refused_and_nothing_changed(kind: str, backend: str) -> None:
+    old = weights(16 * 40).view(16, 40)
+    new = {
+        "changed": stepped(old, 1e-5),
+        "dense": stepped(old, 1e-3),
+        "same": old.clone(),
+        "replaced": torch.full_like(old, 0.5),
+    }[kind]
+    delta = cfl_ops.compress_delta(new, old)
+    assert describe_delta(delta).kind == kind
+    for base in changed_bases(old):
+        kept = base.clone()
+        for apply in (cfl_ops.apply_delta, cfl_ops.apply_delta_):
+            with pytest.raises(WrongBaseError, match=r"old must be what the delta was made from, .* but got"):
+                apply(base, delta)
+        assert same(base, kept)
+    for base in (old.view(40, 16), old.flatten(), old.view(torch.int16), old.half(), old[:15]):
+        with pytest.raises(WrongBaseError, match=r"torch.bfloat16 of shape \(16, 40\), but got torch"):
+            cfl_ops.apply_delta(base, delta)
+    if kind != "same":
+        with pytest.raises(WrongBaseError, match="apply_delta_: old .*; it already is the result"):
+            cfl_ops.apply_delta_(new.clone(), delta)
+    assert issubclass(WrongBaseError, ValueError)
+
+
+def plain_fingerprint(w: Tensor) -> int:
+    """docs/format.md's, in plain integers."""
+    data = bytes(w.contiguous().view(-1).view(torch.uint8).tolist()) if w.numel() else b""
+    total = 0
+    for i in range(0, len(data), 8):
+        word, key = int.from_bytes(data[i : i + 8], "little"), (i // 8 + 1) * 0x9E3779B97F4A7C15 % 2**64
+        total += (word + key) % 2**32 * ((word >> 32) + (key >> 32) & 2**32 - 1)
+    x = total + len(data) * 0xD6E8FEB86659FD93 + (DTYPES.index(w.dtype) + 1) * 0xA0761D6478BD642F
+    x %= 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def test_fingerprints_do_not_depend_on_layout_or_backend(backend: str) -> None:
+    w = torch.arange(5000, dtype=torch.float32).view(50, 100)
+    assert fingerprint_of(w) == fingerprint_of(w.mT.contiguous().mT) == plain_fingerprint(w)
+    for n in (0, 1, 7, 8, 9, 63, 64, 65, 511, 512, 513, 2000):
+        part = random_bits(n + 3, torch.uint8)[3:]
+        assert fingerprint_of(part) == plain_fingerprint(part)
+    assert fingerprint_of(torch.empty(0)) != fingerprint_of(torch.empty(0, dtype=torch.int32))
+    some = torch.arange(100, dtype=torch.uint8)
+    marks = {fingerprint_of(some[:n]) for n in range(100)} | {
+        fingerprint_of(torch.zeros(n, dtype=torch.uint8)) for n in range(2, 100)
+    }
+    assert len(marks) == 198
+    assert fingerprint_of(some[3:50]) == fingerprint_of(some[3:50].clone())
+
+
+# --- damage
+
+
+def small_deltas() -> dict[str, tuple[Tensor, Tensor]]:
+    """A delta and its base, of each kind and coding."""
+    old = weights(300)
+    new = old.clone()
+    new[::30] *= 1.5
+    few = stepped(weights(3000), 3e-6)
+    made = {
+        "stored": (new, old),
+        "coded": (few, weights(3000)),
+        "dense": (stepped(old, 1e-3), old),
+        "same": (old, old),
+        "replaced": (old, old.float()),
+        "flags": (torch.arange(90) % 31 == 0, torch.zeros(90, dtype=torch.bool)),
+    }
+    found = {name: (cfl_ops.compress_delta(*pair), pair[1]) for name, pair in made.items()}
+    joined = cfl_ops.compress_delta({"w": old[:20]}, {})["w"]
+    found["joined"] = joined, torch.empty(0)
+    found["left"] = cfl_ops.compress_delta({}, {"w": old})["w"], old
+    classes = old.view(torch.int16).clone().view(torch.bfloat16)
+    found["classes"] = by_classes(classes), classes
+    return found
+
+
+def by_classes(old: Tensor) -> Tensor:
+    """A small delta with classes, which the encoder would not make of so few changes."""
+    new = old.clone()
+    new[::20] *= 1.5
+    now, then = new.view(torch.int16), old.view(torch.int16)
+    positions = (now != then).nonzero().flatten()
+    classes = bytes([delta_format.NO_CLASS] * 100 + [0] * 18 + [1] * 138)
+    parts = delta_encode._changed_by_class(
+        then, classes, positions, now[positions], then[positions], (False, 0)
+    )
+    plain = delta_encode._delta(
+        delta_format.CHANGED,
+        delta_format.SMALL | delta_format.CLASSES,
+        new,
+        fingerprint_of(old),
+        fingerprint_of(new),
+        positions.numel(),
+    )
+    return delta_format.pack_delta(plain._replace(classes=classes, parts=parts), old.device)
+
+
+def test_classes_made_by_hand(backend: str) -> None:
+    old = weights(300)
+    new = old.clone()
+    new[::20] *= 1.5
+    delta = by_classes(old)
+    assert same(cfl_ops.apply_delta(old, delta), new)
+
+
+def refused(delta: Tensor, old: Tensor, kind: str) -> None:
+    base = old.clone()
+    if kind in ("joined", "left"):
+        tensors = {} if kind == "joined" else {"w": base}
+        with pytest.raises(CorruptDataError, match=r"cfl_ops.apply_delta_: .*delta"):
+            cfl_ops.apply_delta_(tensors, {"w": delta})
+        assert tensors == {} if kind == "joined" else list(tensors) == ["w"]
+    else:
+        apply = cfl_ops.apply_delta if kind == "replaced" else cfl_ops.apply_delta_
+        with pytest.raises(CorruptDataError, match=r"cfl_ops.apply_delta_?: "):
+            apply(base, delta)
+    assert same(base, old)
+
+
+@pytest.mark.parametrize("kind", small_deltas())
+@pytest.mark.parametrize("chosen", EXHAUSTIVE)
+def test_every_flip_cut_and_extension_is_refused(
+    kind: str, chosen: str, request: pytest.FixtureRequest
+) -> None:
+    """With the best instruction set and the fallback; of the latter every seventh, for its time."""
+    delta, old = small_deltas()[kind]
+    if chosen == "python":
+        dispatch.overrides.install("python")
+        request.addfinalizer(lambda: dispatch.overrides.install(None))
+    every = 1 if chosen != "python" or not NATIVE else 7
+    for number, damaged in enumerate(flips(delta)):
+        if number % every == 0:
+            refused(damaged, old, kind)
+    for number, damaged in enumerate(cuts_and_extensions(delta)):
+        if number % every == 0:
+            refused(damaged, old, kind)
+
+
+HEAD = struct.Struct("<4s4BQQQQII")
+EXTREMES = (0, 1, 2, 5, 7, 127, 128, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def repaired(delta: bytes) -> Tensor:
+    """The checksum of the header made right again."""
+    (table,) = struct.unpack_from("<I", delta, 40)
+    out = bytearray(delta)
+    crc = zlib.crc32(bytes(out[52 : 52 + table]), zlib.crc32(bytes(out[:48])))
+    struct.pack_into("<I", out, 48, crc)
+    return torch.frombuffer(out, dtype=torch.uint8)
+
+
+FIELDS = {
+    "version": 4,
+    "kind": 5,
+    "dtype": 6,
+    "flags": 7,
+    "total": 8,
+    "base": 16,
+    "result": 24,
+    "changed": 32,
+}
+
+
+@pytest.mark.parametrize("kind", small_deltas())
+def test_forged_headers(kind: str) -> None:
+    """Each field at each extreme, and each byte of the table: an error, or (of flags that say nothing) the result."""
+    delta, old = small_deltas()[kind]
+    want = None if kind in ("joined", "left") else cfl_ops.apply_delta(old, delta)
+    data = bytes(delta.tolist())
+    (table,) = struct.unpack_from("<I", data, 40)
+    forged, said = [], set()
+    for at in FIELDS.values():
+        size = 1 if at < 8 else 8
+        for value in EXTREMES:
+            forged.append((at, value % 256**size, size))
+    forged += [(40, value % 2**32, 4) for value in EXTREMES]
+    forged += [(52 + i, value, 1) for i in range(table) for value in (0, 1, 2, 127, 128, 254, 255)]
+    for at, value, size in forged:
+        bad = bytearray(data)
+        bad[at : at + size] = value.to_bytes(size, "little")
+        if bad == data:
+            continue
+        base = old.clone()
+        try:
+            if want is None:
+                cfl_ops.apply_delta({} if kind == "joined" else {"w": base}, {"w": repaired(bad)})
+            else:
+                assert same(cfl_ops.apply_delta(base, repaired(bad)), want), (at, value)
+        except (CorruptDataError, WrongBaseError, ValueError) as error:
+            said.add(str(error)[:21])
+        assert same(base, old)
+    assert said == {"cfl_ops.apply_delta: "}
+
+
+# --- mappings
+
+
+def state(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "a": torch.randn(50, 40, generator=generator).bfloat16(),
+        "b": torch.randn(7, generator=generator),
+        "steps": torch.tensor(3),
+        "mask": torch.arange(40) % 3 == 0,
+        "gone": torch.ones(5),
+        "grown": torch.ones(2, 3),
+        "cast": torch.ones(4),
+    }
+
+
+def next_state(old: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "new": torch.arange(6.0),
+        "steps": old["steps"] + 1,
+        "a": stepped(old["a"], 1e-4),
+        "b": old["b"].clone(),
+        "mask": ~old["mask"],
+        "grown": torch.ones(3, 3),
+        "cast": old["cast"].half(),
+    }
+
+
+def same_dict(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_state_dict(effort: str, backend: str, tmp_path: Path) -> None:
+    old = state()
+    new = next_state(old)
+    kept = {key: value.clone() for key, value in old.items()}
+    delta = cfl_ops.compress_delta(new, old, effort=effort)
+    assert list(delta) == [*new, "gone"]
+    kinds = {key: describe_delta(value).kind for key, value in delta.items()}
+    assert kinds == {
+        **{"new": "joined", "gone": "left", "grown": "replaced", "cast": "replaced", "b": "same"},
+        **{key: kinds[key] for key in ("a", "mask", "steps")},
+    }
+    assert describe_delta(delta["cast"]).base_dtype == torch.float32
+    assert describe_delta(delta["grown"]).base_shape == (2, 3)
+    got = cfl_ops.apply_delta(old, delta)
+    assert list(got) == list(new)
+    assert same_dict(got, new)
+    assert same_dict(old, kept)
+    a, grown = old["a"], old["grown"]
+    assert cfl_ops.apply_delta_(old, delta) is old
+    assert same_dict(old, new)
+    assert old["a"] is a
+    assert same(grown, torch.ones(2, 3))
+    cfl_ops.save_file(delta, tmp_path / "delta.cflz")  # tensors of bytes, as any others
+    again = cfl_ops.load_file(tmp_path / "delta.cflz")
+    assert same_dict(cfl_ops.apply_delta(kept, again), new)
+
+
+def test_a_state_dict_on_another_base_stays_as_it_is(backend: str) -> None:
+    old = state()
+    delta = cfl_ops.compress_delta(next_state(old), old)
+
+    def broken(change: Any, message: str, error: type[Exception] = WrongBaseError) -> None:
+        base, of = {key: value.clone() for key, value in old.items()}, dict(delta)
+        change(base, of)
+        kept = {key: value.clone() for key, value in base.items()}
+        for apply in (cfl_ops.apply_delta, cfl_ops.apply_delta_):
+            with pytest.raises(error, match=message):
+                apply(base, of)
+            assert same_dict(base, kept)
+            assert list(base) == list(kept)
+
+    for key in old:
+        broken(
+            lambda base, of, key=key: base.update({key: base[key].logical_not()}), rf"old\['{key}'\] must be"
+        )
+        broken(lambda base, of, key=key: base.pop(key), f"old must have '{key}'")
+        broken(
+            lambda base, of, key=key: of.pop(key), f"old must not have '{key}', which the delta does not know"
+        )
+    broken(lambda base, of: base.update(extra=torch.ones(1)), "old must not have 'extra'")
+    broken(
+        lambda base, of: base.update(new=torch.ones(1)), "old must not have 'new' yet, which the delta adds$"
+    )
+    broken(lambda base, of: base.update(new=torch.arange(6.0)), "it already is the result")
+    for key in delta:
+        damaged = delta[key].clone()
+        damaged[-1] ^= 64
+        broken(lambda base, of, key=key, d=damaged: of.update({key: d}), f"delta.*{key}", CorruptDataError)
+        broken(lambda base, of, key=key: of.update({key: of[key][:-1]}), f"delta.*{key}", CorruptDataError)
+    with pytest.raises(WrongBaseError, match="already is the result"):
+        cfl_ops.apply_delta_(cfl_ops.apply_delta(old, delta), delta)
+
+
+def test_tied_tensors_are_changed_once() -> None:
+    w = weights(100)
+    old = {"a": w, "b": w, "c": w[:0]}
+    after = stepped(w, 1e-4)
+    delta = cfl_ops.compress_delta({"a": after, "b": after, "c": after[:0]}, old)
+    assert delta["a"] is delta["b"]
+    cfl_ops.apply_delta_(old, delta)
+    assert same(w, after)
+    assert old["a"] is old["b"] is w
+    w = weights(100)
+    apart = cfl_ops.compress_delta({"a": after, "b": after + 1}, {"a": w, "b": w})
+    with pytest.raises(RuntimeError, match=r"old\['a'\] and old\['b'\] must be changed alike"):
+        cfl_ops.apply_delta_({"a": w, "b": w}, apart)
+    for overlapping in ({"a": w, "b": w[10:20]}, {"a": w[:60], "b": w[40:]}):
+        new = {key: stepped(value, 1e-3) for key, value in overlapping.items()}
+        part = cfl_ops.compress_delta(new, overlapping)
+        kept = w.clone()
+        with pytest.raises(RuntimeError, match="must not share memory with old"):
+            cfl_ops.apply_delta_(dict(overlapping), part)
+        assert same(w, kept)
+        assert same_dict(cfl_ops.apply_delta(overlapping, part), new)
+    rows = {"even": w.view(10, 10)[::2], "odd": w.view(10, 10)[1::2]}  # of one matrix, and apart
+    new = {key: stepped(value, 1e-3) for key, value in rows.items()}
+    cfl_ops.apply_delta_(rows, cfl_ops.compress_delta(new, rows))
+    assert same_dict(rows, new)
+
+
+def test_a_module_is_updated_through_its_state_dict() -> None:
+    torch.manual_seed(0)
+    trainer, worker = torch.nn.Linear(30, 20).bfloat16(), torch.nn.Linear(30, 20).bfloat16()
+    worker.load_state_dict(trainer.state_dict())
+    before = {key: value.clone() for key, value in trainer.state_dict().items()}
+    with torch.no_grad():
+        trainer.weight += 1e-3
+    delta = cfl_ops.compress_delta(trainer.state_dict(), before)
+    cfl_ops.apply_delta_(worker.state_dict(), delta)
+    assert same(worker.weight.data, trainer.weight.data)
+    parameters = dict(trainer.named_parameters())
+    back = cfl_ops.compress_delta(before, parameters)
+    with pytest.raises(RuntimeError, match=r"old\['weight'\] requires grad"):
+        cfl_ops.apply_delta_(parameters, back)
+    with torch.no_grad():
+        cfl_ops.apply_delta_(parameters, back)
+    assert same(trainer.weight.data, before["weight"])
+
+
+def test_autograd_is_told() -> None:
+    w = torch.ones(3)
+    x = torch.ones(3, requires_grad=True)
+    y = (w * x).sum()
+    cfl_ops.apply_delta_(w, cfl_ops.compress_delta(w + torch.tensor([1.0, 0, 0]), w))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# --- arguments
+
+
+def test_bad_arguments() -> None:
+    w = torch.ones(3)
+    delta = cfl_ops.compress_delta(w + 1, w)
+    for call, error, message in (
+        (
+            lambda: cfl_ops.compress_delta([1.0], w),
+            TypeError,
+            "compress_delta: new must be a tensor, but got list",
+        ),
+        (lambda: cfl_ops.compress_delta(w, None), TypeError, "compress_delta: old must be a tensor"),
+        (lambda: cfl_ops.compress_delta(w, {"w": w}), TypeError, "both be tensors or both be mappings"),
+        (lambda: cfl_ops.compress_delta({"w": 1}, {"w": w}), TypeError, r"new\['w'\] must be a tensor"),
+        (
+            lambda: cfl_ops.compress_delta(w, w, effort="best"),
+            ValueError,
+            "effort must be one of fast, small",
+        ),
+        (lambda: cfl_ops.compress_delta(w, w, effort=1), TypeError, "effort must be one of fast, small"),
+        (lambda: cfl_ops.compress_delta(w.to_sparse(), w), TypeError, "new must be a strided tensor"),
+        (
+            lambda: cfl_ops.compress_delta(torch.quantize_per_tensor(w, 1, 0, torch.qint8), w),
+            TypeError,
+            "new must have a dtype that the format knows",
+        ),
+        (lambda: cfl_ops.apply_delta(w, w), TypeError, "apply_delta: delta must be a 1-d uint8 tensor"),
+        (lambda: cfl_ops.apply_delta(w, {"w": delta}), TypeError, "both be tensors or both be mappings"),
+        (lambda: cfl_ops.apply_delta_({"w": w}, delta), TypeError, "both be tensors or both be mappings"),
+        (lambda: cfl_ops.apply_delta(w, delta.view(1, -1)), TypeError, "1-d uint8"),
+        (lambda: cfl_ops.apply_delta({"w": w}, {"w": 3}), TypeError, r"delta\['w'\] must be a tensor"),
+        (
+            lambda: cfl_ops.apply_delta(w, cfl_ops.compress_delta({}, {"w": w})["w"]),
+            ValueError,
+            "delta must be of one tensor, but it is that of a tensor that left: apply it to a dict",
+        ),
+        (
+            lambda: cfl_ops.apply_delta_(w, cfl_ops.compress_delta(w.half(), w)),
+            ValueError,
+            "delta must not change the shape or dtype of a tensor in place",
+        ),
+        (lambda: describe_delta(3), TypeError, "describe_delta: delta must be a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_a_large_rank_is_told_from_the_end_of_a_class() -> None:
+    """More changes of a class than the base has elements of it."""
+    old = weights(300)
+    delta = by_classes(old)
+    parsed = delta_format.parse_delta("test", delta)
+    assert parsed.classes is not None
+    swapped = bytes(1 - c if c < 2 else c for c in parsed.classes)
+    bad = delta_format.pack_delta(parsed._replace(classes=swapped), old.device)
+    with pytest.raises(CorruptDataError, match="the delta contradicts itself|does not lead"):
+        cfl_ops.apply_delta(old, bad)
+
+
+def test_wrong_results_are_refused_before_anything_is_written() -> None:
+    """A delta whose parts are all sound, and which says another result."""
+    old = weights(3000)
+    for new in (stepped(old, 1e-5), stepped(old, 1e-2)):
+        parsed = delta_format.parse_delta("test", cfl_ops.compress_delta(new, old))
+        bad = delta_format.pack_delta(parsed._replace(result=parsed.result ^ 1), old.device)
+        base = old.clone()
+        with pytest.raises(CorruptDataError, match="does not lead to the result"):
+            cfl_ops.apply_delta_(base, bad)
+        assert same(base, old)
+    flags = torch.zeros(90, dtype=torch.bool)
+    new = torch.arange(90) % 31 == 0
+    parsed = delta_format.parse_delta("test", cfl_ops.compress_delta(new, flags))
+    values = parsed.parts[0].values
+    worse = values._replace(symbols=values.symbols + 4)
+    part = parsed.parts[0]._replace(values=worse)
+    with pytest.raises(CorruptDataError, match="neither true nor false"):
+        cfl_ops.apply_delta(flags, delta_format.pack_delta(parsed._replace(parts=[part]), flags.device))
