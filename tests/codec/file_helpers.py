@@ -113,3 +113,10 @@ def damaged(path: Path) -> Iterator[bytes]:
     for extra in (1, 2, 7, 8, 100):
         yield data + bytes(extra)
         yield data + data[:extra]
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Without the wait for the disk that some file systems put behind a file that was emptied first."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(data)
+        file.truncate()

@@ -22,6 +22,8 @@ import torch
 from cfl_ops import CorruptDataError
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
 
+from tests.codec.file_helpers import first_version
+
 EXTREMES = (
     *(0, 1, 2, 3, 7, 8, 9, 16, 17, 63, 64, 65, 71, 255, 256, 257, 65_535, 65_536, 2**20, 2**31 - 1, 2**31),
     *(
@@ -57,7 +59,7 @@ BLOB: tuple[Field, ...] = (
         ("flags", 48, "I"),
     ),
 )
-FILE: tuple[Field, ...] = (
+FIRST_FILE: tuple[Field, ...] = (
     *(("version", 4, "I"), ("total", 8, "Q"), ("entries", 16, "I"), ("index", 20, "I")),
     *(("size", 28, "Q"), ("name", 36, "I")),
 )
@@ -84,10 +86,34 @@ def repair_blob(data: bytearray) -> None:
     struct.pack_into("<I", data, 52, zlib.crc32(data[56:head], zlib.crc32(data[:52])))
 
 
-def repair_file(data: bytearray) -> None:
-    """As above; the blobs have checksums of their own."""
+def repair_first_file(data: bytearray) -> None:
+    """As above, of version 1 of a file; the blobs have checksums of their own."""
     (index,) = struct.unpack_from("<I", data, 20)
     struct.pack_into("<I", data, 24, zlib.crc32(data[28 : 28 + index], zlib.crc32(data[:24])))
+
+
+def fields_of_file(data: bytes) -> tuple[Field, ...]:
+    """Those of version 2: of the head, of the first entry, of the footer."""
+    end = len(data) - 28
+    entry = end - struct.unpack_from("<Q", data, end)[0]
+    return (
+        *(("version", 4, "I"), ("reserved", 8, "Q"), ("size", entry, "Q"), ("checksum", entry + 8, "I")),
+        *(
+            ("alias", entry + 12, "I"),
+            ("name", entry + 16, "I"),
+            ("index", end, "Q"),
+            ("total", end + 8, "Q"),
+        ),
+        ("entries", end + 16, "I"),
+    )
+
+
+def repair_file(data: bytearray) -> None:
+    """The checksum of version 2."""
+    end = len(data) - 28
+    start = max(16, end - struct.unpack_from("<Q", data, end)[0])
+    checksum = zlib.crc32(data[end : end + 20], zlib.crc32(data[start:end], zlib.crc32(data[:16])))
+    struct.pack_into("<I", data, end + 20, checksum)
 
 
 def forged(
@@ -223,21 +249,18 @@ def blobs() -> Iterator[tuple[str, bytes]]:
 
 
 def files() -> Iterator[tuple[str, bytes]]:
-    """Forged files, and files of forged blobs."""
+    """Forged files of both versions, and files of forged blobs."""
+    state = {"a": torch.randn(20), "b": torch.randn(40)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.cflz"
-        cfl_ops.save_file(
-            {"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30, max_error=1
-        )
+        cfl_ops.save_file(state, path, bits=3, min_numel=30, max_error=1)
         data = path.read_bytes()
-    yield from ((f"file, {what}", bad) for what, bad in forged(data, FILE, repair_file, 100))
+    first = first_version(cfl_ops.compress_state_dict(state, bits=3, min_numel=30, max_error=1))
+    yield from ((f"file, {what}", bad) for what, bad in forged(data, fields_of_file(data), repair_file, 100))
+    for what, bad in forged(first, FIRST_FILE, repair_first_file, 100):
+        yield f"file of version 1, {what}", bad
     for what, blob in blobs():
-        index = struct.pack("<QI", len(blob), 1) + b"w"
-        head = struct.pack("<4sIQII", b"CFLZ", 1, 28 + len(index) + len(blob), 1, len(index))
-        yield (
-            f"file of a {what}",
-            head + struct.pack("<I", zlib.crc32(index, zlib.crc32(head))) + index + blob,
-        )
+        yield f"file of a {what}", first_version({"w": from_bytes(blob)})
 
 
 def read_file(data: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import cfl_ops
 import torch
 from cfl_ops.ops.codec.reference.header import as_bytes
 
+from tests.codec.file_helpers import first_version
 from tests.codec.helpers import DATA, FLOATS, golden_blobs, golden_lossless, golden_weights
 from tests.codec.test_huffman import GOLDEN
 
@@ -20,7 +21,12 @@ if __name__ == "__main__":
         blob = cfl_ops.compress(golden_weights(dtype), bits=7, per="row")
         Path(DATA / f"weights_{str(dtype).split('.')[1]}.bin").write_bytes(as_bytes(blob))
     state = {"weight": golden_weights(torch.float32), "steps": torch.tensor(7)}
-    cfl_ops.save_file(state, DATA / "state.cflz", bits=7)
+    Path(DATA / "state.cflz").write_bytes(first_version(cfl_ops.compress_state_dict(state, bits=7)))
+    state["again"] = state["weight"]
+    cfl_ops.save_file(state, DATA / "state_2.cflz", bits=7, metadata={"of": "a test"})
+    cfl_ops.save_safetensors(
+        state, DATA / "state.safetensors", lossless=False, bits=7, metadata={"of": "a test"}
+    )
     for name, (w, options) in golden_blobs().items():
         Path(DATA / name).write_bytes(as_bytes(cfl_ops.compress(w, **options)))
     for name, w in golden_lossless().items():

@@ -32,6 +32,7 @@ from tests.codec.file_helpers import (
     equal_states,
     first_version,
     hard_state,
+    overwrite,
     parts,
     second_version,
 )
@@ -71,7 +72,7 @@ def test_every_dtype_shape_stride_and_name(backend: str, tmp_path: Path, lossles
 def test_every_flip_cut_and_extension_raises(small: Path) -> None:
     path = small.with_name("damaged.cflz")
     for data in damaged(small):
-        path.write_bytes(data)
+        overwrite(path, data)
         with pytest.raises(CorruptDataError, match="damaged.cflz"):
             cfl_ops.load_file(path)
 
@@ -86,7 +87,7 @@ def test_the_first_version_is_read_and_every_flip_raises(tmp_path: Path) -> None
         assert opened.metadata == opened.aliases == {}
     copy = tmp_path / "damaged.cflz"
     for data in damaged(path):
-        copy.write_bytes(data)
+        overwrite(copy, data)
         with pytest.raises(CorruptDataError):
             cfl_ops.load_file(copy)
 

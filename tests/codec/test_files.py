@@ -13,6 +13,7 @@ from cfl_ops import CorruptDataError
 from cfl_ops.ops.codec.reference.header import as_bytes
 from torch import Tensor
 
+from tests.codec.file_helpers import first_version, overwrite
 from tests.codec.helpers import DATA, FLOATS, cuts_and_extensions, flips, golden_weights, same
 
 
@@ -55,13 +56,24 @@ def test_every_flip_cut_and_extension_of_a_file_raises(tmp_path: Path) -> None:
     cfl_ops.save_file({"a": torch.randn(20), "b": torch.randn(40)}, path, bits=3, min_numel=30)
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     for damaged in itertools.chain(flips(data), cuts_and_extensions(data)):
-        path.write_bytes(as_bytes(damaged))
+        overwrite(path, as_bytes(damaged))
         with pytest.raises(CorruptDataError):
             cfl_ops.load_file(path)
 
 
-def test_golden_file(backend: str) -> None:
-    back = cfl_ops.load_file(DATA / "state.cflz")
+@pytest.mark.parametrize("name", ["state.cflz", "state_2.cflz", "state.safetensors"])
+def test_golden_files(backend: str, name: str, tmp_path: Path) -> None:
+    """The first version, and what is written now, byte for byte."""
+    back = cfl_ops.load_file(DATA / name)
     assert torch.equal(back["steps"], torch.tensor(7))
     w = golden_weights(torch.float32)
     assert same(back["weight"], cfl_ops.dequantize(cfl_ops.quantize(w, 7)))
+    state, path = {"weight": w, "steps": torch.tensor(7), "again": w}, tmp_path / name
+    if name == "state.cflz":
+        assert back.keys() == {"weight", "steps"}
+        path.write_bytes(first_version(cfl_ops.compress_state_dict({k: state[k] for k in back}, bits=7)))
+    else:
+        assert back["again"] is back["weight"]
+        save = cfl_ops.save_file if name == "state_2.cflz" else cfl_ops.save_safetensors
+        save(state, path, lossless=False, bits=7, metadata={"of": "a test"})  # type: ignore[operator]
+    assert path.read_bytes() == (DATA / name).read_bytes()

@@ -18,7 +18,7 @@ from cfl_ops.ops.codec.files import open_weights
 from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, notes_text
 from torch import Tensor
 
-from tests.codec.file_helpers import damaged, equal_states, hard_state, of_bits, safetensors_bytes
+from tests.codec.file_helpers import damaged, equal_states, hard_state, of_bits, overwrite, safetensors_bytes
 from tests.codec.helpers import same
 
 safetensors = pytest.importorskip("safetensors")
@@ -162,7 +162,7 @@ def test_every_flip_cut_and_extension(small: Path) -> None:
     path = small.with_name("damaged.safetensors")
     want = cfl_ops.load_file(small)
     for data in damaged(small):
-        path.write_bytes(data)
+        overwrite(path, data)
         try:
             got = cfl_ops.load_file(path)
         except CorruptDataError:
@@ -275,6 +275,19 @@ def test_metadata_that_contradict(small: Path) -> None:
         rewritten(small, change)
         with pytest.raises(CorruptDataError, match=message):
             cfl_ops.load_file(small)
+
+
+def test_metadata_that_a_tool_dropped(small: Path) -> None:
+    """Bytes are not given out as the weights that they stand for."""
+    seen, metadata = opened(small)
+    safetensors_torch.save_file(seen, small)
+    with pytest.raises(CorruptDataError, match="compressed tensors without their metadata"):
+        cfl_ops.load_file(small)
+    safetensors_torch.save_file(seen, small, metadata={"ours": metadata["cfl_ops"]})
+    with pytest.raises(CorruptDataError, match="metadata of cfl_ops under another name"):
+        cfl_ops.load_file(small)
+    safetensors_torch.save_file(seen, small, metadata=metadata)  # in another order, and it is read
+    assert cfl_ops.load_file(small).keys() == {"w", "b", "tied"}
 
 
 def test_the_writer_refuses(tmp_path: Path) -> None:

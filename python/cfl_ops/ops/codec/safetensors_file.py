@@ -22,6 +22,7 @@ from cfl_ops.ops.codec.atomic import view_of
 from cfl_ops.ops.codec.blob import store_raw
 from cfl_ops.ops.codec.blob_reader import describe
 from cfl_ops.ops.codec.huffman import corrupt, span
+from cfl_ops.ops.codec.layout import BLOB_BYTES, MAGIC
 from cfl_ops.ops.codec.reference.header import as_bytes
 from cfl_ops.ops.codec.weights import Mapped, Weights
 
@@ -113,6 +114,11 @@ class SafetensorsFile(Weights):
         if any(value.startswith(_MARK) for value in self.metadata.values()):
             raise corrupt("load_file", "the file has metadata of cfl_ops under another name")
         self.notes = None if ours is None else read_notes(ours, self._entries)
+        if self.notes is None and any(map(self._is_blob, self._entries)):
+            raise corrupt(
+                "load_file",
+                "the file has compressed tensors without their metadata (another tool wrote it anew?)",
+            )
         self.aliases = {} if self.notes is None else self.notes.aliases
         self.names = (*self._entries, *self.aliases)
 
@@ -132,6 +138,13 @@ class SafetensorsFile(Weights):
 
     def _note(self, name: str) -> Note | None:
         return None if self.notes is None else self.notes.tensors[name]
+
+    def _is_blob(self, name: str) -> bool:
+        entry = self._entries[name]
+        if entry.dtype != "U8" or len(entry.shape) != 1 or entry.shape[0] < BLOB_BYTES:
+            return False
+        start = as_bytes(self._bytes(name)[:16])
+        return start[:4] == MAGIC and 0 <= entry.shape[0] - int.from_bytes(start[8:], "little") < 8
 
     def _bytes(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -278,7 +291,7 @@ def read_notes(text: str, entries: dict[str, Entry]) -> Notes:
         version = found.pop("version")
         if found.pop("format") != KEY or type(version) is not int:
             raise ValueError
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise corrupt("load_file", "the file has metadata of cfl_ops that nobody wrote") from None
     if version != VERSION:
         raise corrupt("load_file", "the file was written in a version that this reader does not know")
@@ -294,7 +307,7 @@ def read_notes(text: str, entries: dict[str, Entry]) -> Notes:
             name in tensors or of not in tensors for name, of in aliases.items()
         ):
             raise ValueError
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise corrupt("load_file", "the file has metadata of cfl_ops that contradict its header") from None
     return Notes({name: tensors[name] for name in entries}, aliases, found["shard"])
 
@@ -412,7 +425,11 @@ class ShardedSafetensors(Weights):
 
 def plain_name(file: str) -> bool:
     """A file's name, without a folder."""
-    return file not in ("", ".", "..") and not set(file) & {"/", "\\", "\0"}
+    try:
+        size = len(file.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= 255 and file not in (".", "..") and not set(file) & {"/", "\\", "\0"}
 
 
 def _shard_checksums(text: Any) -> dict[str, int] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
+import functools
 import mmap
 import os
 import pathlib
@@ -24,6 +26,7 @@ from cfl_ops.ops.codec.huffman import corrupt
 __all__: list[str] = []
 
 DELTA_MAGIC = b"CFLD"
+_HUGE = 1 << 22
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has its name from 3.13 on
 
 
@@ -176,6 +179,9 @@ class Weights(ABC):
                 )
             if out is not None:
                 device = out.device
+            elif start is stop is None and (device is None or device.type == "cpu"):
+                found = describe(blob, "load_file")
+                out = room(found.dtype, found.shape)
             return decompress(blob if device is None else blob.to(device), out, start=start, stop=stop)
 
     @contextlib.contextmanager
@@ -216,3 +222,25 @@ class Weights(ABC):
                 self._soon(sources[i + 1])
             yield source, self._decode(source, None, None, None, device)
             self._done(source)
+
+
+def room(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor on the CPU, a large one in huge pages: to get a page at a time takes longer than to decode."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= _HUGE and (madvise := _madvise()) is not None:
+        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (out.data_ptr() + out.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(first, last - first, mmap.MADV_HUGEPAGE)
+    return out
+
+
+@functools.cache
+def _madvise() -> Any:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None  # Linux only
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
