@@ -77,6 +77,7 @@ struct Joining {
   uint8_t* out;
   Lanes lanes;
   int32_t stream;  // the output is too large for the caches: write past them
+  Ahead ahead;     // what is read next, while the lanes are written
 };
 
 struct Kernel {

@@ -409,6 +409,8 @@ int64_t decode_lossless(const uint8_t* blob, int64_t size, int64_t start, int64_
       }
       const uint32_t checksum = load<uint32_t>(found.checksums + 4 * c);
       if (kernel->crc32(0, place.stored, at - place.stored) != checksum) return fail();
+      // The stored pieces of the next chunk come while this one is decoded.
+      joining.ahead = {at, 64 / width * ((at - place.stored) / lanes)};
       uint8_t* to = block;
       for (int p = 0; p < width; ++p) {
         if (planes[p]) continue;

@@ -266,10 +266,13 @@ struct Joiner {
   const uint8_t* planes[kWidth];
   uint8_t* out;
   int64_t left;
+  Ahead ahead;
 
   CFL_INLINE void step() {
     constexpr int64_t kStep = 64 / kWidth;
     if (left < kStep) return;
+    _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+    ahead.at += ahead.step;
     __m512i v;
     if constexpr (kWidth == 2) {
       auto load = [](const uint8_t* p) {
@@ -317,10 +320,12 @@ CFL_INLINE void with_joiner(Joining& j, const F& f) {
     for (int p = 0; p < kWidth; ++p) joiner.planes[p] = j.planes[p];
     joiner.out = j.out;
     joiner.left = j.n;
+    joiner.ahead = j.ahead;
     f(joiner);
     for (int p = 0; p < kWidth; ++p) j.planes[p] = joiner.planes[p];
     j.out = joiner.out;
     j.n = joiner.left;
+    j.ahead = joiner.ahead;
   };
   if (align_lanes<kWidth, kCut>(j) && j.stream) {
     run(Joiner<kWidth, kCut, true>());
