@@ -63,6 +63,13 @@ struct Lanes {
   Cut cut = Cut::kPlain;
 };
 
+// Memory that will be read soon: its lines are asked for while others are worked on. No more than
+// advice: addresses behind its end do no harm.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;  // bytes from one demand to the next; 0: nothing is asked for
+};
+
 // Lanes whose planes are there, still to be put together.
 struct Joining {
   const uint8_t* planes[kMaxPlanes];
@@ -70,6 +77,7 @@ struct Joining {
   uint8_t* out;
   Lanes lanes;
   int32_t stream;  // the output is too large for the caches: write past them
+  Ahead ahead;     // what is read next, while the lanes are written
 };
 
 struct Kernel {
@@ -83,9 +91,10 @@ struct Kernel {
                       uint16_t* arena, Pending* pending);
   // Writes the code of n symbols and returns its length in bits; all symbols have a code. `arena`
   // is as for decoding; `out` has room for n * (longest code) bits and kReadPad bytes.
-  int64_t (*encode8)(const Tree*, const uint8_t* symbols, int64_t n, uint8_t* out, uint8_t* arena);
+  int64_t (*encode8)(const Tree*, const uint8_t* symbols, int64_t n, uint8_t* out, uint8_t* arena,
+                     Ahead ahead);
   int64_t (*encode16)(const Tree*, const uint16_t* symbols, int64_t n, uint8_t* out,
-                      uint16_t* arena);
+                      uint16_t* arena, Ahead ahead);
   // The CRC-32 of ISO-HDLC (zlib's), continued from `crc` (0 at the start).
   uint32_t (*crc32)(uint32_t crc, const uint8_t* data, int64_t n);
   // Adds the counts of the symbols to counts[0..255], or spread over two tables for 16-bit ones.
@@ -102,6 +111,8 @@ struct Kernel {
   void (*dequantize)(Pending*, int symbol_size);
   // Cuts n lanes into planes, that of the high bytes first; a null pointer is a plane not wanted.
   void (*split)(const Lanes*, const uint8_t* w, int64_t n, uint8_t* const* planes);
+  // Copies bytes past the caches; join() or the end of a parallel region makes them visible.
+  void (*copy_past)(uint8_t* to, const uint8_t* from, int64_t n);
   // Writes all lanes that are pending, and makes streamed stores visible to other threads.
   void (*join)(Joining*);
   // decode8, which on the way writes some of the lanes that are pending.

@@ -213,7 +213,9 @@ int64_t encode_lossless(const uint8_t* data, int dtype, const std::vector<int64_
     head.push_back(static_cast<uint8_t>(tables[p].size()));
     for (size_t t = 0; t < tables[p].size(); ++t) {
       for (int64_t c : tables[p][t].chunks) map[p][c] = static_cast<uint8_t>(t + 1);
-      likely += tables[p][t].bytes;
+      // With what encode_payload asks for beyond that, and what a look may be wrong by.
+      const bool sampled = static_cast<int64_t>(tables[p][t].chunks.size()) * kChunk >= 1 << 19;
+      likely += tables[p][t].bytes + tables[p][t].bytes / 32 + (sampled ? 1 << 17 : 1 << 10);
     }
     if (!tables[p].empty()) head.insert(head.end(), map[p].begin(), map[p].end());
     all += static_cast<int64_t>(tables[p].size());
@@ -235,15 +237,19 @@ int64_t encode_lossless(const uint8_t* data, int dtype, const std::vector<int64_
   uint8_t* blob = nullptr;
   auto ask = [&](int64_t more, int64_t kept) {
     if (blob && used + more <= room) return;
-    room = std::max(used + more, first + likely + likely / 64);
+    room = std::max(used + more, first + likely);
     blob = allocate(room, kept);
   };
   std::vector<uint32_t> crc(static_cast<size_t>(chunks), 0);
-  // Cuts a chunk: its stored pieces go to their place, and one plane to `out`.
+  // Cuts a chunk: its stored pieces go to their place, past the caches where they are many, and
+  // one plane to `out`.
+  const bool past = place[chunks] > kCached;
   auto cut_chunk = [&](int64_t c, int wanted, uint8_t* out) {
     uint8_t* planes[kMaxPlanes] = {};
     const int64_t size = chunk_size(n, c);
-    uint8_t* const begin = blob + stored + place[c];
+    static thread_local cpu::KeptMemory kept;
+    uint8_t* const to = blob + stored + place[c];
+    uint8_t* const begin = past ? kept.get<uint8_t>(static_cast<size_t>(width * kChunk)) : to;
     uint8_t* at = begin;
     for (int p = 0; p < width; ++p) {
       if (map[p][c]) continue;
@@ -253,6 +259,7 @@ int64_t encode_lossless(const uint8_t* data, int dtype, const std::vector<int64_
     if (wanted >= 0) planes[wanted] = out;
     kernel->split(&lanes, data + c * kChunk * width, size, planes);
     crc[c] = kernel->crc32(0, begin, at - begin);
+    if (past) kernel->copy_past(to, begin, at - begin);
   };
   ask(0, 0);
   if (carrier < 0) {
@@ -273,6 +280,10 @@ int64_t encode_lossless(const uint8_t* data, int dtype, const std::vector<int64_
         uint8_t* planes[kMaxPlanes] = {};
         planes[p] = out;
         kernel->split(&lanes, data + (c * kChunk + begin % kChunk) * width, count, planes);
+      };
+      symbols.ahead = [&](int64_t begin) -> Ahead {
+        const int64_t c = table.chunks[static_cast<size_t>(begin / kChunk)];
+        return {data + c * kChunk * width, width <= 2 ? 64 : 128};
       };
       const int64_t bytes =
           encode_payload(symbols, &symbols.n, 1, kChunkLog2, kernel, threads, [&](int64_t asked) {
@@ -398,6 +409,8 @@ int64_t decode_lossless(const uint8_t* blob, int64_t size, int64_t start, int64_
       }
       const uint32_t checksum = load<uint32_t>(found.checksums + 4 * c);
       if (kernel->crc32(0, place.stored, at - place.stored) != checksum) return fail();
+      // The stored pieces of the next chunk come while this one is decoded.
+      joining.ahead = {at, 64 / width * ((at - place.stored) / lanes)};
       uint8_t* to = block;
       for (int p = 0; p < width; ++p) {
         if (planes[p]) continue;

@@ -492,11 +492,13 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
         // might not fit.
         const bool direct = tasks == 1 && limit - end >= slot;
         uint8_t* const buffer = direct ? end.load() : scratch.data() + last % most * slot;
+        Ahead ahead = {};
+        if (symbols.ahead && (c + tasks) * chunk < n) ahead = symbols.ahead((c + tasks) * chunk);
         const int64_t length =
             symbols.size == 1
-                ? kernel->encode8(&code.tree(), from, count, buffer, work)
+                ? kernel->encode8(&code.tree(), from, count, buffer, work, ahead)
                 : kernel->encode16(&code.tree(), reinterpret_cast<const uint16_t*>(from), count,
-                                   buffer, reinterpret_cast<uint16_t*>(work));
+                                   buffer, reinterpret_cast<uint16_t*>(work), ahead);
         const int64_t bytes = (length + 7) / 8;
         queue[last++ % most] = {c, bytes, buffer, kernel->crc32(0, buffer, bytes)};
       }

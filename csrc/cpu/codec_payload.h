@@ -101,6 +101,8 @@ struct Symbols {
   // all symbols.
   std::function<void(int64_t begin, int64_t count, uint8_t* out, bool encoded)> make;
   int64_t largest = 0;
+  // What making or encoding the chunk at `begin` will read, if that is known.
+  std::function<Ahead(int64_t begin)> ahead;
 };
 
 // Every how many blocks of 4,096 symbols one is counted to find the code: 1 for all of them where

@@ -199,6 +199,21 @@ void split(const Lanes* lanes, const uint8_t* w, int64_t n, uint8_t* const* plan
   for_lanes(*lanes, [&]<int kWidth, Cut kCut>() { split_as<kWidth, kCut>(w, n, planes); });
 }
 
+void copy_past(uint8_t* to, const uint8_t* from, int64_t n) {
+#if CFL_CODEC_ISA == 512
+  const int64_t lead = min64(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63));
+  memcpy(to, from, static_cast<size_t>(lead));
+  int64_t i = lead;
+  for (; i + 64 <= n; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+  memcpy(to + i, from + i, static_cast<size_t>(n - i));
+  _mm_sfence();
+#else
+  memcpy(to, from, static_cast<size_t>(n));
+#endif
+}
+
 // ---- putting together
 // ---------------------------------------------------------------------------
 
@@ -251,10 +266,13 @@ struct Joiner {
   const uint8_t* planes[kWidth];
   uint8_t* out;
   int64_t left;
+  Ahead ahead;
 
   CFL_INLINE void step() {
     constexpr int64_t kStep = 64 / kWidth;
     if (left < kStep) return;
+    _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+    ahead.at += ahead.step;
     __m512i v;
     if constexpr (kWidth == 2) {
       auto load = [](const uint8_t* p) {
@@ -302,10 +320,12 @@ CFL_INLINE void with_joiner(Joining& j, const F& f) {
     for (int p = 0; p < kWidth; ++p) joiner.planes[p] = j.planes[p];
     joiner.out = j.out;
     joiner.left = j.n;
+    joiner.ahead = j.ahead;
     f(joiner);
     for (int p = 0; p < kWidth; ++p) j.planes[p] = joiner.planes[p];
     j.out = joiner.out;
     j.n = joiner.left;
+    j.ahead = joiner.ahead;
   };
   if (align_lanes<kWidth, kCut>(j) && j.stream) {
     run(Joiner<kWidth, kCut, true>());

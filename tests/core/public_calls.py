@@ -249,6 +249,7 @@ CALLS: dict[str, list[Call]] = {
         Call(cfl_ops.compress, w=WEIGHTS, floor=5.0, probe_bits=3, fraction=0.5),
         Call(cfl_ops.compress, w=WEIGHTS, bits=4, per="block", block_size=16),
         Call(cfl_ops.compress, w=WEIGHTS, floor=1.0, max_error=0.01, zero="exact"),
+        Call(cfl_ops.compress, w=WEIGHTS, lossless=True),
     ],
     "decompress": [
         Call(cfl_ops.decompress, blob=BLOB, out=torch.empty(20), start=2, stop=22),

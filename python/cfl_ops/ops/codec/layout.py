@@ -72,7 +72,7 @@ def pack_shape(shape: Sequence[int]) -> bytes:
     return bytes(out)
 
 
-def unpack_shape(raw: bytes, ndim: int) -> tuple[tuple[int, ...], int]:
+def unpack_shape(raw: bytes | memoryview[int], ndim: int) -> tuple[tuple[int, ...], int]:
     """The extents, and how many bytes they take; raises Corrupt for what pack_shape does not write."""
     shape, at = [], 0
     for _ in range(ndim):
@@ -118,7 +118,7 @@ class Lossless(NamedTuple):
         return self.numel * lanes(self.code).per
 
 
-def parse_lossless(raw: bytes, size: int) -> Lossless:
+def parse_lossless(raw: bytes | memoryview[int], size: int) -> Lossless:
     """Read and check it from the first bytes of a blob of ``size``; Corrupt(-n): its head has n bytes."""
     if size < BLOB_BYTES:
         raise Corrupt(codes.TOO_SHORT)

@@ -209,7 +209,7 @@ def checksums(data: Tensor, sizes: Sequence[Sequence[int]]) -> list[int]:
     if data.device.type != "cpu":
         whole = sum(all(size == CHUNK for size in row) for row in sizes)
         out = folded(data, [len(row) for row in sizes[:whole]])
-    raw, at = memory_of(data.cpu()), CHUNK * sum(map(len, sizes[:whole]))
+    raw, at = memory_of(data), CHUNK * sum(map(len, sizes[:whole]))
     for row in sizes[whole:]:
         out.append(zlib.crc32(raw[at : at + sum(row)]))
         at += sum(row)
