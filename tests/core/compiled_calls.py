@@ -238,6 +238,10 @@ CANNOT: dict[str, tuple[str, Callable[[], Any]]] = {
         "it decompresses",
         lambda: cfl_ops.decompress_state_dict(cfl_ops.compress_state_dict({"w": weights})),
     ),
+    "compression_report": (
+        "it decompresses",
+        lambda: cfl_ops.compression_report({"w": weights}, {"w": cfl_ops.compress(weights, bits=4)}),
+    ),
     "save_file": ("it writes a file", lambda: cfl_ops.save_file({"w": weights}, "/dev/null")),
     "load_file": ("it reads a file", lambda: cfl_ops.load_file("/dev/null")),
     "save_safetensors": (

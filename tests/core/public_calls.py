@@ -29,6 +29,7 @@ SPD = X.mT @ X + torch.eye(D, dtype=torch.float64)
 FACTOR = torch.linalg.cholesky(SPD)
 CROSS = X.mT @ Y
 WEIGHTS = randn(40, 8).float()
+MORE_WEIGHTS = torch.randn(15, 20, generator=torch.Generator().manual_seed(0))
 BLOB, SYMBOLS = cfl_ops.compress(WEIGHTS, bits=4), cfl_ops.quantize(WEIGHTS, 4).symbols
 PAYLOAD = cfl_ops.huffman_encode(SYMBOLS)
 
@@ -255,7 +256,20 @@ CALLS: dict[str, list[Call]] = {
         Call(cfl_ops.decompress, blob=BLOB, out=torch.empty(20), start=2, stop=22),
         Call(cfl_ops.decompress, blob=BLOB),
     ],
-    "compress_state_dict": [Call(lambda **o: cfl_ops.compress_state_dict({"w": WEIGHTS}, **o), min_numel=4)],
+    "compress_state_dict": [
+        Call(lambda **o: cfl_ops.compress_state_dict({"w": WEIGHTS}, **o), min_numel=4, lossless=False),
+        Call(lambda **o: cfl_ops.compress_state_dict({"w": MORE_WEIGHTS}, **o), max_bytes=250),
+        Call(
+            lambda **o: cfl_ops.compress_state_dict(
+                {"w": MORE_WEIGHTS}, allocation="gradient", gradients={"w": 0.5}, max_error=float("inf"), **o
+            ),
+            c0=0.5,
+            c1=5.0,
+        ),
+    ],
+    "compression_report": [
+        Call(lambda: [*map(list, cfl_ops.compression_report({"w": WEIGHTS}, {"w": cfl_ops.compress(WEIGHTS)}))])
+    ],
     "decompress_state_dict": [Call(lambda: cfl_ops.decompress_state_dict({"w": BLOB}))],
     "save_file": [Call(save_file, lossless=True)],
     "save_safetensors": [Call(save_safetensors, lossless=False, max_shard_size=500)],

@@ -83,6 +83,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
         "class_ridge": {"x": x, "y": labels, "lam": 0.5, "num_classes": 2, "prox": 0.1, "weight": weight.T},
         "compress": {"w": x},
         "compress_state_dict": {"state_dict": {"w": x, "v": y}, "min_numel": 30},
+        "compression_report": {"state_dict": {"w": x}, "blobs": {"w": blob}},
         "decompress": {"blob": blob, "out": np.zeros((12, 4))},
         "decompress_state_dict": {"blobs": {"w": blob}},
         "dequantize": {"q": quantized},

@@ -119,6 +119,7 @@ UNSEEN = {
     ("safe_cholesky", "max_jitter"), ("safe_cholesky_ex", "max_jitter"), ("GramAccumulator.fit", "checkpoint_every"),
     ("GramAccumulator.fit", "progress"), ("GramAccumulator.fit_file", "checkpoint_every"),
     ("GramAccumulator.fit_file", "progress"), ("compress_state_dict", "min_numel"),
+    ("compress_state_dict", "max_bytes"),
     ("GramAccumulator", "compensated"), ("ridge_cv", "cv"), ("learn.RidgeCV", "cv"),
     ("learn.RidgeCV", "alpha_per_target"), ("lstsq", "rtol"), ("lstsq_ex", "rtol"), ("pinv", "rtol"),
     ("pinv", "atol"), ("pinv_ex", "rtol"), ("pinv_ex", "atol"), ("factorize", "rtol"),

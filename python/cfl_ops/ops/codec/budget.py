@@ -22,7 +22,7 @@ from cfl_ops.ops.codec.blob import (
     store_planned,
 )
 from cfl_ops.ops.codec.measure import deviation_of, errors_of
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, as_rows, dense, find_grid, ranges_of
 from cfl_ops.ops.codec.policy import OP, Decision, told
 from cfl_ops.ops.codec.quantize import WEIGHT_RANGE, to_bins
 from cfl_ops.ops.codec.sample import sample_index
@@ -33,6 +33,8 @@ _PROBE_BITS = 12
 _SAMPLE = 1 << 18
 _PLANNED_BITS = 8
 """Outliers are left out of the range as compress(bits=8) does, whatever the bits will be."""
+_PARTS, _LARGE = 16, 1 << 20
+"""Steps are a part of a bit apart: a 16th in large tensors, where it is many bytes, a quarter in others."""
 _ROUNDS = 6
 _SPARE = 400
 """So small a part of the bytes may stay unused."""
@@ -58,9 +60,13 @@ def compress_within(decision: Decision) -> Tensor:
     grid = find_grid(w, options)
     if not isinstance(grid, Grid) or bool((grid.minimum == grid.maximum).all()):
         return _smaller(store_planned(w, grid, options), w, decision)
-    # The deviation of 1,024 weights may be 2 % larger than that of all.
-    steps = max(1.0, grid.levels * (1.002 if absolute else 1.03)) if grid.levels else 2.0**grid.bits
     limit = budget.error * (1.0 if absolute else deviation_of(w))
+    steps = 2.0**grid.bits
+    span = float(grid.maximum.to(torch.float64) * 0.25 - grid.minimum.to(torch.float64) * 0.25)
+    if grid.levels and options.per == "tensor":
+        enough = span / limit / part / math.sqrt(0.75) if limit > span / 2.0**MOST_BITS else grid.levels
+        # Outliers do not count in the plan's deviation, which is that of 1,024 weights: 2 % off, or far below.
+        steps = max(1.0, 1.002 * (enough if grid.levels < 1.1 * enough else grid.levels))
     while True:
         bits = max(1, math.ceil(math.log2(steps)))
         if bits > MOST_BITS:
@@ -69,12 +75,28 @@ def compress_within(decision: Decision) -> Tensor:
         blob = store_planned(w, grid._replace(bits=bits, stretch=stretch), options)
         if not quantised_bits(blob):
             return _smaller(blob, w, decision)
-        errors = errors_of(w, blob)
+        errors = errors_of(w, blob, budget.kind == "rms")
         off = errors.rms if budget.kind == "rms" else errors.largest
         if off <= limit:
             return _smaller(blob, w, decision)
-        shortage = min(2.0, max(1.005, off / limit * 1.002)) if limit > 0 else 2.0
-        steps = steps * shortage if options.per == "tensor" else 2.0 ** (bits + 1)
+        if options.per != "tensor":
+            steps = 2.0 ** (bits + 1)
+            continue
+        steps *= _shortage(
+            span / steps * (1 / math.sqrt(0.75) if budget.kind == "rms" else 2), off, limit, budget.kind
+        )
+
+
+def _shortage(expected: float, off: float, limit: float, kind: str) -> float:
+    """How many times as many steps to try, where an error was to be ``expected`` and is ``off``, above the limit.
+
+    What the step does not explain is the rounding of the weights' dtype, which a shorter step leaves as it is.
+    """
+    if off >= 4 * limit:
+        return 2.0
+    expected, off = expected / limit, off / limit
+    left = math.sqrt(max(0.0, expected**2 - off**2 + 1)) if kind == "rms" else expected - off + 1
+    return min(2.0, max(1.005, 1.002 * expected / left)) if left > 0 else 2.0
 
 
 def _smaller(blob: Tensor, w: Tensor, decision: Decision) -> Tensor:
@@ -86,7 +108,7 @@ def _smaller(blob: Tensor, w: Tensor, decision: Decision) -> Tensor:
 
 
 class _Curve:
-    """What a tensor takes, and how far it is off, with a range of 2^(level / 4) steps; level 0: with every bit kept."""
+    """What a tensor takes, and how far it is off, with a range of 2^(level / 16) steps; level 0 keeps every bit."""
 
     def __init__(
         self, decision: Decision, options: Options, grid: Grid, absolute: bool, palette: Options | None
@@ -94,18 +116,19 @@ class _Curve:
         self.decision, self.options, self.palette = decision, options, palette
         w = decision.value
         n, item = w.numel(), w.element_size()
-        counts, step = _histogram(w, grid, options)
+        counts, step, groups = _histogram(w, grid, options)
         occupied, entropies, squares = _pooled(counts)
         total = int(counts.sum())
         kept = 0 if grid.exceptions is None else grid.exceptions.numel()
-        tables = 400 + 8 * w.ndim + 2 * grid.minimum.numel() * item + kept * (8 + item)
+        tables = 400 + 8 * w.ndim + 2 * groups * item + kept * (8 + item)
         scale = decision.importance * n * (step**2 if absolute else 1 / (_spread(counts) + 1 / 12))
         sizes, costs = [0.0], [4.0**_PROBE_BITS / 12]
         for bits in range(1, MOST_BITS + 1):
             known = min(bits, _PROBE_BITS)
             each = max(1.0, entropies[known] + bits - known)
             symbols = min(occupied[known] << (bits - known), n)
-            sizes.append(tables + n * (each / 8 + 8 / 2**15) + symbols * 0.6)
+            lengths = min(1.8 * symbols, 0.6 * symbols + 0.4 * (2**bits - symbols))
+            sizes.append(tables + n * (each / 8 + 8 / 2**15) + lengths)
             # Squares of distances in half steps of the probe, and what the probe itself is off.
             off = (
                 squares[known] / total / 4 + 1 / 12
@@ -116,14 +139,12 @@ class _Curve:
         self.bytes = {0: 200 + round(n * item * _LOSSLESS[w.dtype])}
         self.costs = {0: 0.0}
         self.measured: dict[int, int] = {}
-        between = (1, 2, 3, 4) if options.per == "tensor" else (4,)
-        for bits in range(1, MOST_BITS + 1):
-            for quarter in between if bits > 1 else (4,):
-                level = 4 * bits - 4 + quarter
-                part = quarter / 4
-                self.bytes[level] = round(sizes[bits - 1] * (1 - part) + sizes[bits] * part)
-                off = costs[bits - 1] ** (1 - part) * costs[bits] ** part
-                self.costs[level] = scale * off if step else 0.0
+        apart = _PARTS if options.per != "tensor" else 1 if n >= _LARGE else _PARTS // 4
+        for level in range(_PARTS, _PARTS * MOST_BITS + 1, apart):
+            bits, part = -(-level // _PARTS), (level - 1) % _PARTS / _PARTS + 1 / _PARTS
+            self.bytes[level] = round(sizes[bits - 1] * (1 - part) + sizes[bits] * part)
+            off = costs[bits - 1] ** (1 - part) * costs[bits] ** part
+            self.costs[level] = scale * off if step else 0.0
 
     def guess(self, level: int) -> int:
         """The bytes of a level: as measured, or as much off as what was measured next to it."""
@@ -145,8 +166,10 @@ class _Curve:
             return few if few.numel() < exact.numel() else exact
         grid = find_grid(w, self.options)
         assert isinstance(grid, Grid)
-        bits = -(-level // 4)
-        return store_planned(w, grid._replace(bits=bits, stretch=2.0 ** (bits - level / 4)), self.options)
+        bits = -(-level // _PARTS)
+        return store_planned(
+            w, grid._replace(bits=bits, stretch=2.0 ** (bits - level / _PARTS)), self.options
+        )
 
     def hull(self) -> list[tuple[int, int, float]]:
         """(level, bytes, cost) from the fewest bytes on: each further one saves less of the cost for a byte."""
@@ -165,29 +188,29 @@ class _Curve:
         return found
 
 
-def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float]:
-    """Counts of 2^12 bins (on the CPU) of a sample of the weights, and the rms of the groups' steps."""
+def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float, int]:
+    """Counts of 2^12 bins (on the CPU) of a sample of the weights, the rms of the groups' steps, and their number."""
     flat, n = dense(grid.weights), w.numel()
     every = max(1, n // _SAMPLE)
-    low, high = (end.flatten().to("cpu", torch.float64) * 0.25 for end in (grid.minimum, grid.maximum))
     if options.per == "tensor":
         counts = WEIGHT_RANGE(flat, _PROBE_BITS, every)[2].cpu()
-        size = n
+        size, low, high = n, grid.minimum.view(1), grid.maximum.view(1)
     else:
         size = w.shape[-1] if options.per == "row" else options.block_size or n
+        found = [ranges_of(rows)[:2] for rows in as_rows(flat, options.per, size, options.block_size)]
+        low, high = (torch.cat([ends[i] for ends in found]) for i in (0, 1))
         at = sample_index(n, every, flat.device)
-        group = at // size
-        low_of, high_of = (end.flatten()[group] for end in (grid.minimum, grid.maximum))
-        bins = to_bins(flat[at].unsqueeze(-1), low_of, high_of, _PROBE_BITS)
-        counts = torch.bincount(bins.flatten(), minlength=1 << _PROBE_BITS).cpu()
-    steps = ((high - low) * (4 / 2**_PROBE_BITS)).tolist()
-    lengths = [size] * (len(steps) - 1) + [n - size * (len(steps) - 1)]
-    largest = min(max(steps), 1e150)
+        group = (at // size).cpu()
+        bins = to_bins(flat[at].cpu().unsqueeze(-1), low[group], high[group], _PROBE_BITS)
+        counts = torch.bincount(bins.flatten(), minlength=1 << _PROBE_BITS)
+    quarters = high.to(torch.float64) * 0.25 - low.to(torch.float64) * 0.25
+    steps = [min(quarter, 1e140) * (4 / 2**_PROBE_BITS) for quarter in quarters.tolist()]
+    largest = max(steps)
     if not largest:
-        return counts, 0.0
-    return counts, largest * math.sqrt(
-        math.fsum(length * (step / largest) ** 2 for length, step in zip(lengths, steps, strict=True)) / n
-    )
+        return counts, 0.0, len(steps)
+    lengths = [size] * (len(steps) - 1) + [n - size * (len(steps) - 1)]
+    parts = (length * (step / largest) ** 2 for length, step in zip(lengths, steps, strict=True))
+    return counts, largest * math.sqrt(math.fsum(parts) / n), len(steps)
 
 
 def _pooled(counts: Tensor) -> tuple[list[int], list[float], list[int]]:
@@ -255,7 +278,7 @@ def share_bytes(
         chosen, total, cost = _choose(curves, room)
         unknown = [(i, level) for i, level in chosen.items() if level not in curves[i].measured]
         if not unknown and total > room:
-            unknown = [(i, 4) for i, curve in curves.items() if 4 not in curve.measured]
+            unknown = [(i, _PARTS) for i, curve in curves.items() if _PARTS not in curve.measured]
         if not unknown and total > room:
             raise ValueError(
                 f"cfl_ops.{OP}: max_bytes must be at least {total + max_bytes - room} (1 bit for each weight that "

@@ -27,25 +27,24 @@ class Errors(NamedTuple):
     """How far the finite weights of a tensor come back from what they were; never too small."""
 
     rms: float
-    """Too large by at most 2^-17 of the largest error of a row."""
+    """Too large by at most 2^-16 of the largest."""
     largest: float
 
 
 class _Squares:
     """A sum of squares: integers, each with its power of two."""
 
-    def __init__(self, magnitude: bool) -> None:
-        self.magnitude = magnitude
-        """Whether to round away from 0, so that the sum is not too small; else to the nearest."""
+    def __init__(self, signed: bool = False) -> None:
+        self.signed = signed
+        """Whether the plain sums are wanted too."""
         self.terms: list[tuple[float, int]] = []
         self.sums: list[tuple[float, int]] = []
-        """Of the values themselves, where they are not magnitudes."""
         self.largest = 0.0
         self.ignored = 0
         """Values where what was given is not finite."""
 
-    def add(self, x: Tensor, given: Tensor) -> None:
-        """Of float64 ``(rows, n)``, which is overwritten; what is not finite in ``given`` does not count."""
+    def add(self, x: Tensor, given: Tensor, squares: bool = True) -> None:
+        """Of ``(rows, n)``, which is overwritten; what is not finite in ``given`` does not count."""
         top = self._top(x)
         if not all(map(math.isfinite, top)):
             bad = ~given.isfinite()
@@ -53,23 +52,28 @@ class _Squares:
             x.masked_fill_(bad, 0)
             top = self._top(x)
         self.largest = max(self.largest, *top)
-        if self.largest == math.inf:
+        if self.largest == math.inf or not squares:
             return
-        shifts = [min(1023, _GRAIN - math.frexp(value)[1]) if value else 0 for value in top]
+        most = 1023 if x.dtype == torch.float64 else 126
+        shifts = [min(most, _GRAIN - math.frexp(value)[1]) if value else 0 for value in top]
         if len(shifts) == 1:
             x.mul_(math.ldexp(1.0, shifts[0]))
         else:
-            scale = torch.tensor([math.ldexp(1.0, shift) for shift in shifts], dtype=torch.float64)
+            scale = torch.tensor([math.ldexp(1.0, shift) for shift in shifts], dtype=x.dtype)
             x.mul_(scale.to(x.device).unsqueeze(-1))
-        if self.magnitude:
-            x.abs_().ceil_()
-        else:
-            self.sums += zip(x.round_().sum(-1).tolist(), shifts, strict=True)
-        squares = torch.linalg.vecdot(x, x).tolist() if len(x) > 1 else [float(torch.dot(x[0], x[0]))]
-        self.terms += zip(squares, shifts, strict=True)
+        wide = x.round_().to(torch.float64)
+        if self.signed:
+            self.sums += zip(wide.sum(-1).tolist(), shifts, strict=True)
+        found = (
+            torch.linalg.vecdot(wide, wide).tolist() if len(x) > 1 else [float(torch.dot(wide[0], wide[0]))]
+        )
+        self.terms += zip(found, shifts, strict=True)
 
     @staticmethod
     def _top(x: Tensor) -> list[float]:
+        if len(x) == 1:
+            low, high = x.view(-1).aminmax()
+            return [max(-float(low), float(high)) if float(low) == float(low) else math.nan]
         low, high = x.aminmax(dim=-1)
         found: list[float] = torch.maximum(-low, high).tolist()
         return found
@@ -83,6 +87,11 @@ class _Squares:
         total = math.fsum(math.ldexp(square, 2 * (least - shift)) for square, shift in terms)
         return total / (n - self.ignored), -least
 
+    def rms(self, n: int) -> float:
+        """The root mean square of n values, which may be 2^-18 of the largest off."""
+        mean, exponent = self.mean(n)
+        return math.ldexp(math.sqrt(mean), exponent)
+
 
 def _rows(n: int, on_cpu: bool) -> Iterator[tuple[int, int, int]]:
     """The first of some weights, how many rows they are, and how long; all of n weights in turn."""
@@ -95,26 +104,36 @@ def _rows(n: int, on_cpu: bool) -> Iterator[tuple[int, int, int]]:
         at += rows * width
 
 
-def errors_of(w: Tensor, blob: Tensor) -> Errors:
-    """Of what the blob gives back, decoded piece by piece."""
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of differences."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def errors_of(w: Tensor, blob: Tensor, squares: bool = True) -> Errors:
+    """Of what the blob gives back, decoded piece by piece; without ``squares`` the rms is 0."""
     flat, n = dense(w.detach()), w.numel()
-    squares = _Squares(True)
+    found = _Squares()
     on_cpu = w.device.type == "cpu"
     piece = max(1, min(n, _PIECE) if on_cpu else n)
     out = torch.empty(piece, dtype=w.dtype, device=w.device)
-    work = torch.empty(min(_ROW, n), dtype=torch.float64)
+    work = torch.empty(2, _ROW if on_cpu else n, dtype=_work(w.dtype), device=w.device)
     for first in range(0, n, piece):
         given = flat[first : first + piece]
         back = decompress(blob, out[: len(given)], start=first, stop=first + len(given))
         for at, rows, width in _rows(len(given), on_cpu):
             here = slice(at, at + rows * width)
-            x = work[:width].copy_(back[here]) if on_cpu else back[here].to(torch.float64, copy=True)
-            x.sub_(given[here])
-            squares.add(x.view(rows, width), given[here].view(rows, width))
-            if squares.largest == math.inf:
+            x = work[0, : rows * width]
+            if w.dtype == x.dtype:
+                torch.sub(back[here], given[here], out=x)
+            else:
+                x.copy_(back[here]).sub_(work[1, : rows * width].copy_(given[here]))
+            found.add(x.view(rows, width), given[here].view(rows, width), squares)
+            if found.largest == math.inf:
                 return Errors(math.inf, math.inf)
-    mean, exponent = squares.mean(n)
-    return Errors(math.ldexp(math.sqrt(mean), exponent), squares.largest)
+    # A difference is rounded, by 2^-24 of it at most; its square in the sum, by half a grain.
+    largest = found.largest * (1 + 2.0**-22)
+    rms = found.rms(n) * (1 + 2.0**-22) + largest * 2.0**-17 if found.largest else 0.0
+    return Errors(min(rms, largest) if squares else 0.0, largest)
 
 
 def deviation_of(w: Tensor) -> float:
@@ -123,25 +142,22 @@ def deviation_of(w: Tensor) -> float:
     some = flat[sample_index(n, max(1, n // 1024), flat.device)].to("cpu", torch.float64)
     some = some[some.isfinite()]
     centre = math.fsum((some / max(1, len(some))).tolist())
-    squares = _Squares(False)
+    found = _Squares(signed=True)
     for at, rows, width in _rows(n, w.device.type == "cpu"):
         given = flat[at : at + rows * width].view(rows, width)
-        squares.add(given.to(torch.float64, copy=True).sub_(centre), given)
-    if squares.largest == math.inf:
+        found.add(given.to(_work(w.dtype), copy=True).sub_(centre), given)
+    if found.largest == math.inf:
         return math.inf
-    mean, exponent = squares.mean(n)
-    off = math.fsum(math.ldexp(total, -shift - exponent) for total, shift in squares.sums)
-    variance = mean - (off / max(1, n - squares.ignored)) ** 2
+    mean, exponent = found.mean(n)
+    off = math.fsum(math.ldexp(total, -shift - exponent) for total, shift in found.sums)
+    variance = mean - (off / max(1, n - found.ignored)) ** 2
     return math.ldexp(math.sqrt(max(0.0, variance)), exponent) * (1 - 2.0**-11)
 
 
 def rms_of(x: Tensor) -> float:
     """The root mean square of some numbers; NaN where one of them is not finite."""
-    flat, squares = dense(x.detach()), _Squares(False)
+    flat, found = dense(x.detach()), _Squares()
     for at, rows, width in _rows(x.numel(), x.device.type == "cpu"):
         values = flat[at : at + rows * width].view(rows, width)
-        squares.add(values.to(torch.float64, copy=True), values)
-    if squares.ignored:
-        return math.nan
-    mean, exponent = squares.mean(x.numel())
-    return math.ldexp(math.sqrt(mean), exponent)
+        found.add(values.to(_work(x.dtype), copy=True), values)
+    return math.nan if found.ignored else found.rms(x.numel())

@@ -320,10 +320,14 @@ class Grid(NamedTuple):
 
 
 def stretched(grid: Grid) -> Tensor:
-    """The upper end of the range made longer; as it was where there is no such number."""
-    low, high = grid.minimum.to(torch.float64), grid.maximum.to(torch.float64)
-    found = (low + (high - low) * grid.stretch).to(grid.maximum.dtype)
-    return torch.where(found.isfinite() & (found > grid.maximum), found, grid.maximum)
+    """The upper end of the range made longer, rounded down; as it was where there is no such number."""
+    low, high = float(grid.minimum), float(grid.maximum)
+    wanted = low + (high - low) * grid.stretch
+    found = torch.tensor(wanted, dtype=torch.float64).to(grid.maximum.dtype)
+    if float(found) > wanted:
+        found = torch.nextafter(found, torch.zeros_like(found).fill_(low))
+    longer = math.isfinite(float(found)) and float(found) > high
+    return found.to(grid.maximum.device) if longer else grid.maximum
 
 
 class Palette(NamedTuple):
@@ -385,7 +389,7 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
 
     views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
     looks = [look_at(rows) for rows in views]
-    ranges = [_ranges(rows) for rows in views]
+    ranges = [ranges_of(rows) for rows in views]
     spreads = [
         spread_of_groups(rows, look, span, max_error)
         for rows, look, (_, _, span) in zip(views, looks, ranges, strict=True)
@@ -423,7 +427,7 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
         exceptions = torch.cat(found).sort().values
         minimum, maximum, counts, entropy, bits = measure(weights)
         views = as_rows(weights, options.per, w.shape[-1] if w.ndim else 1, options.block_size)
-        ranges = [_ranges(rows) for rows in views]
+        ranges = [ranges_of(rows) for rows in views]
     if given is None:
         levels = needed()
         most = root_mean_square(levels.clamp(max=2.0**16) if len(levels) > 1 else levels)
@@ -447,7 +451,7 @@ def find_grid(w: Tensor, options: Options) -> Grid | Palette | None:
     return None if given is None and error > max_error else grid(error)
 
 
-def _ranges(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ranges_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The smallest and the largest weight of each row, and the quarter of what lies between, on the CPU."""
     minimum, maximum, _, info = WEIGHT_RANGE(rows, 0, 1)
     check_info("compress", info, [minimum, maximum], [])
