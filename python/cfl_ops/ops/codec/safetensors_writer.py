@@ -166,6 +166,8 @@ def write_safetensors(
         raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {path}")
     room = _room(op, state_dict, user)
     mode = permissions(target)
+    if mode is None:
+        mode = permissions(_index_of(target))
     staged: list[Staged] = []
     shards: list[_Shard] = []
 
