@@ -24,15 +24,16 @@ Tensor lossless_encode_op(const Tensor& strided, int64_t dtype, std::vector<int6
   check.that(static_cast<int64_t>(shape.size()) <= kMaxDims, "shape", "must have at most ",
              kMaxDims, " dimensions, but got ", shape.size());
   const int64_t size = element_of(static_cast<int>(dtype)).size();
-  int64_t bytes = size;
+  int64_t numel = 1, bytes = 0;
   bool empty = false, fits = true;
   for (int64_t extent : shape) {
     check.that(extent >= 0, "shape", "must have no negative size, but got ", extent);
     empty |= extent == 0;
-    fits &= extent == 0 || !__builtin_mul_overflow(bytes, extent, &bytes);
+    fits &= extent == 0 || !__builtin_mul_overflow(numel, extent, &numel);
   }
-  check.that(empty ? strided.numel() == 0 : fits && strided.numel() == bytes, "shape", "must hold ",
-             strided.numel(), " bytes in elements of ", size, ", but has another number of them");
+  fits &= empty || !__builtin_mul_overflow(numel, size, &bytes);
+  check.that(fits && strided.numel() == bytes, "shape", "must hold ", strided.numel(),
+             " bytes in elements of ", size, ", but has another number of them");
   const Tensor data = torch::stable::contiguous(strided);
   Tensor buffer;
   const int64_t used =
