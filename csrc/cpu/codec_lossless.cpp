@@ -64,7 +64,8 @@ Element element_of(int dtype) {
       {2, 1, true},  {2, 1, true},  {4, 1, true},  {8, 1, true},  {1, 1, false}, {1, 1, false},
       {1, 1, false}, {2, 1, false}, {4, 1, false}, {8, 1, false}, {2, 1, false}, {4, 1, false},
       {8, 1, false}, {4, 2, true},  {8, 2, true},  {1, 1, true},  {1, 1, true},  {2, 2, true}};
-  // Then float8 and float4, and after them integers of less than a byte and bits, of which bits16 has two.
+  // Then float8 and float4, and after them integers of less than a byte and bits, of which bits16
+  // has two.
   const Row row = dtype < 18 ? rows[dtype] : Row{dtype == 37 ? 2 : 1, 1, dtype < 22};
   const Cut cut = !row.rotated ? Cut::kPlain : row.width == 8 ? Cut::kRebiased : Cut::kRotated;
   return {{row.width, cut}, row.per};

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from cfl_ops._core import dispatch
+from cfl_ops.ops.codec.layout import NOT_COPIED
 from torch import Tensor
 
 DATA = Path(__file__).parents[1] / "data"
@@ -98,6 +99,10 @@ def lossless_sample(dtype: torch.dtype, n: int) -> Tensor:
         return w.to(part).view(dtype)
     if dtype == torch.bool:
         return w[:n] > 0.03
+    if dtype in NOT_COPIED:
+        return (
+            (w[:n] * 300).to(torch.int64).to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype)
+        )
     return (w[:n] if dtype.is_floating_point else (w[:n] * 300).to(torch.int64)).to(dtype)
 
 

@@ -553,7 +553,7 @@ def test_memory_is_one_tensor_above_the_weights(megabytes: int, lossless: bool) 
     """Peaks in tensors, of which there are eight: what save takes above the state dict, load above its result."""
     found = memory(megabytes, lossless)
     assert found.pop("ratio") < 1
-    assert all(peak < 2.6 for peak in found.values()), found
+    assert all(peak < 2 for peak in found.values()), found
 
 
 def test_loading_is_not_slowed_by_names(tmp_path: Path) -> None:

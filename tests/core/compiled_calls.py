@@ -248,6 +248,11 @@ CANNOT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "save_file": ("it writes a file", lambda: cfl_ops.save_file({"w": weights}, "/dev/null")),
     "load_file": ("it reads a file", lambda: cfl_ops.load_file("/dev/null")),
+    "save_safetensors": (
+        "it writes files",
+        lambda: cfl_ops.save_safetensors({"w": weights}, "/dev/null"),
+    ),
+    "load_model": ("it reads a file", lambda: cfl_ops.load_model(torch.nn.Linear(2, 2), "/dev/null")),
     "huffman_decode without out": (
         "the shape stands in the payload",
         lambda: cfl_ops.huffman_decode(cfl_ops.huffman_encode(features.byte())),

@@ -135,6 +135,19 @@ def save_file(**options: Any) -> Any:
         return cfl_ops.save_file({"w": WEIGHTS}, Path(folder) / "w", **options)
 
 
+def save_safetensors(**options: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return cfl_ops.save_safetensors({"w": WEIGHTS}, Path(folder) / "w", **options)
+
+
+def load_model(**options: Any) -> Any:
+    model = torch.nn.Linear(8, 40)
+    torch.nn.init.zeros_(model.bias)  # the file lacks it
+    with tempfile.TemporaryDirectory() as folder:
+        cfl_ops.save_file({"weight": WEIGHTS}, Path(folder) / "w", lossless=True)
+        return [*cfl_ops.load_model(model, Path(folder) / "w", **options), *model.state_dict().values()]
+
+
 class Call:
     """A function, and keyword arguments that it takes."""
 
@@ -263,8 +276,10 @@ CALLS: dict[str, list[Call]] = {
         Call(lambda: [*map(list, cfl_ops.compression_report({"w": WEIGHTS}, {"w": cfl_ops.compress(WEIGHTS)}))])
     ],
     "decompress_state_dict": [Call(lambda: cfl_ops.decompress_state_dict({"w": BLOB}))],
-    "save_file": [Call(save_file)],
+    "save_file": [Call(save_file, lossless=True)],
+    "save_safetensors": [Call(save_safetensors, lossless=False, max_shard_size=500)],
     "load_file": [],
+    "load_model": [Call(load_model, strict=False)],
     "quantize": [Call(cfl_ops.quantize, **row) for row in _QUANTIZE],
     "quantize_ex": [Call(cfl_ops.quantize_ex, **row) for row in _QUANTIZE],
     "dequantize": [Call(lambda: cfl_ops.dequantize(cfl_ops.quantize(WEIGHTS, 4)))],
@@ -317,7 +332,7 @@ CALLS: dict[str, list[Call]] = {
 }  # fmt: skip
 
 CODEC = ("compress", "decompress", "quantize", "huffman", "allocate_bits", "estimate_entropy", "dequantize",
-         "save_file", "apply_delta")  # fmt: skip
+         "save_file", "save_safetensors", "load_model", "apply_delta")  # fmt: skip
 
 
 def documented() -> dict[str, inspect.Signature]:

@@ -70,6 +70,8 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
     grow = {"L": factor, "rows": rng.normal(size=(2, 4)) / 9, "corner": np.eye(2) * 9}
     update, quantized = {"L": factor, "V": rows}, cfl_ops.arrays.quantize(x, 5, per="row")
     cfl_ops.arrays.save_file({"w": x}, path, min_numel=1)
+    model = torch.nn.Linear(4, 2)
+    cfl_ops.save_file(model.state_dict(), path.with_suffix(".model"))
     made: dict[str, dict[str, Any]] = {
         "allocate_bits": {"entropy": np.array(2.5)},
         **dict.fromkeys(("cholesky_append", "cholesky_append_ex"), grow),
@@ -96,6 +98,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
         "huffman_encode": {"symbols": symbols},
         "linear_gram": {"x": x, "weight": weight, "bias": bias, "y": y, "sample_weight": per_row},
         "load_file": {"path": path},
+        "load_model": {"model": model, "path": path.with_suffix(".model")},
         **{key: {"a": x, "b": y} for key in ("lstsq", "lstsq_ex")},
         **{key: {"a": x} for key in ("pinv", "pinv_ex")},
         **{f"proximal_step{end}": step for end in ("", "_", "_ex", "_ex_")},
@@ -126,6 +129,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
             key: {"a": gram} for key in ("safe_cholesky", "safe_cholesky_ex", "spd_inverse", "spd_inverse_ex")
         },
         "save_file": {"state_dict": {"w": x, "v": y}, "path": path},
+        "save_safetensors": {"state_dict": {"w": x, "v": y}, "path": path},
     }
     return {name: copied(arguments) for name, arguments in made.items()}
 

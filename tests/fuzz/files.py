@@ -273,7 +273,8 @@ def judge(start: Seed, path: Path, mended: bool) -> str:
     try:
         got = cfl_ops.load_file(path)
     except CorruptDataError as error:
-        assert str(error).startswith("cfl_ops."), error
+        if not str(error).startswith("cfl_ops."):
+            raise
         return "refused"
     except FileNotFoundError:
         if start.name != INDEX:

@@ -47,6 +47,7 @@ from cfl_ops.ops.codec.layout import (
     DTYPES,
     MAGIC,
     MOST_RAW_DIMS,
+    NOT_COPIED,
     PALETTE,
     QUANTIZED,
     RAW,
@@ -401,7 +402,10 @@ def _raw_bytes(w: Tensor) -> Tensor:
     """The memory of a tensor as 1-d uint8."""
     if w.numel() == 0:
         return torch.empty(0, dtype=torch.uint8, device=w.device)
-    return dense(w.detach().resolve_conj().resolve_neg()).view(torch.uint8)
+    w = w.detach().resolve_conj().resolve_neg()
+    if w.dtype in NOT_COPIED:
+        w = w.view(torch.uint8 if w.itemsize == 1 else torch.int16)
+    return dense(w).view(torch.uint8)
 
 
 def _quantize_encode_python(args: QuantizeEncodeArguments) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfl_ops._core import checks
 from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata
 from cfl_ops.ops.codec.atomic import replacing
 from cfl_ops.ops.codec.huffman import corrupt
@@ -63,6 +64,7 @@ def save_file(
 
     """
     op = "save_file"
+    lossless = checks.flag(op, "lossless", lossless)
     distinct, metadata = Distinct(op, state_dict), checked_metadata(op, metadata)
     order = {name: i for i, name in enumerate(state_dict)}
     with replacing(path) as sink:
@@ -130,6 +132,7 @@ def save_safetensors(
 
     """
     op = "save_safetensors"
+    lossless = checks.flag(op, "lossless", lossless)
     distinct = Distinct(op, state_dict)
     made = blobs_of(distinct, lossless, options, 5)
     return write_safetensors(op, distinct, made, path, metadata, max_shard_size)

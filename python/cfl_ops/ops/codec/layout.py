@@ -30,6 +30,8 @@ DTYPES = (
     *(getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in range(1, 8)),
     *(torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2),
 )
+NOT_COPIED = DTYPES[21:]
+"""Of one or two bytes, and torch neither copies them nor makes them contiguous: they are looked at as integers."""
 MOST_RAW_DIMS = 13
 """So many dimensions fit into 8 bytes each within the 160 bytes that a blob may add; more are numbers of few bytes."""
 CHUNK_LOG2 = 15

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cfl_ops._core import checks
 from cfl_ops.ops.codec.files import open_weights
 from cfl_ops.ops.codec.weights import Weights
 
@@ -57,6 +58,7 @@ def load_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"cfl_ops.load_model: model must be a module, but got {type(model).__name__}")
+    strict = checks.flag("load_model", "strict", strict)
     place = torch.device("cpu" if device is None else device)
     with open_weights(path) as weights, torch.no_grad():
         plan = _plan(model, weights, strict)

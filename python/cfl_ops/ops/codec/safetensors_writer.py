@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
@@ -54,15 +55,15 @@ class _Shard:
         self.size = 0
         """Bytes of tensors, with those that are still to be written."""
         self._stop = 0
-        self.blobs: dict[str, tuple[Tensor, int, int, int]] = {}
-        """By name what it stands for (on the meta device), where it is, and its checksum."""
+        self.blobs: dict[str, tuple[torch.dtype, tuple[int, ...], int, int, int]] = {}
+        """By name what it stands for, where it is, and its checksum."""
         self.native: dict[str, int] = {}
         self.padding = 0
         self.checksum = 0
 
     def add(self, name: str, value: Tensor, blob: Tensor) -> None:
         start, self._stop = self._stop, self._stop + blob.numel()
-        self.blobs[name] = value.to("meta"), start, self._stop, first_checksum(blob)
+        self.blobs[name] = value.dtype, tuple(value.shape), start, self._stop, first_checksum(blob)
         self.staged.sink.write(blob)
         self.size += blob.numel()
 
@@ -88,17 +89,17 @@ class _Shard:
             sink.write(bytes(self.padding))
             self.size += self.padding
         last = next(reversed(self.blobs), None)
-        for name, (value, start, stop, checksum) in self.blobs.items():
+        for name, (dtype, shape, start, stop, checksum) in self.blobs.items():
             padding = self.padding if name == last else 0
             found[name] = "U8", (stop + padding - start,), start, stop + padding
-            notes[name] = _note(value, checksum, padding)
+            notes[name] = _note(dtype, shape, checksum, padding)
         for name in sorted(waiting, key=lambda name: -waiting[name]):
             value = values[name]
             data = raw_bytes(value).cpu()
             start = sink.position - self.body
             sink.write(data)
             found[name] = NAMES[value.dtype], tuple(value.shape), start, start + data.numel()
-            notes[name] = _note(value, zlib.crc32(view_of(data)), None)
+            notes[name] = _note(value.dtype, tuple(value.shape), zlib.crc32(view_of(data)), None)
             del value, data
         order = [name for name in order if name in found]
         notes = {name: notes[name] for name in order}
@@ -111,8 +112,8 @@ class _Shard:
         self.staged.close()
 
 
-def _note(value: Tensor, checksum: int, padding: int | None) -> dict[str, Any]:
-    out = {"dtype": dtype_name(value.dtype), "shape": list(value.shape), "checksum": checksum}
+def _note(dtype: torch.dtype, shape: tuple[int, ...], checksum: int, padding: int | None) -> dict[str, Any]:
+    out = {"dtype": dtype_name(dtype), "shape": list(shape), "checksum": checksum}
     return out if padding is None else {**out, "padding": padding}
 
 
@@ -134,7 +135,7 @@ def _room(op: str, values: Distinct, metadata: dict[str, str]) -> int:
             raise ValueError(
                 f"cfl_ops.{op}: state_dict must not have the key {name!r}, which the format keeps"
             )
-        notes[name] = _note(value, _MOST_NUMBER, 7)
+        notes[name] = _note(value.dtype, tuple(value.shape), _MOST_NUMBER, 7)
         found[name] = "F8_E4M3FNUZ", (_MOST_NUMBER, *value.shape), _MOST_NUMBER, _MOST_NUMBER
     ours = {**metadata, KEY: notes_text(notes, values.aliases, False)}
     room = -(-(len(header_text(ours, found).encode()) + 32) // 8) * 8
@@ -166,6 +167,8 @@ def write_safetensors(
         raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {path}")
     room = _room(op, state_dict, user)
     mode = permissions(target)
+    if mode is None:
+        mode = permissions(_index_of(target))
     staged: list[Staged] = []
     shards: list[_Shard] = []
 
