@@ -281,6 +281,42 @@ bool find_ranks(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_
   return true;
 }
 
+void sort_by_class(int unit, const uint8_t* old_data, int64_t n, const uint8_t* map,
+                   const uint8_t* values, bool back, uint8_t* out, int64_t* counts) {
+  // Sixteen classes, and what has none.
+  int64_t next[kMaxClasses + 1] = {};
+  std::vector<uint8_t> of(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    of[static_cast<size_t>(i)] =
+        std::min<uint8_t>(map[context_of(unit, old_data + i * unit)], kMaxClasses);
+    ++next[of[static_cast<size_t>(i)]];
+  }
+  int64_t at = 0;
+  for (int c = 0; c <= kMaxClasses; ++c) {
+    if (c < kMaxClasses) counts[c] = next[c];
+    at += next[c];
+    next[c] = at - next[c];
+  }
+  auto move = [&](auto zero) {
+    using T = decltype(zero);
+    constexpr auto kUnit = static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t place = next[of[static_cast<size_t>(i)]]++;
+      std::memcpy(out + (back ? i : place) * kUnit, values + (back ? place : i) * kUnit, sizeof(T));
+    }
+  };
+  switch (unit) {
+    case 1:
+      return move(uint8_t{0});
+    case 2:
+      return move(uint16_t{0});
+    case 4:
+      return move(uint32_t{0});
+    default:
+      return move(uint64_t{0});
+  }
+}
+
 bool find_places(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_t n,
                  const uint8_t* map, int classes, const int64_t* counts, const int64_t* ranks,
                  int64_t* positions, int64_t* order) {

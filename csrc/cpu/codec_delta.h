@@ -57,4 +57,9 @@ bool find_places(const DeltaKernel* kernel, int unit, const uint8_t* data, int64
                  const uint8_t* map, int classes, const int64_t* counts, const int64_t* ranks,
                  int64_t* positions, int64_t* order);
 
+// The elements of `values` sorted by the class of the old element beside them (what has none comes
+// last), each class in its order; or with `back` from there to where they were. counts: of each.
+void sort_by_class(int unit, const uint8_t* old_data, int64_t n, const uint8_t* map,
+                   const uint8_t* values, bool back, uint8_t* out, int64_t* counts);
+
 }  // namespace cfl::codec

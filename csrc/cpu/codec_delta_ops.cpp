@@ -268,6 +268,23 @@ std::tuple<Tensor, Tensor, Tensor> delta_ranks_op(const Tensor& strided_old,
   return {ranks, order, counts};
 }
 
+std::tuple<Tensor, Tensor> delta_sort_op(const Tensor& strided_old, const Tensor& strided_classes,
+                                         const Tensor& strided_values, bool back) {
+  Checked check("delta_sort");
+  check_classes(check, strided_old, strided_classes);
+  check_line(check, "values", strided_values, dtype_of(strided_old));
+  check_same_size(check, "values", strided_values, strided_old, "old");
+  const Tensor before = torch::stable::contiguous(strided_old);
+  const Tensor classes = torch::stable::contiguous(strided_classes);
+  const Tensor values = torch::stable::contiguous(strided_values);
+  Tensor out = empty_cpu({values.numel()}, values.scalar_type());
+  Tensor counts = empty_cpu({kMaxClasses}, ScalarType::Long);
+  sort_by_class(unit_of(before), data<const uint8_t>(before), before.numel(),
+                data<const uint8_t>(classes), data<const uint8_t>(values), back, data<uint8_t>(out),
+                data<int64_t>(counts));
+  return {out, counts};
+}
+
 std::tuple<Tensor, Tensor, Tensor> delta_places_op(const Tensor& strided_old,
                                                    const Tensor& strided_classes,
                                                    const Tensor& strided_ranks,
@@ -316,5 +333,6 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("delta_shift", TORCH_BOX(&cfl::codec::delta_shift_op));
   m.impl("delta_write_", TORCH_BOX(&cfl::codec::delta_write_op));
   m.impl("delta_ranks", TORCH_BOX(&cfl::codec::delta_ranks_op));
+  m.impl("delta_sort", TORCH_BOX(&cfl::codec::delta_sort_op));
   m.impl("delta_places", TORCH_BOX(&cfl::codec::delta_places_op));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from cfl_ops.ops.codec.layout import DTYPES
 from torch import Tensor
 
 from tests.codec.helpers import EXHAUSTIVE, NATIVE, cuts_and_extensions, flips, same
+from tests.fuzz import deltas
 
 EFFORTS = ("fast", "small")
 
@@ -679,3 +681,14 @@ def test_wrong_results_are_refused_before_anything_is_written() -> None:
     part = parsed.parts[0]._replace(values=worse)
     with pytest.raises(CorruptDataError, match="neither true nor false"):
         cfl_ops.apply_delta(flags, delta_format.pack_delta(parsed._replace(parts=[part]), flags.device))
+
+
+def test_mutated_deltas() -> None:
+    """A few runs of the fuzzer (make fuzz has more), the bytes repaired where they are checked."""
+    made = list(deltas.samples())
+    outcomes = {deltas.one(random.Random(run), made) for run in range(300)}
+    assert (
+        {"CorruptDataError", "WrongBaseError"}
+        <= outcomes
+        <= {"CorruptDataError", "WrongBaseError", "ValueError", "read"}
+    )

@@ -22,6 +22,7 @@ from cfl_ops.ops.codec.changes import (
     DELTA_PLACES,
     DELTA_POSITIONS,
     DELTA_SHIFT,
+    DELTA_SORT,
     DELTA_WRITE,
     FINGERPRINT,
     units_of,
@@ -33,7 +34,6 @@ from cfl_ops.ops.codec.delta_format import (
     JOINED,
     KINDS,
     LEFT,
-    NO_CLASS,
     REPLACED,
     SAME,
     SMALL,
@@ -49,7 +49,6 @@ from cfl_ops.ops.codec.delta_format import (
 from cfl_ops.ops.codec.fingerprint import as_uint8, byte_sum, fingerprint_of, finish, flat_bits
 from cfl_ops.ops.codec.huffman import check_payload, check_shape, corrupt
 from cfl_ops.ops.codec.layout import DTYPES
-from cfl_ops.ops.codec.reference.changes import contexts
 from cfl_ops.ops.codec.reference.header import from_bytes
 
 __all__ = ["apply_delta", "apply_delta_", "compress_delta", "describe_delta"]
@@ -418,16 +417,19 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
         if delta.classes is None:
             symbols = unpack_symbols(op, delta.parts[0].values, n)
             return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, *how))
-        of = from_bytes(delta.classes, units.device)[contexts(units)]
-        if bool((of == NO_CLASS).any()):
+        by_class = from_bytes(delta.classes, units.device)
+        before, found = DELTA_SORT(units, by_class, units, False)
+        sizes = found.tolist()[: len(delta.parts)]
+        if sum(sizes) != n:
             raise contradiction(op)
-        values = torch.empty_like(units)
-        for c, part in enumerate(delta.parts):
-            here = of == c
-            before = units[here]
-            symbols = unpack_symbols(op, part.values, before.numel())
-            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, *how))
-        return None, values
+        new = [
+            _good(
+                op,
+                *DELTA_PATCH(some, None, unpack_symbols(op, part.values, len(some)), part.values.raw, *how),
+            )
+            for some, part in zip(before.split(sizes), delta.parts, strict=True)
+        ]
+        return None, DELTA_SORT(units, by_class, torch.cat(new), True)[0]
     ranks, numbers = [], []
     for part in delta.parts:
         assert part.gaps is not None
@@ -443,11 +445,11 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
     counts = [part.count for part in delta.parts]
     places, order, info = DELTA_PLACES(units, classes, torch.cat(ranks), counts)
     _good(op, places, info)
-    found = [
+    patched = [
         _good(op, *DELTA_PATCH(units, where, *coded, *how))
         for where, coded in zip(places.split(counts), numbers, strict=True)
     ]
-    return places[order], torch.cat(found)[order]
+    return places[order], torch.cat(patched)[order]
 
 
 def _good(op: str, result: Tensor, info: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from cfl_ops.ops.codec import host as _host  # noqa: F401  (defines host_code)
 from cfl_ops.ops.codec.blob import store_lossless
-from cfl_ops.ops.codec.changes import DELTA_GAPS, DELTA_RANKS, DELTA_SCAN, DELTA_VALUES, MOST_APART, units_of
+from cfl_ops.ops.codec.changes import (
+    DELTA_GAPS,
+    DELTA_RANKS,
+    DELTA_SCAN,
+    DELTA_SORT,
+    DELTA_VALUES,
+    MOST_APART,
+    units_of,
+)
 from cfl_ops.ops.codec.delta_format import (
     CHANGED,
     CLASSES,
@@ -32,7 +40,7 @@ from cfl_ops.ops.codec.delta_format import (
 )
 from cfl_ops.ops.codec.fingerprint import finish, flat_bits
 from cfl_ops.ops.codec.layout import DTYPES, Lanes, lanes
-from cfl_ops.ops.codec.planes import split
+from cfl_ops.ops.codec.planes import split as planes_of
 from cfl_ops.ops.codec.reference.changes import MAX_CLASSES, contexts
 from cfl_ops.ops.codec.reference.header import from_bytes
 
@@ -120,7 +128,7 @@ def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
 
     A chunk with two different symbols takes a bit an element; one of equal elements takes next to nothing. How many
     of those there are is told by 4,096 elements and their neighbours. Then 2^14 elements tell about how many bits
-    the bytes take; different tables for different parts may save up to half of them.
+    the bytes take; different tables for different parts may save some of them.
     """
     n = now.numel()
     every = -(-n // 4096)
@@ -131,8 +139,8 @@ def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
     if n <= _LOOK:
         return True
     some = now[:: -(-n // _LOOK)].contiguous()
-    bits = sum(_cost((plane, plane[:0])) for plane in split(some.view(torch.uint8), cut))
-    return 16 * body * some.numel() * left.numel() >= bits * n * unequal
+    bits = sum(_cost((plane, plane[:0])) for plane in planes_of(some.view(torch.uint8), cut))
+    return 12 * body * some.numel() * left.numel() >= bits * n * unequal
 
 
 # --- all values
@@ -149,12 +157,13 @@ def _dense(
     ]
     classes = _dense_classes(then) if effort else None
     if classes is not None:
-        of = from_bytes(classes, then.device)[contexts(then)]
-        parts = []
-        for c in range(max(set(classes) - {NO_CLASS}) + 1):
-            here = of == c
-            values = pack_numbers(*DELTA_VALUES(now[here], then[here], use_xor, shift))
-            parts.append(ClassPart(0, None, values))
+        by_class = from_bytes(classes, then.device)
+        new, counts = DELTA_SORT(then, by_class, now, False)
+        old, _ = DELTA_SORT(then, by_class, then, False)
+        sizes = counts.tolist()[: max(classes) + 1]
+        pairs = zip(new.split(sizes), old.split(sizes), strict=True)
+        split = [pack_numbers(*DELTA_VALUES(*pair, use_xor, shift)) for pair in pairs]
+        parts = [ClassPart(0, None, values) for values in split]
         found.append((DENSE, flags | CLASSES, classes, parts))
     return found
 
@@ -211,15 +220,15 @@ def _choose_classes(then: Tensor, old_values: Tensor) -> bytes | None:
     elements = [max(*pair) for pair in zip(_count_contexts(then), changed, strict=True)]
     groups = [_Group((v,), elements[v], changed[v]) for v in range(256) if changed[v]]
     groups.sort(key=lambda g: (g.changed * 2**64 // g.elements, g.contexts))
-    while len(groups) > 1:
-        losses = [
-            _group_cost(a.join(b)) - _group_cost(a) - _group_cost(b) for a, b in itertools.pairwise(groups)
-        ]
+    losses = [_loss(*pair) for pair in itertools.pairwise(groups)]
+    while losses:
         least = min(losses)
         if least > _CLASS_BITS and len(groups) <= MAX_CLASSES:
             break
         i = losses.index(least)
         groups[i : i + 2] = [groups[i].join(groups[i + 1])]
+        around = groups[max(i - 1, 0) : i + 2]
+        losses[max(i - 1, 0) : i + 2] = [_loss(*pair) for pair in itertools.pairwise(around)]
     idle = sum(elements[v] for v in range(256) if not changed[v])
     if len(groups) == 1 and idle < sum(elements) // 8:
         return None
@@ -228,6 +237,11 @@ def _choose_classes(then: Tensor, old_values: Tensor) -> bytes | None:
         for v in group.contexts:
             out[v] = c
     return bytes(out)
+
+
+def _loss(a: _Group, b: _Group) -> int:
+    """Bits that two groups take more in one."""
+    return _group_cost(a.join(b)) - _group_cost(a) - _group_cost(b)
 
 
 def _group_cost(group: _Group) -> int:
