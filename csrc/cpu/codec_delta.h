@@ -21,10 +21,6 @@ uint64_t fingerprint(const DeltaKernel* kernel, const uint8_t* data, int64_t byt
 // is what it gave: positions, and what new and old hold there; nothing where there are more than
 // `most`. sums: of the fingerprints of new and old, and the bits
 // that differ anywhere.
-struct Changes {
-  int64_t* positions = nullptr;
-  uint8_t *new_values = nullptr, *old_values = nullptr;
-};
 int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_data,
                      const uint8_t* old_data, int64_t n, int64_t most, uint64_t* sums,
                      Threads threads, const std::function<Changes(int64_t)>& allocate);

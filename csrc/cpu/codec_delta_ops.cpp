@@ -226,7 +226,11 @@ void delta_write_op(Tensor out, const Tensor& strided_positions, const Tensor& s
     const int64_t* at = data<const int64_t>(positions);
     const T* from = data<const T>(values);
     T* to = data<T>(out);
-    for (int64_t i = 0; i < positions.numel(); ++i) to[at[i]] = from[i];
+    const int64_t n = positions.numel(), last = n - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      __builtin_prefetch(to + at[std::min(i + 48, last)], 1);
+      to[at[i]] = from[i];
+    }
   };
   switch (unit_of(out)) {
     case 1:

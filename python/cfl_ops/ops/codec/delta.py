@@ -433,16 +433,16 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
     ranks, numbers = [], []
     for part in delta.parts:
         assert part.gaps is not None
-        if part.count > n:
+        if part.changes > n:
             raise contradiction(op)
-        symbols = unpack_symbols(op, part.gaps, part.count)
+        symbols = unpack_symbols(op, part.gaps, part.changes)
         ranks.append(_good(op, *DELTA_POSITIONS(symbols, part.gaps.raw, n)))
-        numbers.append((unpack_symbols(op, part.values, part.count), part.values.raw))
+        numbers.append((unpack_symbols(op, part.values, part.changes), part.values.raw))
     if delta.classes is None:
         positions = ranks[0]
         return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], *how))
     classes = from_bytes(delta.classes, units.device)
-    counts = [part.count for part in delta.parts]
+    counts = [part.changes for part in delta.parts]
     places, order, info = DELTA_PLACES(units, classes, torch.cat(ranks), counts)
     _good(op, places, info)
     patched = [

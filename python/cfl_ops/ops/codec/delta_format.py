@@ -50,7 +50,7 @@ class Numbers(NamedTuple):
 class ClassPart(NamedTuple):
     """What changes among the elements of a class, or among all of them."""
 
-    count: int
+    changes: int
     """How many; 0 in a dense delta, where all are listed."""
     gaps: Numbers | None
     values: Numbers
@@ -156,7 +156,7 @@ def pack_delta(delta: Delta, device: torch.device) -> Tensor:
     coded: list[Tensor] = []
     for part in delta.parts:
         if part.gaps is not None:
-            table += pack_shape([part.count])
+            table += pack_shape([part.changes])
         for numbers in (part.gaps, part.values):
             if numbers is not None:
                 table += pack_shape([4 * numbers.symbols.numel() + numbers.coding, numbers.raw.numel()])
