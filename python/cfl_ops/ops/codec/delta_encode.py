@@ -47,7 +47,7 @@ from cfl_ops.ops.codec.sample import sampled
 
 _LOOK = 1 << 12
 """Values that XOR and difference are compared on; and elements that tell how well a tensor can be compressed."""
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 17
 """Elements whose contexts are counted."""
 _CLASS_BITS = 1400 << 16
 """What another class costs: two payloads' headers and code tables. In 2^-16 bits, as all costs of classes."""
@@ -202,10 +202,10 @@ class _Group(NamedTuple):
 
 def _count_contexts(units: Tensor) -> list[int]:
     """How many elements have each context, from a sample of long tensors."""
-    n, block = units.numel(), 4096
-    if n > _SAMPLE:
+    n, block = units.numel(), 512
+    if n >= 2 * _SAMPLE:
         every = n // _SAMPLE * block
-        units = torch.cat([units[i : i + block] for i in range(0, n, every)])
+        units = units[: n // every * every].view(-1, every)[:, :block].reshape(-1)
     counts: list[int] = torch.bincount(contexts(units), minlength=256).tolist()
     return [count * n // units.numel() for count in counts]
 
