@@ -433,7 +433,7 @@ Tensor quantize_encode_op(const Tensor& strided, const Tensor& minimum_in, const
                             read_float(dtype, maximum.data_ptr(), one_maximum ? 0 : g),
                             static_cast<int>(bits), &wide[g]);
   }
-  symbols.make = [&](int64_t begin, int64_t count, uint8_t* out) {
+  symbols.make = [&](int64_t begin, int64_t count, uint8_t* out, bool) {
     while (count > 0) {
       const int64_t g = begin / size, here = std::min(count, (g + 1) * size - begin);
       k->quantize(dtype, in + begin * element, here, &affine[g], wide[g], symbols.size, out);
@@ -452,7 +452,7 @@ Tensor quantize_encode_op(const Tensor& strided, const Tensor& minimum_in, const
     made = empty_cpu({symbols.n}, symbols.size == 1 ? ScalarType::Byte : ScalarType::UInt16);
     auto* data = static_cast<uint8_t*>(made.data_ptr());
     torch::stable::parallel_for(0, symbols.n, 1 << 15, [&](int64_t begin, int64_t end) {
-      symbols.make(begin, end - begin, data + begin * symbols.size);
+      symbols.make(begin, end - begin, data + begin * symbols.size, false);
     });
     symbols.data = data;
   }

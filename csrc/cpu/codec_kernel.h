@@ -53,6 +53,33 @@ struct Pending {
   int32_t stream;  // the output is too large for the caches: write past them
 };
 
+// The elements of a lossless blob as lanes, and what is done to a lane's bits before its bytes
+// become those of its planes: nothing; a rotation to the left, so that the exponent of a float
+// fills bytes; or, of float64, its exponent moved, so that one byte holds that of usual weights.
+enum class Cut : int32_t { kPlain = 0, kRotated = 1, kRebiased = 2 };
+constexpr int kMaxPlanes = 8;
+struct Lanes {
+  int32_t width = 1;  // bytes: 1, 2, 4 or 8
+  Cut cut = Cut::kPlain;
+};
+
+// Memory that will be read soon: its lines are asked for while others are worked on. No more than
+// advice: addresses behind its end do no harm.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;  // bytes from one demand to the next; 0: nothing is asked for
+};
+
+// Lanes whose planes are there, still to be put together.
+struct Joining {
+  const uint8_t* planes[kMaxPlanes];
+  int64_t n;
+  uint8_t* out;
+  Lanes lanes;
+  int32_t stream;  // the output is too large for the caches: write past them
+  Ahead ahead;     // what is read next, while the lanes are written
+};
+
 struct Kernel {
   // Decodes n symbols from bits [0, bit_count) at `bits` (kReadPad readable bytes follow them).
   // Returns the number of bits read, or -1 where the tree asks for more. `arena` has room for
@@ -64,9 +91,10 @@ struct Kernel {
                       uint16_t* arena, Pending* pending);
   // Writes the code of n symbols and returns its length in bits; all symbols have a code. `arena`
   // is as for decoding; `out` has room for n * (longest code) bits and kReadPad bytes.
-  int64_t (*encode8)(const Tree*, const uint8_t* symbols, int64_t n, uint8_t* out, uint8_t* arena);
+  int64_t (*encode8)(const Tree*, const uint8_t* symbols, int64_t n, uint8_t* out, uint8_t* arena,
+                     Ahead ahead);
   int64_t (*encode16)(const Tree*, const uint16_t* symbols, int64_t n, uint8_t* out,
-                      uint16_t* arena);
+                      uint16_t* arena, Ahead ahead);
   // The CRC-32 of ISO-HDLC (zlib's), continued from `crc` (0 at the start).
   uint32_t (*crc32)(uint32_t crc, const uint8_t* data, int64_t n);
   // Adds the counts of the symbols to counts[0..255], or spread over two tables for 16-bit ones.
@@ -81,6 +109,15 @@ struct Kernel {
                    void* symbols);
   // Writes all that is pending, and makes streamed stores visible to other threads.
   void (*dequantize)(Pending*, int symbol_size);
+  // Cuts n lanes into planes, that of the high bytes first; a null pointer is a plane not wanted.
+  void (*split)(const Lanes*, const uint8_t* w, int64_t n, uint8_t* const* planes);
+  // Copies bytes past the caches; join() or the end of a parallel region makes them visible.
+  void (*copy_past)(uint8_t* to, const uint8_t* from, int64_t n);
+  // Writes all lanes that are pending, and makes streamed stores visible to other threads.
+  void (*join)(Joining*);
+  // decode8, which on the way writes some of the lanes that are pending.
+  int64_t (*decode8_joining)(const Tree*, const uint8_t* bits, int64_t bit_count, int64_t n,
+                             uint8_t* out, uint8_t* arena, Joining* joining);
 };
 
 inline int64_t arena_size(const Tree& tree, int64_t n) { return (tree.depth + 2) * (n + 4 * kPad); }

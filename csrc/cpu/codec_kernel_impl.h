@@ -84,8 +84,13 @@ struct BitWriter {
   uint8_t* p;
   uint64_t acc;   // bits not yet written
   unsigned fill;  // how many, below 64
+  Ahead ahead;
 
   CFL_INLINE void put64(uint64_t v) {
+#if CFL_CODEC_ISA == 512
+    _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+    ahead.at += ahead.step;
+#endif
     store64(p, acc | v << fill);
     p += 8;
     acc = v >> 1 >> (63 - fill);
@@ -391,8 +396,9 @@ void to_ranks(const Tree* tree, const uint16_t* symbols, int64_t n, uint16_t* ra
 }
 
 template <class T>
-int64_t encode(const Tree* tree, const T* symbols, int64_t n, uint8_t* out, T* arena) {
-  BitWriter writer = {out, 0, 0};
+int64_t encode(const Tree* tree, const T* symbols, int64_t n, uint8_t* out, T* arena, Ahead ahead) {
+  if (!ahead.at) ahead = {reinterpret_cast<const uint8_t*>(symbols), 0};
+  BitWriter writer = {out, 0, 0, ahead};
   to_ranks(tree, symbols, n, arena);
   encode_node(tree, 0, 0, tree->symbols, writer, arena, n, arena + padded(n));
   store64(writer.p, writer.acc);
@@ -1149,6 +1155,8 @@ void leaf(const uint8_t* base, int64_t pos, int64_t n, const Node& node, const u
   leaf_scalar(base, pos, n, k, table, out);
 }
 
+#include "cpu/codec_planes_impl.h"
+
 // ---- decoding: the tree
 // --------------------------------------------------------------------------
 
@@ -1250,9 +1258,37 @@ int64_t decode(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t
   return decode_with(tree, bits, bit_count, n, out, arena, none);
 }
 
-constexpr Kernel kKernel = {decode<uint8_t>, decode<uint16_t>, encode<uint8_t>, encode<uint16_t>,
-                            crc32,           histogram8,       histogram16,     max16,
-                            range,           quantize,         dequantize};
+int64_t decode8_joining(const Tree* tree, const uint8_t* bits, int64_t bit_count, int64_t n,
+                        uint8_t* out, uint8_t* arena, Joining* joining) {
+#if CFL_CODEC_ISA == 512
+  const int width = joining->lanes.width;
+  if (joining->n > 0 && (width == 2 || width == 4)) {
+    int64_t read = -1;
+    auto decoding = [&](auto& joiner) {
+      read = decode_with(tree, bits, bit_count, n, out, arena, joiner);
+    };
+    const bool plain = joining->lanes.cut == Cut::kPlain;
+    if (width == 2 && plain) with_joiner<2, Cut::kPlain>(*joining, decoding);
+    if (width == 2 && !plain) with_joiner<2, Cut::kRotated>(*joining, decoding);
+    if (width == 4 && plain) with_joiner<4, Cut::kPlain>(*joining, decoding);
+    if (width == 4 && !plain) with_joiner<4, Cut::kRotated>(*joining, decoding);
+    return read;
+  }
+#else
+  (void)joining;
+#endif
+  NoWeights none;
+  return decode_with(tree, bits, bit_count, n, out, arena, none);
+}
+
+constexpr Kernel kKernel = {decode<uint8_t>, decode<uint16_t>,
+                            encode<uint8_t>, encode<uint16_t>,
+                            crc32,           histogram8,
+                            histogram16,     max16,
+                            range,           quantize,
+                            dequantize,      split,
+                            copy_past,       join,
+                            decode8_joining};
 
 }  // namespace
 }  // namespace cfl::codec

@@ -6,43 +6,13 @@
 #include <limits>
 #include <thread>
 
-#include "cpu/kept_memory.h"
+#include "cpu/codec_work.h"
 
 namespace cfl::codec {
 namespace {
 
-template <class T>
-T load(const uint8_t* p) {
-  T v;
-  std::memcpy(&v, p, sizeof(T));
-  return v;
-}
-template <class T>
-void store(uint8_t* p, T v) {
-  std::memcpy(p, &v, sizeof(T));
-}
-
 constexpr char kMagic[4] = {'C', 'F', 'L', 'H'};
 constexpr uint8_t kVersion = 1, kPivotLayout = 1;
-
-// Memory for a call, of which a thread keeps up to kKept bytes for its next one.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) { kept().get<uint8_t>(static_cast<size_t>(bytes)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { kept().trim(kKept); }
-  uint8_t* data() const { return static_cast<uint8_t*>(kept().data()); }
-
- private:
-  static constexpr size_t kKept = 32 << 20;
-  static cpu::KeptMemory& kept() {
-    static thread_local cpu::KeptMemory memory;
-    return memory;
-  }
-};
-
-int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Waiting for another thread for about the `turns`-th time: at first without giving the core away,
 // which may cost milliseconds where other processes want it, a hundred times what a chunk takes.
@@ -54,19 +24,6 @@ void relax(int turns) {
   } else {
     std::this_thread::yield();
   }
-}
-
-// Calls task(t) for t in [0, count), on as many threads.
-void run_tasks(Threads threads, int64_t count, const std::function<void(int64_t)>& task) {
-  if (count <= 1 || !threads.parallel_for) {
-    for (int64_t t = 0; t < count; ++t) task(t);
-    return;
-  }
-  auto run = [](int64_t begin, int64_t end, void* context) {
-    const auto& call = *static_cast<const std::function<void(int64_t)>*>(context);
-    for (int64_t t = begin; t < end; ++t) call(t);
-  };
-  threads.parallel_for(0, count, 1, run, const_cast<std::function<void(int64_t)>*>(&task));
 }
 
 // ---- code table
@@ -340,7 +297,7 @@ std::vector<uint64_t> sample_counts(const Symbols& symbols, const Kernel* kernel
       const int64_t count = std::min(std::min(together, last - block) * kBlock, n - begin);
       const uint8_t* data = symbols.data + begin * symbols.size;
       if (!symbols.data) {
-        symbols.make(begin, count, made);
+        symbols.make(begin, count, made, false);
         data = made;
       }
       if (symbols.size == 1) {
@@ -528,18 +485,20 @@ int64_t encode_payload(const Symbols& symbols, const int64_t* shape, int64_t ndi
         const int64_t count = std::min(chunk, n - c * chunk);
         const uint8_t* from = symbols.data + c * chunk * symbols.size;
         if (!symbols.data) {
-          symbols.make(c * chunk, count, work + arena);
+          symbols.make(c * chunk, count, work + arena, true);
           from = work + arena;
         }
         // One thread alone writes in place, but for the last chunks, whose longest code words
         // might not fit.
         const bool direct = tasks == 1 && limit - end >= slot;
         uint8_t* const buffer = direct ? end.load() : scratch.data() + last % most * slot;
+        Ahead ahead = {};
+        if (symbols.ahead && (c + tasks) * chunk < n) ahead = symbols.ahead((c + tasks) * chunk);
         const int64_t length =
             symbols.size == 1
-                ? kernel->encode8(&code.tree(), from, count, buffer, work)
+                ? kernel->encode8(&code.tree(), from, count, buffer, work, ahead)
                 : kernel->encode16(&code.tree(), reinterpret_cast<const uint16_t*>(from), count,
-                                   buffer, reinterpret_cast<uint16_t*>(work));
+                                   buffer, reinterpret_cast<uint16_t*>(work), ahead);
         const int64_t bytes = (length + 7) / 8;
         queue[last++ % most] = {c, bytes, buffer, kernel->crc32(0, buffer, bytes)};
       }

@@ -96,10 +96,13 @@ struct Symbols {
   int size = 1;  // bytes of a symbol
   int64_t n = 0;
   const uint8_t* data = nullptr;
-  // Without data: writes symbols [begin, begin + count) to `out`, and is thread-safe; and the
-  // largest of all symbols.
-  std::function<void(int64_t begin, int64_t count, uint8_t* out)> make;
+  // Without data: writes symbols [begin, begin + count) to `out`, and is thread-safe; `encoded`
+  // says whether a whole chunk is about to be encoded, or some are only counted. And the largest of
+  // all symbols.
+  std::function<void(int64_t begin, int64_t count, uint8_t* out, bool encoded)> make;
   int64_t largest = 0;
+  // What making or encoding the chunk at `begin` will read, if that is known.
+  std::function<Ahead(int64_t begin)> ahead;
 };
 
 // Every how many blocks of 4,096 symbols one is counted to find the code: 1 for all of them where

@@ -6,7 +6,8 @@
 //   bits 0-1  instruction set; bit 2  repair length and checksums, so that mutations reach the code
 //   table and the bits behind them; bit 3  decode a slice to float32; bit 4  instead encode the
 //   rest as symbols and demand them back, then flip one bit of the payload and demand an error;
-//   bit 5  weights share a range beyond their chunk.
+//   bit 5  weights share a range beyond their chunk; bit 6  a lossless blob instead of a payload,
+//   where bits 0-2 and 4 mean the same, and bit 3 a slice.
 //
 // With clang this is a libFuzzer target. Without it (CFL_FUZZ_STANDALONE), main() mutates valid
 // payloads.
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/codec_lossless.h"
 #include "cpu/codec_payload.h"
 
 namespace {
@@ -55,6 +57,21 @@ std::vector<uint8_t> encode(const void* symbols, int symbol_size, int64_t n, int
   return out;
 }
 
+// Makes the checksum of the header fit what it says.
+void repair_checksum(std::vector<uint8_t>* payload, const Kernel* kernel) {
+  uint8_t* p = payload->data();
+  const uint64_t size = payload->size();
+  if (size < static_cast<uint64_t>(kHeaderBytes) || p[7] > kMaxChunkLog2) return;
+  const uint64_t numel = load<uint64_t>(p + 8) % (1 << 20);
+  const uint64_t chunks = (numel + (1ull << p[7]) - 1) >> p[7];
+  const uint64_t head =
+      kHeaderBytes + 8ull * load<uint32_t>(p + 28) + load<uint32_t>(p + 32) + 8 * chunks;
+  if (head > size) return;
+  const uint32_t crc = kernel->crc32(kernel->crc32(0, p, kHeaderBytes - 4), p + kHeaderBytes,
+                                     static_cast<int64_t>(head) - kHeaderBytes);
+  store<uint32_t>(p + kHeaderBytes - 4, crc);
+}
+
 // Makes length and checksums fit what the bytes say, where there is room for that.
 void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
   uint8_t* p = payload->data();
@@ -62,7 +79,7 @@ void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
   if (size < static_cast<uint64_t>(kHeaderBytes)) return;
   std::memcpy(p, "CFLH\x01\x01", 6);
   p[6] = static_cast<uint8_t>(1 + p[6] % 2);
-  p[7] = static_cast<uint8_t>(kMinChunkLog2 + p[7] % 4);
+  if (p[7] != 15) p[7] = static_cast<uint8_t>(kMinChunkLog2 + p[7] % 4);
   store<uint64_t>(p + 16, size);
   const uint64_t numel = load<uint64_t>(p + 8) % (1 << 16);
   store<uint64_t>(p + 8, numel);
@@ -82,9 +99,7 @@ void repair(std::vector<uint8_t>* payload, const Kernel* kernel) {
     store<uint32_t>(entry + 4, kernel->crc32(0, p + at, static_cast<int64_t>(bytes)));
     at += bytes;
   }
-  const uint32_t crc = kernel->crc32(kernel->crc32(0, p, kHeaderBytes - 4), p + kHeaderBytes,
-                                     static_cast<int64_t>(head) - kHeaderBytes);
-  store<uint32_t>(p + kHeaderBytes - 4, crc);
+  repair_checksum(payload, kernel);
 }
 
 void decode(const std::vector<uint8_t>& payload, bool to_float, int64_t group_size,
@@ -129,12 +144,149 @@ void round_trip(const uint8_t* data, int64_t size, const Kernel* kernel) {
   if (read() == kGood && n > 0) fail("a flipped bit went unseen");
 }
 
+// ---- lossless blobs
+// -----------------------------------------------------------------------------------
+
+std::vector<uint8_t> encode_blob(const uint8_t* data, int dtype, int64_t numel,
+                                 const Kernel* kernel) {
+  std::vector<uint8_t> out;
+  const int64_t size =
+      encode_lossless(data, dtype, {numel}, kernel, {}, [&](int64_t bytes, int64_t kept) {
+        if (kept > static_cast<int64_t>(out.size()) || bytes < kept) fail("lost what was written");
+        // Exactly as large as asked for, so that the sanitizer sees a write behind its end.
+        std::vector<uint8_t> larger(static_cast<size_t>(bytes));
+        std::copy_n(out.begin(), kept, larger.begin());
+        out = std::move(larger);
+        return out.data();
+      });
+  out.resize(static_cast<size_t>(size));
+  return out;
+}
+
+// Makes lengths and checksums fit what the bytes say, as far as there is room for that.
+void repair_blob(std::vector<uint8_t>* blob, const Kernel* kernel) {
+  constexpr int64_t kFixed = 56;
+  uint8_t* b = blob->data();
+  const int64_t size = static_cast<int64_t>(blob->size());
+  if (size < kFixed) return;
+  std::memcpy(b, "CFLC\x03\x03", 6);
+  b[6] = static_cast<uint8_t>(b[6] % kDtypes);
+  b[7] = 15;
+  store<uint64_t>(b + 8, static_cast<uint64_t>(size));
+  const Element element = element_of(b[6]);
+  const int64_t numel = 1 + static_cast<int64_t>(load<uint64_t>(b + 16) % (1 << 17));
+  store<uint64_t>(b + 16, static_cast<uint64_t>(numel));
+  std::memset(b + 32, 0, 16);
+  const uint32_t ndim = load<uint32_t>(b + 48) % 3;
+  store<uint32_t>(b + 48, ndim);
+  int64_t at = kFixed;
+  auto seal = [&] {
+    store<uint64_t>(b + 24, static_cast<uint64_t>(at - kFixed));
+    const uint32_t crc = kernel->crc32(0, b, kFixed - 4);
+    store<uint32_t>(b + kFixed - 4, kernel->crc32(crc, b + kFixed, at - kFixed));
+  };
+  for (uint32_t d = 0; d < ndim; ++d) {
+    while (at < size && b[at] >= 128) ++at;
+    at = std::min(at + 1, size);
+  }
+  const int64_t n = numel * element.per, chunk = kLosslessChunk, chunks = (n + chunk - 1) / chunk;
+  std::vector<int64_t> stored(static_cast<size_t>(chunks), 0);
+  int64_t tables = 0, in_store = 0;
+  for (int p = 0; p < element.lanes.width; ++p) {
+    if (at + 1 + chunks > size) return seal();
+    const uint8_t count = b[at] = static_cast<uint8_t>(b[at] % (kMaxTables + 1));
+    uint8_t* map = b + ++at;
+    for (int64_t c = 0; c < chunks; ++c) {
+      if (count) map[c] = static_cast<uint8_t>(map[c] % (count + 1));
+      if (count && map[c]) continue;
+      stored[static_cast<size_t>(c)] += std::min(chunk, n - c * chunk);
+    }
+    if (count) at += chunks;
+    tables += count;
+  }
+  uint8_t* sizes = b + at;
+  at += 8 * tables + 4 * chunks;
+  for (int64_t bytes : stored) in_store += bytes;
+  if (at > size || in_store > size - at) {
+    at = std::min(at, size);
+    return seal();
+  }
+  int64_t payload = at + in_store;
+  for (int64_t t = 0; t < tables; ++t) {
+    const int64_t left = size - payload;
+    const auto asked = std::min(load<uint64_t>(sizes + 8 * t), static_cast<uint64_t>(left));
+    const int64_t bytes = t + 1 == tables ? left : static_cast<int64_t>(asked);
+    store<uint64_t>(sizes + 8 * t, static_cast<uint64_t>(bytes));
+    std::vector<uint8_t> inner(b + payload, b + payload + bytes);
+    repair(&inner, kernel);
+    if (bytes > 7) inner[7] = 15;
+    repair_checksum(&inner, kernel);
+    std::copy(inner.begin(), inner.end(), b + payload);
+    payload += bytes;
+  }
+  for (int64_t c = 0, from = at; c < chunks; ++c) {
+    const int64_t bytes = stored[static_cast<size_t>(c)];
+    store<uint32_t>(sizes + 8 * tables + 4 * c, kernel->crc32(0, b + from, bytes));
+    from += bytes;
+  }
+  seal();
+}
+
+void decode_blob(const std::vector<uint8_t>& blob, bool slice, const Kernel* kernel) {
+  Lossless head;
+  const int64_t size = static_cast<int64_t>(blob.size());
+  if (parse_lossless(blob.data(), size, &head, kernel) != kGood) return;
+  if (head.n > size * kLosslessChunk) fail("more lanes than the bytes back");
+  if (head.n > 1 << 20) return;
+  const int64_t start = slice ? head.numel / 3 : 0, count = head.numel - start - (slice ? 1 : 0);
+  if (count < 0) return;
+  std::vector<uint8_t> out(static_cast<size_t>(count * head.element.size()));
+  decode_lossless(blob.data(), size, start, count, out.data(), kernel, {});
+}
+
+void round_trip_blob(const uint8_t* data, int64_t size, const Kernel* kernel) {
+  if (size < 4) return;
+  const int dtype = data[0] % kDtypes;
+  const int64_t element = element_of(dtype).size(), flip = load<uint16_t>(data + 1);
+  // Some are repeated, to more than a chunk.
+  std::vector<uint8_t> bytes(data + 4, data + size);
+  if (data[3] % 8 == 0 && !bytes.empty()) {
+    while (static_cast<int64_t>(bytes.size()) < 40000 * element) {
+      bytes.insert(bytes.end(), data + 4, data + size);
+      for (size_t i = bytes.size(); i-- > bytes.size() - std::min<size_t>(bytes.size(), 16);) {
+        bytes[i] ^= data[3];
+      }
+    }
+  }
+  const int64_t numel = static_cast<int64_t>(bytes.size()) / element;
+  if (numel == 0) return;
+  bytes.resize(static_cast<size_t>(numel * element));
+  std::vector<uint8_t> blob = encode_blob(bytes.data(), dtype, numel, kernel), out(bytes.size());
+  if (blob.empty()) return;
+  if (blob.size() >= bytes.size() + 64) fail("a blob larger than the bytes as they are");
+  const int64_t coded = static_cast<int64_t>(blob.size());
+  auto read = [&] { return decode_lossless(blob.data(), coded, 0, numel, out.data(), kernel, {}); };
+  if (read() != kGood || out != bytes) fail("the elements did not come back");
+  blob[static_cast<size_t>(flip / 8 % coded)] ^= static_cast<uint8_t>(1 << flip % 8);
+  if (read() == kGood) fail("a flipped bit went unseen");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 1) return 0;
   const int mode = data[0];
   const Kernel* kernel = kernel_at_most(mode & 3);
+  if (mode & 64) {
+    if (mode & 16) {
+      round_trip_blob(data + 1, static_cast<int64_t>(size) - 1, kernel);
+      return 0;
+    }
+    std::vector<uint8_t> blob(data + 1, data + size);
+    if (mode & 4) repair_blob(&blob, kernel);
+    decode_blob(blob, mode & 8, kernel);
+    return 0;
+  }
   if (mode & 16) {
     round_trip(data + 1, static_cast<int64_t>(size) - 1, kernel);
     return 0;
@@ -164,15 +316,27 @@ int main(int argc, char** argv) {
       symbols[i] = static_cast<uint8_t>(
           i % symbol_size ? random() % 4 : random() % spread * (random() % spread) / spread);
     }
-    std::vector<uint8_t> input =
-        encode(symbols.data(), symbol_size, n, kMinChunkLog2, kernel_at_most(0));
+    const bool lossless = random() % 2 == 0;
+    std::vector<uint8_t> input;
+    if (lossless && random() % 4 != 0) {
+      const int dtype = static_cast<int>(random() % kDtypes);
+      const int64_t element = element_of(dtype).size();
+      const int64_t numel = static_cast<int64_t>(symbols.size()) / element;
+      if (numel > 0) input = encode_blob(symbols.data(), dtype, numel, kernel_at_most(0));
+    }
+    if (input.empty()) {
+      input = lossless ? symbols
+                       : encode(symbols.data(), symbol_size, n, kMinChunkLog2, kernel_at_most(0));
+    }
+    if (input.empty()) input.push_back(0);
     for (uint64_t edits = random() % 8; edits > 0; --edits) {
       input[random() % input.size()] = static_cast<uint8_t>(random());
     }
     if (random() % 4 == 0) input.resize(random() % (input.size() + 1));
-    input.insert(input.begin(), static_cast<uint8_t>(random() % 32));
+    input.insert(input.begin(), static_cast<uint8_t>(random() % 32 + (lossless ? 64 : 0)));
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
-  std::printf("codec_fuzz: %lld mutated payloads, no failure\n", static_cast<long long>(runs));
+  std::printf("codec_fuzz: %lld mutated payloads and blobs, no failure\n",
+              static_cast<long long>(runs));
 }
 #endif

@@ -36,12 +36,14 @@ compile() {  # source, extra flags
   object="$build/$(basename "$1" .cpp).o"
   objects+=("$object")
   # shellcheck disable=SC2086
-  if [ ! "$object" -nt "$1" ] || [ csrc/cpu/codec_kernel_impl.h -nt "$object" ]; then
+  if [ ! "$object" -nt "$1" ] || [ -n "$(find csrc/cpu -name 'codec_*.h' -newer "$object")" ]; then
     $compiler $flags $sanitize $2 -c "$1" -o "$object"
   fi
 }
 compile "csrc/fuzz/${target}_fuzz.cpp" ""
 compile csrc/cpu/codec_payload.cpp ""
+compile csrc/cpu/codec_lossless.cpp ""
+compile csrc/cpu/codec_tables.cpp ""
 compile csrc/cpu/codec_kernel_generic.cpp ""
 compile csrc/cpu/codec_kernel_avx2.cpp "$avx2"
 compile csrc/cpu/codec_kernel_avx512.cpp "$avx512"
@@ -59,9 +61,14 @@ fi
 if [ "$target" = delta ]; then  # it finds its own way: nothing is behind a checksum
   exec "$build/delta_fuzz" -runs="$runs" -max_len=3000 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 "$corpus"
 fi
-# Seeds: the golden payloads, plain and with repaired checksums.
+# Seeds: the golden payloads and lossless blobs, plain and with repaired checksums.
 for golden in tests/data/huffman_*.bin; do
   for mode in '\002' '\006' '\016' '\022' '\005' '\004' '\056'; do
+    { printf "$mode"; cat "$golden"; } >"$build/corpus/seed_$(basename "$golden" .bin)_${mode#?}"
+  done
+done
+for golden in tests/data/lossless_*.bin; do
+  for mode in '\102' '\106' '\116' '\122' '\105' '\104'; do
     { printf "$mode"; cat "$golden"; } >"$build/corpus/seed_$(basename "$golden" .bin)_${mode#?}"
   done
 done

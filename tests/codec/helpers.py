@@ -86,3 +86,36 @@ def golden_blobs() -> dict[str, tuple[Tensor, dict[str, Any]]]:
         "blob_outliers.bin": (spoiled, {}),
         "blob_zero.bin": (pruned, {"zero": "exact", "per": "row", "bits": 8}),
     }
+
+
+def lossless_sample(dtype: torch.dtype, n: int) -> Tensor:
+    """n weights of any dtype that the format knows: normal, of a scale that grows from chunk to chunk."""
+    generator = torch.Generator().manual_seed(n)
+    w = torch.randn(2 * n, generator=generator, dtype=torch.float64) * 0.02
+    w *= (1 + torch.arange(2 * n) // 65_536).to(torch.float64)
+    if dtype.is_complex:
+        part = {torch.complex32: torch.float16, torch.complex64: torch.float32}.get(dtype, torch.float64)
+        return w.to(part).view(dtype)
+    if dtype == torch.bool:
+        return w[:n] > 0.03
+    return (w[:n] if dtype.is_floating_point else (w[:n] * 300).to(torch.int64)).to(dtype)
+
+
+def golden_lossless() -> dict[str, Tensor]:
+    """The tensors of the lossless files of tests/data."""
+    w = golden_weights(torch.float64)
+    chunk = 1 << 15
+    steps = torch.full((2 * chunk + 100,), 3, dtype=torch.int16)
+    steps[chunk : 2 * chunk] = -200
+    steps[2 * chunk :] = golden_symbols(100, 30_000).to(torch.int16)
+    return {
+        "lossless_bfloat16.bin": w.to(torch.bfloat16),
+        "lossless_float16.bin": w.to(torch.float16),
+        "lossless_float32.bin": w.to(torch.float32),
+        "lossless_float64.bin": w / 3,
+        "lossless_float8.bin": w.to(torch.float8_e4m3fn),
+        "lossless_complex64.bin": torch.complex(w.float(), w.float().flip(0)),
+        "lossless_int64.bin": golden_symbols(500, 900).to(torch.int64).view(5, 100) - 300,
+        "lossless_two_tables.bin": steps,
+        "lossless_deep_raw.bin": golden_symbols(6, 250).to(torch.uint8).view((1,) * 14 + (2, 3)),
+    }

@@ -9,7 +9,7 @@ import cfl_ops
 import torch
 from cfl_ops.ops.codec.reference.header import as_bytes
 
-from tests.codec.helpers import DATA, FLOATS, golden_blobs, golden_weights
+from tests.codec.helpers import DATA, FLOATS, golden_blobs, golden_lossless, golden_weights
 from tests.codec.test_huffman import GOLDEN
 
 if __name__ == "__main__":
@@ -23,3 +23,5 @@ if __name__ == "__main__":
     cfl_ops.save_file(state, DATA / "state.cflz", bits=7)
     for name, (w, options) in golden_blobs().items():
         Path(DATA / name).write_bytes(as_bytes(cfl_ops.compress(w, **options)))
+    for name, w in golden_lossless().items():
+        Path(DATA / name).write_bytes(as_bytes(cfl_ops.compress(w, lossless=True)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from cfl_ops.ops.codec import planes
 from cfl_ops.ops.codec.blob import DECOMPRESS, QUANTIZE_ENCODE
 from cfl_ops.ops.codec.codes import BAD_LENGTH
 from cfl_ops.ops.codec.huffman import HUFFMAN_DECODE, HUFFMAN_ENCODE, PAYLOAD_HEADER
+from cfl_ops.ops.codec.lossless import LOSSLESS_DECODE, LOSSLESS_ENCODE
 from cfl_ops.ops.codec.quantize import DEQUANTIZE, QUANTIZE, WEIGHT_RANGE
 from cfl_ops.ops.codec.reference import payload as reference
 from torch import Tensor
@@ -142,6 +144,23 @@ def _decompress_oracle(payload, low, high, bits, group_size, out, start):
     return low.double()[group] + t * (high.double() - low.double())[group], torch.tensor(0)
 
 
+def _lossless_bytes(n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return (torch.randn(n, generator=generator) * 0.02).to(torch.bfloat16).view(torch.uint8)
+
+
+def _lossless_decode_case(start: int, count: int):
+    def make(dtype: torch.dtype):
+        blob = planes.encode(_lossless_bytes(1200), 1, [12, 100])
+        return [blob, torch.zeros(2 * count, dtype=torch.uint8), start]
+
+    return make
+
+
+def _lossless_decode_oracle(blob: Tensor, out: Tensor, start: int):
+    return _lossless_bytes(1200)[2 * start :][: out.numel()], torch.tensor(0)
+
+
 ONCE = (torch.float32,)
 NO_VMAP = frozenset({"no vmap"})
 
@@ -252,5 +271,31 @@ SPECS = [
         mutates=(5,),
         tags=NO_VMAP,
     ),
+<<<<<<< HEAD
     *samples_delta.SPECS,
+=======
+    OpSpec(
+        LOSSLESS_ENCODE,
+        [
+            Case("bfloat16", lambda dtype: [_lossless_bytes(1200), 1, [12, 100]], dtypes=ONCE),
+            Case("no gain", lambda dtype: [_lossless_bytes(20), 1, [20]], dtypes=ONCE),
+            Case("empty", lambda dtype: [_lossless_bytes(0), 1, [3, 0]], dtypes=ONCE),
+        ],
+        lambda data, dtype, shape: (planes.encode(data, dtype, shape),),
+        lambda *args: (0,),
+        tags=NO_VMAP,
+    ),
+    OpSpec(
+        LOSSLESS_DECODE,
+        [
+            Case("all", _lossless_decode_case(0, 1200), dtypes=ONCE),
+            Case("slice", _lossless_decode_case(200, 700), dtypes=ONCE),
+            Case("nothing", _lossless_decode_case(1200, 0), dtypes=ONCE),
+        ],
+        _lossless_decode_oracle,
+        lambda *args: (0, 0),
+        mutates=(1,),
+        tags=NO_VMAP,
+    ),
+>>>>>>> i18-lossless
 ]

@@ -238,6 +238,7 @@ CALLS: dict[str, list[Call]] = {
         Call(cfl_ops.compress, w=WEIGHTS, floor=5.0, probe_bits=3, fraction=0.5),
         Call(cfl_ops.compress, w=WEIGHTS, bits=4, per="block", block_size=16),
         Call(cfl_ops.compress, w=WEIGHTS, floor=1.0, max_error=0.01, zero="exact"),
+        Call(cfl_ops.compress, w=WEIGHTS, lossless=True),
     ],
     "compress_delta": [Call(cfl_ops.compress_delta, new=STEPPED, old=WEIGHTS)],
     "apply_delta": [Call(cfl_ops.apply_delta, old=WEIGHTS, delta=DELTA)],

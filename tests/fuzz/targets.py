@@ -245,7 +245,7 @@ def _public() -> list[Target]:
         ("dequantize", dequantize, {**quantized._asdict(), "histogram": 0}, ()),
         ("compress", cfl_ops.compress, {"w": values, "floor": 6.0, "probe_bits": 4, "bits": None, "fraction": 0.03,
                                         "per": "tensor", "block_size": None, "nonfinite": "refuse", "max_error": 0.02,
-                                        "zero": "centre"}, ()),
+                                        "zero": "centre", "lossless": False}, ()),
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": None, "start": None, "stop": None}, ("out",)),
         ("decompress", cfl_ops.decompress, {"blob": blob, "out": torch.zeros(3, 400), "start": None, "stop": None},
          ("out",)),

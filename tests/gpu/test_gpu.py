@@ -343,6 +343,24 @@ def test_cpu_and_gpu_read_each_others_blobs(dtype, options, gpu_backend) -> None
         assert torch.equal(cfl_ops.decompress(blob.to(DEVICE)).cpu(), want), "other weights than the CPU's"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16])
+def test_cpu_and_gpu_read_each_others_lossless_blobs(dtype, gpu_backend) -> None:
+    served("huffman_encode", gpu_backend)
+    w = (torch.randn(300, 1001) * 50).to(dtype)
+    with cfl_ops.config.use_backend(None):
+        blob = cfl_ops.compress(w, lossless=True)
+    with naming("compress lossless", w):
+        assert torch.equal(cfl_ops.compress(w.to(DEVICE), lossless=True).cpu(), blob), (
+            "other bytes than the CPU's"
+        )
+        got = cfl_ops.decompress(blob.to(DEVICE), start=1001, stop=200_000)
+        assert torch.equal(got.cpu(), w.flatten()[1001:200_000]), "other weights"
+        damaged = blob.to(DEVICE)
+        damaged[len(damaged) // 2] ^= 1
+        with pytest.raises(cfl_ops.CorruptDataError):
+            cfl_ops.decompress(damaged)
+
+
 def test_quantize_is_captured_in_a_cuda_graph() -> None:
     w = torch.randn(7, 5000).to(DEVICE)
     with naming("quantize_ex", w):

@@ -136,6 +136,9 @@ def compress(
         True
         >>> bool((cfl_ops.decompress(blob) - w).abs().max() <= (w.max() - w.min()) / 2**8 * 1.001)
         True
+        >>> blob = cfl_ops.compress(w.bfloat16(), lossless=True)
+        >>> len(blob) < 0.7 * w.numel() * 2, torch.equal(cfl_ops.decompress(blob), w.bfloat16())
+        (True, True)
 
     """
     options = Options(floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
@@ -344,7 +347,7 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
     _check_dtype(op, name, w)
     check_shape(op, name, w, 2**63 - 1)
     data = _raw_bytes(w)
-    host = memory_of(data.cpu())
+    host = memory_of(data)
     if w.ndim <= MOST_RAW_DIMS:
         version, shape, table_bytes = 1, struct.pack(f"<{w.ndim}Q", *w.shape), 0
     else:

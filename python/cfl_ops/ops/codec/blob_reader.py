@@ -94,7 +94,7 @@ def parse_blob(op: str, blob: Tensor, look: bool = True) -> Blob:
         shape = _raw_shape(op, table, ndim, version)
         if not codes.shape_fits(shape) or math.prod(shape) * element != groups:
             raise contradiction(op)
-        if look and zlib.crc32(as_bytes(data)) != last:
+        if look and zlib.crc32(memory_of(data)) != last:
             raise corrupt(op, "the data of the blob are damaged (checksum)")
         if look and dtype == torch.bool and bool((data > 1).any()):
             raise corrupt(op, "the data of the blob are neither true nor false")
@@ -178,7 +178,7 @@ def lossless_head(op: str, blob: Tensor, near: Tensor) -> Lossless:
     """Of a lossless blob, of which ``near`` are first bytes on the host; raises CorruptDataError."""
     size = blob.numel()
     try:
-        first = memory_of(near[: prefix(size)].contiguous())
+        first = memory_of(near[: prefix(size)])
         try:
             return parse_lossless(first, size)
         except Corrupt as error:

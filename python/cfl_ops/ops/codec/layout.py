@@ -69,7 +69,7 @@ def pack_shape(shape: Sequence[int]) -> bytes:
     return bytes(out)
 
 
-def unpack_shape(raw: bytes, ndim: int) -> tuple[tuple[int, ...], int]:
+def unpack_shape(raw: bytes | memoryview[int], ndim: int) -> tuple[tuple[int, ...], int]:
     """The extents, and how many bytes they take; raises Corrupt for what pack_shape does not write."""
     shape, at = [], 0
     for _ in range(ndim):
@@ -103,7 +103,7 @@ class Lossless(NamedTuple):
     sizes: list[list[int]]
     """Bytes of the payload of each table of each plane."""
     checksums: list[int]
-    """Of each stored piece: of the planes of the first chunk, of the second, and so on."""
+    """Of the stored pieces of each chunk, which lie one after the other."""
     head: int
     """Bytes before the first stored piece."""
     stored: int
@@ -115,7 +115,7 @@ class Lossless(NamedTuple):
         return self.numel * lanes(self.code).per
 
 
-def parse_lossless(raw: bytes, size: int) -> Lossless:
+def parse_lossless(raw: bytes | memoryview[int], size: int) -> Lossless:
     """Read and check it from the first bytes of a blob of ``size``; Corrupt(-n): its head has n bytes."""
     if size < BLOB_BYTES:
         raise Corrupt(codes.TOO_SHORT)
@@ -167,7 +167,7 @@ def parse_lossless(raw: bytes, size: int) -> Lossless:
     pieces = sum(chosen.count(0) for chosen in maps)
     short = sum(chosen[-1] == 0 for chosen in maps)
     stored = pieces * CHUNK - short * (chunks * CHUNK - n)
-    if len(rest) != at + 4 * pieces or head + stored + sum(map(sum, sizes)) != size:
+    if len(rest) != at + 4 * chunks or head + stored + sum(map(sum, sizes)) != size:
         raise Corrupt(codes.BAD_HEADER)
-    checksums = list(struct.unpack_from(f"<{pieces}I", rest, at))
+    checksums = list(struct.unpack_from(f"<{chunks}I", rest, at))
     return Lossless(code, shape, numel, maps, sizes, checksums, head, stored)

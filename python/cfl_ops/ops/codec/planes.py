@@ -18,7 +18,7 @@ from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import HUFFMAN_DECODE, HUFFMAN_ENCODE
 from cfl_ops.ops.codec.layout import BLOB, BLOB_BYTES, CHUNK, CHUNK_LOG2, Lanes, Lossless
 from cfl_ops.ops.codec.reference import header
-from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, prefix
+from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, memory_of, prefix
 from cfl_ops.ops.codec.reference.tables import choose, look_counts
 
 _BIAS = 2048 - 1023 + 192
@@ -89,6 +89,7 @@ def encode(data: Tensor, code: int, shape: Sequence[int]) -> Tensor:
     if not payloads:
         return nothing
     table += struct.pack(f"<{len(payloads)}Q", *(payload.numel() for payload in payloads))
+    sizes = [chosen_sizes(maps, c, n) for c in range(chunks)]
     stored = [
         plane[c * CHUNK : (c + 1) * CHUNK]
         for c in range(chunks)
@@ -96,8 +97,7 @@ def encode(data: Tensor, code: int, shape: Sequence[int]) -> Tensor:
         if chosen[c] == 0
     ]
     kept = torch.cat(stored) if stored else nothing
-    checks = checksums(kept, [part.numel() for part in stored])
-    table += struct.pack(f"<{len(checks)}I", *checks)
+    table += struct.pack(f"<{chunks}I", *checksums(kept, sizes))
     total = BLOB_BYTES + len(table) + kept.numel() + sum(payload.numel() for payload in payloads)
     if total >= raw_bytes(data.numel(), shape):
         return nothing
@@ -155,28 +155,24 @@ def decode(blob: Tensor, parsed: Lossless, start: int, count: int) -> Tensor:
 def _take_stored(blob: Tensor, parsed: Lossless, first: int, last: int, planes: list[Tensor]) -> int:
     """Copy the stored pieces of some chunks to their planes; returns 0, or the code of the first damaged chunk."""
     n = parsed.lanes
-    number = at = 0
-    where, sizes = [], []
-    begin = 0
-    for c in range(last + 1):
-        size = min(CHUNK, n - c * CHUNK)
-        for p, chosen in enumerate(parsed.maps):
-            if chosen[c]:
-                continue
-            if c >= first:
-                where.append((c, p))
-                sizes.append(size)
-            else:
-                number, begin = number + 1, begin + size
-    data = blob[parsed.head + begin : parsed.head + begin + sum(sizes)]
-    found = checksums(data, sizes)
-    for (c, _), got, want in zip(where, found, parsed.checksums[number:], strict=False):
-        if got != want:
+    sizes = [chosen_sizes(parsed.maps, c, n) for c in range(last + 1)]
+    at = parsed.head + sum(map(sum, sizes[:first]))
+    data = blob[at : at + sum(map(sum, sizes[first:]))]
+    for c, found in enumerate(checksums(data, sizes[first:]), first):
+        if found != parsed.checksums[c]:
             return codes.BAD_CHUNK + c
-    for (c, p), size in zip(where, sizes, strict=True):
-        planes[p][(c - first) * CHUNK :][:size] = data[at : at + size]
-        at += size
+    parts = iter(data.split([size for row in sizes[first:] for size in row]))
+    for c in range(first, last + 1):
+        for plane, chosen in zip(planes, parsed.maps, strict=True):
+            if chosen[c] == 0:
+                piece = next(parts)
+                plane[(c - first) * CHUNK :][: len(piece)] = piece
     return 0
+
+
+def chosen_sizes(maps: Sequence[bytes | bytearray], c: int, n: int) -> list[int]:
+    """The sizes of the stored pieces of a chunk of planes of n bytes."""
+    return [min(CHUNK, n - c * CHUNK)] * sum(chosen[c] == 0 for chosen in maps)
 
 
 def _take_coded(
@@ -206,51 +202,54 @@ def _take_coded(
     return code
 
 
-def checksums(data: Tensor, sizes: Sequence[int]) -> list[int]:
-    """The CRC-32 of each of these pieces, which lie one after the other."""
-    if data.device.type != "cpu" and sizes:
-        return _folded(data, sizes)
-    raw, at, out = memoryview(as_bytes(data)), 0, []
-    for size in sizes:
-        out.append(zlib.crc32(raw[at : at + size]))
-        at += size
+def checksums(data: Tensor, sizes: Sequence[Sequence[int]]) -> list[int]:
+    """The CRC-32 of the pieces of each chunk, which lie one after the other."""
+    whole = 0  # chunks of whole pieces
+    out: list[int] = []
+    if data.device.type != "cpu":
+        whole = sum(all(size == CHUNK for size in row) for row in sizes)
+        out = folded(data, [len(row) for row in sizes[:whole]])
+    raw, at = memory_of(data), CHUNK * sum(map(len, sizes[:whole]))
+    for row in sizes[whole:]:
+        out.append(zlib.crc32(raw[at : at + sum(row)]))
+        at += sum(row)
     return out
 
 
-def _folded(data: Tensor, sizes: Sequence[int]) -> list[int]:
-    """The same in torch ops, of pieces of a chunk each, of which the last few may be shorter and of equal size.
+def folded(data: Tensor, counts: Sequence[int]) -> list[int]:
+    """The same in torch ops, where each chunk has so many pieces of 2^15 bytes.
 
     The register after two strings is that after the first, moved by the zeros that the second would be, exclusive or
-    that after the second: so neighbours are joined until one register is left.
+    that after the second: so neighbours are joined until one register of each piece is left, and then the pieces.
     """
-    whole = sum(size == CHUNK for size in sizes)
-    out: list[int] = []
-    for rows, size in ((whole, CHUNK), (len(sizes) - whole, sizes[-1])):
-        if rows == 0:
-            continue
-        part = data[CHUNK * whole * (size != CHUNK) :][: rows * size].view(rows, size)
-        words = torch.nn.functional.pad(
-            part, (CHUNK - size, 0)
-        )  # zeros in front do not change a register of 0
-        registers = None
-        tables = [table.to(data.device) for table in _crc_tables()]
+    tables = [table.to(data.device) for table in _crc_tables()]
+    words = data[: CHUNK * sum(counts)].view(-1, CHUNK)
+    registers = torch.zeros(len(words), CHUNK // 4, dtype=torch.int32, device=data.device)
+    for j in range(4):
+        registers ^= tables[0][3 - j][words[:, j::4].to(torch.int64)]
+
+    def moved(left: Tensor, table: Tensor) -> Tensor:
+        out = torch.zeros_like(left)
         for j in range(4):
-            found = tables[0][3 - j][words[:, j::4].to(torch.int64)]
-            registers = found if registers is None else registers ^ found
-        assert registers is not None
-        for table in tables[1:]:
-            left, right = registers[:, ::2], registers[:, 1::2]
-            for j in range(4):
-                right = right ^ table[j][(left >> 8 * j & 255).to(torch.int64)]
-            registers = right
-        start = zlib.crc32(bytes(size))  # what the ones at the start come to, and those at the end
-        out += [(value & 0xFFFFFFFF) ^ start for value in registers.flatten().tolist()]
-    return out
+            out ^= table[j][(left >> 8 * j & 255).to(torch.int64)]
+        return out
+
+    for table in tables[1:-1]:
+        registers = moved(registers[:, ::2], table) ^ registers[:, 1::2]
+    ends = torch.tensor(counts, dtype=torch.int64, device=data.device).cumsum(0)
+    total = torch.zeros(len(counts), dtype=torch.int32, device=data.device)
+    count = ends.diff(prepend=ends.new_zeros(1))
+    for j in range(max(counts, default=0)):
+        here = (count > j).nonzero().flatten()
+        total[here] = moved(total[here], tables[-1]) ^ registers[(ends - count)[here] + j, 0]
+    # What the ones come to that a checksum begins and ends with.
+    ones = [zlib.crc32(bytes(CHUNK * size)) for size in range(max(counts, default=0) + 1)]
+    return [(value & 0xFFFFFFFF) ^ ones[size] for value, size in zip(total.tolist(), counts, strict=True)]
 
 
 @functools.cache
 def _crc_tables() -> list[Tensor]:
-    """For 4 bytes their registers; then for 4, 8, 16, ... zeros what each byte of a register becomes. int32."""
+    """For 4 bytes their registers; then for 4, 8, ... 2^15 zeros what each byte of a register becomes. int32."""
     one = [0] * 256
     for i in range(256):
         value = i
@@ -267,7 +266,7 @@ def _crc_tables() -> list[Tensor]:
     tables = [torch.tensor(rows, dtype=torch.int64)]
     # By 4 zeros: byte j of a register.
     shift = torch.tensor([[moved(i << 8 * j, 4) for i in range(256)] for j in range(4)], dtype=torch.int64)
-    for _ in range(CHUNK_LOG2 - 2):
+    for _ in range(CHUNK_LOG2 - 1):
         tables.append(shift)
         twice = torch.zeros_like(shift)
         for j in range(4):

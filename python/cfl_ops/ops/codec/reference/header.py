@@ -24,11 +24,14 @@ def as_bytes(data: Tensor) -> bytes:
     return ctypes.string_at(data.data_ptr(), data.numel()) if data.numel() else b""
 
 
-def memory_of(data: Tensor) -> memoryview:
-    """The memory of a contiguous uint8 tensor on the CPU, as long as that lives."""
+def memory_of(data: Tensor) -> memoryview[int]:
+    """The bytes of a uint8 tensor, copied only where it is not contiguous or not on the CPU."""
+    data = data.detach().cpu().contiguous()
     if data.numel() == 0:
         return memoryview(b"")
-    return memoryview((ctypes.c_uint8 * data.numel()).from_address(data.data_ptr())).cast("B")
+    array = (ctypes.c_uint8 * data.numel()).from_address(data.data_ptr())
+    array.owner = data  # type: ignore[attr-defined]  # which lives as long as a view of it
+    return memoryview(array).cast("B")
 
 
 def from_bytes(data: bytes, device: torch.device | None = None) -> Tensor:

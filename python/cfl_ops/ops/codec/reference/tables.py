@@ -10,9 +10,13 @@ from torch import Tensor
 from cfl_ops.ops.codec.layout import CHUNK, MAX_TABLES
 from cfl_ops.ops.codec.reference.huffman_code import code_lengths, pack_lengths
 
-LOOK = 4096
-"""Symbols at the start of each chunk that are looked at; of a tensor of one chunk, all."""
+EVERY, RUN = 512, 64
+"""Of each chunk the first RUN symbols of each EVERY are looked at; of a tensor of one chunk, all."""
 BANDS = 64
+_NO_CODE = 40
+"""Bits that a symbol without a code counts for."""
+_SLIGHT = 11
+"""Less than 2^-11 bits a symbol are no reason for another table: as much is noise of the look."""
 _PAYLOAD = 64
 """Bytes of a payload beside its code table and chunks, with those in the head of the blob."""
 
@@ -21,13 +25,15 @@ def look_counts(plane: Tensor) -> Tensor:
     """How often each symbol is met where each chunk is looked at: (chunks, 256), int64, on the CPU."""
     n = plane.numel()
     chunks = -(-n // CHUNK)
-    look = n if chunks == 1 else LOOK
-    full = plane[: (n // CHUNK) * CHUNK].view(-1, CHUNK)[:, :look] if chunks > 1 else plane[:0].view(0, look)
-    parts = [full.to(torch.int64) + 256 * torch.arange(len(full), device=plane.device)[:, None]]
-    if len(full) < chunks:
-        parts.append(plane[len(full) * CHUNK :][:look].to(torch.int64) + 256 * len(full))
-    index = torch.cat([part.flatten() for part in parts])
-    return torch.bincount(index, minlength=256 * chunks).view(chunks, 256).cpu()
+    runs = n // EVERY * EVERY
+    looked = plane.view(1, n)
+    if chunks > 1:
+        looked = plane[:runs].view(-1, EVERY)[:, :RUN]
+    chunk = torch.arange(len(looked), device=plane.device) // (CHUNK // EVERY)
+    index = [(looked.to(torch.int64) + 256 * chunk[:, None]).flatten()]
+    if chunks > 1:
+        index.append(plane[runs:][:RUN].to(torch.int64) + 256 * (chunks - 1))
+    return torch.bincount(torch.cat(index), minlength=256 * chunks).view(chunks, 256).cpu()
 
 
 class _Band:
@@ -35,24 +41,22 @@ class _Band:
 
     def __init__(self, chunks: list[int], counts: list[int], symbols: int) -> None:
         self.chunks, self.counts, self.symbols = chunks, counts, symbols
-        while counts and counts[-1] == 0:
-            counts.pop()
-        lengths = code_lengths(counts)
+        self.lengths = code_lengths(counts)
         bits = 0
         if sum(map(bool, counts)) > 1:
-            bits = sum(count * length for count, length in zip(counts, lengths, strict=True))
-        self.cost = bits * symbols // sum(counts) + 8 * (_PAYLOAD + len(pack_lengths(lengths)))
+            bits = sum(count * length for count, length in zip(counts, self.lengths, strict=True))
+        last = 256
+        while self.lengths[last - 1] == 0:
+            last -= 1
+        self.cost = bits * symbols // sum(counts) + 8 * (_PAYLOAD + len(pack_lengths(self.lengths[:last])))
 
     def joined(self, other: _Band) -> _Band:
-        counts = [0] * max(len(self.counts), len(other.counts))
-        for band in (self, other):
-            for symbol, count in enumerate(band.counts):
-                counts[symbol] += count
+        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         return _Band(self.chunks + other.chunks, counts, self.symbols + other.symbols)
 
     def pays(self) -> bool:
-        """Whether it takes at least 1/64 less than the bytes themselves, with 8 bytes a chunk instead of 4."""
-        coded = self.cost // 8 + 4 * len(self.chunks)
+        """Whether it takes at least 1/64 less than the bytes themselves, with 8 bytes a chunk."""
+        coded = self.cost // 8 + 8 * len(self.chunks)
         return coded + self.symbols // 64 <= self.symbols
 
 
@@ -64,16 +68,30 @@ def choose(counts: Tensor, n: int) -> list[list[int]]:
     candidates = (256 * 128 * (squares - seen) >= 140 * seen * seen).nonzero().flatten()
     if candidates.numel() == 0:
         return []
+    chunks = len(counts)
+
+    def band(chosen: Tensor) -> _Band:
+        members = chosen.tolist()
+        missing = chunks * CHUNK - n if chunks - 1 in members else 0
+        return _Band(members, counts[chosen].sum(0).tolist(), len(members) * CHUNK - missing)
+
     mean = (counts * torch.arange(256)).sum(1) * 65536 // seen
     order = candidates[mean[candidates].sort(stable=True)[1]]
-    k, last = len(order), len(counts) - 1
-    count = min(k, BANDS)
-    bands = []
-    for b in range(count):
-        chosen = order[k * b // count : k * (b + 1) // count]
-        chunks = chosen.tolist()
-        symbols = len(chunks) * CHUNK - (last + 1) * CHUNK + n if last in chunks else len(chunks) * CHUNK
-        bands.append(_Band(chunks, counts[chosen].sum(0).tolist(), symbols))
+    parts = min(len(order), BANDS)
+    cuts = [len(order) * b // parts for b in range(parts + 1)]
+    bands = [band(order[a:b]) for a, b in itertools.pairwise(cuts)]
+    _merge(bands)
+    if len(bands) > 1:  # each chunk to the table that codes it in the fewest bits, the first of equal ones
+        lengths = torch.tensor([band.lengths for band in bands])
+        lengths[lengths == 0] = _NO_CODE
+        best = ((counts[candidates] @ lengths.T) * len(bands) + torch.arange(len(bands))).argmin(1)
+        found = [candidates[best == number] for number in range(len(bands))]
+        bands = [band(chosen) for chosen in found if chosen.numel()]
+    return [sorted(band.chunks) for band in bands if band.pays()]
+
+
+def _merge(bands: list[_Band]) -> None:
+    """Join neighbours, those first that lose least by it, while a table costs more than it saves."""
     joined = [a.joined(b) for a, b in itertools.pairwise(bands)]
     while joined:
         gains = [
@@ -81,11 +99,10 @@ def choose(counts: Tensor, n: int) -> list[list[int]]:
             for (a, b), both in zip(itertools.pairwise(bands), joined, strict=True)
         ]
         best = max(range(len(gains)), key=gains.__getitem__)  # the first of equal ones
-        if gains[best] < 0 and len(bands) <= MAX_TABLES:
+        if gains[best] + (joined[best].symbols >> _SLIGHT) < 0 and len(bands) <= MAX_TABLES:
             break
         bands[best : best + 2] = [joined.pop(best)]
         if best > 0:
             joined[best - 1] = bands[best - 1].joined(bands[best])
         if best < len(joined):
             joined[best] = bands[best].joined(bands[best + 1])
-    return [sorted(band.chunks) for band in bands if band.pays()]
