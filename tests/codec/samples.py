@@ -271,9 +271,6 @@ SPECS = [
         mutates=(5,),
         tags=NO_VMAP,
     ),
-<<<<<<< HEAD
-    *samples_delta.SPECS,
-=======
     OpSpec(
         LOSSLESS_ENCODE,
         [
@@ -297,5 +294,5 @@ SPECS = [
         mutates=(1,),
         tags=NO_VMAP,
     ),
->>>>>>> i18-lossless
+    *samples_delta.SPECS,
 ]
