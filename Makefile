@@ -90,10 +90,13 @@ format: $(VENV)/.lint ## what lint asks for
 FUZZ_RUNS ?= 1000000
 FUZZ_CALLS ?= 100000
 FUZZ_FILES ?= 1000000
+FUZZ_DELTAS ?= 100000
 FUZZ_SEED ?= 0
 fuzz: $(VENV)/.test ## a million mutated payloads (ASan, UBSan) and files into the codec's readers, 10^5 calls of all ops at guard pages
 	bash csrc/fuzz/run.sh $(FUZZ_RUNS)
+	bash csrc/fuzz/run.sh $(FUZZ_RUNS) delta
 	$(BIN)/python -m tests.fuzz.files --runs $(FUZZ_FILES) --seed $(FUZZ_SEED) --workers $(WORKERS)
+	$(BIN)/python -m tests.fuzz.deltas --runs $(FUZZ_DELTAS) --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.run --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(WORKERS)
 
 clean: ## remove what was built

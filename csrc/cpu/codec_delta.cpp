@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "cpu/kept_memory.h"
@@ -90,18 +92,36 @@ bool read_numbers(const DeltaKernel* kernel, int kept, const uint8_t* symbols, i
 // The changes of a part of two tensors, found while the part is in the cache. Where they are many
 // they are left for later, when memory of their size is there.
 struct Found {
-  std::vector<int64_t> positions;
-  std::vector<uint8_t> new_values, old_values;
-  int64_t count = 0;
+  uint8_t *positions = nullptr, *new_values = nullptr, *old_values = nullptr;
+  int64_t count = 0, room = 0;
   bool late = false;
 
+  Found() = default;
+  Found(const Found&) = delete;
+  Found& operator=(const Found&) = delete;
+  ~Found() {
+    std::free(positions);
+    std::free(new_values);
+    std::free(old_values);
+  }
+  // Makes room for so many more (and for what is written behind them).
   void reserve(int64_t more, int unit) {
-    const auto needed = static_cast<size_t>(count + more);
-    if (needed + 64 > positions.size()) positions.resize(2 * needed + 64);
-    if (needed * static_cast<size_t>(unit) > new_values.size()) {
-      new_values.resize(2 * needed * static_cast<size_t>(unit));
-      old_values.resize(new_values.size());
-    }
+    if (count + more + 64 <= room) return;
+    room = 2 * (count + more) + 64;
+    grow(&positions, room * 8);
+    grow(&new_values, room * unit);
+    grow(&old_values, room * unit);
+  }
+  Changes next(int unit) const {
+    return {reinterpret_cast<int64_t*>(positions) + count, new_values + count * unit,
+            old_values + count * unit};
+  }
+
+ private:
+  static void grow(uint8_t** data, int64_t bytes) {
+    void* const larger = std::realloc(*data, static_cast<size_t>(bytes));
+    if (!larger) throw std::bad_alloc();
+    *data = static_cast<uint8_t*>(larger);
   }
 };
 
@@ -142,22 +162,11 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
       for (int64_t b = first_block(t); b < first_block(t + 1); ++b) {
         const int64_t begin = b * kCompareBlock, count = std::min(kCompareBlock, n - begin);
         uint64_t* const here = mask + b * kWords;
-        const int64_t changes =
-            kernel->compare(unit, new_data + begin * unit, old_data + begin * unit, count * unit,
-                            begin * unit / 8, here, both);
-        found.late |= found.count + changes > (b + 1 - first_block(t)) * kCompareBlock / 16;
-        if (!found.late) {
-          found.reserve(changes, unit);
-          int64_t* const places = found.positions.data() + found.count;
-          kernel->list_ones(here, (count + 63) / 64, begin, places,
-                            found.positions.data() + found.positions.size());
-          auto take = [&](const uint8_t* from, std::vector<uint8_t>& to) {
-            kernel->take(unit, from + begin * unit, begin, count, here, places, changes,
-                         to.data() + found.count * unit);
-          };
-          take(new_data, found.new_values);
-          take(old_data, found.old_values);
-        }
+        found.late |= found.count > (first_block(t + 1) - first_block(t)) * kCompareBlock / 8;
+        if (!found.late) found.reserve(count, unit);
+        const int64_t changes = kernel->compare(
+            unit, new_data + begin * unit, old_data + begin * unit, count * unit, begin * unit / 8,
+            here, both, found.late ? Changes() : found.next(unit));
         found.count += changes;
       }
       sum_new += both[0];
@@ -181,9 +190,10 @@ int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_dat
       const int64_t at = starts[static_cast<size_t>(t)];
       int64_t* const places = out.positions + at;
       if (!found.late) {
-        std::copy_n(found.positions.data(), found.count, places);
-        std::copy_n(found.new_values.data(), found.count * unit, out.new_values + at * unit);
-        std::copy_n(found.old_values.data(), found.count * unit, out.old_values + at * unit);
+        const auto bytes = static_cast<size_t>(found.count * unit);
+        std::memcpy(places, found.positions, static_cast<size_t>(found.count) * 8);
+        std::memcpy(out.new_values + at * unit, found.new_values, bytes);
+        std::memcpy(out.old_values + at * unit, found.old_values, bytes);
         continue;
       }
       const int64_t first = first_block(t) * kCompareBlock;
@@ -279,6 +289,42 @@ bool find_ranks(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_
   for (int64_t c = 0, at = 0; c < kMaxClasses; at += counts[c++]) next[c] = at;
   kernel->ranks(unit, data, n, map, classes, of.data(), positions, count, next, ranks, order);
   return true;
+}
+
+void sort_by_class(int unit, const uint8_t* old_data, int64_t n, const uint8_t* map,
+                   const uint8_t* values, bool back, uint8_t* out, int64_t* counts) {
+  // Sixteen classes, and what has none.
+  int64_t next[kMaxClasses + 1] = {};
+  std::vector<uint8_t> of(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    of[static_cast<size_t>(i)] =
+        std::min<uint8_t>(map[context_of(unit, old_data + i * unit)], kMaxClasses);
+    ++next[of[static_cast<size_t>(i)]];
+  }
+  int64_t at = 0;
+  for (int c = 0; c <= kMaxClasses; ++c) {
+    if (c < kMaxClasses) counts[c] = next[c];
+    at += next[c];
+    next[c] = at - next[c];
+  }
+  auto move = [&](auto zero) {
+    using T = decltype(zero);
+    constexpr auto kUnit = static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t place = next[of[static_cast<size_t>(i)]]++;
+      std::memcpy(out + (back ? i : place) * kUnit, values + (back ? place : i) * kUnit, sizeof(T));
+    }
+  };
+  switch (unit) {
+    case 1:
+      return move(uint8_t{0});
+    case 2:
+      return move(uint16_t{0});
+    case 4:
+      return move(uint32_t{0});
+    default:
+      return move(uint64_t{0});
+  }
 }
 
 bool find_places(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_t n,

@@ -21,10 +21,6 @@ uint64_t fingerprint(const DeltaKernel* kernel, const uint8_t* data, int64_t byt
 // is what it gave: positions, and what new and old hold there; nothing where there are more than
 // `most`. sums: of the fingerprints of new and old, and the bits
 // that differ anywhere.
-struct Changes {
-  int64_t* positions = nullptr;
-  uint8_t *new_values = nullptr, *old_values = nullptr;
-};
 int64_t find_changes(const DeltaKernel* kernel, int unit, const uint8_t* new_data,
                      const uint8_t* old_data, int64_t n, int64_t most, uint64_t* sums,
                      Threads threads, const std::function<Changes(int64_t)>& allocate);
@@ -56,5 +52,10 @@ bool find_ranks(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_
 bool find_places(const DeltaKernel* kernel, int unit, const uint8_t* data, int64_t n,
                  const uint8_t* map, int classes, const int64_t* counts, const int64_t* ranks,
                  int64_t* positions, int64_t* order);
+
+// The elements of `values` sorted by the class of the old element beside them (what has none comes
+// last), each class in its order; or with `back` from there to where they were. counts: of each.
+void sort_by_class(int unit, const uint8_t* old_data, int64_t n, const uint8_t* map,
+                   const uint8_t* values, bool back, uint8_t* out, int64_t* counts);
 
 }  // namespace cfl::codec

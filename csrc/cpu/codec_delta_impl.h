@@ -19,6 +19,8 @@ CFL_INLINE uint64_t load64(const uint8_t* p) {
   return v;
 }
 
+CFL_INLINE uint64_t low_mask(unsigned bits) { return (uint64_t{1} << bits) - 1; }  // bits < 64
+
 CFL_INLINE uint64_t word_product(uint64_t w, uint64_t key) {
   const uint64_t lo = static_cast<uint32_t>(w) + static_cast<uint32_t>(key);
   const uint64_t hi = static_cast<uint32_t>(w >> 32) + static_cast<uint32_t>(key >> 32);
@@ -143,9 +145,65 @@ CFL_INLINE uint64_t fold(uint64_t w) {
   return kUnit == 8 ? w : w & ((uint64_t{1} << (8 * kUnit % 64)) - 1);
 }
 
+// The changes among 64 units, the first of which is number `first`; both are in the cache.
+template <int kUnit>
+CFL_INLINE void put_changes(uint64_t word, const uint8_t* a, const uint8_t* b, int64_t first,
+                            int64_t count, const Changes& to) {
+  for (int64_t i = count; word != 0; word &= word - 1, ++i) {
+    const int bit = __builtin_ctzll(word);
+    to.positions[i] = first + bit;
+    memcpy(to.new_values + i * kUnit, a + bit * kUnit, kUnit);
+    memcpy(to.old_values + i * kUnit, b + bit * kUnit, kUnit);
+  }
+}
+
+#if CFL_CODEC_ISA == 512
+template <int kUnit>
+CFL_INLINE __m512i squeeze(uint64_t m, __m512i v) {
+  if constexpr (kUnit == 1) return _mm512_maskz_compress_epi8(m, v);
+  if constexpr (kUnit == 2) return _mm512_maskz_compress_epi16(static_cast<__mmask32>(m), v);
+  if constexpr (kUnit == 4) return _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), v);
+  return _mm512_maskz_compress_epi64(static_cast<__mmask8>(m), v);
+}
+
+alignas(64) constexpr uint8_t kRising[64] = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+    22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+    44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+
+// As list_ones, of one word and with room behind.
+CFL_INLINE void list_word(uint64_t word, int64_t first, int64_t count, int64_t* out) {
+  const __m512i places = _mm512_maskz_compress_epi8(word, load(kRising));
+  const __m256i four = _mm256_cvtepu8_epi64(_mm512_castsi512_si128(places));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_add_epi64(four, _mm256_set1_epi64x(first)));
+  if (count <= 4) return;
+  alignas(64) uint8_t rest[64];
+  _mm512_store_si512(rest, places);
+  for (int64_t j = 4; j < count; ++j) out[j] = first + rest[j];
+}
+
+// Without a branch for each: how many there are is hard to foretell.
+template <int kUnit>
+CFL_INLINE void put_changes_512(uint64_t word, const uint8_t* a, const uint8_t* b, int64_t first,
+                                int64_t count, const Changes& to) {
+  constexpr int kPer = 64 / kUnit;
+  list_word(word, first, __builtin_popcountll(word), to.positions + count);
+#pragma GCC unroll 8
+  for (int j = 0; j < kUnit; ++j) {
+    const uint64_t m = kPer == 64 ? word : word >> (j * kPer % 64) & low_mask(kPer % 64);
+    _mm512_storeu_si512(to.new_values + count * kUnit, squeeze<kUnit>(m, load(a + 64 * j)));
+    _mm512_storeu_si512(to.old_values + count * kUnit, squeeze<kUnit>(m, load(b + 64 * j)));
+    count += __builtin_popcountll(m);
+  }
+}
+#endif
+
+constexpr int64_t kFetch = 2048;  // bytes ahead
+
 template <int kUnit>
 int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t first,
-                      uint64_t* mask, uint64_t* sums) {
+                      uint64_t* mask, uint64_t* sums, const Changes& found) {
   int64_t at = 0, count = 0;
 #if CFL_CODEC_ISA > 0
   constexpr int kVectors = 64 * kUnit / kBytes;  // for a word of the mask
@@ -153,6 +211,10 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
   Vector keys = keys_from(first), sum_a = all(0), sum_b = all(0), other = all(0);
   for (; at + 64 * kUnit <= bytes; at += 64 * kUnit) {
     uint64_t word = 0;
+    for (int line = 0; line < kUnit; ++line) {  // beyond the end nothing is read
+      __builtin_prefetch(a + at + kFetch + 64 * line);
+      __builtin_prefetch(b + at + kFetch + 64 * line);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const Vector x = load(a + at + j * kBytes), y = load(b + at + j * kBytes);
@@ -163,6 +225,14 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
       keys = add64(keys, step);
     }
     *mask++ = word;
+    if (found.positions && word) {
+      const int64_t unit = (8 * first + at) / kUnit;
+#if CFL_CODEC_ISA == 512
+      put_changes_512<kUnit>(word, a + at, b + at, unit, count, found);
+#else
+      put_changes<kUnit>(word, a + at, b + at, unit, count, found);
+#endif
+    }
     count += __builtin_popcountll(word);
   }
   sums[0] += total(sum_a);
@@ -186,22 +256,25 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
       }
     }
     *mask++ = word;
+    if (found.positions) {
+      put_changes<kUnit>(word, a + at, b + at, (8 * first + at) / kUnit, count, found);
+    }
     count += __builtin_popcountll(word);
   }
   return count;
 }
 
 int64_t compare_bytes(int unit, const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t first,
-                      uint64_t* mask, uint64_t* sums) {
+                      uint64_t* mask, uint64_t* sums, Changes found) {
   switch (unit) {
     case 1:
-      return compare_units<1>(a, b, bytes, first, mask, sums);
+      return compare_units<1>(a, b, bytes, first, mask, sums, found);
     case 2:
-      return compare_units<2>(a, b, bytes, first, mask, sums);
+      return compare_units<2>(a, b, bytes, first, mask, sums, found);
     case 4:
-      return compare_units<4>(a, b, bytes, first, mask, sums);
+      return compare_units<4>(a, b, bytes, first, mask, sums, found);
     default:
-      return compare_units<8>(a, b, bytes, first, mask, sums);
+      return compare_units<8>(a, b, bytes, first, mask, sums, found);
   }
 }
 
@@ -287,43 +360,22 @@ void all_class_masks(int unit, const uint8_t* data, int64_t words, const uint8_t
   }
 }
 
-// The places of the ones of a mask, the first of which stands for `first`. Up to 64 places behind
-// them are written, too, where there is room before `end`.
 int64_t list_ones(const uint64_t* mask, int64_t words, int64_t first, int64_t* out,
                   const int64_t* end) {
   const int64_t* const begin = out;
-#if CFL_CODEC_ISA == 512
-  alignas(64) uint8_t rising[64];
-  for (int i = 0; i < 64; ++i) rising[i] = static_cast<uint8_t>(i);
-  const __m512i all_places = load(rising);
-#endif
   for (int64_t w = 0; w < words; ++w) {
-    uint64_t m = mask[w];
     const int64_t base = first + 64 * w;
-    // Some at once, whether there are as many or not: that is hard to foretell.
-    if (end - out >= 64) {
-      const int64_t count = __builtin_popcountll(m);
 #if CFL_CODEC_ISA == 512
-      alignas(64) uint8_t places[64];
-      const __m512i v = _mm512_maskz_compress_epi8(m, all_places);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                          _mm256_add_epi64(_mm256_cvtepu8_epi64(_mm512_castsi512_si128(v)),
-                                           _mm256_set1_epi64x(base)));
-      if (count > 4) {
-        _mm512_store_si512(places, v);
-        for (int64_t j = 4; j < count; ++j) out[j] = base + places[j];
-      }
-#else
-      int64_t* to = out;
-      for (int j = 0; j < 4; ++j, m &= m - 1) {
-        *to++ = base + __builtin_ctzll(m | uint64_t{1} << 63);
-      }
-      for (; m != 0; m &= m - 1) *to++ = base + __builtin_ctzll(m);
-#endif
+    if (end - out >= 64) {
+      const int64_t count = __builtin_popcountll(mask[w]);
+      list_word(mask[w], base, count, out);
       out += count;
       continue;
     }
-    for (; m != 0; m &= m - 1) *out++ = base + __builtin_ctzll(m);
+#else
+    (void)end;
+#endif
+    for (uint64_t m = mask[w]; m != 0; m &= m - 1) *out++ = base + __builtin_ctzll(m);
   }
   return out - begin;
 }
@@ -348,14 +400,9 @@ void take_units(const uint8_t* data, int64_t first, int64_t n, const uint64_t* m
     if (count - i < 64 + kPer) break;
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kUnit; ++j) {
-      const uint64_t m = kPer == 64 ? word : word >> (j * kPer) & ((uint64_t{1} << kPer % 64) - 1);
+      const uint64_t m = kPer == 64 ? word : word >> (j * kPer % 64) & low_mask(kPer % 64);
       const __m512i v = load(data + (at + j * kPer) * kUnit);
-      __m512i taken;
-      if constexpr (kUnit == 1) taken = _mm512_maskz_compress_epi8(m, v);
-      if constexpr (kUnit == 2) taken = _mm512_maskz_compress_epi16(static_cast<__mmask32>(m), v);
-      if constexpr (kUnit == 4) taken = _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), v);
-      if constexpr (kUnit == 8) taken = _mm512_maskz_compress_epi64(static_cast<__mmask8>(m), v);
-      _mm512_storeu_si512(out + i * kUnit, taken);
+      _mm512_storeu_si512(out + i * kUnit, squeeze<kUnit>(m, v));
       i += __builtin_popcountll(m);
     }
   }
@@ -382,8 +429,6 @@ void take(int unit, const uint8_t* data, int64_t first, int64_t n, const uint64_
 }
 
 // ---- numbers in buckets: the highest bit and the kKept bits below it make the symbol
-
-CFL_INLINE uint64_t low_mask(unsigned bits) { return (uint64_t{1} << bits) - 1; }  // bits < 64
 
 template <int kKept>
 CFL_INLINE unsigned raw_bits(uint64_t z) {
@@ -627,6 +672,9 @@ int64_t count_bits(int kept, const uint8_t* symbols, int64_t n) {
                           : count_raw_bits<kValueBits>(symbols, n);
 }
 
+// How many places ahead memory is asked for, that is looked up here and there.
+constexpr int64_t kAhead = 48;
+
 // Calls see(i, z) for each number; whether spare bits are 0.
 template <int kKept, class See>
 CFL_INLINE bool read_numbers(const uint8_t* symbols, int64_t n, const uint8_t* raw,
@@ -667,7 +715,12 @@ int read_value_block(int unit, int use_xor, int shift, const uint8_t* old_data,
         memcpy(values + i * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
       });
     };
-    const bool good = positions ? read([&](int64_t i) { return positions[i]; })
+    const int64_t last = n - 1;
+    const bool good = positions ? read([&](int64_t i) {
+      const int64_t ahead = positions[i + kAhead < last ? i + kAhead : last];
+      __builtin_prefetch(old_data + ahead * static_cast<int64_t>(sizeof(T)));
+      return positions[i];
+    })
                                 : read([](int64_t i) { return i; });
     return good && static_cast<T>(all) == all;
   });
@@ -687,6 +740,8 @@ CFL_INLINE uint64_t change_units(const uint8_t* data, int64_t bytes, const int64
     } else {
       memcpy(&before, data + 8 * word, static_cast<size_t>(bytes - 8 * word));
     }
+    const int64_t ahead = i + kAhead < count ? i + kAhead : count - 1;
+    __builtin_prefetch(data + positions[ahead] * static_cast<int64_t>(sizeof(T)));
     uint64_t now = before;
     do {
       const int64_t shift = positions[i] % kPer * 8 * static_cast<int64_t>(sizeof(T));

@@ -11,15 +11,22 @@ constexpr int kGapBits = 3, kValueBits = 2;        // of a number, below its hig
 constexpr int kMaxClasses = 16;
 constexpr uint64_t kFingerprintKey = 0x9e3779b97f4a7c15u;
 
+// Memory for changes: their positions, and what is there in two tensors. Up to 64 more than there
+// are may be written.
+struct Changes {
+  int64_t* positions = nullptr;
+  uint8_t *new_values = nullptr, *old_values = nullptr;
+};
+
 // One table of functions per instruction set, as Kernel. A unit is 1, 2, 4 or 8 bytes.
 struct DeltaKernel {
   // The fingerprint's sum over the bytes; the first 8 of them are word `first` of the tensor.
   uint64_t (*fingerprint)(const uint8_t* data, int64_t bytes, int64_t first);
   // Sets in `mask` the bit of each unit in which a and b differ and returns how many do; adds the
   // fingerprint of a to sums[0], of b to sums[1], and to sums[2] the bits that differ anywhere. A
-  // multiple of 8 bytes, but at the tensor's end.
+  // multiple of 8 bytes, but at the tensor's end. With positions also writes what it finds.
   int64_t (*compare)(int unit, const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t first,
-                     uint64_t* mask, uint64_t* sums);
+                     uint64_t* mask, uint64_t* sums, Changes found);
   // The places of the ones of a mask, whose first bit stands for `first`, and how many. Some places
   // behind them are written, too, where there are 64 before `end`.
   int64_t (*list_ones)(const uint64_t* mask, int64_t words, int64_t first, int64_t* out,

@@ -226,7 +226,11 @@ void delta_write_op(Tensor out, const Tensor& strided_positions, const Tensor& s
     const int64_t* at = data<const int64_t>(positions);
     const T* from = data<const T>(values);
     T* to = data<T>(out);
-    for (int64_t i = 0; i < positions.numel(); ++i) to[at[i]] = from[i];
+    const int64_t n = positions.numel(), last = n - 1;
+    for (int64_t i = 0; i < n; ++i) {
+      __builtin_prefetch(to + at[std::min(i + 48, last)], 1);
+      to[at[i]] = from[i];
+    }
   };
   switch (unit_of(out)) {
     case 1:
@@ -266,6 +270,23 @@ std::tuple<Tensor, Tensor, Tensor> delta_ranks_op(const Tensor& strided_old,
                  data<int64_t>(ranks), data<int64_t>(order), data<int64_t>(counts));
   check.that(good, "classes", "must be from 0 to 15 for every element that changes");
   return {ranks, order, counts};
+}
+
+std::tuple<Tensor, Tensor> delta_sort_op(const Tensor& strided_old, const Tensor& strided_classes,
+                                         const Tensor& strided_values, bool back) {
+  Checked check("delta_sort");
+  check_classes(check, strided_old, strided_classes);
+  check_line(check, "values", strided_values, dtype_of(strided_old));
+  check_same_size(check, "values", strided_values, strided_old, "old");
+  const Tensor before = torch::stable::contiguous(strided_old);
+  const Tensor classes = torch::stable::contiguous(strided_classes);
+  const Tensor values = torch::stable::contiguous(strided_values);
+  Tensor out = empty_cpu({values.numel()}, values.scalar_type());
+  Tensor counts = empty_cpu({kMaxClasses}, ScalarType::Long);
+  sort_by_class(unit_of(before), data<const uint8_t>(before), before.numel(),
+                data<const uint8_t>(classes), data<const uint8_t>(values), back, data<uint8_t>(out),
+                data<int64_t>(counts));
+  return {out, counts};
 }
 
 std::tuple<Tensor, Tensor, Tensor> delta_places_op(const Tensor& strided_old,
@@ -316,5 +337,6 @@ STABLE_TORCH_LIBRARY_IMPL(cfl_ops, CPU, m) {
   m.impl("delta_shift", TORCH_BOX(&cfl::codec::delta_shift_op));
   m.impl("delta_write_", TORCH_BOX(&cfl::codec::delta_write_op));
   m.impl("delta_ranks", TORCH_BOX(&cfl::codec::delta_ranks_op));
+  m.impl("delta_sort", TORCH_BOX(&cfl::codec::delta_sort_op));
   m.impl("delta_places", TORCH_BOX(&cfl::codec::delta_places_op));
 }

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Builds the codec's fuzzer under AddressSanitizer and UBSan and runs it: csrc/fuzz/run.sh [runs]
+# Builds a fuzzer of the codec under AddressSanitizer and UBSan and runs it: csrc/fuzz/run.sh [runs] [codec | delta]
 # clang gives the coverage-guided libFuzzer; without clang, g++ builds a driver of random mutations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs="${1:-1000000}"
+target="${2:-codec}"
 build="${FUZZ_BUILD:-build/fuzz}"
-mkdir -p "$build/corpus"
+corpus="$build/corpus"
+[ "$target" = codec ] || corpus="$build/corpus_$target"
+mkdir -p "$corpus"
 clang=""
 for name in clang++ clang++-2{2,1,0} clang++-1{9,8,7,6,5,4}; do
   if command -v "$name" >/dev/null; then clang="$name"; break; fi
@@ -37,17 +40,26 @@ compile() {  # source, extra flags
     $compiler $flags $sanitize $2 -c "$1" -o "$object"
   fi
 }
-compile csrc/fuzz/codec_fuzz.cpp ""
+compile "csrc/fuzz/${target}_fuzz.cpp" ""
 compile csrc/cpu/codec_payload.cpp ""
 compile csrc/cpu/codec_lossless.cpp ""
 compile csrc/cpu/codec_tables.cpp ""
 compile csrc/cpu/codec_kernel_generic.cpp ""
 compile csrc/cpu/codec_kernel_avx2.cpp "$avx2"
 compile csrc/cpu/codec_kernel_avx512.cpp "$avx512"
+if [ "$target" = delta ]; then
+  compile csrc/cpu/codec_delta.cpp ""
+  compile csrc/cpu/codec_delta_generic.cpp ""
+  compile csrc/cpu/codec_delta_avx2.cpp "$avx2"
+  compile csrc/cpu/codec_delta_avx512.cpp "$avx512"
+fi
 # shellcheck disable=SC2086
-$compiler $sanitize $link "${objects[@]}" -o "$build/codec_fuzz"
+$compiler $sanitize $link "${objects[@]}" -o "$build/${target}_fuzz"
 if [ -z "$clang" ]; then
-  exec "$build/codec_fuzz" "$runs"
+  exec "$build/${target}_fuzz" "$runs"
+fi
+if [ "$target" = delta ]; then  # it finds its own way: nothing is behind a checksum
+  exec "$build/delta_fuzz" -runs="$runs" -max_len=3000 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 "$corpus"
 fi
 # Seeds: the golden payloads and lossless blobs, plain and with repaired checksums.
 for golden in tests/data/huffman_*.bin; do

@@ -14,6 +14,7 @@ from cfl_ops.ops.codec.changes import (
     DELTA_RANKS,
     DELTA_SCAN,
     DELTA_SHIFT,
+    DELTA_SORT,
     DELTA_VALUES,
     DELTA_WRITE,
     FINGERPRINT,
@@ -267,6 +268,23 @@ def _places_oracle(old: Tensor, classes: Tensor, ranks: Tensor, counts: list[int
     return found, found.argsort(), torch.tensor(0)
 
 
+def _sort_case(n: int, dtype: torch.dtype, top: int, back: bool):
+    return lambda _: [_units(n, dtype), _classes(top), _units(n, dtype, 4), back]
+
+
+def _sort_oracle(old: Tensor, classes: Tensor, values: Tensor, back: bool):
+    of = [min(int(classes[v]), 16) for v in _contexts(old)]
+    order = sorted(range(len(of)), key=of.__getitem__)
+    counts = torch.tensor([of.count(c) for c in range(16)])
+    out = values.tolist()
+    for place, i in enumerate(order):
+        if back:
+            out[i] = int(values[place])
+        else:
+            out[place] = int(values[i])
+    return torch.tensor(out, dtype=values.dtype), counts
+
+
 def _many(make, *rows) -> list[Case]:
     return [
         Case(" ".join(str(value).removeprefix("torch.") for value in row), make(*row), ONCE) for row in rows
@@ -372,6 +390,17 @@ SPECS = [
         ),
         _ranks_oracle,
         _exact(3),
+        tags=NO_VMAP,
+    ),
+    OpSpec(
+        DELTA_SORT,
+        _many(
+            _sort_case,
+            *((203, dtype, 5, back) for dtype in INTS for back in (False, True)),
+            (0, torch.int16, 2, True),
+        ),
+        _sort_oracle,
+        _exact(2),
         tags=NO_VMAP,
     ),
     OpSpec(

@@ -347,3 +347,22 @@ DELTA_PLACES = define_op(
     no_vmap=NO_VMAP,
 )
 """And back: the positions sorted by class, what sorts them, and an info as above."""
+
+
+def _check_sort(old: Tensor, classes: Tensor, values: Tensor, back: bool) -> None:
+    _check_classes("delta_sort", old, classes)
+    _check_pair("delta_sort", "values", values, "old", old)
+
+
+DELTA_SORT = define_op(
+    "delta_sort(Tensor old, Tensor classes, Tensor values, bool back) -> (Tensor, Tensor)",
+    python=reference.sort_by_class,
+    fake=lambda old, classes, values, back: (
+        values.new_empty(values.shape),
+        values.new_empty(reference.MAX_CLASSES, dtype=torch.int64),
+    ),
+    shapes={"old": "units ...", "classes": "uint8 ...", "values": "units ..."},
+    check=_check_sort,
+    no_vmap=NO_VMAP,
+)
+"""Values sorted by the class of the old element beside them (those of none last), or back; how many of each class."""

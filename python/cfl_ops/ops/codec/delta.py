@@ -22,6 +22,7 @@ from cfl_ops.ops.codec.changes import (
     DELTA_PLACES,
     DELTA_POSITIONS,
     DELTA_SHIFT,
+    DELTA_SORT,
     DELTA_WRITE,
     FINGERPRINT,
     units_of,
@@ -33,7 +34,6 @@ from cfl_ops.ops.codec.delta_format import (
     JOINED,
     KINDS,
     LEFT,
-    NO_CLASS,
     REPLACED,
     SAME,
     SMALL,
@@ -49,7 +49,6 @@ from cfl_ops.ops.codec.delta_format import (
 from cfl_ops.ops.codec.fingerprint import as_uint8, byte_sum, fingerprint_of, finish, flat_bits
 from cfl_ops.ops.codec.huffman import check_payload, check_shape, corrupt
 from cfl_ops.ops.codec.layout import DTYPES
-from cfl_ops.ops.codec.reference.changes import contexts
 from cfl_ops.ops.codec.reference.header import from_bytes
 
 __all__ = ["apply_delta", "apply_delta_", "compress_delta", "describe_delta"]
@@ -418,36 +417,39 @@ def _decode(op: str, delta: Delta, units: Tensor) -> tuple[Tensor | None, Tensor
         if delta.classes is None:
             symbols = unpack_symbols(op, delta.parts[0].values, n)
             return None, _good(op, *DELTA_PATCH(units, None, symbols, delta.parts[0].values.raw, *how))
-        of = from_bytes(delta.classes, units.device)[contexts(units)]
-        if bool((of == NO_CLASS).any()):
+        by_class = from_bytes(delta.classes, units.device)
+        before, found = DELTA_SORT(units, by_class, units, False)
+        sizes = found.tolist()[: len(delta.parts)]
+        if sum(sizes) != n:
             raise contradiction(op)
-        values = torch.empty_like(units)
-        for c, part in enumerate(delta.parts):
-            here = of == c
-            before = units[here]
-            symbols = unpack_symbols(op, part.values, before.numel())
-            values[here] = _good(op, *DELTA_PATCH(before, None, symbols, part.values.raw, *how))
-        return None, values
+        new = [
+            _good(
+                op,
+                *DELTA_PATCH(some, None, unpack_symbols(op, part.values, len(some)), part.values.raw, *how),
+            )
+            for some, part in zip(before.split(sizes), delta.parts, strict=True)
+        ]
+        return None, DELTA_SORT(units, by_class, torch.cat(new), True)[0]
     ranks, numbers = [], []
     for part in delta.parts:
         assert part.gaps is not None
-        if part.count > n:
+        if part.changes > n:
             raise contradiction(op)
-        symbols = unpack_symbols(op, part.gaps, part.count)
+        symbols = unpack_symbols(op, part.gaps, part.changes)
         ranks.append(_good(op, *DELTA_POSITIONS(symbols, part.gaps.raw, n)))
-        numbers.append((unpack_symbols(op, part.values, part.count), part.values.raw))
+        numbers.append((unpack_symbols(op, part.values, part.changes), part.values.raw))
     if delta.classes is None:
         positions = ranks[0]
         return positions, _good(op, *DELTA_PATCH(units, positions, *numbers[0], *how))
     classes = from_bytes(delta.classes, units.device)
-    counts = [part.count for part in delta.parts]
+    counts = [part.changes for part in delta.parts]
     places, order, info = DELTA_PLACES(units, classes, torch.cat(ranks), counts)
     _good(op, places, info)
-    found = [
+    patched = [
         _good(op, *DELTA_PATCH(units, where, *coded, *how))
         for where, coded in zip(places.split(counts), numbers, strict=True)
     ]
-    return places[order], torch.cat(found)[order]
+    return places[order], torch.cat(patched)[order]
 
 
 def _good(op: str, result: Tensor, info: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from cfl_ops.ops.codec import host as _host  # noqa: F401  (defines host_code)
 from cfl_ops.ops.codec.blob import store_lossless
-from cfl_ops.ops.codec.changes import DELTA_GAPS, DELTA_RANKS, DELTA_SCAN, DELTA_VALUES, MOST_APART, units_of
+from cfl_ops.ops.codec.changes import (
+    DELTA_GAPS,
+    DELTA_RANKS,
+    DELTA_SCAN,
+    DELTA_SORT,
+    DELTA_VALUES,
+    MOST_APART,
+    units_of,
+)
 from cfl_ops.ops.codec.delta_format import (
     CHANGED,
     CLASSES,
@@ -32,13 +40,14 @@ from cfl_ops.ops.codec.delta_format import (
 )
 from cfl_ops.ops.codec.fingerprint import finish, flat_bits
 from cfl_ops.ops.codec.layout import DTYPES, Lanes, lanes
-from cfl_ops.ops.codec.planes import split
+from cfl_ops.ops.codec.planes import split as planes_of
 from cfl_ops.ops.codec.reference.changes import MAX_CLASSES, contexts
 from cfl_ops.ops.codec.reference.header import from_bytes
+from cfl_ops.ops.codec.sample import sampled
 
-_LOOK = 1 << 14
-"""Values that XOR and difference are compared on."""
-_SAMPLE = 1 << 18
+_LOOK = 1 << 12
+"""Values that XOR and difference are compared on; and elements that tell how well a tensor can be compressed."""
+_SAMPLE = 1 << 17
 """Elements whose contexts are counted."""
 _CLASS_BITS = 1400 << 16
 """What another class costs: two payloads' headers and code tables. In 2^-16 bits, as all costs of classes."""
@@ -106,12 +115,12 @@ def _cost(numbers: tuple[Tensor, Tensor]) -> int:
     symbols, raw = numbers
     counts = torch.bincount(symbols.to(torch.int32), minlength=1).to("cpu", torch.int64)
     _, table, facts = torch.ops.cfl_ops.host_code(counts, 1)
-    return int(facts[4]) + 8 * (table.numel() + raw.numel())
+    return int(facts[4]) + 8 * int(table.numel() + raw.numel())
 
 
 def _prefers_xor(new: Tensor, old: Tensor, shift: int) -> bool:
-    every = -(-new.numel() // _LOOK)
-    some = new[::every].contiguous(), old[::every].contiguous()
+    every = max(1, new.numel() // _LOOK)
+    some = sampled(new, every), sampled(old, every)
     return _cost(DELTA_VALUES(*some, True, shift)) < _cost(DELTA_VALUES(*some, False, shift))
 
 
@@ -119,20 +128,20 @@ def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
     """Whether the tensor alone, compressed, could be smaller than the changes.
 
     A chunk with two different symbols takes a bit an element; one of equal elements takes next to nothing. How many
-    of those there are is told by 4,096 elements and their neighbours. Then 2^14 elements tell about how many bits
-    the bytes take; different tables for different parts may save up to half of them.
+    of those there are is told by 4,096 elements and their neighbours. Then as many tell about how many bits the bytes
+    take; different tables for different parts may save some of them.
     """
     n = now.numel()
-    every = -(-n // 4096)
+    every = -(-n // _LOOK)
     left, right = now[:-1:every], now[1::every]
     unequal = max(1, int((left != right).sum()))
     if 8 * body * max(1, left.numel()) < n * unequal:
         return False
     if n <= _LOOK:
         return True
-    some = now[:: -(-n // _LOOK)].contiguous()
-    bits = sum(_cost((plane, plane[:0])) for plane in split(some.view(torch.uint8), cut))
-    return 16 * body * some.numel() * left.numel() >= bits * n * unequal
+    some = sampled(now, n // _LOOK)
+    bits = sum(_cost((plane, plane[:0])) for plane in planes_of(some.view(torch.uint8), cut))
+    return bool(12 * body * some.numel() * left.numel() >= bits * n * unequal)
 
 
 # --- all values
@@ -149,12 +158,13 @@ def _dense(
     ]
     classes = _dense_classes(then) if effort else None
     if classes is not None:
-        of = from_bytes(classes, then.device)[contexts(then)]
-        parts = []
-        for c in range(max(set(classes) - {NO_CLASS}) + 1):
-            here = of == c
-            values = pack_numbers(*DELTA_VALUES(now[here], then[here], use_xor, shift))
-            parts.append(ClassPart(0, None, values))
+        by_class = from_bytes(classes, then.device)
+        new, counts = DELTA_SORT(then, by_class, now, False)
+        old, _ = DELTA_SORT(then, by_class, then, False)
+        sizes = counts.tolist()[: max(classes) + 1]
+        pairs = zip(new.split(sizes), old.split(sizes), strict=True)
+        split = [pack_numbers(*DELTA_VALUES(*pair, use_xor, shift)) for pair in pairs]
+        parts = [ClassPart(0, None, values) for values in split]
         found.append((DENSE, flags | CLASSES, classes, parts))
     return found
 
@@ -192,10 +202,10 @@ class _Group(NamedTuple):
 
 def _count_contexts(units: Tensor) -> list[int]:
     """How many elements have each context, from a sample of long tensors."""
-    n, block = units.numel(), 4096
-    if n > _SAMPLE:
+    n, block = units.numel(), 512
+    if n >= 2 * _SAMPLE:
         every = n // _SAMPLE * block
-        units = torch.cat([units[i : i + block] for i in range(0, n, every)])
+        units = units[: n // every * every].view(-1, every)[:, :block].reshape(-1)
     counts: list[int] = torch.bincount(contexts(units), minlength=256).tolist()
     return [count * n // units.numel() for count in counts]
 
@@ -211,15 +221,15 @@ def _choose_classes(then: Tensor, old_values: Tensor) -> bytes | None:
     elements = [max(*pair) for pair in zip(_count_contexts(then), changed, strict=True)]
     groups = [_Group((v,), elements[v], changed[v]) for v in range(256) if changed[v]]
     groups.sort(key=lambda g: (g.changed * 2**64 // g.elements, g.contexts))
-    while len(groups) > 1:
-        losses = [
-            _group_cost(a.join(b)) - _group_cost(a) - _group_cost(b) for a, b in itertools.pairwise(groups)
-        ]
+    losses = [_loss(*pair) for pair in itertools.pairwise(groups)]
+    while losses:
         least = min(losses)
         if least > _CLASS_BITS and len(groups) <= MAX_CLASSES:
             break
         i = losses.index(least)
         groups[i : i + 2] = [groups[i].join(groups[i + 1])]
+        around = groups[max(i - 1, 0) : i + 2]
+        losses[max(i - 1, 0) : i + 2] = [_loss(*pair) for pair in itertools.pairwise(around)]
     idle = sum(elements[v] for v in range(256) if not changed[v])
     if len(groups) == 1 and idle < sum(elements) // 8:
         return None
@@ -230,27 +240,39 @@ def _choose_classes(then: Tensor, old_values: Tensor) -> bytes | None:
     return bytes(out)
 
 
-def _group_cost(group: _Group) -> int:
-    """The entropy of which elements of a group change, in 2^-16 bits."""
-    n, c = group.elements, group.changed
+def _loss(a: _Group, b: _Group) -> int:
+    """Bits that two groups take more in one."""
+    return _cost_of(*a.join(b)[1:]) - _cost_of(*a[1:]) - _cost_of(*b[1:])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _cost_of(n: int, c: int) -> int:
+    """The entropy of which c of n elements change, in 2^-16 bits."""
     return n * _log2(n) - c * _log2(c) - (n - c) * _log2(n - c)
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def _log2(x: int) -> int:
-    """The binary logarithm in 2^-16, rounded down, of integers alone: no machine rounds it otherwise."""
+    """The binary logarithm in 2^-16, of integers alone: no machine rounds it otherwise. Of 1,025 places it is known."""
     if x < 2:
         return 0
     whole = x.bit_length() - 1
-    y = x << 64 >> whole  # in [2^64, 2^65)
-    out = whole
-    for _ in range(16):
-        y = y * y >> 64
-        out <<= 1
-        if y >> 65:
-            y >>= 1
-            out |= 1
-    return out
+    y = x << 32 >> whole  # in [2^32, 2^33)
+    table, place, rest = _logarithms(), (y >> 22) - 1024, y & (1 << 22) - 1
+    return (whole << 16) + table[place] + ((table[place + 1] - table[place]) * rest >> 22)
+
+
+@functools.cache
+def _logarithms() -> tuple[int, ...]:
+    """Of 1 + i / 1024, in 2^-16, digit by digit: a square has twice the logarithm."""
+    found = []
+    for i in range(1024):
+        y, out = (1024 + i) << 54, 0
+        for _ in range(16):
+            y = y * y >> 64
+            out = out << 1 | y >> 65
+            y >>= y >> 65
+        found.append(out)
+    return (*found, 1 << 16)
 
 
 def _changed_by_class(

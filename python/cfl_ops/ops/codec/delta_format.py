@@ -30,14 +30,16 @@ XOR, SMALL, CLASSES = 1, 2, 4
 _FLAGS = {CHANGED: XOR | SMALL | CLASSES, DENSE: XOR | SMALL | CLASSES}
 """Of each kind which it may have; the others SMALL alone."""
 NO_CLASS = 255
+STORED, CODED, REPEATED = range(3)
+"""How symbols are kept: as they are, as a payload, or as the one that all of them are."""
 
 
 class Numbers(NamedTuple):
     """Coded numbers: their symbols, and the bits that those leave out."""
 
     symbols: Tensor
-    """uint8; or with ``coded`` their payload."""
-    coded: bool
+    """uint8, or their payload, or the first of them."""
+    coding: int
     raw: Tensor
 
     @property
@@ -48,7 +50,7 @@ class Numbers(NamedTuple):
 class ClassPart(NamedTuple):
     """What changes among the elements of a class, or among all of them."""
 
-    count: int
+    changes: int
     """How many; 0 in a dense delta, where all are listed."""
     gaps: Numbers | None
     values: Numbers
@@ -106,16 +108,21 @@ class Description(NamedTuple):
 
 def pack_numbers(symbols: Tensor, raw: Tensor) -> Numbers:
     """Symbols are coded where that makes them fewer."""
-    if symbols.numel() > 64:  # what the header of a payload takes
-        payload: Tensor = HUFFMAN_ENCODE(symbols, [symbols.numel()], CHUNK_LOG2, 0)
-        if payload.numel() < symbols.numel():
-            return Numbers(payload, True, raw)
-    return Numbers(symbols, False, raw)
+    n = symbols.numel()
+    if n > 1 and bool((symbols[:4096] == symbols[0]).all()) and bool((symbols == symbols[0]).all()):
+        return Numbers(symbols[:1], REPEATED, raw)
+    if n > 64:  # what the header of a payload takes
+        payload: Tensor = HUFFMAN_ENCODE(symbols, [n], CHUNK_LOG2, 0)
+        if payload.numel() < n:
+            return Numbers(payload, CODED, raw)
+    return Numbers(symbols, STORED, raw)
 
 
 def unpack_symbols(op: str, numbers: Numbers, count: int) -> Tensor:
     """The symbols, of which there must be so many; raises CorruptDataError."""
-    if not numbers.coded:
+    if numbers.coding == REPEATED:
+        return numbers.symbols.expand(count).contiguous()
+    if numbers.coding == STORED:
         if numbers.symbols.numel() != count:
             raise contradiction(op)
         return numbers.symbols
@@ -149,11 +156,11 @@ def pack_delta(delta: Delta, device: torch.device) -> Tensor:
     coded: list[Tensor] = []
     for part in delta.parts:
         if part.gaps is not None:
-            table += pack_shape([part.count])
+            table += pack_shape([part.changes])
         for numbers in (part.gaps, part.values):
             if numbers is not None:
-                table += pack_shape([2 * numbers.symbols.numel() + numbers.coded, numbers.raw.numel()])
-                (coded if numbers.coded else stored).append(numbers.symbols)
+                table += pack_shape([4 * numbers.symbols.numel() + numbers.coding, numbers.raw.numel()])
+                (coded if numbers.coding == CODED else stored).append(numbers.symbols)
                 stored.append(numbers.raw)
     if delta.blob is not None:
         coded.append(delta.blob)
@@ -299,9 +306,11 @@ def _parse(op: str, delta: Tensor) -> tuple[Delta, tuple[int, int, int]]:
         raise contradiction(op)
     if (kind == JOINED and base) or (kind == LEFT and result) or (kind == SAME and base != result):
         raise contradiction(op)
-    stored = sum(n for of in sizes for n in of[2::2])
-    stored += sum(n >> 1 for of in sizes for n in of[1::2] if not n & 1)
-    coded = sum(n >> 1 for of in sizes for n in of[1::2] if n & 1)
+    symbols = [n for of in sizes for n in of[1::2]]
+    if any(n & 3 > REPEATED or (n & 3 == REPEATED and n >> 2 != 1) for n in symbols):
+        raise contradiction(op)
+    coded = sum(n >> 2 for n in symbols if n & 3 == CODED)
+    stored = sum(n >> 2 for n in symbols) - coded + sum(n for of in sizes for n in of[2::2])
     whole = kind in (JOINED, REPLACED)
     if head + stored + coded > size or (not whole and head + stored + coded != size):
         raise contradiction(op)
@@ -314,9 +323,10 @@ def _parse(op: str, delta: Tensor) -> tuple[Delta, tuple[int, int, int]]:
     parts = []
     for count, *pairs in sizes:
         numbers = []
-        for symbols, raw in zip(pairs[::2], pairs[1::2], strict=True):
-            found = take(symbols >> 1, symbols & 1)
-            numbers.append(Numbers(found, bool(symbols & 1), take(raw, 0)))
+        for size_and_coding, raw in zip(pairs[::2], pairs[1::2], strict=True):
+            coding = size_and_coding & 3
+            found = take(size_and_coding >> 2, int(coding == CODED))
+            numbers.append(Numbers(found, coding, take(raw, 0)))
         parts.append(ClassPart(count, numbers[0] if len(numbers) > 1 else None, numbers[-1]))
     parsed = Delta(
         *(kind, flags, dtype, shape, base_dtype, base_shape, base, result, changed, shift),

@@ -225,6 +225,18 @@ def class_ranks(old: Tensor, classes: Tensor, positions: Tensor) -> tuple[Tensor
     return ranks[order], order, counts
 
 
+def sort_by_class(old: Tensor, classes: Tensor, values: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """Values sorted by the class of the old element beside them, or (back) from there to their places."""
+    of = classes[contexts(old)].clamp(max=MAX_CLASSES).to(torch.int64)
+    order = of.argsort(stable=True)
+    counts = torch.bincount(of, minlength=MAX_CLASSES + 1)[:MAX_CLASSES]
+    if not back:
+        return values[order], counts
+    out = torch.empty_like(values)
+    out[order] = values
+    return out, counts
+
+
 def class_places(old: Tensor, classes: Tensor, counts: list[int], ranks: Tensor) -> Tensor | None:
     """The positions, sorted by class; None where a class has fewer units."""
     of = classes[contexts(old)]
