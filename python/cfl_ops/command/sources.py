@@ -18,7 +18,7 @@ from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import blob as blobs
 from cfl_ops.ops.codec import files
 from cfl_ops.ops.codec.delta import describe_delta
-from cfl_ops.ops.codec.delta_format import parse_delta, unpack_symbols
+from cfl_ops.ops.codec.delta_format import CODED, parse_delta, unpack_symbols
 from cfl_ops.ops.codec.huffman import read_header
 from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
 from cfl_ops.ops.codec.tied import Distinct
@@ -77,7 +77,7 @@ def _check_delta(delta: Tensor) -> None:
         blobs.decompress(parsed.blob)
     for part in parsed.parts:
         for numbers in (part.gaps, part.values):
-            if numbers is not None and numbers.coded:
+            if numbers is not None and numbers.coding == CODED:
                 unpack_symbols(op, numbers, read_header(op, numbers.symbols).numel)
 
 

@@ -224,7 +224,8 @@ class _Reader:
         code = self.byte()
         if code >= len(DTYPES):
             raise Corrupt(codes.BAD_HEADER)
-        return DTYPES[code]
+        found: torch.dtype = DTYPES[code]
+        return found
 
     def runs(self) -> bytes:
         out = b""
