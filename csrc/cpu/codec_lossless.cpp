@@ -142,7 +142,12 @@ int64_t parse_lossless(const uint8_t* blob, int64_t size, Lossless* found, const
     found->payloads[p] = std::vector<Header>(static_cast<size_t>(tables[p]));
     for (int t = 0; t < tables[p]; ++t, sizes += 8) {
       const uint64_t bytes = load<uint64_t>(sizes);
-      if (bytes > static_cast<uint64_t>(found->end - at)) return kBadHeader;
+      // Its header, its shape, and the sizes and checksums of its chunks.
+      const int64_t least =
+          kHeaderBytes + 8 + 8 * chunks_of(symbols[p][static_cast<size_t>(t) + 1]);
+      if (bytes > static_cast<uint64_t>(found->end - at) || bytes < static_cast<uint64_t>(least)) {
+        return kBadHeader;
+      }
       Header& header = found->payloads[p][static_cast<size_t>(t)];
       const int64_t error = parse(at, static_cast<int64_t>(bytes), &header, kernel);
       if (error != kGood) return error;

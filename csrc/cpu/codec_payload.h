@@ -83,6 +83,8 @@ std::vector<uint8_t> code_lengths(const std::vector<uint64_t>& counts);
 
 // The code table of docs/format.md.
 std::vector<uint8_t> pack_lengths(const std::vector<uint8_t>& lengths);
+bool unpack_lengths(const uint8_t* bytes, int64_t size, int64_t alphabet,
+                    std::vector<uint8_t>* lengths);
 
 // Bytes 0..39 of a payload; its checksum covers bytes 40..head, which must be there already.
 struct Fixed {
@@ -106,7 +108,8 @@ struct Symbols {
 };
 
 // Every how many blocks of 4,096 symbols one is counted to find the code: 1 for all of them where
-// a sample would cost more than about 0.001 bits a symbol.
+// a sample would cost more than about 0.001 bits a symbol. (Where one shows few symbols, all are
+// counted after it.)
 int64_t sample_stride(int64_t n, int64_t alphabet);
 
 // The counts that the code is built from.

@@ -20,6 +20,7 @@ struct Band {
   std::vector<uint64_t> counts = std::vector<uint64_t>(256, 0);
   int64_t symbols = 0, cost = 0;
   std::vector<uint8_t> lengths;
+  bool alone = false;  // one symbol, which takes no bits
 
   void measure() {
     lengths = code_lengths(counts);
@@ -31,7 +32,8 @@ struct Band {
       used += counts[s] > 0;
       if (lengths[s]) last = s + 1;
     }
-    if (used == 1) bits = 0;
+    alone = used == 1;
+    if (alone) bits = 0;
     std::vector<uint8_t> table(lengths.begin(), lengths.begin() + static_cast<int64_t>(last));
     const auto scaled =
         static_cast<unsigned __int128>(bits) * static_cast<uint64_t>(symbols) / seen;
@@ -113,7 +115,7 @@ std::vector<TableOf> choose_tables(const std::vector<uint32_t>& counts, int64_t 
     std::vector<std::array<uint32_t, 256>> lengths(bands.size());
     for (size_t t = 0; t < bands.size(); ++t) {
       for (size_t s = 0; s < 256; ++s) {
-        lengths[t][s] = bands[t].lengths[s] ? bands[t].lengths[s] : kNoCode;
+        lengths[t][s] = bands[t].lengths[s] ? bands[t].lengths[s] - bands[t].alone : kNoCode;
       }
     }
     std::vector<Band> found(bands.size());

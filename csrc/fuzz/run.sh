@@ -41,6 +41,7 @@ compile() {  # source, extra flags
   fi
 }
 compile "csrc/fuzz/${target}_fuzz.cpp" ""
+compile csrc/cpu/codec_code.cpp ""
 compile csrc/cpu/codec_payload.cpp ""
 compile csrc/cpu/codec_lossless.cpp ""
 compile csrc/cpu/codec_tables.cpp ""

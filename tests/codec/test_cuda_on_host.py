@@ -48,6 +48,7 @@ SYMBOLS = {
     "chunks10": lambda: normal_symbols(33000, 1024, torch.uint16),
     "skewed": lambda: (torch.rand(5000) ** 9 * 250).to(torch.uint8),
     "uniform16": lambda: torch.randint(65536, (3000,), dtype=torch.int32).to(torch.uint16),
+    "few": lambda: torch.arange(9000).remainder(2).mul(3).to(torch.uint16),  # all are counted after a sample
     "sampled": lambda: torch.randint(3, (40000,), dtype=torch.int32).to(torch.uint16),
 }
 

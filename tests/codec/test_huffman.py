@@ -134,6 +134,22 @@ def test_symbols_that_hide_from_the_sample(backend: str) -> None:
     assert same(cfl_ops.huffman_decode(payload), symbols)
 
 
+@pytest.mark.parametrize("most", [1, 2, 50, 200])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_few_symbols_are_coded_as_if_there_were_no_others(
+    backend: str, dtype: torch.dtype, most: int
+) -> None:
+    """Codes for what a sample has not met would cost a bit a symbol of a constant, and half a bit of two."""
+    n = 1 << 19 if dtype == torch.uint8 else 1 << 18  # with an alphabet of 2 to 200, a sample serves
+    symbols = torch.arange(n).mul_(40503).remainder_(65521).remainder_(most).to(dtype)
+    payload = cfl_ops.huffman_encode(symbols)
+    assert same(payload, reference.encode(symbols, (n,), CHUNK_LOG2, 0))
+    assert same(cfl_ops.huffman_decode(payload), symbols)
+    counts = torch.bincount(symbols.to(torch.int64)).tolist()
+    best = sum(c * n for c, n in zip(counts, oracle_lengths(counts), strict=True)) if most > 1 else 0
+    assert 8 * payload.numel() <= best * 1.006 + 8 * (9 * n / 2**CHUNK_LOG2 + 200)
+
+
 def test_lengths_are_optimal() -> None:
     generator = np.random.default_rng(10)
     for size in (1, 2, 3, 17, 256, 1000):

@@ -416,6 +416,54 @@ def test_a_forged_head_raises_or_is_read(backend: str) -> None:
         cfl_ops.decompress(repaired(true, 6, "<B", DTYPES.index(torch.bool)))
 
 
+def forged_head(n: int, payload: bytes) -> Tensor:
+    """A blob of n bytes, all in one table, with that payload."""
+    chunks = -(-n // CHUNK)
+    head = (
+        pack_shape([n]) + b"\x01" + bytes([1]) * chunks + struct.pack("<Q", len(payload)) + bytes(4 * chunks)
+    )
+    total = layout.BLOB_BYTES + len(head) + len(payload)
+    uint8 = DTYPES.index(torch.uint8)
+    fixed = layout.BLOB.pack(layout.MAGIC, 3, layout.LOSSLESS, uint8, 15, total, n, len(head), 0, 0.0, 1)
+    checksum = struct.pack("<I", zlib.crc32(head, zlib.crc32(fixed)))
+    return torch.frombuffer(bytearray(fixed + checksum + head + payload), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_nothing_is_allocated_for_a_forged_size(backend: str, long: bool) -> None:
+    """2^36 bytes in a code of one symbol: refused by its length, or by what stands in it."""
+    n = 1 << 36
+    blob = forged_head(n, bytes(48 + 8 * (n // CHUNK) * long))
+    with pytest.raises(CorruptDataError):
+        cfl_ops.decompress(blob)
+    with pytest.raises(CorruptDataError):
+        cfl_ops.decompress(blob, torch.empty(1, dtype=torch.uint8), start=5, stop=6)
+    good = cfl_ops.huffman_encode(torch.full((70000,), 9, dtype=torch.uint8))
+    assert same(
+        cfl_ops.decompress(forged_head(70000, good.numpy().tobytes())), torch.full((70000,), 9).byte()
+    )
+    with pytest.raises(CorruptDataError):
+        cfl_ops.decompress(forged_head(70001, good.numpy().tobytes()))
+
+
+def test_constant_planes_take_no_bits(backend: str) -> None:
+    """Of 2^19 symbols and more a sample is counted, which must not cost those that it does not meet a code."""
+    zeros = torch.zeros(1 << 19)
+    blob = cfl_ops.compress(zeros, lossless=True)
+    assert len(blob) < 1000
+    assert same(cfl_ops.decompress(blob), zeros)
+    halves = torch.randn(1 << 19, generator=torch.Generator().manual_seed(4)).bfloat16()
+    wide, narrow = (cfl_ops.compress(w, lossless=True) for w in (halves.float(), halves))
+    assert same(cfl_ops.decompress(wide), halves.float())
+    # The sign, which is coded now, and a byte map, code table and entries of chunks more for two planes.
+    assert len(wide) < len(narrow) + 2000
+    # Chunks of one symbol go to the table that holds no other, whatever order they come in.
+    threes = torch.full((CHUNK,), 3, dtype=torch.uint8)
+    mostly = torch.arange(CHUNK).remainder(8).clamp(max=3).to(torch.uint8)  # 1.625 bits
+    blob = cfl_ops.compress(torch.cat([threes, mostly, threes]), lossless=True)
+    assert len(blob) < 1.625 * CHUNK / 8 + 400
+
+
 def test_shapes_are_packed_in_one_way_only() -> None:
     for shape in ((), (0,), (1, 127, 128, 16_383, 16_384), (2**62,), (2,) * 62, (1,) * 64):
         packed = pack_shape(shape)

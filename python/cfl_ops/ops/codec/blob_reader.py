@@ -17,6 +17,7 @@ from cfl_ops.ops.codec.huffman import check_payload, corrupt, read_header
 from cfl_ops.ops.codec.layout import (
     BLOB,
     BLOB_BYTES,
+    CHUNK,
     DTYPES,
     KINDS,
     LOSSLESS,
@@ -25,11 +26,15 @@ from cfl_ops.ops.codec.layout import (
     RAW,
     ZERO_BINS,
     Lossless,
+    lanes,
     parse_lossless,
     unpack_shape,
 )
 from cfl_ops.ops.codec.plan import zero_bin
 from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, memory_of, prefix
+
+_MOST = 8
+"""So many bytes come from each byte of a code of several symbols, at most."""
 
 
 class Blob(NamedTuple):
@@ -171,6 +176,17 @@ def _raw_shape(op: str, table: bytes, ndim: int, version: int) -> tuple[int, ...
 
 def _lossless(op: str, blob: Tensor, near: Tensor) -> Blob:
     head = lossless_head(op, blob, near)
+    if head.lanes * lanes(head.code).width > _MOST * blob.numel():
+        # A code of one symbol takes no bits: do not allocate what a damaged header may ask for.
+        at = head.head + head.stored
+        for chosen, sizes in zip(head.maps, head.sizes, strict=True):
+            for number, size in enumerate(sizes, 1):
+                missing = len(chosen) * CHUNK - head.lanes if chosen[-1] == number else 0
+                held = chosen.count(number) * CHUNK - missing
+                found = read_header(op, blob[at : at + size])
+                if (found.symbol_bytes, found.numel) != (1, held):
+                    raise contradiction(op)
+                at += size
     return Blob(head.shape, head.numel, DTYPES[head.code], blob, False, lossless=True)
 
 

@@ -121,7 +121,9 @@ class _Curve:
         total = int(counts.sum())
         kept = 0 if grid.exceptions is None else grid.exceptions.numel()
         tables = 400 + 8 * w.ndim + 2 * groups * item + kept * (8 + item)
-        scale = decision.importance * n * (step**2 if absolute else 1 / (_spread(counts) + 1 / 12))
+        mantissa, self.exponent = math.frexp(step) if absolute else (1.0, 0)
+        """Of a power of four that the costs are still to be multiplied by: squares of tiny steps would be 0."""
+        scale = decision.importance * n * (mantissa**2 if absolute else 1 / (_spread(counts) + 1 / 12))
         sizes, costs = [0.0], [4.0**_PROBE_BITS / 12]
         for bits in range(1, MOST_BITS + 1):
             known = min(bits, _PROBE_BITS)
@@ -145,6 +147,14 @@ class _Curve:
             self.bytes[level] = round(sizes[bits - 1] * (1 - part) + sizes[bits] * part)
             off = costs[bits - 1] ** (1 - part) * costs[bits] ** part
             self.costs[level] = scale * off if step else 0.0
+
+    def weigh(self, exponent: int) -> None:
+        """Make the costs multiples of that power of four, the same for all tensors."""
+        if self.exponent != exponent:
+            self.costs = {
+                level: math.ldexp(cost, 2 * (self.exponent - exponent)) for level, cost in self.costs.items()
+            }
+            self.exponent = exponent
 
     def guess(self, level: int) -> int:
         """The bytes of a level: as measured, or as much off as what was measured next to it."""
@@ -189,7 +199,7 @@ class _Curve:
 
 
 def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float, int]:
-    """Counts of 2^12 bins (on the CPU) of a sample of the weights, the rms of the groups' steps, and their number."""
+    """Counts of 2^12 bins (on the CPU) of a sample, the rms of the groups' ranges (by 4), and the groups' number."""
     flat, n = dense(grid.weights), w.numel()
     every = max(1, n // _SAMPLE)
     if options.per == "tensor":
@@ -204,7 +214,7 @@ def _histogram(w: Tensor, grid: Grid, options: Options) -> tuple[Tensor, float, 
         bins = to_bins(flat[at].cpu().unsqueeze(-1), low[group], high[group], _PROBE_BITS)
         counts = torch.bincount(bins.flatten(), minlength=1 << _PROBE_BITS)
     quarters = high.to(torch.float64) * 0.25 - low.to(torch.float64) * 0.25
-    steps = [min(quarter, 1e140) * (4 / 2**_PROBE_BITS) for quarter in quarters.tolist()]
+    steps: list[float] = quarters.tolist()
     largest = max(steps)
     if not largest:
         return counts, 0.0, len(steps)
@@ -272,6 +282,9 @@ def share_bytes(
         room -= blob.numel()
         if keep and decision.options is None:
             makers[i] = _given(blob)
+    top = max((curve.exponent for curve in curves.values() if any(curve.costs.values())), default=0)
+    for curve in curves.values():
+        curve.weigh(top)
     blobs: dict[int, tuple[int, Tensor]] = {}
     best: tuple[float, dict[int, int]] | None = None
     for turn in itertools.count():

@@ -236,7 +236,10 @@ def _counts(kernels: Any, symbols: Tensor) -> tuple[Tensor, int]:
     kernels.histogram(symbols, found)
     counts = to_host(found)
     alphabet = int(counts[most]) + 1 if most > 256 else most
-    return counts[:alphabet], max(1, n // (1024 * alphabet))
+    counts, stride = counts[:alphabet], max(1, n // (1024 * alphabet))
+    if stride > 1 and reference.few_met(counts.tolist()):
+        return to_host(reference.all_counts(symbols, alphabet)), 1
+    return counts, stride
 
 
 def huffman_encode(
@@ -244,7 +247,8 @@ def huffman_encode(
 ) -> Tensor:
     """The op ``cfl_ops::huffman_encode``. Synchronises twice: for the counts, and for the sizes of the chunks.
 
-    (And once more for each time that a chunk outgrew its slot, which needs a sample that misleads.)
+    (And more often where a sample shows few symbols, and all are counted, or where a chunk outgrew its slot, which
+    needs a sample that misleads.)
     """
     flat, device, symbol_bytes = symbols.reshape(-1).contiguous(), symbols.device, symbols.element_size()
     n, chunk = flat.numel(), 1 << chunk_log2

@@ -31,9 +31,11 @@ def huffman_encode(symbols: Tensor) -> Tensor:
     The payload remembers shape and dtype, and holds a checksum of its header and of each chunk of 2^15
     symbols. The code is optimal for the counts of the symbols; where there are more than 2,048 symbols for
     each member of the alphabet, for the counts of an evenly spread sample, which costs less than about 0.001
-    bits a symbol. Alphabets to 4,096 are what it is made for; all 65,536 work.
+    bits a symbol (where the sample shows few symbols, all are counted). Alphabets to 4,096 are what it is made
+    for; all 65,536 work.
 
-    Synchronises a GPU twice: for the counts, and for the sizes of the chunks.
+    Synchronises a GPU twice: for the counts, and for the sizes of the chunks; where all are counted after a
+    sample, once more.
 
     Returns:
         A 1-d uint8 tensor on the device of ``symbols``.

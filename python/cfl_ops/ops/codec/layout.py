@@ -39,6 +39,8 @@ CHUNK = 1 << CHUNK_LOG2
 """Lanes of a chunk of a lossless blob, the unit of its checksums, its code tables and of random access."""
 MAX_TABLES = 16
 """Code tables of a plane."""
+_PAYLOAD = 48
+"""Of a payload, the bytes of its header and its shape; and it has 8 for each chunk."""
 
 
 class Lanes(NamedTuple):
@@ -166,9 +168,12 @@ def parse_lossless(raw: bytes | memoryview[int], size: int) -> Lossless:
     if at + 8 * sum(tables) > len(rest):
         raise Corrupt(codes.BAD_HEADER)
     sizes = []
-    for count in tables:
+    for count, chosen in zip(tables, maps, strict=True):
         sizes.append(list(struct.unpack_from(f"<{count}Q", rest, at)))
         at += 8 * count
+        for number, found in enumerate(sizes[-1], 1):
+            if found < _PAYLOAD + 8 * chosen.count(number):
+                raise Corrupt(codes.BAD_HEADER)
     pieces = sum(chosen.count(0) for chosen in maps)
     short = sum(chosen[-1] == 0 for chosen in maps)
     stored = pieces * CHUNK - short * (chunks * CHUNK - n)

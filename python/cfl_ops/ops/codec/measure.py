@@ -21,6 +21,16 @@ _ROW = 1 << 16
 _PIECE = 1 << 20
 """Weights that are decoded at once: whole chunks of the payload, and rows."""
 _GRAIN = 17
+_DENORMAL = 2.0**-1000
+
+
+def _powers(shifts: list[int], most: int) -> list[list[float]]:
+    """Factors of 2^shift; two of each where the dtype has no such power of two, for values that are tiny."""
+    first = [min(most, shift) for shift in shifts]
+    rest = [shift - one for shift, one in zip(shifts, first, strict=True)]
+    return [
+        [math.ldexp(1.0, shift) for shift in part] for part in (first, rest) if part is first or any(part)
+    ]
 
 
 class Errors(NamedTuple):
@@ -54,13 +64,12 @@ class _Squares:
         self.largest = max(self.largest, *top)
         if self.largest == math.inf or not squares:
             return
-        most = 1023 if x.dtype == torch.float64 else 126
-        shifts = [min(most, _GRAIN - math.frexp(value)[1]) if value else 0 for value in top]
-        if len(shifts) == 1:
-            x.mul_(math.ldexp(1.0, shifts[0]))
-        else:
-            scale = torch.tensor([math.ldexp(1.0, shift) for shift in shifts], dtype=x.dtype)
-            x.mul_(scale.to(x.device).unsqueeze(-1))
+        shifts = [_GRAIN - math.frexp(value)[1] if value else 0 for value in top]
+        for part in _powers(shifts, 1023 if x.dtype == torch.float64 else 126):
+            if len(part) == 1:
+                x.mul_(part[0])
+            else:
+                x.mul_(torch.tensor(part, dtype=x.dtype).to(x.device).unsqueeze(-1))
         wide = x.round_().to(torch.float64)
         if self.signed:
             self.sums += zip(wide.sum(-1).tolist(), shifts, strict=True)
@@ -133,6 +142,7 @@ def errors_of(w: Tensor, blob: Tensor, squares: bool = True) -> Errors:
     # A difference is rounded, by 2^-24 of it at most; its square in the sum, by half a grain.
     largest = found.largest * (1 + 2.0**-22)
     rms = found.rms(n) * (1 + 2.0**-22) + largest * 2.0**-17 if found.largest else 0.0
+    rms = math.nextafter(rms, math.inf) if rms < _DENORMAL else rms  # of few bits
     return Errors(min(rms, largest) if squares else 0.0, largest)
 
 

@@ -19,6 +19,7 @@ from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, head_bytes,
 from cfl_ops.ops.codec.reference.huffman_code import Tree, build_tree, code_lengths, pack_lengths
 
 _GROUP = 1 << 19  # symbols worked on at a time
+_COUNTED = 1 << 24
 
 
 def encode(symbols: Tensor, shape: tuple[int, ...], chunk_log2: int, reserve: int) -> Tensor:
@@ -81,20 +82,41 @@ def sample_counts(symbols: Tensor) -> list[int]:
     """The counts the code is built from: of all symbols, or of evenly spread blocks of 4,096.
 
     A code made for n samples of A symbols loses about A / (2 n ln 2) bits a symbol; 1,024 A samples keep
-    that below 0.001. In a sample every symbol counts, so that it gets a code.
+    that below 0.001. In a sample every symbol counts, so that it gets a code; where that costs much, all
+    symbols are counted.
     """
     n = symbols.numel()
     if n == 0:
         return []
     alphabet = 256 if symbols.dtype == torch.uint8 else int(symbols.to(torch.int32).max()) + 1
     stride = max(1, n // (1024 * alphabet))
+    sample = symbols
     if stride > 1:
-        symbols = torch.cat([symbols[i : i + 4096] for i in range(0, n, 4096 * stride)])
-    counts: list[int] = torch.bincount(symbols.to(torch.int32), minlength=alphabet).tolist()
+        sample = torch.cat([symbols[i : i + 4096] for i in range(0, n, 4096 * stride)])
+    counts: list[int] = torch.bincount(sample.to(torch.int32), minlength=alphabet).tolist()
+    if stride > 1 and few_met(counts):
+        counts, stride = all_counts(symbols, alphabet).tolist(), 1
     if stride > 1:
         counts = [count * stride if count else 1 for count in counts]
     while counts and counts[-1] == 0:
         counts.pop()
+    return counts
+
+
+_SLIGHT = 64
+
+
+def few_met(counts: list[int]) -> bool:
+    """Whether a code for what a sample has not met costs much: it lengthens the rarest symbol by a bit."""
+    met = [count for count in counts if count]
+    return len(met) < len(counts) and _SLIGHT * min(met) >= sum(met)
+
+
+def all_counts(symbols: Tensor, alphabet: int) -> Tensor:
+    """How often each symbol is met, without as many integers as there are symbols at once."""
+    counts = torch.zeros(alphabet, dtype=torch.int64, device=symbols.device)
+    for part in symbols.split(_COUNTED):
+        counts += torch.bincount(part.to(torch.int32), minlength=alphabet)
     return counts
 
 

@@ -43,7 +43,8 @@ class _Band:
         self.chunks, self.counts, self.symbols = chunks, counts, symbols
         self.lengths = code_lengths(counts)
         bits = 0
-        if sum(map(bool, counts)) > 1:
+        self.alone = sum(map(bool, counts)) == 1  # one symbol, which takes no bits
+        if not self.alone:
             bits = sum(count * length for count, length in zip(counts, self.lengths, strict=True))
         last = 256
         while self.lengths[last - 1] == 0:
@@ -83,7 +84,9 @@ def choose(counts: Tensor, n: int) -> list[list[int]]:
     _merge(bands)
     if len(bands) > 1:  # each chunk to the table that codes it in the fewest bits, the first of equal ones
         lengths = torch.tensor([band.lengths for band in bands])
-        lengths[lengths == 0] = _NO_CODE
+        coded = lengths > 0
+        lengths[torch.tensor([band.alone for band in bands])] = 0
+        lengths[~coded] = _NO_CODE
         best = ((counts[candidates] @ lengths.T) * len(bands) + torch.arange(len(bands))).argmin(1)
         found = [candidates[best == number] for number in range(len(bands))]
         bands = [band(chosen) for chosen in found if chosen.numel()]
