@@ -277,6 +277,65 @@ def test_gradients_and_inference_mode(backend: str) -> None:
         assert same(cfl_ops.decompress(cfl_ops.compress(w, lossless=True)), w.detach())
 
 
+def test_no_gradient_is_lost_unsaid(backend: str) -> None:
+    w = torch.randn(300)
+    for call in (
+        lambda x: cfl_ops.compress(x, lossless=True),
+        lambda x: cfl_ops.compress(x),
+        lambda x: cfl_ops.compress_state_dict({"w": x}, lossless=True)["w"],
+    ):
+        for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+            with pytest.raises(RuntimeError, match=r"^cfl_ops\..* is differentiated by torch\.func"):
+                transform(lambda x, call=call: call(x).sum() + 0 * x.sum())(w)
+
+
+def test_tensors_without_data_are_refused() -> None:
+    w = torch.empty(20, 20, device="meta")
+    state, data = {"w": w}, torch.empty(100, dtype=torch.uint8, device="meta")
+    for call, name in (
+        (lambda: cfl_ops.compress(w, lossless=True), "compress: w"),
+        (lambda: cfl_ops.compress(w), "compress: w"),
+        (lambda: cfl_ops.compress_state_dict(state), r"compress_state_dict: state_dict\['w'\]"),
+        (
+            lambda: cfl_ops.compress_state_dict(state, lossless=True),
+            r"compress_state_dict: state_dict\['w'\]",
+        ),
+        (lambda: cfl_ops.decompress(data), "decompress: blob"),
+        (lambda: describe(data), "describe: blob"),
+        (lambda: cfl_ops.huffman_decode(data), "huffman_decode: payload"),
+        (lambda: cfl_ops.huffman_encode(data), "huffman_encode: symbols"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^cfl_ops\.{name} must have data, but it is on the device meta"
+        ):
+            call()
+
+
+def test_out_that_is_yet_to_be_conjugated_or_negated_is_refused() -> None:
+    w = torch.randn(5, dtype=torch.complex64)
+    out = torch.zeros(5, dtype=torch.complex64).conj()
+    with pytest.raises(
+        ValueError, match=r"decompress: out must hold its elements as they are \(torch\.resolve_conj"
+    ):
+        cfl_ops.decompress(cfl_ops.compress(w, lossless=True), out)
+    out = torch._neg_view(torch.zeros(5))
+    for options in ({}, {"lossless": True}):
+        with pytest.raises(ValueError, match=r"out must hold its elements as they are \(torch\.resolve_neg"):
+            cfl_ops.decompress(cfl_ops.compress(w.real, **options), out)  # type: ignore[arg-type]
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", layout.NOT_COPIED)
+def test_dtypes_that_torch_does_not_copy_have_strides(dtype: torch.dtype) -> None:
+    raw = torch.arange(96, dtype=torch.uint8).view(dtype).view(8, -1)
+    for w in (raw.t(), raw[::2, ::3], raw[:, :1], raw[:0], raw[1].expand(3, -1), raw.unfold(0, 3, 2)):
+        blob = cfl_ops.compress(w, lossless=True)
+        back = cfl_ops.decompress(blob)
+        assert (back.dtype, back.shape) == (dtype, w.shape)
+        bits = torch.uint8 if dtype.itemsize == 1 else torch.int16
+        assert torch.equal(back.view(bits), w.view(bits))
+
+
 GIVEN: dict[str, Any] = {
     "floor": 5, "probe_bits": 3, "bits": 8, "fraction": 0.1, "per": "row", "nonfinite": "keep", "max_error": 0.1,
     "zero": "exact",
@@ -296,6 +355,8 @@ def test_options_of_a_loss_are_refused() -> None:
             cfl_ops.compress(w, lossless=bad)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="compress: w must be a tensor"):
         cfl_ops.compress([1.0], lossless=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="compress: floor must be a number, but got a tensor"):
+        cfl_ops.compress(w, lossless=True, floor=torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="compress: w must have a dtype that the format knows"):
         cfl_ops.compress(torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), lossless=True)
     with pytest.raises(ValueError, match="compress: w must have at most 64 dimensions"):

@@ -80,6 +80,15 @@ def test_exact_names_and_dtypes() -> None:
     assert [*decided(state, bits=6, min_numel=401).values()] == [None] * 3
 
 
+@pytest.mark.parametrize(
+    "kind", [tuple, set, frozenset, dict.fromkeys, iter, lambda x: dict.fromkeys(x).keys()]
+)
+def test_exact_is_any_collection(kind: Any) -> None:
+    state = {"a": normal(20, 20), "b": normal(20, 20), "c": normal(20, 20).double()}
+    found = decided(state, bits=4, exact=kind(["a", torch.float64]))
+    assert found == {"a": None, "b": 4, "c": None}
+
+
 def test_the_first_override_that_matches_counts() -> None:
     state = {
         "a.weight": normal(20, 20),
@@ -112,6 +121,10 @@ def test_the_first_override_that_matches_counts() -> None:
     assert wide["b.weight"] is not None
     assert wide["b.weight"] > 9
     assert decided(state, error=0.5, overrides={"a.*": {"bits": 8}})["a.weight"] == 8
+    for one in ({"floor": 9}, {"probe_bits": 6}, {"fraction": 0.5}):  # as compress does without bits
+        large = normal(60, 80)
+        blobs = cfl_ops.compress_state_dict({"a": large}, bits=3, max_error=9.0, overrides={"a": one})
+        assert same(blobs["a"], cfl_ops.compress(large, max_error=9.0, **one))  # type: ignore[arg-type]
     assert 3 <= decided(state, bits=12, overrides={"a.*": {"error": 0.2}})["a.weight"] <= 5  # type: ignore[operator]
 
 
@@ -198,6 +211,17 @@ def test_lossless_keeps_every_bit_and_refuses_what_quantises() -> None:
         (TypeError, "exact must be patterns of names or dtypes, but got int", {"exact": ["w", 3]}),
         (TypeError, "lossless must be True or False", {"lossless": 1}),
         (TypeError, "report must be a function, such as the append of a list, but got list", {"report": []}),
+        (ValueError, "bits must be an integer from 1 to 16, but got 99", {"bits": 99, "exact": "w"}),
+        (ValueError, "per must be one of tensor, row, block", {"per": "nonsense", "exact": "w"}),
+        (ValueError, "nonfinite must be one of refuse, keep", {"nonfinite": "skip", "exact": "w"}),
+        (ValueError, "block_size must be given with per='block'", {"per": "block", "exact": "w"}),
+        (ValueError, r"bits must be .* but got 99 \(in overrides\['zzz'\]\)",
+         {"exact": "w", "overrides": {"zzz": {"bits": 99}}}),
+        (ValueError, "error_kind is a matter of error, which is not given", {"error_kind": "max"}),
+        (ValueError, "error_unit is a matter of error or of max_bytes, which", {"error_unit": "absolute"}),
+        (ValueError, r"error_unit of overrides\['w'\] is a matter of error, which is not given",
+         {"overrides": {"w": {"error_unit": "absolute"}}}),
+        (TypeError, "floor must be a number", {"lossless": True, "floor": torch.ones(2)}),
         (TypeError, "unknown options bit, folor", {"bit": 3, "folor": 5}),
     ],
 )  # fmt: skip
@@ -206,6 +230,33 @@ def test_contradictions_are_named_before_anything_is_done(
 ) -> None:
     with pytest.raises(kind, match=rf"^cfl_ops\.compress_state_dict: {message}"):
         cfl_ops.compress_state_dict({"w": torch.full((20, 20), math.nan)}, **options)
+
+
+@pytest.mark.parametrize("given", [{"bits": None}, {"floor": 6.0, "per": "tensor"}, {"error_kind": "rms"}])
+@pytest.mark.parametrize("kind", [{"lossless": True}, {"error": 0.1}, {"max_bytes": 2000}])
+def test_defaults_may_be_given(kind: dict[str, Any], given: dict[str, Any]) -> None:
+    state = {"w": normal(40, 40)}
+    assert same(
+        cfl_ops.compress_state_dict(state, **kind, **given)["w"],
+        cfl_ops.compress_state_dict(state, **kind)["w"],
+    )
+
+
+def test_an_override_may_give_defaults_and_words_of_the_error_of_all() -> None:
+    state = {"w": normal(40, 40)}
+    own = {"error": 0.1, "bits": None, "floor": 6}
+    want = cfl_ops.compress_state_dict(state, error=0.1, error_kind="max")["w"]
+    assert same(cfl_ops.compress_state_dict(state, error_kind="max", overrides={"w": own})["w"], want)
+    own = {"error_kind": "max"}
+    assert same(cfl_ops.compress_state_dict(state, error=0.1, overrides={"w": own})["w"], want)
+
+
+@pytest.mark.parametrize("state", [None, [torch.ones(2)], torch.ones(2)])
+def test_what_is_no_state_dict_is_refused(state: Any) -> None:
+    with pytest.raises(TypeError, match=r"^cfl_ops\.compress_state_dict: state_dict must be a mapping"):
+        cfl_ops.compress_state_dict(state)
+    with pytest.raises(TypeError, match=r"^cfl_ops\.decompress_state_dict: blobs must be a mapping"):
+        cfl_ops.decompress_state_dict(state)
 
 
 def test_the_options_of_compress_are_known_here() -> None:

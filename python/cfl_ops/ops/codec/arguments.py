@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cfl_ops._core import checks
 from cfl_ops._core.arguments import within
 from cfl_ops.ops.codec import codes
 
@@ -54,6 +55,21 @@ def check_encoded(op: str, numel: int, shape: Sequence[int], chunk_log2: int, re
         return
     if min(shape, default=0) < 0 or math.prod(shape) != numel:
         raise ValueError(f"cfl_ops.{op}: shape must hold {numel} elements, but got {tuple(shape)}")
+
+
+def check_data(op: str, name: str, value: Any) -> None:
+    """Raise unless ``value`` is a tensor whose bytes can be looked at."""
+    checks.tensor(op, name, value, 0)
+    if torch.compiler.is_compiling():
+        return
+    if value.is_meta:
+        raise ValueError(f"cfl_ops.{op}: {name} must have data, but it is on the device meta")
+    real = value.dtype.is_floating_point or value.dtype.is_complex
+    if real and torch._C._functorch.is_gradtrackingtensor(value):
+        raise RuntimeError(
+            f"cfl_ops.{op}: {name} is differentiated by torch.func, but no gradient passes its bytes: call this "
+            "outside of the transform"
+        )
 
 
 def check_bytes(op: str, name: str, value: Tensor) -> None:

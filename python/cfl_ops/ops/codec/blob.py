@@ -23,6 +23,7 @@ from cfl_ops.ops.codec.arguments import (
     QuantizeEncodeArguments,
     check_bytes,
     check_contiguous,
+    check_data,
     check_encoded,
 )
 from cfl_ops.ops.codec.blob_reader import contradiction, describe, parse_blob
@@ -145,33 +146,42 @@ def compress(
     options = Options(floor, probe_bits, bits, fraction, per, block_size, nonfinite, max_error, zero)
     if checks.flag("compress", "lossless", lossless):
         refuse_options("compress", options)
-        checks.tensor("compress", "w", w, 0)
         return store_lossless("compress", "w", w)
     return compress_named("compress", "w", w, options)
 
 
 def refuse_options(op: str, options: Options) -> None:
     """Raise for options that ask for a loss, where nothing is to be lost."""
-    given = [name for name, value in options._asdict().items() if value != getattr(Options(), name)]
-    if given:
+    if given := unusual(numbers_of(op, options)):
         raise ValueError(
             f"cfl_ops.{op}: lossless must be given without other options, but got {', '.join(given)}"
         )
 
 
+def unusual(options: Options) -> list[str]:
+    """The names of the options that are not as they are by default."""
+    return [name for name, value in options._asdict().items() if value != getattr(Options(), name)]
+
+
+def numbers_of(op: str, options: Options, w: Tensor | None = None) -> Options:
+    """The options with their numbers as numbers; raises for what is wrong with them, whatever the weights are."""
+    checks.choice(op, "nonfinite", options.nonfinite, ("refuse", "keep"))
+    checks.choice(op, "zero", options.zero, ("centre", "exact"))
+    return options._replace(
+        floor=checks.number(op, "floor", options.floor),
+        probe_bits=check_bits(op, options.probe_bits, "probe_bits"),
+        fraction=check_fraction(op, options.fraction),
+        bits=None if options.bits is None else check_bits(op, options.bits),
+        block_size=check_groups(op, w, options.per, options.block_size),
+        max_error=checks.number(op, "max_error", options.max_error, _ERROR),
+    )
+
+
 def checked_options(w: Tensor, options: Options) -> Options:
     """The options with their numbers as numbers; raises for what is wrong with them or with the weights' kind."""
     checks.floating("compress", "w", w, 0)
-    checks.choice("compress", "nonfinite", options.nonfinite, ("refuse", "keep"))
-    checks.choice("compress", "zero", options.zero, ("centre", "exact"))
-    found = options._replace(
-        floor=checks.number("compress", "floor", options.floor),
-        probe_bits=check_bits("compress", options.probe_bits, "probe_bits"),
-        fraction=check_fraction("compress", options.fraction),
-        bits=None if options.bits is None else check_bits("compress", options.bits),
-        block_size=check_groups("compress", w, options.per, options.block_size),
-        max_error=checks.number("compress", "max_error", options.max_error, _ERROR),
-    )
+    check_data("compress", "w", w)
+    found = numbers_of("compress", options, w)
     check_shape("compress", "w", w, codes.MAX_SYMBOLS)
     return found
 
@@ -387,6 +397,7 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
 
 def store_lossless(op: str, name: str, w: Tensor) -> Tensor:
     """A blob that keeps every bit of the tensor, at most 160 bytes larger than it."""
+    check_data(op, name, w)
     _check_dtype(op, name, w)
     check_shape(op, name, w, 2**63 - 1)
     blob: Tensor = LOSSLESS_ENCODE(_raw_bytes(w), DTYPES.index(w.dtype), list(w.shape))

@@ -14,7 +14,7 @@ from cfl_ops._core.op import define_op
 from cfl_ops._gpu.launch import cuda_cpp
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes, cuda
-from cfl_ops.ops.codec.arguments import check_bytes, check_contiguous, check_encoded
+from cfl_ops.ops.codec.arguments import check_bytes, check_contiguous, check_data, check_encoded
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.reference import payload as reference
 from cfl_ops.ops.codec.reference.header import HEADER_BYTES, parse, symbol_dtype
@@ -52,6 +52,7 @@ def huffman_encode(symbols: Tensor) -> Tensor:
 
     """
     _check_symbols("huffman_encode", "symbols", symbols)
+    check_data("huffman_encode", "symbols", symbols)
     check_shape("huffman_encode", "symbols", symbols, codes.MAX_SYMBOLS)
     payload: Tensor = HUFFMAN_ENCODE(symbols, list(symbols.shape), CHUNK_LOG2, 0)
     return payload
@@ -176,6 +177,7 @@ def check_payload(op: str, name: str, payload: Any) -> None:
             f"cfl_ops.{op}: {name} must be a 1-d uint8 tensor, but got {payload.dtype} "
             f"of shape {tuple(payload.shape)}"
         )
+    check_data(op, name, payload)
 
 
 def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -184,6 +186,9 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
         raise TypeError(f"cfl_ops.{op}: out must be {' or '.join(map(str, dtypes))}, but got {out.dtype}")
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
+    if out.is_conj() or out.is_neg():
+        lazy = "conj" if out.is_conj() else "neg"
+        raise ValueError(f"cfl_ops.{op}: out must hold its elements as they are (torch.resolve_{lazy})")
     checks.same_device(op, "the encoded bytes", payload, out=out)
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(

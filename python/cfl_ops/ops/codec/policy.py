@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops.ops.codec.arguments import check_data
+from cfl_ops.ops.codec.blob import numbers_of, unusual
 from cfl_ops.ops.codec.measure import rms_of
 from cfl_ops.ops.codec.plan import Options
 from cfl_ops.ops.codec.quantize import allocate_bits
@@ -24,6 +26,8 @@ OPTIONS = Options._fields[:-2]
 """What compress takes."""
 SETS_BITS = ("floor", "probe_bits", "bits", "fraction", "max_error")
 """Of these, those that a budget decides."""
+_ENTROPY = ("floor", "probe_bits", "bits", "fraction")
+"""Of these, those that say how many bits, or how they follow from the entropy."""
 ERROR = ("error", "error_kind", "error_unit")
 _UNITS = ("deviation", "absolute")
 
@@ -73,12 +77,17 @@ class Decision(NamedTuple):
 
 
 @contextmanager
-def told(decision: Decision) -> Iterator[None]:
-    """An error in here says which tensor it is about."""
+def _within(where: str) -> Iterator[None]:
+    """An error in here says what it is about."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error} (in {decision.where})") from None
+        raise type(error)(f"{error} (in {where})") from None
+
+
+def told(decision: Decision) -> AbstractContextManager[None]:
+    """An error in here says which tensor it is about."""
+    return _within(decision.where)
 
 
 class Policy(NamedTuple):
@@ -94,7 +103,12 @@ def decide(
     """What is done with each tensor; warns of patterns that no name matches, so many calls up."""
     if unknown := asked.keys() - {*OPTIONS, *Settings._fields}:
         raise TypeError(f"cfl_ops.{OP}: unknown options {', '.join(sorted(unknown))}")
-    given = {key: value for key, value in asked.items() if key in OPTIONS}
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"cfl_ops.{OP}: state_dict must be a mapping of names to tensors, but got {type(state_dict).__name__}"
+        )
+    common = numbers_of(OP, Options(**{key: value for key, value in asked.items() if key in OPTIONS}))
+    given = {key: getattr(common, key) for key in unusual(common)}
     settings = Settings(**{key: value for key, value in asked.items() if key in Settings._fields})
     settings = _checked(settings, given)
     min_numel = checks.integer(OP, "min_numel", min_numel, 0)
@@ -103,6 +117,10 @@ def decide(
         _name(pattern, "overrides"): _override(f"overrides[{pattern!r}]", value)
         for pattern, value in (settings.overrides or {}).items()
     }
+    for pattern, value in overrides.items():
+        with _within(f"overrides[{pattern!r}]"):
+            numbers_of(OP, _merged(settings, given, value if isinstance(value, dict) else {})[0])
+    _check_error_words(settings, overrides)
     importance = {
         _name(pattern, "importance"): checks.number(OP, f"importance[{pattern!r}]", value, checks.POSITIVE)
         for pattern, value in (settings.importance or {}).items()
@@ -123,7 +141,7 @@ def decide(
             importance[found] if (found := matching("importance", name, [*importance])) is not None else 1.0
         )
         own = None if override is None else overrides[override]
-        checks.tensor(OP, f"state_dict[{name!r}]", value, 0)
+        check_data(OP, f"state_dict[{name!r}]", value)
         if settings.lossless or value.dtype not in checks.FLOATS or own == "exact":
             return Decision(name, value, None)
         if own is None and (
@@ -212,6 +230,26 @@ def _checked(settings: Settings, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _check_error_words(settings: Settings, overrides: Mapping[str, Any]) -> None:
+    """The kind and the unit of an error belong to one (or the unit to max_bytes)."""
+    bounded = [own for own in overrides.values() if isinstance(own, dict) and own.get("error") is not None]
+    for key in ("error_kind", "error_unit"):
+        serves = settings.error is not None or (key == "error_unit" and settings.max_bytes is not None)
+        if getattr(settings, key) != getattr(Settings(), key) and not serves and not bounded:
+            other = " or of max_bytes" if key == "error_unit" else ""
+            raise ValueError(f"cfl_ops.{OP}: {key} is a matter of error{other}, which is not given")
+        for pattern, own in overrides.items():
+            if key in own and isinstance(own, dict) and own not in bounded and settings.error is None:
+                raise ValueError(
+                    f"cfl_ops.{OP}: {key} of overrides[{pattern!r}] is a matter of error, which is not given"
+                )
+
+
+def _is(value: Any, usual: Any) -> bool:
+    """Whether it is that number or word, or None."""
+    return value is usual or (isinstance(value, str | int | float) and bool(value == usual))
+
+
 def _apart(given: Sequence[str], why: str, *others: str) -> None:
     if wrong := [name for name in given if name in others]:
         raise ValueError(f"cfl_ops.{OP}: {why}: leave out {', '.join(wrong)}")
@@ -237,7 +275,10 @@ def _override(where: str, value: Any) -> dict[str, Any] | str:
     if unknown := value.keys() - {*OPTIONS, *ERROR}:
         raise TypeError(f"cfl_ops.{OP}: {where} has unknown options {', '.join(sorted(map(str, unknown)))}")
     if value.get("error") is not None:
-        _apart([*value], f"error of {where} decides how many bits a tensor gets", *SETS_BITS)
+        usual = Options()._asdict()
+        others = [key for key in value if key not in usual or not _is(value[key], usual[key])]
+        _apart(others, f"error of {where} decides how many bits a tensor gets", *SETS_BITS)
+        value = {key: option for key, option in value.items() if key not in SETS_BITS}
     return _checked_error(f"{where} ", value)
 
 
@@ -249,8 +290,9 @@ def _merged(
     if _sets_bits(own):
         error = None
     common = {} if own.get("error") is not None else {k: v for k, v in given.items() if k in SETS_BITS}
-    if own.get("error") is None and "bits" in own:
-        common = {k: v for k, v in common.items() if k == "max_error"}
+    if own.get("error") is None and any(key in own for key in _ENTROPY):
+        # Bits that are given leave nothing to the entropy, and what the entropy is to say sets no bits.
+        common = {k: v for k, v in common.items() if k != "bits" and (k == "max_error" or "bits" not in own)}
     rest = {k: v for k, v in given.items() if k not in SETS_BITS}
     options = Options(**{**common, **rest, **{k: v for k, v in own.items() if k in OPTIONS}})
     budget = None
@@ -275,9 +317,8 @@ def _name(pattern: Any, argument: str) -> str:
 
 def _exact(value: Any) -> tuple[list[str], set[torch.dtype]]:
     """The patterns and the dtypes of what stays as it is."""
-    several = (
-        [value] if isinstance(value, str | torch.dtype) or not isinstance(value, Sequence | set) else [*value]
-    )
+    one = isinstance(value, str | torch.dtype) or not isinstance(value, Iterable)
+    several = [value] if one else [*value]
     for item in several:
         if not isinstance(item, str | torch.dtype):
             raise TypeError(

@@ -229,10 +229,10 @@ def check_fraction(op: str, fraction: Any) -> float:
     return checks.number(op, "fraction", fraction, checks.SHARE)
 
 
-def check_groups(op: str, w: Tensor, per: Any, block_size: Any) -> int | None:
-    """What shares a range; the weights of a block, where blocks do."""
+def check_groups(op: str, w: Tensor | None, per: Any, block_size: Any) -> int | None:
+    """What shares a range (of weights, or of any); the weights of a block, where blocks do."""
     checks.choice(op, "per", per, ("tensor", "row", "block"))
-    if per == "row" and w.ndim == 0:
+    if per == "row" and w is not None and w.ndim == 0:
         raise ValueError(f"cfl_ops.{op}: w must have at least 1 dimension for per='row', but got shape ()")
     if (per == "block") != (block_size is not None):
         raise ValueError(f"cfl_ops.{op}: block_size must be given with per='block', and only then")

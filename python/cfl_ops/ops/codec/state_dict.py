@@ -151,6 +151,10 @@ def decompress_state_dict(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> cfl_ops.decompress_state_dict(blobs)
         {'w': tensor([0., 0., 0.])}
     """
+    if not isinstance(blobs, Mapping):
+        raise TypeError(
+            f"cfl_ops.decompress_state_dict: blobs must be a mapping of names to blobs, but got {type(blobs).__name__}"
+        )
     out = {}
     for name, blob in blobs.items():
         try:
