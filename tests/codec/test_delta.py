@@ -12,7 +12,7 @@ import pytest
 import torch
 from cfl_ops import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec.delta import describe_delta
-from cfl_ops.ops.codec.fingerprint import fingerprint_of
+from cfl_ops.ops.codec.fingerprint import copyable, fingerprint_of
 from cfl_ops.ops.codec.layout import DTYPES
 from torch import Tensor
 
@@ -31,9 +31,14 @@ def random_bits(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return bits.view(dtype)
 
 
+def copied(w: Tensor) -> Tensor:
+    """With the strides kept; torch does not copy some dtypes."""
+    return copyable(w).clone(memory_format=torch.preserve_format).view(w.dtype)
+
+
 def some_changed(old: Tensor, every: int) -> Tensor:
     """A copy in which the bits of one of each ``every`` elements are others."""
-    new = old.clone()
+    new = copied(old)
     bits = new.view(torch.uint8)
     size = old.element_size()
     bits.view(-1, size)[::every, 0] ^= 1
@@ -44,11 +49,11 @@ def some_changed(old: Tensor, every: int) -> Tensor:
 
 def check(new: Any, old: Any, effort: str = "fast") -> Any:
     """The delta, which gives new from old in both ways."""
-    kept = old.clone()
+    kept = copied(old)
     delta = cfl_ops.compress_delta(new, old, effort=effort)
-    assert same(cfl_ops.apply_delta(old, delta), new.contiguous())
+    assert same(cfl_ops.apply_delta(old, delta), new)
     assert same(old, kept)
-    target = old.clone(memory_format=torch.preserve_format)
+    target = copied(old)
     assert cfl_ops.apply_delta_(target, delta) is target
     assert same(target, new)
     found = describe_delta(delta)
@@ -58,12 +63,12 @@ def check(new: Any, old: Any, effort: str = "fast") -> Any:
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES[:23], torch.uint7, torch.bits16])
 def test_every_dtype_bit_for_bit(dtype: torch.dtype, effort: str, backend: str) -> None:
     old = random_bits(3000, dtype)
     for every in (1, 2, 40, 5000):
         check(some_changed(old, every), old, effort)
-    assert describe_delta(check(old.clone(), old, effort)).kind == "same"
+    assert describe_delta(check(copied(old), old, effort)).kind == "same"
     check(random_bits(3000, dtype, seed=1), old, effort)
 
 

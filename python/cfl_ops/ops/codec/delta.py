@@ -46,7 +46,7 @@ from cfl_ops.ops.codec.delta_format import (
     parse_delta,
     unpack_symbols,
 )
-from cfl_ops.ops.codec.fingerprint import as_uint8, byte_sum, fingerprint_of, finish, flat_bits
+from cfl_ops.ops.codec.fingerprint import as_uint8, byte_sum, copyable, fingerprint_of, finish, flat_bits
 from cfl_ops.ops.codec.huffman import check_payload, check_shape, corrupt
 from cfl_ops.ops.codec.layout import DTYPES
 from cfl_ops.ops.codec.reference.header import from_bytes
@@ -493,27 +493,27 @@ def _result(op: str, pair: _Pair, total: int, device: torch.device | None) -> Te
         units = units_of(flat)
         positions, values = _named(op, pair, lambda: _changes(op, delta, units, total))
         if positions is None:
-            flat = values.view(delta.dtype)
+            flat = values
         else:
             DELTA_WRITE(units, positions, values)
-    return flat.view(delta.shape)
+    return flat.view(delta.dtype).view(delta.shape)
 
 
 def _plan(op: str, pair: _Pair, total: int) -> Callable[[], object]:
     """Decodes and checks what the delta changes; what comes back writes it."""
     old, delta = pair.old, pair.delta
     assert old is not None
-    target = old.detach()
+    target = copyable(old.detach())
     if delta.blob is not None:
         blob: Tensor = _named(op, pair, lambda: _unpack_blob(op, delta))
-        return lambda: target.copy_(blob)
+        return lambda: target.copy_(copyable(blob))
     flat = flat_bits(old)
     units = units_of(flat)
     positions, values = _named(op, pair, lambda: _changes(op, delta, units, total))
 
     def write() -> None:
         if positions is None:
-            target.copy_(values.view(delta.dtype).view(delta.shape))
+            target.copy_(values.view(target.dtype).view(delta.shape))
             return
         DELTA_WRITE(units, positions, values)
         if flat.data_ptr() != old.data_ptr():  # it was a copy in one piece

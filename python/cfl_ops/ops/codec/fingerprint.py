@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from cfl_ops.ops.codec.changes import FINGERPRINT
-from cfl_ops.ops.codec.layout import DTYPES
+from cfl_ops.ops.codec.layout import DTYPES, NOT_COPIED
 from cfl_ops.ops.codec.plan import dense
 
 _MASK = 2**64 - 1
 
 
+def copyable(w: Tensor) -> Tensor:
+    """The tensor, or a view of its integers where its dtype is one that torch does not copy."""
+    return w.view(torch.uint8 if w.itemsize == 1 else torch.int16) if w.dtype in NOT_COPIED else w
+
+
 def flat_bits(w: Tensor) -> Tensor:
-    """The elements of a tensor in one dimension, one after the other; a view where they lie so."""
-    if w.numel() == 0:
-        return w.detach().reshape(-1)
-    return dense(w.detach().resolve_conj().resolve_neg())
+    """The elements of a tensor (or their integers) in one dimension, one after the other; a view where they lie so."""
+    w = copyable(w.detach())
+    return w.reshape(-1) if w.numel() == 0 else dense(w.resolve_conj().resolve_neg())
 
 
 def as_uint8(flat: Tensor) -> Tensor:
