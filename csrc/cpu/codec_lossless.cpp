@@ -186,18 +186,36 @@ int64_t encode_lossless(const uint8_t* data, int dtype, const std::vector<int64_
     uint8_t* planes[kMaxPlanes] = {};
     for (int64_t c = chunks * t / looks; c < chunks * (t + 1) / looks; ++c) {
       for (int p = 0; p < width; ++p) planes[p] = scratch.data() + p * round_up(most + kPad);
-      int64_t seen = 0;
       const int64_t size = chunk_size(n, c);
       const int64_t run = chunks == 1 ? n : kLookRun, every = chunks == 1 ? n : kLookEvery;
-      for (int64_t at = 0; at < size; at += every) {
+      // Of a whole chunk one run in four first: planes after the first that they show to be nearly
+      // uniform are stored, without more.
+      const int64_t first = chunks > 1 && size == kChunk ? kGlance : 1;
+      auto look = [&](int64_t at) {
+        for (int64_t line = 0; chunks > 1 && line < width; ++line) {
+          __builtin_prefetch(data + (c * kChunk + at + 4 * every) * width + 64 * line);
+        }
         const int64_t count = std::min(run, size - at);
         kernel->split(&lanes, data + (c * kChunk + at) * width, count, planes);
-        for (int p = 0; p < width; ++p) planes[p] += count;
-        seen += count;
+        for (int p = 0; p < width; ++p) planes[p] += planes[p] ? count : 0;
+      };
+      auto count = [&](int p, uint64_t* here) {
+        const uint8_t* from = scratch.data() + p * round_up(most + kPad);
+        kernel->histogram8(from, planes[p] - from, here);
+      };
+      for (int64_t at = 0; at < size; at += first * every) look(at);
+      for (int p = 1; p < width && first > 1; ++p) {
+        uint64_t here[256] = {};
+        count(p, here);
+        if (nearly_uniform(here, kGlanceLimit)) planes[p] = nullptr;
+      }
+      for (int64_t at = 0; first > 1 && at < size; at += every) {
+        if (at / every % first != 0) look(at);
       }
       for (int p = 0; p < width; ++p) {
+        if (!planes[p]) continue;
         uint64_t here[256] = {};
-        kernel->histogram8(planes[p] - seen, seen, here);
+        count(p, here);
         uint32_t* to = counts[p].data() + 256 * c;
         for (int s = 0; s < 256; ++s) to[s] = static_cast<uint32_t>(here[s]);
       }

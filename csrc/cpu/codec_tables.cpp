@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kBands = 64;
 constexpr int kSlight = 11;       // less than 2^-11 bits a symbol are no reason for a table
-constexpr uint64_t kNoCode = 40;  // bits that a symbol without a code counts for
+constexpr int kNoCode = 40;       // bits that a symbol without a code counts for
 constexpr int64_t kPayload = 64;  // bytes beside code table and chunks
 
 // Chunks that share a code table.
@@ -82,14 +82,13 @@ std::vector<TableOf> choose_tables(const std::vector<uint32_t>& counts, int64_t 
   std::vector<std::pair<uint64_t, int64_t>> order;  // (mean, chunk)
   for (int64_t c = 0; c < chunks; ++c) {
     const uint32_t* of = counts.data() + 256 * c;
-    uint64_t seen = 0, squares = 0, first = 0;
+    if (nearly_uniform(of, kLookLimit)) continue;
+    uint64_t seen = 0, first = 0;
     for (uint64_t s = 0; s < 256; ++s) {
       seen += of[s];
-      squares += uint64_t{of[s]} * of[s];
       first += s * of[s];
     }
-    if (256 * 128 * (squares - seen) >= 140 * seen * seen)
-      order.push_back({first * 65536 / seen, c});
+    order.push_back({first * 65536 / seen, c});
   }
   std::vector<TableOf> tables;
   if (order.empty()) return tables;
@@ -112,20 +111,24 @@ std::vector<TableOf> choose_tables(const std::vector<uint32_t>& counts, int64_t 
   }
   merge(bands);
   if (bands.size() > 1) {  // each chunk to the table that codes it in the fewest bits
-    std::vector<std::array<uint32_t, 256>> lengths(bands.size());
+    // What is looked at of a chunk is at most 2^12 symbols where there are several.
+    std::vector<std::array<int16_t, 256>> lengths(bands.size());
     for (size_t t = 0; t < bands.size(); ++t) {
       for (size_t s = 0; s < 256; ++s) {
-        lengths[t][s] = bands[t].lengths[s] ? bands[t].lengths[s] - bands[t].alone : kNoCode;
+        const int length = bands[t].lengths[s] - bands[t].alone;
+        lengths[t][s] = static_cast<int16_t>(bands[t].lengths[s] ? length : kNoCode);
       }
     }
     std::vector<Band> found(bands.size());
     for (const int64_t c : candidates) {
       const uint32_t* of = counts.data() + 256 * c;
       size_t best = 0;
-      uint32_t least = 0;
+      int32_t least = 0;
+      std::array<int16_t, 256> few;
+      for (size_t s = 0; s < 256; ++s) few[s] = static_cast<int16_t>(of[s]);
       for (size_t t = 0; t < bands.size(); ++t) {
-        uint32_t bits = 0;  // at most 2^15 symbols of 60 bits
-        for (size_t s = 0; s < 256; ++s) bits += of[s] * lengths[t][s];
+        int32_t bits = 0;
+        for (size_t s = 0; s < 256; ++s) bits += few[s] * lengths[t][s];
         if (t == 0 || bits < least) {
           best = t;
           least = bits;

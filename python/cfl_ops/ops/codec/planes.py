@@ -77,7 +77,7 @@ def encode(data: Tensor, code: int, shape: Sequence[int]) -> Tensor:
     payloads: list[Tensor] = []
     maps = []
     for plane in planes:
-        tables = choose(look_counts(plane), n)
+        tables = choose(look_counts(plane, plane is planes[0]), n)
         chosen = bytearray(chunks)
         for number, members in enumerate(tables, 1):
             for c in members:

@@ -12,6 +12,9 @@ from cfl_ops.ops.codec.reference.huffman_code import code_lengths, pack_lengths
 
 EVERY, RUN = 512, 64
 """Of each chunk the first RUN symbols of each EVERY are looked at; of a tensor of one chunk, all."""
+_GLANCE = 4
+"""Of a whole chunk one run in so many is looked at first, in planes after the first one."""
+_GLANCE_LIMIT, _LOOK_LIMIT = 136, 140
 BANDS = 64
 _NO_CODE = 40
 """Bits that a symbol without a code counts for."""
@@ -21,17 +24,39 @@ _PAYLOAD = 64
 """Bytes of a payload beside its code table and chunks, with those in the head of the blob."""
 
 
-def look_counts(plane: Tensor) -> Tensor:
-    """How often each symbol is met where each chunk is looked at: (chunks, 256), int64, on the CPU."""
+def nearly_uniform(counts: Tensor, limit: int) -> Tensor:
+    """Where Rényi's entropy, at most Shannon's, without the bias of a sample, is so close to 8 bits that coding wins
+    nothing: 128 is a uniform distribution, and 140 has 7.87 bits.
+    """
+    seen, squares = counts.sum(1), (counts * counts).sum(1)
+    return (seen == 0) | (256 * 128 * (squares - seen) < limit * seen * seen)
+
+
+def look_counts(plane: Tensor, first: bool) -> Tensor:
+    """How often each symbol is met where each chunk is looked at: (chunks, 256), int64, on the CPU.
+
+    None are met where a glance shows that a chunk of a plane, but the first, is to be stored.
+    """
+    counts = _counts(plane, EVERY)
+    whole = plane.numel() // CHUNK
+    if not first and len(counts) > 1 and whole:
+        glance = _counts(plane[: whole * CHUNK], _GLANCE * EVERY, several=True)
+        counts[:whole][nearly_uniform(glance, _GLANCE_LIMIT)] = 0
+    return counts
+
+
+def _counts(plane: Tensor, every: int, several: bool = False) -> Tensor:
+    """Of RUN symbols of each ``every``; of a plane of one chunk all, unless it is one of ``several``."""
     n = plane.numel()
     chunks = -(-n // CHUNK)
-    runs = n // EVERY * EVERY
+    runs = n // every * every
+    several = several or chunks > 1
     looked = plane.view(1, n)
-    if chunks > 1:
-        looked = plane[:runs].view(-1, EVERY)[:, :RUN]
-    chunk = torch.arange(len(looked), device=plane.device) // (CHUNK // EVERY)
+    if several:
+        looked = plane[:runs].view(-1, every)[:, :RUN]
+    chunk = torch.arange(len(looked), device=plane.device) // (CHUNK // every)
     index = [(looked.to(torch.int64) + 256 * chunk[:, None]).flatten()]
-    if chunks > 1:
+    if several:
         index.append(plane[runs:][:RUN].to(torch.int64) + 256 * (chunks - 1))
     return torch.bincount(torch.cat(index), minlength=256 * chunks).view(chunks, 256).cpu()
 
@@ -63,10 +88,7 @@ class _Band:
 
 def choose(counts: Tensor, n: int) -> list[list[int]]:
     """The chunks of each code table of a plane of n symbols, rising; those of none are stored."""
-    seen = counts.sum(1)
-    squares = (counts * counts).sum(1)
-    # Rényi's entropy, which is at most Shannon's, without the bias of a sample: above 7.87 bits nothing is to be won.
-    candidates = (256 * 128 * (squares - seen) >= 140 * seen * seen).nonzero().flatten()
+    candidates = (~nearly_uniform(counts, _LOOK_LIMIT)).nonzero().flatten()
     if candidates.numel() == 0:
         return []
     chunks = len(counts)
@@ -76,7 +98,7 @@ def choose(counts: Tensor, n: int) -> list[list[int]]:
         missing = chunks * CHUNK - n if chunks - 1 in members else 0
         return _Band(members, counts[chosen].sum(0).tolist(), len(members) * CHUNK - missing)
 
-    mean = (counts * torch.arange(256)).sum(1) * 65536 // seen
+    mean = (counts * torch.arange(256)).sum(1) * 65536 // counts.sum(1).clamp(min=1)
     order = candidates[mean[candidates].sort(stable=True)[1]]
     parts = min(len(order), BANDS)
     cuts = [len(order) * b // parts for b in range(parts + 1)]
