@@ -25,7 +25,13 @@ exit codes of the first: 0 all is well, 1 corrupt data, 2 wrong command line, 3 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # while modules are imported, too
+        return 130
+
+
+def _run(arguments: Sequence[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in files.COMMANDS:
         return files.main(arguments)

@@ -94,7 +94,15 @@ IN = "A .safetensors file (plain or compressed), its index.json or its folder; a
      "holds a state dict; or - for stdin."  # fmt: skip
 In = Annotated[str, _file(IN, "IN")]
 Force = Annotated[
-    bool, typer.Option("--force", "-f", help="Replace OUT if it is there; write to a terminal.")
+    bool,
+    typer.Option(
+        "--force",
+        "-f",
+        help="Replace OUT, and the files of --json and --picture, if they are there; write to a terminal.",
+    ),
+]
+ForceBeside = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace the files of --json and --picture if they are there.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="all cores")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table, no totals.")]
@@ -239,7 +247,7 @@ def compress(
         budget=budget,
         min_numel=min_numel,
         max_shard=max_shard,
-        showing=Showing(quiet, not no_table, json, picture),
+        showing=Showing(quiet, not no_table, json, picture, force),
     )
     return _run("compress", threads, debug, job)
 
@@ -270,7 +278,7 @@ def decompress(
         to=None if to is None else to.value,
         force=force,
         max_shard=max_shard,
-        showing=Showing(quiet, not no_table, json, picture),
+        showing=Showing(quiet, not no_table, json, picture, force),
     )
     return _run("decompress", threads, debug, job)
 
@@ -278,13 +286,14 @@ def decompress(
 @_command
 def inspect(
     source: Annotated[str, _file(IN, "FILE")],
+    force: ForceBeside = False,
     json: Json = None,
     picture: Picture = None,
     no_table: NoTable = False,
     debug: Debug = False,
 ) -> int:
     """Nothing is decoded. The table and the totals go to stdout."""
-    showing = Showing(False, not no_table, json, picture)
+    showing = Showing(False, not no_table, json, picture, force)
     return _run("inspect", None, debug, functools.partial(work.inspect, source, showing=showing))
 
 
@@ -292,6 +301,7 @@ def inspect(
 def verify(
     source: Annotated[str, _file(IN, "FILE")],
     original: Annotated[str | None, _file("What it was made of.", "ORIGINAL")] = None,
+    force: ForceBeside = False,
     threads: Threads = None,
     json: Json = None,
     picture: Picture = None,
@@ -302,7 +312,7 @@ def verify(
     """Every checksum is looked at, and each bad tensor named on stderr. With ORIGINAL, what was stored without loss
     must be equal bit for bit; of what was quantised the largest and the rms error are shown.
     """
-    showing = Showing(quiet, not no_table, json, picture)
+    showing = Showing(quiet, not no_table, json, picture, force)
     return _run("verify", threads, debug, functools.partial(work.verify, source, original, showing=showing))
 
 
@@ -332,7 +342,7 @@ def diff(
         out,
         small=small,
         force=force,
-        showing=Showing(quiet, not no_table, json, picture),
+        showing=Showing(quiet, not no_table, json, picture, force),
     )
     return _run("diff", threads, debug, job)
 
@@ -368,7 +378,7 @@ def patch(
         out,
         to=None if to is None else to.value,
         force=force,
-        showing=Showing(quiet, not no_table, json, picture),
+        showing=Showing(quiet, not no_table, json, picture, force),
     )
     return _run("patch", threads, debug, job)
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops.ops.codec.fingerprint import as_uint8, flat_bits
+
 __all__ = ["Difference", "difference", "same_bits"]
 
 PIECE = 1 << 20
@@ -68,4 +70,4 @@ def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return as_uint8(flat_bits(tensor))

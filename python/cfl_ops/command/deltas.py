@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from cfl_ops.ops.codec.delta import apply_delta, compress_delta
 
 from .failures import UsageError, plain
 from .report import Bar, Report, Row, progress
-from .sources import LEFT, STDIN, Facts, Source, facts_of_blob, open_source
-from .targets import target_of, write_coded
+from .sources import DELTA_NOTE, LEFT, STDIN, Facts, Source, facts_of_blob, open_source
+from .targets import STDOUT, SUFFIXES, target_of, write_coded
 from .work import Showing, finish, row_of, store_coded, store_plain, tied_in_place, weights_of
 
 __all__ = ["diff", "patch"]
@@ -27,8 +28,10 @@ def diff(old: str, new: str, out: str, *, small: bool, force: bool, showing: Sho
     """What makes NEW of OLD, in OUT."""
     started = time.perf_counter()
     _one_stdin(old, new)
+    if out != STDOUT and SUFFIXES.get(Path(out).suffix.lower(), "cflz") != "cflz":
+        raise UsageError(f"{out}: diff writes a .cflz file")
     target = target_of(out, "cflz", ONE, force, "cflz")
-    showing.check(target)
+    showing.check(target, old, new)
     with ExitStack() as stack:
         before, after = weights_of("diff", old, stack), weights_of("diff", new, stack)
         facts = {name: after.facts(name) for name in after.stored()}
@@ -36,9 +39,8 @@ def diff(old: str, new: str, out: str, *, small: bool, force: bool, showing: Sho
         with progress(sum(each.raw_bytes for each in facts.values()), showing.quiet) as bar:
             aliases: dict[str, str] = {}
             entries = _deltas(before, after, facts, "small" if small else "fast", report, bar)
-            size = write_coded(
-                target, tied_in_place(after, aliases, entries), after.metadata, aliases, None, None
-            )
+            metadata = {**after.metadata, DELTA_NOTE: "1"}
+            size = write_coded(target, tied_in_place(after, aliases, entries), metadata, aliases, None, None)
         report.rows += [Row(name, same_as=of) for name, of in after.aliases.items()]
         finish(report, showing, started, size)
 
@@ -47,12 +49,12 @@ def _deltas(
     before: Source, after: Source, facts: dict[str, Facts], effort: str, report: Report, bar: Bar
 ) -> Iterator[tuple[str, Tensor]]:
     """A delta for each tensor of the new checkpoint, then for those that the old one alone has."""
-    for name in [*facts, *(name for name in before.names if name not in after.names)]:
+    for name in [*facts, *(name for name in before.names if name not in after.known)]:
         bar.at(name)
         begin = time.perf_counter()
         # By mappings of one tensor each: tensors that joined or left are told apart there.
         new = {name: after.tensor(name)} if name in facts else {}
-        base = {name: before.tensor(name)} if name in before.names else {}
+        base = {name: before.tensor(name)} if name in before.known else {}
         delta = compress_delta(new, base, effort=effort)[name]
         row = row_of(name, facts_of_blob(delta), time.perf_counter() - begin)
         if new:
@@ -69,7 +71,7 @@ def patch(old: str, delta: str, out: str, *, to: str | None, force: bool, showin
     started = time.perf_counter()
     _one_stdin(old, delta)
     target = target_of(out, to, ANY, force, "safetensors")
-    showing.check(target)
+    showing.check(target, old, delta)
     with ExitStack() as stack:
         change = open_source(delta, stack)
         if not change.is_delta:
@@ -93,10 +95,10 @@ class Patched(Source):
     def __init__(self, before: Source, change: Source) -> None:
         self._before, self._change = before, change
         self._facts = {name: change.facts(name) for name in change.stored()}
-        left = [name for name, facts in self._facts.items() if facts.kind == LEFT]
+        left = {name: None for name, facts in self._facts.items() if facts.kind == LEFT}
         self.shown, self.metadata, self.aliases = before.shown, change.metadata, change.aliases
         self.names = tuple(name for name in change.names if name not in left)
-        if unknown := [name for name in before.names if name not in change.names]:
+        if unknown := [name for name in before.names if name not in change.known]:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise WrongBaseError(f"{before.shown} has {unknown[0]!r}{more}, which the delta's base had not")
         for name in left:  # that it is the base is known of all tensors or of none
@@ -114,7 +116,7 @@ class Patched(Source):
         return tensor if out is None else out.copy_(tensor)
 
     def _applied(self, name: str) -> dict[str, Tensor]:
-        base = {name: self._before.tensor(name)} if name in self._before.names else {}
+        base = {name: self._before.tensor(name)} if name in self._before.known else {}
         try:
             return apply_delta(base, {name: self._change.blob(name)})
         except (CorruptDataError, WrongBaseError) as error:

@@ -15,7 +15,7 @@ from types import FrameType
 
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 
-__all__ = ["Code", "UsageError", "VerificationError", "guarded", "plain", "say"]
+__all__ = ["NO_MEMORY", "Code", "UsageError", "VerificationError", "guarded", "plain", "printable", "say"]
 
 
 class Code(IntEnum):
@@ -31,6 +31,10 @@ class Code(IntEnum):
     BROKEN_PIPE = 141
 
 
+NO_MEMORY = "can't allocate memory"
+"""What torch says then, in a RuntimeError."""
+
+
 class UsageError(Exception):
     """What was asked for cannot be done, whatever the bytes are."""
 
@@ -39,9 +43,18 @@ class VerificationError(Exception):
     """The files were read, and what they hold is not as it should be; the lines were printed already."""
 
 
+def printable(text: str) -> str:
+    """What may go to a terminal: names and metadata of a file may hold its control sequences, and line ends."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text
+    )
+
+
 def say(command: str, message: str) -> None:
     """One line on stderr."""
-    print(f"cfl-ops {command}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"cfl-ops {command}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def plain(error: BaseException | str) -> str:
@@ -65,7 +78,8 @@ def guarded(command: str, debug: bool, work: Callable[[], None]) -> int:
         return Code.INTERRUPTED
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(printable(line), file=sys.stderr)
         code, message = _explain(error)
         say(command, message)
         return code
@@ -82,7 +96,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return Code.INPUT_OUTPUT, where + (error.strerror or text or type(error).__name__)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or NO_MEMORY in text:
         return Code.FAULT, "not enough memory"
     if isinstance(error, (TypeError, ValueError)) and str(error).startswith("cfl_ops."):
         return Code.USAGE, text  # the package's own refusal of an argument

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
 
-from .failures import UsageError
+from .failures import NO_MEMORY, UsageError
 
 __all__ = ["read_state_dict", "tied", "write_state_dict"]
 
@@ -45,10 +45,13 @@ def read_state_dict(path: Path, shown: str) -> tuple[dict[str, Tensor], list[str
                 f"{shown} holds Python objects besides tensors, which are not loaded (torch.load, weights_only=True)"
             ) from error
         raise CorruptDataError(f"{shown}: torch cannot read it") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CorruptDataError(
-            f"{shown}: torch cannot read it ({str(error).splitlines()[0][:200]})"
-        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damaged files end in whatever error torch's reader runs into
+        if NO_MEMORY in str(error):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorruptDataError(f"{shown}: torch cannot read it ({why[:200]})") from error
     return _find(content, shown)
 
 
@@ -83,7 +86,10 @@ def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     out = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            view = (
+                *(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()),
+                *(tensor.is_conj(), tensor.is_neg()),
+            )
             if (owner := first.setdefault(view, name)) != name:
                 out[name] = owner
     return out
@@ -94,13 +100,13 @@ class _File:
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         """Of the first write that failed: torch closes its archive after it, and what that raises says less."""
 
     def write(self, data: Any) -> int:
         try:
             self._file.write(data)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too
             self.error = self.error or error
             raise
         return len(data)
@@ -138,12 +144,13 @@ def write_state_dict(
         sink = _File(file)
         try:
             torch.save({name: made[aliases.get(name, name)] for name in names}, sink)  # type: ignore[arg-type]
-        except RuntimeError:
+        except Exception:
             if sink.error is None:
                 raise
-            raise sink.error from None
         finally:
             made.clear()
+        if sink.error is not None:
+            raise sink.error
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from .failures import UsageError
+from cfl_ops.ops.codec.atomic import replacing
+
+from .failures import UsageError, printable
 from .report import Row
 
 __all__ = ["check_picture", "draw"]
@@ -17,13 +20,11 @@ _NAMED = 80
 
 
 def check_picture(path: str | None) -> None:
-    """Say before the work what would be wrong after it."""
+    """Say before the work what would be wrong after it (besides what is said of any file)."""
     if path is None:
         return
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"--picture {path}: the name must end in {' or '.join(FORMATS)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"--picture {path}: there is no folder {Path(path).parent}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--picture needs matplotlib: pip install matplotlib")
 
@@ -58,8 +59,11 @@ def draw(path: str, rows: Sequence[Row], title: str) -> None:
     axes.set_title(_plain(title), fontsize=10)
     axes.margins(x=0.005) if not named else axes.margins(y=0.01)
     figure.legend(fontsize=8, ncols=2, loc="outside lower right")
-    figure.savefig(path, dpi=120)
+    made = io.BytesIO()
+    figure.savefig(made, dpi=120, format=Path(path).suffix.lower()[1:])
+    with replacing(path) as sink:
+        sink.write(made.getvalue())
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib reads what is between two of them as a formula
+    return printable(text).replace("$", r"\$")  # matplotlib reads what is between two of them as a formula

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -25,6 +25,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from cfl_ops.ops.codec.atomic import replacing
+
+from .failures import printable
 
 __all__ = ["Bar", "Report", "Row", "human", "progress", "stderr_console", "stdout_console"]
 
@@ -107,11 +111,18 @@ class Report:
         """To a file, or to stdout for ``-``."""
         if path is None:
             return
-        text = json.dumps(self.data(), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(self.data(), indent=1, ensure_ascii=False)
+        # What a terminal would obey, or UTF-8 has not, stands in strings only: there JSON has escapes for it.
+        text = "\n".join(
+            line if line.isprintable() else re.sub(r"[^ -~]", _json_escaped, line)
+            for line in text.split("\n")
+        )
+        text += "\n"
         if path == "-":
             sys.stdout.write(text)
         else:
-            Path(path).write_text(text, encoding="utf-8")
+            with replacing(path) as sink:
+                sink.write(text.encode())
 
     def print_table(self, console: Console, note: str = "") -> None:
         """A row for each tensor, or for the largest and the worst of very many."""
@@ -127,7 +138,7 @@ class Report:
             )
         for row in shown:
             style = "red" if row.state not in (None, "good") else None
-            table.add_row(*(Text(cell(row)) for _, _, cell in columns), style=style)
+            table.add_row(*(Text(printable(cell(row))) for _, _, cell in columns), style=style)
         if shown:
             console.print(table)
         if len(shown) < len(self.rows):
@@ -137,7 +148,7 @@ class Report:
                 highlight=False,
             )
         if note:
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+            console.print(printable(note), highlight=False, soft_wrap=True, markup=False)
 
     def totals_line(self) -> str:
         """Tensors, bytes before and now, ratio, bits."""
@@ -173,6 +184,10 @@ class Report:
             id(row) for row in (*bad[:third], *large[:third], *ratios[: third // 2], *errors[: third // 2])
         }
         return [row for row in self.rows if id(row) in chosen]
+
+
+def _json_escaped(match: re.Match[str]) -> str:
+    return match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1]
 
 
 def _ratio(value: float) -> str:
@@ -228,6 +243,7 @@ class Bar:
     def at(self, name: str) -> None:
         """Which tensor it is at."""
         if self._bar is not None:
+            name = printable(name)
             self._bar.update(self._task, description=name if len(name) <= 40 else "..." + name[-37:])
 
     def advance(self, count: int) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,11 +27,13 @@ from cfl_ops.ops.codec.tied import Distinct
 from . import pickled
 from .failures import UsageError
 
-__all__ = ["STDIN", "Facts", "Lazy", "Shapes", "Source", "facts_of_blob", "open_source"]
+__all__ = ["DELTA_NOTE", "STDIN", "Facts", "Lazy", "Shapes", "Source", "facts_of_blob", "open_source"]
 
 STDIN = "-"
 LEFT = "left"
 """A delta's kind of a tensor that the new checkpoint has not."""
+DELTA_NOTE = "cfl_ops.delta"
+"""What a delta file has in its metadata, lest one of empty checkpoints is taken for weights."""
 _DELTA_MARK = b"CFLD"
 
 
@@ -99,6 +102,11 @@ class Source:
     """What the file holds besides tensors."""
     is_delta = False
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names, to be looked up."""
+        return frozenset(self.names)
+
     def stored(self) -> list[str]:
         """The names without the further ones of tied tensors."""
         return [name for name in self.names if name not in self.aliases]
@@ -135,13 +143,18 @@ class Coded(Source):
         self.shown, self.format = shown, format
         self._last: str | None = None
         self.names, self.aliases = tuple(self._weights.names), self._weights.aliases
-        self.metadata = self._weights.metadata or {}
+        self.metadata = dict(self._weights.metadata or {})
         self.version = _version(path)
         # All blobs of a file are deltas or none is; one that is damaged is found when it is looked at.
+        # Where none can be looked at, since the file is empty or damaged, what diff noted tells.
         coded = (name for name in self.stored() if not self._weights.native(name))
         first = next(coded, None)
+        self.is_delta = DELTA_NOTE in self.metadata
         with suppress(CorruptDataError):
-            self.is_delta = first is not None and _is_delta(self._weights.blob(first))
+            if first is not None:
+                self.is_delta = _is_delta(self._weights.blob(first))
+        if self.is_delta:
+            self.metadata.pop(DELTA_NOTE, None)
 
     def facts(self, name: str) -> Facts:
         stored = self._weights.stored_bytes(name)
@@ -227,7 +240,7 @@ def open_source(argument: str, stack: ExitStack) -> Source:
         return Coded(path, shown, stack, "safetensors")
     with path.open("rb") as file:
         start = file.read(16)
-    kind = _kind(start)
+    kind = _kind(start, path.stat().st_size)
     if kind is None:
         what = "is empty" if not start else "is neither a .cflz file nor safetensors nor a file of torch.save"
         raise CorruptDataError(f"{shown} {what}")
@@ -243,9 +256,12 @@ def _version(path: Path) -> int | None:
     return int.from_bytes(start[4:], "little") if start[:4] == b"CFLZ" else None
 
 
-def _kind(start: bytes) -> str | None:
+def _kind(start: bytes, size: int) -> str | None:
     if start[:4] == b"CFLZ":
         return "cflz"
+    # Before the pickles: a header of 640 bytes has a length that begins as they do.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"
     if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
         return "pt"
     if len(start) > 8 and start[8:9] == b"{":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.codec.archive import write_archive
-from cfl_ops.ops.codec.atomic import Sink, replacing
-from cfl_ops.ops.codec.safetensors_file import NAMES
+from cfl_ops.ops.codec.archive import encoded_name, write_archive
+from cfl_ops.ops.codec.atomic import Sink, Staged, permissions, replacing
+from cfl_ops.ops.codec.fingerprint import as_uint8, flat_bits
+from cfl_ops.ops.codec.safetensors_file import KEY, NAMES
 from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
 
 from . import pickled
@@ -27,6 +31,8 @@ from .sources import Shapes
 __all__ = ["STDOUT", "Target", "target_of", "write_coded", "write_plain"]
 
 STDOUT = "-"
+METADATA = "__metadata__"
+"""What the header of safetensors calls its metadata: no tensor can be called so."""
 SUFFIXES = {
     ".cflz": "cflz",
     ".safetensors": "safetensors",
@@ -55,7 +61,12 @@ class Target(NamedTuple):
 
 
 def target_of(
-    argument: str, to: str | None, allowed: Mapping[str, str], force: bool, default: str | None
+    argument: str,
+    to: str | None,
+    allowed: Mapping[str, str],
+    force: bool,
+    default: str | None,
+    max_shard: str | None = None,
 ) -> Target:
     """Check OUT before any work.
 
@@ -65,6 +76,7 @@ def target_of(
         allowed: formats that the command writes, with what to say of the others.
         force: replace a file that is there.
         default: the format of stdout and of pipes without --to.
+        max_shard: the size to split at.
     """
     path = Path(argument)
     format = to or SUFFIXES.get(path.suffix.lower()) if argument != STDOUT else to or default
@@ -77,14 +89,25 @@ def target_of(
         raise UsageError(f"{argument}: its ending tells no format ({', '.join(SUFFIXES)}): give --to")
     if format not in allowed or allowed[format]:
         raise UsageError(f"{argument}: {allowed.get(format) or format + ' is not written by this command'}")
+    if max_shard is not None and (format != "safetensors" or argument == STDOUT or special):
+        raise UsageError("--max-shard splits .safetensors files, no other format and no stream")
     if argument == STDOUT:
+        check_stdout()
         if sys.stdout.isatty() and not force:
             raise UsageError("bytes are not written to a terminal: redirect stdout, or give --force")
-    elif not force and (there := [each for each in (path, index_of(path)) if each.is_file()]):
+    elif not force and (there := _there(path, format == "safetensors", max_shard is not None)):
         raise UsageError(f"{there[0]} is there already: --force replaces it")
     elif not path.absolute().parent.is_dir():
         raise FileNotFoundError(2, "there is no such folder", str(path.parent))
     return Target(argument, format)
+
+
+def check_stdout() -> None:
+    """A script that closed it (``>&-``) is told that its bytes go nowhere."""
+    if (
+        getattr(sys.stdout, "name", None) == os.devnull
+    ):  # main put it there; a shell's >/dev/null is "<stdout>"
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "stdout")
 
 
 def write_coded(
@@ -101,7 +124,9 @@ def write_coded(
             return write_archive(sink, entries, metadata, aliases)
     assert shapes is not None
     if not target.streams:
-        return write_safetensors("compress", shapes, entries, target.argument, metadata, max_shard)
+        size = write_safetensors("compress", shapes, entries, target.argument, metadata, max_shard)
+        _remove_others(Path(target.argument).resolve())
+        return size
     with tempfile.TemporaryDirectory(prefix="cfl-ops-") as folder:  # the header comes last and stands first
         path = Path(folder) / "model.safetensors"
         size = write_safetensors("compress", shapes, entries, path, metadata, None)
@@ -151,12 +176,19 @@ def write_plain(
     for name, (dtype, _) in specs.items():
         if dtype not in NAMES:
             raise UsageError(f"{name!r} is {dtype}, which .safetensors does not have: write a .pt file")
+    for name in names:
+        encoded_name("decompress", name)
+        if name == METADATA:
+            raise UsageError(f"a tensor is called {name!r}, which .safetensors keeps: write a .pt file")
+    if KEY in metadata:
+        raise UsageError(f"the metadata have the key {KEY!r}, which is this package's: write a .pt file")
     shards = _shards(specs, names, aliases, max_shard)
     if len(shards) == 1:
         with _sink(target) as sink:
-            return _write_safetensors(sink, specs, names, aliases, metadata, make)
-    if target.streams:
-        raise UsageError("--max-shard splits files, not a stream")
+            size = _write_safetensors(sink, specs, names, aliases, metadata, make)
+        if not target.streams:
+            _remove_others(Path(target.argument))
+        return size
     return _write_shards(Path(target.argument), shards, specs, aliases, metadata, make)
 
 
@@ -184,20 +216,75 @@ def _write_shards(
     metadata: Mapping[str, str],
     make: Make,
 ) -> int:
+    """All shards and the index are on the disk before the first gets its name; then the index comes last."""
     stem = target.name.removesuffix(".safetensors")
+    files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     total = size = 0
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        file = f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
-        with replacing(target.with_name(file)) as sink:
-            size += _write_safetensors(sink, specs, names, aliases, metadata, make)
-        weight_map |= dict.fromkeys(names, file)
-        total += sum(_size(specs[aliases.get(name, name)]) for name in names)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    with replacing(index_of(target)) as sink:
-        sink.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    staged: list[tuple[Staged, Path]] = []
+    mode = permissions(target)
+    if mode is None:
+        mode = permissions(index_of(target))
+
+    def stage(path: Path) -> Sink:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path = path.resolve()  # a link stays
+        own = permissions(path)
+        staged.append((Staged(path.parent, mode if own is None else own), path))
+        return staged[-1][0].sink
+
+    try:
+        for file, names in zip(files, shards, strict=True):
+            size += _write_safetensors(stage(target.with_name(file)), specs, names, aliases, metadata, make)
+            staged[-1][0].close()
+            total += sum(_size(specs[aliases.get(name, name)]) for name in names)
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        stage(index_of(target)).write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+        staged[-1][0].close()
+        for each, path in staged:
+            each.commit(path)
+    finally:
+        for each, _ in staged:
+            each.discard()
     target.unlink(missing_ok=True)  # readers look for it first
+    _remove_others(target)
     return size
+
+
+def _shards_of(target: Path) -> list[Path]:
+    """The files that are called as the shards of this one are."""
+    stem = re.escape(target.name.removesuffix(".safetensors"))
+    shape = re.compile(stem + r"-\d{5}-of-\d{5}\.safetensors")
+    try:
+        return sorted(each for each in target.absolute().parent.iterdir() if shape.fullmatch(each.name))
+    except OSError:  # no folder: that is told elsewhere
+        return []
+
+
+def _there(target: Path, sharded: bool, shards: bool) -> list[Path]:
+    """What writing this file would replace or remove."""
+    found = [target, index_of(target)] if sharded else [target]
+    if shards and target.resolve() != target.absolute():
+        found += _shards_of(target.resolve())
+    if shards:
+        found += _shards_of(target)
+    return [each for each in found if each.is_file()]
+
+
+def _remove_others(target: Path) -> None:
+    """What an index names no more: shards of another count, or of a file that is whole now, with their index."""
+    index = index_of(target)
+    if not index.is_file():
+        return
+    keep: set[str] = set()
+    if target.is_file():
+        index.unlink()
+    else:
+        keep = set(json.loads(index.read_bytes())["weight_map"].values())
+    for each in _shards_of(target):
+        if each.name not in keep:
+            each.unlink()
 
 
 def _write_safetensors(
@@ -209,7 +296,7 @@ def _write_safetensors(
     make: Make,
 ) -> int:
     """The bytes that safetensors' own writer makes of tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     at = 0
     for name in names:
         dtype, shape = spec = specs[aliases.get(name, name)]
@@ -225,11 +312,7 @@ def _write_safetensors(
 
 
 def _contents(tensor: Tensor) -> Tensor:
-    return (
-        tensor.contiguous().reshape(-1).view(torch.uint8)
-        if tensor.numel()
-        else torch.empty(0, dtype=torch.uint8)
-    )
+    return as_uint8(flat_bits(tensor))
 
 
 def index_of(target: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -15,15 +16,17 @@ from torch import Tensor
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec.blob import decompress as decoded
 from cfl_ops.ops.codec.blob import store_lossless
+from cfl_ops.ops.codec.fingerprint import flat_bits
 from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 
+from .beside import check_beside
 from .compare import difference, same_bits
-from .failures import UsageError, VerificationError, plain, say
+from .failures import UsageError, VerificationError, plain, printable, say
 from .picture import check_picture, draw
 from .report import Bar, Report, Row, human, progress, stderr_console, stdout_console
 from .sources import LEFT, Facts, Lazy, Shapes, Source, facts_of_blob, open_source
-from .targets import STDOUT, Target, target_of, write_coded, write_plain
+from .targets import STDOUT, Target, check_stdout, target_of, write_coded, write_plain
 
 __all__ = [
     "Showing",
@@ -50,10 +53,15 @@ class Showing(NamedTuple):
     table: bool = True
     json: str | None = None
     picture: str | None = None
+    force: bool = False
 
-    def check(self, target: Target | None = None) -> None:
-        """Before the work."""
+    def check(self, target: Target | None, *arguments: str | None) -> None:
+        """Before the work; of the files that the arguments name none is written to."""
+        out = None if target is None else target.argument
+        check_beside({"--json": self.json, "--picture": self.picture}, [*arguments, out], self.force)
         check_picture(self.picture)
+        if self.json == "-":
+            check_stdout()
         if self.json == "-" and target is not None and target.is_stdout:
             raise UsageError("--json -: stdout takes the output already; name a file")
 
@@ -72,8 +80,8 @@ def compress(
 ) -> None:
     """IN as blobs, in OUT."""
     started = time.perf_counter()
-    target = target_of(out, to, CODED, force, "cflz")
-    showing.check(target)
+    target = target_of(out, to, CODED, force, "cflz", max_shard)
+    showing.check(target, argument)
     with ExitStack() as stack:
         source = weights_of("compress", argument, stack)
         options = dict(options)
@@ -91,8 +99,8 @@ def decompress(
 ) -> None:
     """The weights of IN as they were, in OUT."""
     started = time.perf_counter()
-    target = target_of(out, to, PLAIN, force, "safetensors")
-    showing.check(target)
+    target = target_of(out, to, PLAIN, force, "safetensors", max_shard)
+    showing.check(target, argument)
     with ExitStack() as stack:
         source = weights_of("decompress", argument, stack)
         raw = sum(source.facts(name).raw_bytes for name in source.stored())
@@ -161,7 +169,7 @@ def _tied_rows(source: Source, report: Report) -> None:
 
 def inspect(argument: str, *, showing: Showing) -> None:
     """What the headers say, on stdout."""
-    showing.check()
+    showing.check(None, argument)
     with ExitStack() as stack:
         source = open_source(argument, stack)
         report = Report("inspect", {"input": source.shown, "format": source.format, "delta": source.is_delta})
@@ -182,19 +190,21 @@ def inspect(argument: str, *, showing: Showing) -> None:
             what = f"{source.format}{'' if source.version is None else f' version {source.version}'}"
             kind = "a delta, " if source.is_delta else ""
             console.print(
-                f"{source.shown}: {what}, {kind}{report.totals_line()}",
+                printable(f"{source.shown}: {what}, {kind}{report.totals_line()}"),
                 soft_wrap=True,
                 highlight=False,
                 markup=False,
             )
             for key, value in source.metadata.items():
-                console.print(f"  {key}: {value[:200]}", soft_wrap=True, highlight=False, markup=False)
+                console.print(
+                    printable(f"  {key}: {value[:200]}"), soft_wrap=True, highlight=False, markup=False
+                )
 
 
 def verify(argument: str, original: str | None, *, showing: Showing) -> None:
     """Decode everything; compare it with the original, if one is given."""
     started = time.perf_counter()
-    showing.check()
+    showing.check(None, argument, original)
     with ExitStack() as stack:
         source = open_source(argument, stack)
         report = Report("verify", {"input": source.shown, "original": original})
@@ -222,7 +232,7 @@ def verify(argument: str, original: str | None, *, showing: Showing) -> None:
         if bad:
             raise VerificationError(f"{source.shown}: {len(bad)} of {len(report.rows)} tensors are bad")
         if not showing.quiet and showing.json != "-":
-            print(f"{source.shown}: {_verdict(report, other, len(inexact))}")
+            print(printable(f"{source.shown}: {_verdict(report, other, len(inexact))}"))
 
 
 def _verdict(report: Report, other: Source | None, inexact: int) -> str:
@@ -246,7 +256,7 @@ def _verified(source: Source, other: Source | None, name: str) -> Row:
             source.check_delta(name)
         elif other is None:
             source.tensor(name)
-        elif name not in other.names:
+        elif name not in other.known:
             row.state = "is not in the original"
         else:
             _compare(source, other, name, facts, row)
@@ -262,9 +272,12 @@ def _compare(source: Source, other: Source, name: str, facts: Facts, row: Row) -
         row.state = f"is {facts.dtype} {facts.shape}, of the original {theirs.dtype} {theirs.shape}"
         return
     # A whole tensor is decoded once: the pieces are views of it.
-    mine, whole = source.tensor(name).reshape(-1), other.tensor(name).reshape(-1)
+    mine, whole = flat_bits(source.tensor(name)), flat_bits(other.tensor(name))
     reads = (lambda start, stop: mine[start:stop]), (lambda start, stop: whole[start:stop])
     if same_bits(*reads, facts.numel):
+        return
+    if mine.dtype != facts.dtype:  # torch has no values of these elements, bits alone
+        row.state = "differs from the original"
         return
     found = difference(*reads, facts.numel)
     row.max_error, row.rms_error, row.rms_over_std = found
@@ -273,10 +286,10 @@ def _compare(source: Source, other: Source, name: str, facts: Facts, row: Row) -
 
 
 def _names_apart(source: Source, other: Source) -> list[Row]:
-    rows = [Row(name, state="is not in the file") for name in other.names if name not in source.names]
+    rows = [Row(name, state="is not in the file") for name in other.names if name not in source.known]
     for name, of in source.aliases.items():
         row = Row(name, same_as=of, state="good")
-        if name not in other.names:
+        if name not in other.known:
             row.state = "is not in the original"
         elif other.aliases.get(name) != of:
             _compare(source, other, name, source.facts(of), row)
@@ -346,10 +359,10 @@ def tied_in_place(
     source: Source, aliases: dict[str, str], entries: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The entries; ``aliases`` gets each further name when it comes, so that names keep their order in the file."""
-    waiting = list(source.names)
+    waiting = deque(source.names)
     for name, blob in entries:
         while waiting and waiting[0] != name:
-            passed = waiting.pop(0)
+            passed = waiting.popleft()
             if passed in source.aliases:
                 aliases[passed] = source.aliases[passed]
         yield name, blob
@@ -399,7 +412,7 @@ def finish(report: Report, showing: Showing, started: float, size: int) -> None:
         report.print_table(console)
     name = "stdout" if report.facts["output"] == STDOUT else report.facts["output"]
     line = f"{name}: {report.totals_line()}, {human(size)} written"
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def _title(report: Report) -> str:
