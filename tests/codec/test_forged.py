@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cfl_ops import CorruptDataError
+from cfl_ops.ops.codec import blob_reader
 from cfl_ops.ops.codec.reference.header import from_bytes
 from torch import Tensor
 
@@ -254,3 +255,39 @@ def test_numbers_without_sense_are_refused_at_once() -> None:
     w = torch.randn(8)
     assert float(cfl_ops.estimate_entropy(w, fraction=5e-324)) > 0  # of few weights all are looked at
     assert cfl_ops.decompress(cfl_ops.compress(w, per="block", block_size=2**63 - 1)).shape == w.shape
+
+
+def test_tensors_without_data_are_refused() -> None:
+    w = torch.empty(20, 20, device="meta")
+    state, data = {"w": w}, torch.empty(100, dtype=torch.uint8, device="meta")
+    for call, name in (
+        (lambda: cfl_ops.compress(w, lossless=True), "compress: w"),
+        (lambda: cfl_ops.compress(w), "compress: w"),
+        (lambda: cfl_ops.compress_state_dict(state), r"compress_state_dict: state_dict\['w'\]"),
+        (
+            lambda: cfl_ops.compress_state_dict(state, lossless=True),
+            r"compress_state_dict: state_dict\['w'\]",
+        ),
+        (lambda: cfl_ops.decompress(data), "decompress: blob"),
+        (lambda: blob_reader.describe(data), "describe: blob"),
+        (lambda: cfl_ops.huffman_decode(data), "huffman_decode: payload"),
+        (lambda: cfl_ops.huffman_encode(data), "huffman_encode: symbols"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^cfl_ops\.{name} must have data, but it is on the device meta"
+        ):
+            call()
+
+
+def test_out_that_is_yet_to_be_conjugated_or_negated_is_refused() -> None:
+    w = torch.randn(5, dtype=torch.complex64)
+    out = torch.zeros(5, dtype=torch.complex64).conj()
+    with pytest.raises(
+        ValueError, match=r"decompress: out must hold its elements as they are \(torch\.resolve_conj"
+    ):
+        cfl_ops.decompress(cfl_ops.compress(w, lossless=True), out)
+    out = torch._neg_view(torch.zeros(5))
+    for options in ({}, {"lossless": True}):
+        with pytest.raises(ValueError, match=r"out must hold its elements as they are \(torch\.resolve_neg"):
+            cfl_ops.decompress(cfl_ops.compress(w.real, **options), out)  # type: ignore[arg-type]
+    assert not out.any()
