@@ -108,8 +108,9 @@ def save_safetensors(
         lossless: every bit comes back; else floating-point weights are quantised.
         max_shard_size: the most bytes of tensors in a file, or ``"5GB"``. What takes more goes to files like
             ``model-00001-of-00002.safetensors`` with an index, ``model.safetensors.index.json``, as Hugging Face's
-            does. Shards are complete before the first is renamed, and the index comes last; a mix of two checkpoints,
-            which an end in between may leave, is refused when it is read.
+            does; these replace what has their names in the folder of ``path``, links too. Over an old set of the same
+            names the new one gets longer ones (``model-00001-of-00002-1b2c3d4e.safetensors``), the index comes last,
+            and then the old set goes: whatever happens, the old checkpoint is there whole or the new one is.
         metadata: strings to keep beside, as ``{"format": "pt"}``.
         options: those of :func:`compress_state_dict`.
 

@@ -210,7 +210,7 @@ def _restoring(model: nn.Module, own: list[str]) -> Iterator[None]:
     values: dict[int, tuple[Tensor, type, Tensor, Tensor | None]] = {}
     for value in _tensors(model, own):
         if id(value) not in values:
-            kept = None if value.is_meta or is_lazy(value) or _overlaps(value) else value.detach().clone()
+            kept = None if is_lazy(value) or value.is_meta or _overlaps(value) else value.detach().clone()
             values[id(value)] = value, type(value), value.data, kept
     try:
         yield

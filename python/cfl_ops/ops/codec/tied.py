@@ -30,7 +30,7 @@ def has_memory(value: Tensor) -> bool:
 
 def memory(value: Tensor) -> tuple[object, ...]:
     """What tied tensors, and only they, have in common."""
-    if value.is_meta or not value.numel() or is_lazy(value) or not has_memory(value):
+    if is_lazy(value) or value.is_meta or not value.numel() or not has_memory(value):
         return (id(value),)
     return (
         *(value.device, value.data_ptr(), value.shape),
