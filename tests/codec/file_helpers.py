@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from cfl_ops.ops.codec.layout import NOT_COPIED
 from cfl_ops.ops.codec.reference.header import as_bytes
@@ -129,3 +130,15 @@ def overwrite(path: Path, data: bytes) -> None:
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(data)
         file.truncate()
+
+
+def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the library of that name sees."""
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def blob_bytes(stored: Tensor) -> int:
+    """Of a tensor of a safetensors file what is not padding."""
+    return int(struct.unpack("<Q", bytes(stored[8:16].tolist()))[0])

@@ -176,7 +176,7 @@ def test_names(small: Path) -> None:
     ) as raised:
         cfl_ops.load_file(small, ["a", "tier"])
     assert not str(raised.value).startswith("'")
-    with pytest.raises(KeyError, match="got 3"):
+    with pytest.raises(TypeError, match="names must be strings, but got int"):
         cfl_ops.load_file(small, [3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="names must be a name or several, but got int"):
         cfl_ops.load_file(small, 3)  # type: ignore[arg-type]
@@ -337,8 +337,9 @@ def test_links_and_long_names(tmp_path: Path) -> None:
     assert equal_states(cfl_ops.load_file(long), state)
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
-    with pytest.raises((OSError, RuntimeError)):
-        cfl_ops.save_file(state, loop)
+    for save in (cfl_ops.save_file, cfl_ops.save_safetensors):
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            save(state, loop)  # type: ignore[operator]
     with pytest.raises(FileNotFoundError, match="absent"):
         cfl_ops.save_file(state, tmp_path / "absent" / "a.cflz")
 
@@ -357,12 +358,17 @@ SAVERS = {
 def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: BaseException
 ) -> None:
-    """At each call of the system in turn; of shards, before the first of them is renamed."""
+    """At each call of the system in turn; once a file got its name, the old checkpoint or the new one is whole."""
     path, save = tmp_path / "model.safetensors", SAVERS[kind]
     old = {f"w{i}": torch.randn(1000) for i in range(4)}
     new = {f"w{i}": torch.randn(1000) for i in range(4)}
     save(old, path)
     before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+    want = cfl_ops.load_file(tmp_path)
+    other = tmp_path.with_name(tmp_path.name + "_new")
+    other.mkdir()
+    save(new, other / path.name)
+    wants = [want, cfl_ops.load_file(other)]
     monkeypatch.setattr(atomic, "PIECE", 1 << 10)
     for number in range(1, 200):
         left = number
@@ -393,7 +399,12 @@ def test_a_write_that_fails_leaves_the_old_file(
             except (OSError, KeyboardInterrupt):
                 if not renamed:
                     assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
+                else:
+                    got = cfl_ops.load_file(tmp_path)
+                    assert any(equal_states(got, each) for each in wants)
                 assert not list(tmp_path.glob(".cfl*"))
+                count = len([*tmp_path.iterdir()])
+                assert renamed or count == len(before)
             else:
                 break
     else:
@@ -431,17 +442,16 @@ def killed(kills: int) -> dict[str, Any]:
 
 
 def test_a_writer_that_is_killed_leaves_the_old_file_or_the_new_one() -> None:
-    for kind, (every, _) in killed(4).items():
+    for every, _ in killed(4).values():
+        assert every.keys() == {"old", "new"}
         assert every["old"] > 10
-        assert every["new"] >= 1
-        assert ("mixed" in every) == (kind == "shards")  # refused when it is read
 
 
 @pytest.mark.slow
 def test_200_kills() -> None:
-    for kind, (_, at_random) in killed(200).items():
+    for _, at_random in killed(200).values():
         assert sum(at_random.values()) == 200
-        assert kind == "shards" or set(at_random) <= {"old", "new"}
+        assert set(at_random) <= {"old", "new"}
 
 
 def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
@@ -497,6 +507,19 @@ def test_bad_arguments_name_the_argument(save: Any, tmp_path: Path) -> None:
         (TypeError, r"state_dict\['a'\] must be a strided tensor", {"a": torch.ones(2).to_sparse()}, {}),
         (ValueError, r"state_dict\['a'\] must hold data, but it is on the meta", {"a": one.to("meta")}, {}),
         (ValueError, r"names must be Unicode text, but got '\\ud800'", {"\ud800": one}, {}),
+        (
+            ValueError,
+            r"metadata must be Unicode text, but got '\\ud800'",
+            {"a": one},
+            {"metadata": {"k": "\ud800"}},
+        ),
+        (TypeError, "lossless must be True or False, but got str 'no'", {"a": one}, {"lossless": "no"}),
+        (TypeError, "lossless must be True or False, but got NoneType", {"a": one}, {"lossless": None}),
+        (TypeError, "min_numel must be an integer", {"a": one}, {"min_numel": 1.5}),
+        (TypeError, "unknown options bitz", {"a": one}, {"lossless": False, "bitz": 3}),
+        (ValueError, "path must name a file, but got ''", {"a": one}, {"path": ""}),
+        (ValueError, r"path must name a file, but got 'a\\x00b'", {"a": one}, {"path": "a\0b"}),
+        (TypeError, "path must be a path, but got NoneType", {"a": one}, {"path": None}),
         (TypeError, "metadata must be a mapping, but got list", {"a": one}, {"metadata": [1]}),
         (
             TypeError,
@@ -506,9 +529,7 @@ def test_bad_arguments_name_the_argument(save: Any, tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(error, match=op + message):
-            save(state, path, **options)
-    with pytest.raises(TypeError, match="bitz"):
-        save({"a": one}, path, lossless=False, bitz=3)
+            save(state, **{"path": path, **options})
     assert not path.exists()
     assert not list(tmp_path.iterdir())
 
@@ -531,7 +552,7 @@ def test_write_archive_refuses_what_is_no_blob(tmp_path: Path) -> None:
 
 def test_a_warning_points_here(tmp_path: Path) -> None:
     for save in (cfl_ops.save_file, cfl_ops.save_safetensors):
-        with pytest.warns(UserWarning, match=r"state_dict\['w'\]") as caught:
+        with pytest.warns(UserWarning, match=rf"cfl_ops.{save.__name__}: .*state_dict\['w'\]") as caught:  # type: ignore[attr-defined]
             save({"w": torch.randn(999)}, tmp_path / "a", lossless=False, bits=2)  # type: ignore[operator]
         assert caught[0].filename == __file__
 

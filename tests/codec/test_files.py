@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import cfl_ops
 import pytest
 import torch
 from cfl_ops import CorruptDataError
+from cfl_ops.ops.codec.archive import write_archive
 from cfl_ops.ops.codec.reference.header import as_bytes
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from tests.codec.file_helpers import first_version, overwrite
 from tests.codec.helpers import DATA, FLOATS, cuts_and_extensions, flips, golden_weights, same
@@ -77,3 +83,82 @@ def test_golden_files(backend: str, name: str, tmp_path: Path) -> None:
         save = cfl_ops.save_file if name == "state_2.cflz" else cfl_ops.save_safetensors
         save(state, path, lossless=False, bits=7, metadata={"of": "a test"})  # type: ignore[operator]
     assert path.read_bytes() == (DATA / name).read_bytes()
+
+
+class Wrapper(Tensor):
+    """A tensor whose data are another's."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("save", [cfl_ops.save_file, cfl_ops.save_safetensors])
+def test_tensors_without_data_of_their_own_are_refused(save: Any, tmp_path: Path) -> None:
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    for value in (Wrapper(torch.ones(3)), Wrapper(torch.ones(0)), fake):
+        message = rf"cfl_ops.{save.__name__}: state_dict\['w'\] must be a plain tensor, but got {type(value).__name__}"
+        with pytest.raises(TypeError, match=message):
+            save({"a": torch.ones(1), "w": value}, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_refuses_bad_arguments(tmp_path: Path) -> None:
+    small = tmp_path / "small.cflz"
+    cfl_ops.save_file({"a": torch.ones(2)}, small)
+    for error, message, path, options in (
+        (ValueError, "path must name a file, but got ''", "", {}),
+        (TypeError, "path must be a path, but got int", 3, {}),
+        (ValueError, "path must name a file", "a\0b", {}),
+        (TypeError, "names must be strings, but got list", small, {"names": [["a"]]}),
+        (TypeError, "names must be strings, but got int", small, {"names": [3]}),
+        (TypeError, "names must be a name or several, but got int", small, {"names": 3}),
+        (ValueError, "device must be one that holds data, but got 'meta'", small, {"device": "meta"}),
+        (ValueError, "device must be there, but got 'foo': Expected one of", small, {"device": "foo"}),
+        (TypeError, "device must be a device or its name, but got float", small, {"device": 3.5}),
+        (TypeError, "device must be a device or its name, but got bool", small, {"device": True}),
+    ):
+        with pytest.raises(error, match=f"cfl_ops.load_file: {message}"):
+            cfl_ops.load_file(path, **options)  # type: ignore[arg-type]
+        if "names" not in options:
+            with pytest.raises(error, match=f"cfl_ops.load_model: {message}"):
+                cfl_ops.load_model(torch.nn.Linear(1, 1), path, **options)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device must be there, but got 'cuda'"):
+            cfl_ops.load_file(small, device="cuda")
+    with pytest.raises(ValueError, match="write_archive: path must name a file"):
+        write_archive("", [])
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        cfl_ops.load_file(loop)
+    with pytest.raises(FileNotFoundError):
+        cfl_ops.load_file(tmp_path / ("x" * 250))
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    for device in ("/dev/zero", "/dev/urandom", "/dev/null"):
+        with pytest.raises(ValueError, match=f"path must be a file or a pipe, but {device} is a device"):
+            cfl_ops.load_file(device)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    ended = []
+
+    def endless() -> None:
+        with contextlib.suppress(BrokenPipeError), fifo.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"zz")
+        ended.append(True)
+
+    writer = threading.Thread(target=endless)
+    writer.start()
+    with pytest.raises(CorruptDataError, match="fifo is neither a .cflz nor"):
+        cfl_ops.load_file(fifo)
+    writer.join(10)
+    assert ended

@@ -171,6 +171,230 @@ def test_modules_that_load_in_their_own_way(tmp_path: Path) -> None:
     assert equal(source, target)
 
 
+class Doubled(nn.Linear):
+    """Has a way of its own to load: what it gets is twice what it holds."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias"):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name] / 2
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Reader(nn.Linear):
+    """A load_state_dict of its own."""
+
+    called = 0
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        self.called += 1
+        return super().load_state_dict(*args, **options)
+
+
+def hooked(model: nn.Module, kind: str) -> list[Any]:
+    calls: list[Any] = []
+    if kind == "before":
+        model.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: calls.append(prefix))
+    else:
+        model.register_load_state_dict_post_hook(lambda module, keys: calls.append(list(keys.missing_keys)))
+    return calls
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["before", "after"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_hooks_are_called_and_nothing_stays_without_data(
+    tmp_path: Path, device: str, kind: str, inside: bool
+) -> None:
+    torch.manual_seed(0)
+
+    def make() -> nn.Module:
+        model = nn.ModuleDict({"a": Small(), "b": nn.Linear(30, 20, bias=False)}) if inside else Small()
+        if inside:
+            model["b"].weight = model["a"].inside.weight  # type: ignore[index]
+        return model
+
+    source, path = make(), tmp_path / "a.cflz"
+    cfl_ops.save_file(source.state_dict(), path, lossless=True)
+    with torch.device(device):
+        target = make()
+    calls = hooked(target["a"] if inside else target, kind)  # type: ignore[index]
+    assert cfl_ops.load_model(target, path) == ([], [])
+    assert calls == [{"before": "a." if inside else "", "after": []}[kind]]
+    assert equal(source, target)
+    small = target["a"] if inside else target  # type: ignore[index]
+    assert small.outside.weight is small.inside.weight
+    assert isinstance(small.turned, nn.Parameter)
+    if inside:
+        assert target["b"].weight is small.inside.weight  # type: ignore[index]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_models_own_load_state_dict_is_called(tmp_path: Path, device: str) -> None:
+    source, path = nn.Linear(5, 4), tmp_path / "a.cflz"
+    cfl_ops.save_file(source.state_dict(), path, lossless=True)
+    with torch.device(device):
+        target = Reader(5, 4)
+        inner = nn.ModuleDict({"r": Reader(5, 4)})
+        bound = nn.Linear(5, 4)
+    assert cfl_ops.load_model(target, path) == ([], [])
+    assert target.called == 1
+    assert equal(source, target)
+    bound.load_state_dict = lambda state, strict=True: None  # type: ignore[method-assign,assignment,misc]
+    if device == "cpu":
+        assert cfl_ops.load_model(bound, path) == ([], [])
+    # torch does not call that of a part of a model.
+    cfl_ops.save_file(
+        {f"r.{name}": value for name, value in source.state_dict().items()}, path, lossless=True
+    )
+    assert cfl_ops.load_model(inner, path) == ([], [])
+    assert inner["r"].called == 0
+    assert equal(source, inner)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_all_is_as_it_was_if_a_module_refuses(tmp_path: Path, device: str, strict: bool) -> None:
+    """One that loads in its own way, after another was loaded."""
+    path = tmp_path / "a.cflz"
+
+    def make() -> nn.ModuleDict:
+        made = nn.ModuleDict(
+            {"a": Doubled(4, 4), "b": nn.BatchNorm1d(4), "c": Doubled(4, 4), "d": nn.Linear(4, 4)}
+        )
+        made["d"].weight = made["a"].weight
+        return made
+
+    state = {name: torch.ones_like(value) for name, value in make().state_dict().items()}
+    changes: list[tuple[str, dict[str, Tensor | None]]] = [
+        ("c refuses.*Doubled:.*size mismatch", {"c.weight": torch.ones(5, 5)})
+    ]
+    if strict:
+        changes += [
+            ("c refuses.*Missing key", {"c.weight": None}),
+            ("c refuses.*Unexpected", {"c.more": torch.ones(1)}),
+        ]
+    for message, change in changes:
+        bad = {name: value for name, value in (state | change).items() if value is not None}
+        cfl_ops.save_file(bad, path, lossless=True)
+        with torch.device(device):
+            target = make()
+        tensors, before = target.state_dict(keep_vars=True), changed(target)
+        with pytest.raises(ValueError, match=f"(?s)load_model: model's {message}"):
+            cfl_ops.load_model(target, path, strict)
+        assert all(value is tensors[name] for name, value in target.state_dict(keep_vars=True).items())
+        if device == "meta":
+            assert all(value.is_meta for value in tensors.values())
+        else:
+            assert all(same(value, before[name]) for name, value in target.state_dict().items())
+
+    class Stubborn(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.weight.data.fill_(7)
+            self.weight = nn.Parameter(torch.zeros(1))
+            raise KeyError("no")
+
+    linear = Stubborn(4, 4)
+    weight, kept = linear.weight, linear.weight.detach().clone()
+    with pytest.raises(KeyError, match="no"):
+        cfl_ops.load_model(linear, path)
+    assert linear.weight is weight
+    assert same(weight.detach(), kept)
+
+
+def test_ways_of_their_own_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.cflz"
+    shared = Doubled(4, 4)
+    target = nn.ModuleDict({"a": shared, "again": shared, "c": nn.Linear(4, 4)})
+    state = {name: torch.full_like(value, 8) for name, value in target.state_dict().items()}
+    cfl_ops.save_file(state, path, lossless=True)
+    assert cfl_ops.load_model(target, path) == ([], [])
+    assert bool((shared.weight == 4).all())
+    assert bool((target["c"].weight == 8).all())
+    # One whose shapes come with the file.
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            lazy = nn.ModuleDict({"c": nn.LazyLinear(4)})
+        cfl_ops.save_file({"c.weight": torch.ones(4, 9), "c.bias": torch.ones(4)}, path, lossless=True)
+        assert cfl_ops.load_model(lazy, path) == ([], [])
+        assert same(lazy["c"].weight.detach(), torch.ones(4, 9))
+        lazy = nn.ModuleDict({"c": nn.LazyLinear(4)})
+        cfl_ops.save_file({"c.weight": torch.ones(4, 9)}, path, lossless=True)
+        with pytest.raises(ValueError, match=r'Missing key.*"c\.bias"'):
+            cfl_ops.load_model(lazy, path)
+        assert nn.parameter.is_lazy(lazy["c"].weight)
+
+    class Keeps(nn.Linear):
+        """Puts what it had before back, on the meta device."""
+
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.weight = nn.Parameter(torch.empty(4, 4, device="meta"))
+
+    with torch.device("meta"):
+        keeps = Keeps(4, 4, bias=False)
+    cfl_ops.save_file({"weight": torch.ones(4, 4)}, path, lossless=True)
+    with pytest.raises(ValueError, match="model's 'weight' stays on the meta device"):
+        cfl_ops.load_model(keeps, path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_ties_with_a_module_that_loads_in_its_own_way(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "a.safetensors"
+
+    class Own(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+
+    def make() -> nn.ModuleDict:
+        made = nn.ModuleDict({"own": Own(4, 4), "plain": nn.Linear(4, 4), "other": Own(4, 4)})
+        made["plain"].weight = made["other"].weight = made["own"].weight
+        return made
+
+    torch.manual_seed(0)
+    source = make()
+    names = ["own.weight", "plain.weight", "other.weight"]
+    for kept in names:
+        state = {n: v for n, v in source.state_dict().items() if n == kept or n not in names}
+        cfl_ops.save_safetensors(state, path)
+        with torch.device(device):
+            target = make()
+        assert cfl_ops.load_model(target, path) == ([], [])
+        assert equal(source, target)
+        assert target["plain"].weight is target["own"].weight is target["other"].weight
+    # Without any of them each is missing, and stays as it was.
+    state = {n: v for n, v in source.state_dict().items() if n not in names}
+    cfl_ops.save_safetensors(state, path)
+    with torch.device(device):
+        target = make()
+    before = target["own"].weight
+    missing, unexpected = cfl_ops.load_model(target, path, strict=False)
+    assert (sorted(missing), unexpected) == (sorted(names), [])
+    assert target["plain"].weight is target["own"].weight is before
+    with pytest.raises(ValueError, match=r"own refuses: .*\n.*Missing key"):
+        cfl_ops.load_model(target, path)
+    assert target["own"].weight is before
+    assert not target["plain"].bias.is_meta
+
+
+def test_what_cannot_be_written_to_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.cflz"
+    cfl_ops.save_file({"a": torch.ones(3), "b": torch.ones(3)}, path, lossless=True)
+    with torch.inference_mode():
+        inference = torch.zeros(3)
+    for value, message in (
+        (torch.zeros(1).expand(3), r"'b' has elements that share memory \(expanded\)"),
+        (inference, "'b' was made in inference mode"),
+    ):
+        model = nn.Module()
+        model.register_buffer("a", torch.zeros(3))
+        model.register_buffer("b", value)
+        with pytest.raises(
+            ValueError, match=f"model must have tensors that can be written to, but {message}"
+        ):
+            cfl_ops.load_model(model, path)
+        assert model.a.tolist() == [0, 0, 0]
+
+
 def test_a_transformer_with_tied_embeddings(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

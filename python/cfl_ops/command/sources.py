@@ -21,7 +21,6 @@ from cfl_ops.ops.codec import files
 from cfl_ops.ops.codec.delta import describe_delta
 from cfl_ops.ops.codec.delta_format import CODED, parse_delta, unpack_symbols
 from cfl_ops.ops.codec.huffman import read_header
-from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
 from cfl_ops.ops.codec.tied import Distinct
 
 from . import pickled
@@ -171,23 +170,10 @@ class Coded(Source):
     ) -> Tensor:
         name = self.aliases.get(name, name)
         if self._last not in (None, name):
-            self._weights._done(self._last)  # its pages need not stay in memory
+            self._weights.done(self._last)  # its pages need not stay in memory
         self._last = name
-        mapped = self._mapped(name) if out is None and start is None and stop is None else None
+        mapped = self._weights.mapped(name) if out is None and start is None and stop is None else None
         return self._weights.tensor(name, start, stop, out) if mapped is None else mapped
-
-    def _mapped(self, name: str) -> Tensor | None:
-        """A plain tensor where it lies in the file, if nothing of it is to be checked; not to be written to."""
-        weights = self._weights
-        if isinstance(weights, ShardedSafetensors):
-            weights = weights._of(name)
-        if not isinstance(weights, SafetensorsFile) or weights.notes is not None:
-            return None
-        dtype, shape = weights.header(name)
-        data = weights._bytes(name)
-        if dtype == torch.bool or not data.numel() or data.storage_offset() % dtype.itemsize:
-            return None
-        return data.view(dtype).view(shape)
 
     def blob(self, name: str) -> Tensor:
         return self._weights.blob(name)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.errors import CorruptDataError
-from cfl_ops.ops.codec.atomic import Sink, replacing
+from cfl_ops.ops.codec.atomic import Sink, checked_path, replacing
 from cfl_ops.ops.codec.huffman import corrupt
 from cfl_ops.ops.codec.reference.header import as_bytes
 from cfl_ops.ops.codec.weights import Mapped, Weights
@@ -82,12 +82,12 @@ class Writer:
         return total
 
 
-def encoded_name(op: str, name: str) -> bytes:
+def encoded_name(op: str, name: str, what: str = "names") -> bytes:
     """In UTF-8."""
     try:
         return name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"cfl_ops.{op}: names must be Unicode text, but got {name!r}") from None
+        raise ValueError(f"cfl_ops.{op}: {what} must be Unicode text, but got {name!r}") from None
 
 
 def checked_metadata(op: str, metadata: Any) -> dict[str, str]:
@@ -99,7 +99,8 @@ def checked_metadata(op: str, metadata: Any) -> dict[str, str]:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"cfl_ops.{op}: metadata must map strings to strings, but got {key!r}: {value!r}")
-        encoded_name(op, key + value)
+        for text in (key, value):
+            encoded_name(op, text, "metadata")
     return dict(metadata)
 
 
@@ -118,7 +119,7 @@ def write_archive(
     """
     if hasattr(target, "write"):
         return _write(op, Sink(target), entries, metadata, aliases)
-    with replacing(target) as sink:
+    with replacing(checked_path(op, target)) as sink:
         return _write(op, sink, entries, metadata, aliases)
 
 
@@ -194,10 +195,10 @@ class Archive(Weights):
             raise corrupt("load_file", "the blob is not the one that the index names (checksum)")
         return blob
 
-    def _soon(self, name: str) -> None:
+    def soon(self, name: str) -> None:
         self._mapped.soon(*self._places[name][:2])
 
-    def _done(self, name: str) -> None:
+    def done(self, name: str) -> None:
         self._mapped.done(*self._places[name][:2])
 
     def _read(self) -> None:

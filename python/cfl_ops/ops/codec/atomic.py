@@ -25,6 +25,16 @@ PIECE = 1 << 25
 """Bytes of a write; the disk is told to begin with each, so that little is left when the file is complete."""
 
 
+def checked_path(op: str, path: Any) -> Path:
+    """A path that names something: the empty one would be the folder where the process happens to be."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"cfl_ops.{op}: path must be a path, but got {type(path).__name__}")
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise ValueError(f"cfl_ops.{op}: path must name a file, but got {text!r}")
+    return Path(text)
+
+
 def view_of(data: Tensor) -> memoryview:
     """The bytes of a 1-d uint8 tensor on a CPU, where they are. The caller keeps the tensor."""
     if data.numel() == 0:
@@ -119,8 +129,26 @@ class Staged:
     def commit(self, path: Path) -> None:
         """Give the file its name."""
         self.close()
-        self._temporary.replace(path)
-        sync_folder(self._folder)
+        try:
+            self._temporary.replace(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV or path.parent == self._folder:
+                raise
+            self._copy(path)
+        sync_folder(path.parent)
+
+    def _copy(self, path: Path) -> None:
+        """To another file system, by way of a temporary file there."""
+        there = Staged(path.parent, stat.S_IMODE(self._temporary.stat().st_mode))
+        try:
+            with self._temporary.open("rb") as file:
+                while piece := file.read(PIECE):
+                    there.sink.write(piece)
+            there.commit(path)
+        except BaseException:
+            there.discard()
+            raise
+        self.discard()
 
     def discard(self) -> None:
         """Leave nothing; a file that was committed stays."""
@@ -141,7 +169,8 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _mode_of(path: Path) -> int | None:
+def mode_of(path: Path) -> int | None:
+    """Of what is there, a link's target; None where there is nothing. Raises OSError for a loop of links."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -150,7 +179,7 @@ def _mode_of(path: Path) -> int | None:
 
 def permissions(path: Path) -> int | None:
     """Those of a regular file; None where there is none."""
-    mode = _mode_of(path)
+    mode = mode_of(path)
     return None if mode is None or not stat.S_ISREG(mode) else stat.S_IMODE(mode) & 0o777
 
 
@@ -161,7 +190,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Sink]:
     A link stays, and what it points to is replaced. The mode of a file that is there is kept. A device, a pipe or a
     socket is written to as it is.
     """
-    mode = _mode_of(Path(path))
+    mode = mode_of(Path(path))
     if mode is not None and not stat.S_ISREG(mode):
         handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # of a folder: IsADirectoryError
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
-from cfl_ops.ops.codec.archive import MAGIC, Archive, Writer, checked_metadata
-from cfl_ops.ops.codec.atomic import replacing
-from cfl_ops.ops.codec.huffman import corrupt
+from cfl_ops.ops.codec.archive import Archive, Writer, checked_metadata
+from cfl_ops.ops.codec.atomic import checked_path, replacing
 from cfl_ops.ops.codec.reference.header import as_bytes
 from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
 from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
@@ -67,9 +67,9 @@ def save_file(
     lossless = checks.flag(op, "lossless", lossless)
     distinct, metadata = Distinct(op, state_dict), checked_metadata(op, metadata)
     order = {name: i for i, name in enumerate(state_dict)}
-    with replacing(path) as sink:
+    with replacing(checked_path(op, path)) as sink:
         writer, told = Writer(op, sink), 0
-        for name, blob in blobs_of(distinct, lossless, options, 4):
+        for name, blob in blobs_of(op, distinct, lossless, options, 4):
             told = _tell(writer, distinct, told, order, order[name])
             writer.add(name, blob)
             del blob  # before the next one is made
@@ -108,8 +108,9 @@ def save_safetensors(
         lossless: every bit comes back; else floating-point weights are quantised.
         max_shard_size: the most bytes of tensors in a file, or ``"5GB"``. What takes more goes to files like
             ``model-00001-of-00002.safetensors`` with an index, ``model.safetensors.index.json``, as Hugging Face's
-            does. Shards are complete before the first is renamed, and the index comes last; a mix of two checkpoints,
-            which an end in between may leave, is refused when it is read.
+            does; these replace what has their names in the folder of ``path``, links too. Over an old set of the same
+            names the new one gets longer ones (``model-00001-of-00002-1b2c3d4e.safetensors``), the index comes last,
+            and then the old set goes: whatever happens, the old checkpoint is there whole or the new one is.
         metadata: strings to keep beside, as ``{"format": "pt"}``.
         options: those of :func:`compress_state_dict`.
 
@@ -134,19 +135,26 @@ def save_safetensors(
     op = "save_safetensors"
     lossless = checks.flag(op, "lossless", lossless)
     distinct = Distinct(op, state_dict)
-    made = blobs_of(distinct, lossless, options, 5)
+    made = blobs_of(op, distinct, lossless, options, 5)
     return write_safetensors(op, distinct, made, path, metadata, max_shard_size)
 
 
 def blobs_of(
-    state_dict: Mapping[str, Tensor], lossless: bool, options: dict[str, Any], stacklevel: int
+    op: str, state_dict: Mapping[str, Tensor], lossless: bool, options: dict[str, Any], stacklevel: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The blobs one by one; warnings point so many calls up."""
+    """The blobs one by one; warnings point so many calls up from what asks for them."""
     options = dict(options)
     min_numel = options.pop("min_numel", MIN_NUMEL)
     if lossless:
         options["lossless"] = True
-    return named_blobs(state_dict, min_numel, options, stacklevel)
+    theirs = "cfl_ops.compress_state_dict: "
+    try:
+        # One call more: this generator's own.
+        yield from named_blobs(state_dict, min_numel, options, stacklevel + 1, op)
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError) or not str(error).startswith(theirs):
+            raise
+        raise type(error)(f"cfl_ops.{op}: {str(error).removeprefix(theirs)}") from None
 
 
 def load_file(
@@ -160,7 +168,8 @@ def load_file(
     of a large file only what ``names`` asks for is read.
 
     Args:
-        path: a file; an index of shards (``model.safetensors.index.json``); or the folder of one of these.
+        path: a file; an index of shards (``model.safetensors.index.json``), which need not be named where
+            ``model.safetensors`` is not there; or the folder of one of these.
         names: which tensors to read, a name or several; all if it is None. Tied ones are the same tensor.
         device: where they come; a CPU if it is None.
 
@@ -168,9 +177,13 @@ def load_file(
         names to tensors, in the order of ``names`` or of the file.
 
     Raises:
+        TypeError, ValueError: bad arguments.
         CorruptDataError: the file is none of these, or a byte of it is wrong, missing or too many.
         KeyError: the file has no such name; the message shows near ones.
         OSError: the file cannot be read, or a shard is not there.
+
+    Warns:
+        UserWarning: compressed tensors of a safetensors file without the metadata that say so come back as uint8.
 
     Not under ``fullgraph=True`` nor ``torch.export``: it reads a file.
 
@@ -183,25 +196,32 @@ def load_file(
         {'w': tensor([0., 0., 0.])}
     """
     with open_weights(path) as weights:
-        return weights.load("load_file", names, device)
+        made = weights.load("load_file", names, device)
+        if nameless := weights.nameless_blobs(made):
+            shown = ", ".join(map(repr, nameless[:8])) + (", ..." if len(nameless) > 8 else "")
+            warnings.warn(
+                f"cfl_ops.load_file: {weights.path} has compressed tensors without the metadata that say so, which "
+                f"come back as uint8: {shown} (another tool wrote it anew? cfl_ops.decompress takes them, without up "
+                "to 7 bytes of zero at the end)",
+                UserWarning,
+                stacklevel=2,
+            )
+        return made
 
 
-def open_weights(path: str | os.PathLike[str]) -> Weights:
+def open_weights(path: str | os.PathLike[str], op: str = "load_file") -> Weights:
     """The reader for what is at ``path``, by its content: an archive, a safetensors file, an index or a folder."""
-    where = Path(path)
+    where = checked_path(op, path)
     if where.is_dir():
         where = _in_folder(where)
+    elif not os.path.lexists(where):  # what was to be saved there may have been split into shards
+        index = where.with_name(where.name + INDEX_SUFFIX)
+        where = index if os.path.lexists(index) else where
     mapped = Mapped(where)
-    start = as_bytes(mapped.data[:16])
-    if start[:4] == MAGIC:
+    kind = mapped.check_kind(as_bytes(mapped.data[:16]))
+    if kind == "cflz":
         return Archive(mapped)
-    if start[4:9] == b"\0\0\0\0{":
-        return SafetensorsFile(mapped)
-    if start[:1] == b"{":
-        return ShardedSafetensors(mapped)
-    raise corrupt(
-        "load_file", f"{mapped.path} is neither a .cflz nor a .safetensors file, nor an index of shards"
-    )
+    return SafetensorsFile(mapped) if kind == "safetensors" else ShardedSafetensors(mapped)
 
 
 def _in_folder(folder: Path) -> Path:

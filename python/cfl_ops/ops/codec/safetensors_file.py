@@ -9,6 +9,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from cfl_ops.ops.codec.weights import Mapped, Weights
 __all__: list[str] = []
 
 KEY, VERSION = "cfl_ops", 1
-_MARK = f'{{"format":"{KEY}"'
+MARK = f'{{"format":"{KEY}"'
 """How our part of the metadata begins, lest a damaged key makes compressed tensors look like plain ones."""
 MOST_HEADER = 100_000_000
 """The most bytes of a header that safetensors' own readers take."""
@@ -111,14 +112,9 @@ class SafetensorsFile(Weights):
     def _read(self) -> None:
         self._entries, self.metadata, self._body, self.header_checksum = read_header(self._mapped.data)
         ours = self.metadata.pop(KEY, None)
-        if any(value.startswith(_MARK) for value in self.metadata.values()):
+        if any(value.startswith(MARK) for value in self.metadata.values()):
             raise corrupt("load_file", "the file has metadata of cfl_ops under another name")
         self.notes = None if ours is None else read_notes(ours, self._entries)
-        if self.notes is None and any(map(self._is_blob, self._entries)):
-            raise corrupt(
-                "load_file",
-                "the file has compressed tensors without their metadata (another tool wrote it anew?)",
-            )
         self.aliases = {} if self.notes is None else self.notes.aliases
         self.names = (*self._entries, *self.aliases)
 
@@ -139,6 +135,10 @@ class SafetensorsFile(Weights):
     def _note(self, name: str) -> Note | None:
         return None if self.notes is None else self.notes.tensors[name]
 
+    def nameless_blobs(self, names: Iterable[str]) -> list[str]:
+        """Those that are compressed but of which no metadata say so: they are read as the bytes that they are."""
+        return [] if self.notes is not None else [name for name in names if self._is_blob(name)]
+
     def _is_blob(self, name: str) -> bool:
         entry = self._entries[name]
         if entry.dtype != "U8" or len(entry.shape) != 1 or entry.shape[0] < BLOB_BYTES:
@@ -153,11 +153,11 @@ class SafetensorsFile(Weights):
             raise ValueError(f"cfl_ops.load_file: {self.path} must be open, but it was closed")
         return data
 
-    def _soon(self, name: str) -> None:
+    def soon(self, name: str) -> None:
         entry = self._entries[name]
         self._mapped.soon(self._body + entry.start, entry.stop - entry.start)
 
-    def _done(self, name: str) -> None:
+    def done(self, name: str) -> None:
         entry = self._entries[name]
         self._mapped.done(self._body + entry.start, entry.stop - entry.start)
 
@@ -202,6 +202,17 @@ class SafetensorsFile(Weights):
             return torch.empty(shape, dtype=dtype)
         if data.storage_offset() % dtype.itemsize:
             data = data.clone()
+        return data.view(dtype).view(shape)
+
+    def mapped(self, name: str) -> Tensor | None:
+        """The tensor where it lies in the file, not to be written to; None where it is coded or is to be checked."""
+        name = self.stored_name(name)
+        if self.notes is not None:
+            return None
+        dtype, shape = self.header(name)
+        data = self._bytes(name)
+        if dtype == torch.bool or not data.numel() or data.storage_offset() % dtype.itemsize:
+            return None
         return data.view(dtype).view(shape)
 
     def _decode(
@@ -408,14 +419,22 @@ class ShardedSafetensors(Weights):
         """Dtype and shape, from the first bytes."""
         return self._of(name).header(name)
 
+    def mapped(self, name: str) -> Tensor | None:
+        """The tensor where it lies in its shard, not to be written to; None where it is coded or is to be checked."""
+        return self._of(name).mapped(self.stored_name(name))
+
+    def nameless_blobs(self, names: Iterable[str]) -> list[str]:
+        """Those that are compressed but of which no metadata say so: they are read as the bytes that they are."""
+        return [name for name in names if self._of(name).nameless_blobs([self.stored_name(name)])]
+
     def _blob(self, name: str) -> Tensor:
         return self._of(name)._blob(name)
 
-    def _soon(self, name: str) -> None:
-        self._of(name)._soon(name)
+    def soon(self, name: str) -> None:
+        self._of(name).soon(name)
 
-    def _done(self, name: str) -> None:
-        self._of(name)._done(name)
+    def done(self, name: str) -> None:
+        self._of(name).done(name)
 
     def _decode(
         self, name: str, start: int | None, stop: int | None, out: Tensor | None, device: torch.device | None

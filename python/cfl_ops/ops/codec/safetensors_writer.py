@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.ops.codec.archive import checked_metadata, encoded_name, first_checksum
-from cfl_ops.ops.codec.atomic import Staged, permissions, replacing, view_of
+from cfl_ops.ops.codec.atomic import Staged, checked_path, mode_of, permissions, view_of
 from cfl_ops.ops.codec.blob import _raw_bytes as raw_bytes
 from cfl_ops.ops.codec.safetensors_file import (
     KEY,
+    MARK,
     MOST_HEADER,
     NAMES,
     VERSION,
@@ -40,10 +44,11 @@ def bytes_of(op: str, name: str, value: Any) -> int:
     """A size: an integer, or "5GB" as Hugging Face writes it."""
     if not isinstance(value, str):
         return checks.integer(op, name, value, 1)
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS or Fraction(match[1]) == 0:
+        value = value if len(value) <= 40 else value[:40] + "..."
         raise ValueError(f"cfl_ops.{op}: {name} must be a number of bytes, or like '5GB', but got {value!r}")
-    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+    return max(1, int(Fraction(match[1]) * _UNITS[match[2].upper()]))
 
 
 class _Shard:
@@ -55,6 +60,8 @@ class _Shard:
         self.size = 0
         """Bytes of tensors, with those that are still to be written."""
         self._stop = 0
+        self._wide = False
+        """Whether an element of more than a byte is stored natively, so that padding goes before it."""
         self.blobs: dict[str, tuple[torch.dtype, tuple[int, ...], int, int, int]] = {}
         """By name what it stands for, where it is, and its checksum."""
         self.native: dict[str, int] = {}
@@ -67,9 +74,16 @@ class _Shard:
         self.staged.sink.write(blob)
         self.size += blob.numel()
 
-    def add_native(self, name: str, size: int) -> None:
-        self.native[name] = size
-        self.size += size
+    def add_native(self, name: str, value: Tensor) -> None:
+        self.native[name] = value.nbytes
+        self.size += value.nbytes
+        self._wide |= value.element_size() > 1
+
+    def size_with(self, size: int, value: Tensor, native: bool) -> int:
+        """Bytes of tensors, padding among them, if this one of so many bytes is added."""
+        blobs = self._stop + (0 if native else size)
+        padded = self._wide or (native and value.element_size() > 1)
+        return self.size + size + (-blobs % 8 if padded else 0)
 
     def finish(
         self,
@@ -156,24 +170,29 @@ def write_safetensors(
 ) -> int:
     """Write the blobs that ``made`` makes of the state dict, or the tensors themselves; returns the bytes."""
     user = checked_metadata(op, metadata)
+    if any(text.startswith(MARK) for text in user.values()):
+        raise ValueError(
+            f"cfl_ops.{op}: metadata must not look like this package's own, which begin with {MARK!r}: readers take "
+            "such for damage"
+        )
     if KEY in user:
         raise ValueError(f"cfl_ops.{op}: metadata must not have the key {KEY!r}, which is this package's")
     most = None if max_shard_size is None else bytes_of(op, "max_shard_size", max_shard_size)
-    target = Path(path)
-    if target.is_dir():
-        target = target / "model.safetensors"
-    target = target.resolve()
-    if target.exists() and not target.is_file():
-        raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {path}")
+    named = checked_path(op, path)
+    if named.is_dir():
+        named = named / "model.safetensors"
+    if (old := mode_of(named)) is not None and not stat.S_ISREG(old):
+        raise ValueError(f"cfl_ops.{op}: path must be that of a regular file, but got {named}")
+    target = named.resolve()  # of a link; shards and their index lie beside the link itself
     room = _room(op, state_dict, user)
     mode = permissions(target)
     if mode is None:
-        mode = permissions(_index_of(target))
+        mode = permissions(_index_of(named))
     staged: list[Staged] = []
     shards: list[_Shard] = []
 
     def begin() -> None:
-        staged.append(Staged(target.parent, mode))
+        staged.append(Staged((target if most is None else named).parent, mode))
         shards.append(_Shard(staged[-1], room))
 
     try:
@@ -182,23 +201,22 @@ def write_safetensors(
         for name, blob in made:
             value = state_dict[name]
             order.append(name)
-            size = value.numel() * value.element_size()
-            native = blob.numel() >= size and value.dtype in NAMES
-            stored = size if native else blob.numel()
-            if most is not None and shards[-1].size and shards[-1].size + stored > most:
+            native = blob.numel() >= value.nbytes and value.dtype in NAMES
+            stored = value.nbytes if native else blob.numel()
+            if most is not None and shards[-1].size and shards[-1].size_with(stored, value, native) > most:
                 _finish(shards[-1], order, state_dict, user, True)
                 begin()
             if native:
-                shards[-1].add_native(name, size)
+                shards[-1].add_native(name, value)
             else:
                 shards[-1].add(name, value, blob)
             del value, blob
         _finish(shards[-1], order, state_dict, user, len(shards) > 1)
         if len(shards) == 1:
             staged[0].commit(target)
-            _remove_shards(target)
+            _remove_shards(named)
         else:
-            _commit(target, shards, order)
+            _commit(named, shards, order, mode)
     except BaseException:
         for file in staged:
             file.discard()
@@ -212,47 +230,75 @@ def _finish(shard: _Shard, order: list[str], values: Distinct, metadata: dict[st
     shard.finish(order, values, metadata, aliases, many)
 
 
-def _commit(target: Path, shards: list[_Shard], order: list[str]) -> None:
-    """All shards are on the disk: name them, then the index, then remove what it replaces."""
-    stem = target.name.removesuffix(".safetensors")
-    files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+def _commit(target: Path, shards: list[_Shard], order: list[str], mode: int | None) -> None:
+    """All shards are on the disk: name them, then the index, then remove what it replaces.
+
+    No file that the old index names is touched before the new index is there, so that either set is whole at any time.
+    """
+    files = _names_of_shards(target, len(shards))
     place = {
         name: file
         for file, shard in zip(files, shards, strict=True)
         for name in (*shard.blobs, *shard.native)
     }
     checksums = {file: shard.checksum for file, shard in zip(files, shards, strict=True)}
-    index = {
+    content = {
         "metadata": {
             "total_size": sum(shard.size for shard in shards),
             KEY: json.dumps({"version": VERSION, "shards": checksums}),
         },
         "weight_map": {name: place[name] for name in order},
     }
-    for file, shard in zip(files, shards, strict=True):
-        shard.staged.commit(target.parent / file)
     old = _old_shards(target)
-    with replacing(_index_of(target)) as sink:
-        sink.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-    target.unlink(missing_ok=True)  # readers look for it first
-    for file in old - set(files):
-        (target.parent / file).unlink(missing_ok=True)
+    index = Staged(target.parent, mode)
+    try:
+        index.sink.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        for file, shard in zip(files, shards, strict=True):
+            shard.staged.commit(target.parent / file)
+        index.commit(_index_of(target))
+    except BaseException:
+        index.discard()
+        _remove(target.parent, set(files) - _named_by(_index_of(target)))
+        raise
+    target.unlink(missing_ok=True)  # readers look for it first; of a link, what it points to stays
+    _remove(target.parent, old - set(files))
+
+
+def _remove(folder: Path, files: set[str]) -> None:
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
+
+
+def _names_of_shards(target: Path, count: int) -> list[str]:
+    """As Hugging Face's, with eight more digits where the old index names files of those names."""
+    stem, kept = target.name.removesuffix(".safetensors"), _named_by(_index_of(target))
+    tail = ""
+    while True:
+        files = [f"{stem}-{i:05}-of-{count:05}{tail}.safetensors" for i in range(1, count + 1)]
+        if kept.isdisjoint(files) and not (tail and any((target.parent / file).exists() for file in files)):
+            return files
+        tail = f"-{secrets.token_hex(4)}"
 
 
 def _index_of(target: Path) -> Path:
     return target.with_name(target.name + INDEX_SUFFIX)
 
 
-def _old_shards(target: Path) -> set[str]:
-    """The files that an index that is there names, if they are called as this one's shards are."""
+def _named_by(index: Path) -> set[str]:
+    """The files that an index that is there names, beside it."""
     try:
-        files = set(json.loads(_index_of(target).read_bytes())["weight_map"].values())
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return set()
-    shape = re.escape(target.name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors"
-    return {
-        file for file in files if isinstance(file, str) and plain_name(file) and re.fullmatch(shape, file)
-    }
+    return {file for file in files if isinstance(file, str) and plain_name(file)}
+
+
+def _old_shards(target: Path) -> set[str]:
+    """Those that an index that is there names, if they are called as this one's shards are."""
+    shape = (
+        re.escape(target.name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.safetensors"
+    )
+    return {file for file in _named_by(_index_of(target)) if re.fullmatch(shape, file)}
 
 
 def _remove_shards(target: Path) -> None:
@@ -260,5 +306,4 @@ def _remove_shards(target: Path) -> None:
     old = _old_shards(target)
     if old:
         _index_of(target).unlink(missing_ok=True)
-    for file in old:
-        (target.parent / file).unlink(missing_ok=True)
+    _remove(target.parent, old)

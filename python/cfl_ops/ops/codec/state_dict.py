@@ -105,17 +105,27 @@ def compress_state_dict(
 
 
 def named_blobs(
-    state_dict: Mapping[str, Tensor], min_numel: int, options: dict[str, Any], stacklevel: int
+    state_dict: Mapping[str, Tensor],
+    min_numel: int,
+    options: dict[str, Any],
+    stacklevel: int,
+    op: str = OP,
 ) -> Iterator[tuple[str, Tensor]]:
     """What compress_state_dict returns, one by one; warnings point so many calls up.
 
-    ``options`` are all its others, with those of compress. Nothing is held but one blob.
+    ``options`` are all its others, with those of compress; ``op`` is what its warnings name. Nothing is held but one
+    blob.
     """
-    return _blobs(state_dict, min_numel, options, stacklevel, False)
+    return _blobs(state_dict, min_numel, options, stacklevel, False, op)
 
 
 def _blobs(
-    state_dict: Mapping[str, Tensor], min_numel: int, options: dict[str, Any], stacklevel: int, keep: bool
+    state_dict: Mapping[str, Tensor],
+    min_numel: int,
+    options: dict[str, Any],
+    stacklevel: int,
+    keep: bool,
+    op: str = OP,
 ) -> Iterator[tuple[str, Tensor]]:
     policy = decide(state_dict, min_numel, options, stacklevel)
     makers: dict[int, Callable[[], Tensor]] = {}
@@ -124,20 +134,20 @@ def _blobs(
         makers = share_bytes(policy.decisions, _blob, policy.max_bytes, absolute, keep)
     for i, decision in enumerate(policy.decisions):
         with told(decision):
-            blob = makers.pop(i)() if i in makers else _blob(decision, stacklevel + 1)
+            blob = makers.pop(i)() if i in makers else _blob(decision, stacklevel + 1, op)
         if policy.report is not None:
             policy.report(report_of(decision.name, decision.value, blob))
         yield decision.name, blob
         del blob  # before the next one is made
 
 
-def _blob(decision: Decision, stacklevel: int = 1) -> Tensor:
+def _blob(decision: Decision, stacklevel: int = 1, op: str = OP) -> Tensor:
     """Of a tensor that takes no share of max_bytes."""
     if decision.options is None:
-        return store_lossless(OP, decision.where, decision.value)
+        return store_lossless(op, decision.where, decision.value)
     if decision.budget is not None:
         return compress_within(decision)
-    return compress_named(OP, decision.where, decision.value, decision.options, stacklevel)
+    return compress_named(op, decision.where, decision.value, decision.options, stacklevel)
 
 
 def decompress_state_dict(blobs: Mapping[str, Tensor]) -> dict[str, Tensor]:

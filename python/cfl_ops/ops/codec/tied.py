@@ -7,10 +7,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from cfl_ops._core import checks
 
 __all__: list[str] = []
+
+
+def has_memory(value: Tensor) -> bool:
+    """Whether it has data of its own: subclasses that wrap other tensors, and torch's fake ones, have none."""
+    if type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    if isinstance(value, FakeTensor) or not value.numel():
+        return False
+    try:
+        value.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def memory(value: Tensor) -> tuple[object, ...]:
+    """What tied tensors, and only they, have in common."""
+    if is_lazy(value) or value.is_meta or not value.numel() or not has_memory(value):
+        return (id(value),)
+    return (
+        *(value.device, value.data_ptr(), value.shape),
+        *(value.stride(), value.dtype, value.is_conj(), value.is_neg()),
+    )
 
 
 class Distinct(Mapping[str, Tensor]):
@@ -53,6 +78,11 @@ class Distinct(Mapping[str, Tensor]):
             raise ValueError(
                 f"cfl_ops.{self._op}: state_dict[{name!r}] must hold data, but it is on the meta device"
             )
+        if not has_memory(value):
+            raise TypeError(
+                f"cfl_ops.{self._op}: state_dict[{name!r}] must be a plain tensor, but got {type(value).__name__}, "
+                "whose data are others' (full_tensor(), to_local() or dequantize() may make one of it)"
+            )
         out: Tensor = value.detach().resolve_conj().resolve_neg()
         return out
 
@@ -61,10 +91,7 @@ class Distinct(Mapping[str, Tensor]):
         for name, value in self._state_dict.items():
             tensor = self._checked(name, value)
             if value.numel():
-                key = (
-                    *(value.device, value.untyped_storage().data_ptr(), value.storage_offset(), value.shape),
-                    *(value.stride(), value.dtype, value.is_conj(), value.is_neg()),
-                )
+                key = memory(value)
                 first = seen.get(key)
                 if first is not None and first[1]() is not None:
                     self.aliases[name] = first[0]

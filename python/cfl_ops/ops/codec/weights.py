@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import difflib
 import functools
+import io
 import mmap
 import os
 import pathlib
@@ -26,6 +27,8 @@ from cfl_ops.ops.codec.huffman import corrupt
 __all__: list[str] = []
 
 DELTA_MAGIC = b"CFLD"
+_FIRST = 16
+"""Bytes of a file that tell its kind."""
 _HUGE = 1 << 22
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has its name from 3.13 on
 
@@ -35,6 +38,15 @@ class UnknownNameError(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def kind_of(start: bytes) -> str | None:
+    """Of a file of weights, by its first bytes."""
+    if start[:4] == b"CFLZ":
+        return "cflz"
+    if start[4:9] == b"\0\0\0\0{":
+        return "safetensors"
+    return "index" if start[:1] == b"{" else None
 
 
 class Mapped:
@@ -49,8 +61,12 @@ class Mapped:
         self._map: mmap.mmap | None = None
         with pathlib.Path(path).open("rb", buffering=0) as file:
             found = os.fstat(file.fileno())
+            if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+                raise ValueError(
+                    f"cfl_ops.load_file: path must be a file or a pipe, but {self.path} is a device"
+                )
             if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-                data = bytearray(file.readall() or b"")
+                data = self._read(file)
                 self.data = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)[: len(data)]
                 return
             # Memory for a copy of all of it is not reserved: a file may be larger than the machine's.
@@ -63,6 +79,24 @@ class Mapped:
             if os.fstat(file.fileno()).st_size != found.st_size:
                 raise corrupt("load_file", f"{self.path} changed its size while it was opened")
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _read(self, file: io.FileIO) -> bytearray:
+        """All of it, if its first bytes are those of a file of weights: a pipe may have no end."""
+        data = bytearray()
+        while len(data) < _FIRST and (more := file.read(_FIRST - len(data))):
+            data += more
+        if data:
+            self.check_kind(bytes(data))
+        return data + (file.readall() or b"")
+
+    def check_kind(self, start: bytes) -> str:
+        """What the first bytes say that it is: "cflz", "safetensors" or "index"."""
+        kind = kind_of(start)
+        if kind is None:
+            raise corrupt(
+                "load_file", f"{self.path} is neither a .cflz nor a .safetensors file, nor an index of shards"
+            )
+        return kind
 
     def soon(self, start: int, size: int) -> None:
         """These bytes will be read."""
@@ -128,12 +162,22 @@ class Weights(ABC):
         """Of a name that is stored."""
 
     @abstractmethod
-    def _soon(self, name: str) -> None:
-        """It will be read."""
+    def soon(self, name: str) -> None:
+        """Of a name that is stored: it will be read."""
 
     @abstractmethod
-    def _done(self, name: str) -> None:
-        """It has been read."""
+    def done(self, name: str) -> None:
+        """Of a name that is stored: it has been read, and its bytes need not stay in memory."""
+
+    def mapped(self, name: str) -> Tensor | None:
+        """The tensor where it lies in the file, not to be written to; None where it is coded or is to be checked."""
+        self.stored_name(name)
+        return None
+
+    def nameless_blobs(self, names: Iterable[str]) -> list[str]:
+        """Those that are compressed but of which no metadata say so: they are read as the bytes that they are."""
+        del names
+        return []
 
     def native(self, name: str) -> bool:
         """Whether it stands in the file as it is, without a blob around it."""
@@ -196,7 +240,7 @@ class Weights(ABC):
         wanted = self.wanted(op, names)
         sources = list(dict.fromkeys(self.aliases.get(name, name) for name in wanted))
         made: dict[str, Tensor] = {}
-        place = torch.device("cpu" if device is None else device)
+        place = place_of(op, device)
         for source, tensor in self.decoded(sources, place):
             made[source] = tensor
         return {name: made[self.aliases.get(name, name)] for name in wanted}
@@ -208,6 +252,10 @@ class Weights(ABC):
         asked = [names] if isinstance(names, str) else names
         if not isinstance(asked, Iterable):
             raise TypeError(f"cfl_ops.{op}: names must be a name or several, but got {type(names).__name__}")
+        asked = list(asked)
+        for name in asked:
+            if not isinstance(name, str):
+                raise TypeError(f"cfl_ops.{op}: names must be strings, but got {type(name).__name__}")
         asked = list(dict.fromkeys(asked))
         for name in asked:
             self.stored_name(name, op)
@@ -217,11 +265,28 @@ class Weights(ABC):
         """Stored tensors in turn; the file is read ahead of them."""
         for i, source in enumerate(sources):
             if i == 0:
-                self._soon(source)
+                self.soon(source)
             if i + 1 < len(sources):
-                self._soon(sources[i + 1])
+                self.soon(sources[i + 1])
             yield source, self._decode(source, None, None, None, device)
-            self._done(source)
+            self.done(source)
+
+
+def place_of(op: str, device: Any) -> torch.device:
+    """The device that an argument names, where it can hold tensors; a CPU if it is None."""
+    if device is None:
+        return torch.device("cpu")
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"cfl_ops.{op}: device must be a device or its name, but got {type(device).__name__}")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"cfl_ops.{op}: device must be there, but got {device!r}: {why}") from None
+    if place.type == "meta":
+        raise ValueError(f"cfl_ops.{op}: device must be one that holds data, but got {device!r}")
+    return place
 
 
 def room(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
