@@ -44,6 +44,14 @@ def test_mappings_that_make_their_tensors_when_read() -> None:
     got = cfl_ops.apply_delta(Casting(old), delta)
     for key, value in new.items():
         assert same(got[key], value.bfloat16())
+
+    class Changing(dict[str, Tensor]):
+        def __getitem__(self, key: str) -> Tensor:
+            return super().__getitem__(key).clone()
+
+    fresh = Changing({key: value.bfloat16() for key, value in old.items()})
+    with pytest.raises(RuntimeError, match="old must give one tensor each time that 'w0' is read"):
+        cfl_ops.apply_delta_(fresh, delta)
     tied = cfl_ops.compress_delta({"a": got["w0"], "b": got["w0"]}, {"a": old["w0"], "b": old["w0"]})
     assert tied["a"] is tied["b"]
 

@@ -272,8 +272,7 @@ def result_of(op: str, pair: Pair, total: int, device: torch.device | None) -> T
 
 def plan_of(op: str, pair: Pair, total: int) -> Callable[[], object]:
     """Decodes and checks what the delta changes; what comes back writes it."""
-    old, delta = pair.old, pair.delta
-    assert old is not None
+    old, delta = _old_of(pair), pair.delta
     target = old.detach()
     if delta.blob is not None:
         blob: Tensor = _named(op, pair, lambda: _unpack_blob(op, delta))
@@ -291,6 +290,11 @@ def plan_of(op: str, pair: Pair, total: int) -> Callable[[], object]:
             write_bits(target, flat)
 
     return write
+
+
+def _old_of(pair: Pair) -> Tensor:
+    assert pair.old is not None
+    return pair.old
 
 
 def check_writable(op: str, pairs: list[Pair]) -> list[Pair]:
@@ -397,6 +401,12 @@ def _are_apart(heap: list[_Span]) -> bool:
 def write_all(op: str, old: MutableMapping[Any, Tensor], pairs: list[Pair]) -> None:
     """Change a dict: first all bases are checked, then all deltas decoded, and nothing can fail after that."""
     written = check_writable(op, pairs)
+    for pair in written:
+        if place_of(old[pair.key]) != place_of(_old_of(pair)):
+            raise RuntimeError(
+                f"cfl_ops.{op}: old must give one tensor each time that {pair.key!r} is read, to be updated in place, "
+                "but it makes another: use apply_delta"
+            )
     totals = {pair.key: check_base(op, pair, pairs) for pair in pairs}
     device = common_device(pairs)
     fresh = {
