@@ -21,20 +21,22 @@ CFL_INLINE uint64_t load64(const uint8_t* p) {
 
 CFL_INLINE uint64_t low_mask(unsigned bits) { return (uint64_t{1} << bits) - 1; }  // bits < 64
 
-CFL_INLINE uint64_t word_product(uint64_t w, uint64_t key) {
-  const uint64_t lo = static_cast<uint32_t>(w) + static_cast<uint32_t>(key);
-  const uint64_t hi = static_cast<uint32_t>(w >> 32) + static_cast<uint32_t>(key >> 32);
-  return (lo & 0xffffffffu) * (hi & 0xffffffffu);
+// What a word adds to the fingerprint's sum. Two rounds, as one alone is nearly linear in words and
+// places: then rows of a 0/1 matrix could be swapped unseen.
+CFL_INLINE uint64_t word_term(uint64_t w, uint64_t key) {
+  const uint64_t t = w + key, p = (t & 0xffffffffu) * (t >> 32);
+  const uint64_t b = t ^ (p << 32 | p >> 32);
+  return b + (b & 0xffffffffu) * (b >> 32);
 }
 
 // What is left after whole vectors; the last word is filled up with zeros.
 CFL_INLINE uint64_t fingerprint_tail(const uint8_t* data, int64_t bytes, int64_t first) {
   uint64_t sum = 0, key = kKey * static_cast<uint64_t>(first + 1);
-  for (; bytes >= 8; bytes -= 8, data += 8, key += kKey) sum += word_product(load64(data), key);
+  for (; bytes >= 8; bytes -= 8, data += 8, key += kKey) sum += word_term(load64(data), key);
   if (bytes > 0) {
     uint64_t w = 0;
     memcpy(&w, data, static_cast<size_t>(bytes));
-    sum += word_product(w, key);
+    sum += word_term(w, key);
   }
   return sum;
 }
@@ -46,7 +48,8 @@ constexpr int kBytes = 64;
 CFL_INLINE Vector load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 CFL_INLINE Vector all(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t>(v)); }
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm512_add_epi64(a, b); }
-CFL_INLINE Vector add32(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
+CFL_INLINE Vector exclusive(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
+CFL_INLINE Vector swap_halves(Vector a) { return _mm512_rol_epi64(a, 32); }
 CFL_INLINE Vector product(Vector a) { return _mm512_mul_epu32(a, _mm512_srli_epi64(a, 32)); }
 // a, and the bits in which b and c differ.
 CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
@@ -62,7 +65,8 @@ CFL_INLINE Vector load(const uint8_t* p) {
 }
 CFL_INLINE Vector all(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_t>(v)); }
 CFL_INLINE Vector add64(Vector a, Vector b) { return _mm256_add_epi64(a, b); }
-CFL_INLINE Vector add32(Vector a, Vector b) { return _mm256_add_epi32(a, b); }
+CFL_INLINE Vector exclusive(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
+CFL_INLINE Vector swap_halves(Vector a) { return _mm256_shuffle_epi32(a, 0xb1); }
 CFL_INLINE Vector product(Vector a) { return _mm256_mul_epu32(a, _mm256_srli_epi64(a, 32)); }
 CFL_INLINE Vector either(Vector a, Vector b, Vector c) {
   return _mm256_or_si256(a, _mm256_xor_si256(b, c));
@@ -77,6 +81,13 @@ CFL_INLINE Vector fill(const uint64_t* from) {
 
 #if CFL_CODEC_ISA > 0
 constexpr int kLanes = kBytes / 8;
+
+// As word_term.
+CFL_INLINE Vector terms(Vector w, Vector keys) {
+  const Vector t = add64(w, keys);
+  const Vector b = exclusive(t, swap_halves(product(t)));
+  return add64(b, product(b));
+}
 
 CFL_INLINE Vector keys_from(int64_t first) {
   uint64_t keys[kLanes];
@@ -101,7 +112,7 @@ uint64_t fingerprint_bytes(const uint8_t* data, int64_t bytes, int64_t first) {
   for (; at + 4 * kBytes <= bytes; at += 4 * kBytes) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      sums[j] = add64(sums[j], product(add32(load(data + at + j * kBytes), keys[j])));
+      sums[j] = add64(sums[j], terms(load(data + at + j * kBytes), keys[j]));
       keys[j] = add64(keys[j], step);
     }
   }
@@ -219,8 +230,8 @@ int64_t compare_units(const uint8_t* a, const uint8_t* b, int64_t bytes, int64_t
     for (int j = 0; j < kVectors; ++j) {
       const Vector x = load(a + at + j * kBytes), y = load(b + at + j * kBytes);
       word |= differ<kUnit>(x, y) << (j * kBytes / kUnit);
-      sum_a = add64(sum_a, product(add32(x, keys)));
-      sum_b = add64(sum_b, product(add32(y, keys)));
+      sum_a = add64(sum_a, terms(x, keys));
+      sum_b = add64(sum_b, terms(y, keys));
       other = either(other, x, y);
       keys = add64(keys, step);
     }
@@ -748,7 +759,7 @@ CFL_INLINE uint64_t change_units(const uint8_t* data, int64_t bytes, const int64
       now = (now & ~(kAll << shift)) | uint64_t{unit_at<T>(values, i)} << shift;
     } while (++i < count && positions[i] / kPer == word);
     const uint64_t key = kKey * static_cast<uint64_t>(word + 1);
-    sum += word_product(now, key) - word_product(before, key);
+    sum += word_term(now, key) - word_term(before, key);
   }
   return sum;
 }

@@ -274,8 +274,10 @@ def plain_fingerprint(w: Tensor) -> int:
     data = bytes(w.contiguous().view(-1).view(torch.uint8).tolist()) if w.numel() else b""
     total = 0
     for i in range(0, len(data), 8):
-        word, key = int.from_bytes(data[i : i + 8], "little"), (i // 8 + 1) * 0x9E3779B97F4A7C15 % 2**64
-        total += (word + key) % 2**32 * ((word >> 32) + (key >> 32) & 2**32 - 1)
+        t = (int.from_bytes(data[i : i + 8], "little") + (i // 8 + 1) * 0x9E3779B97F4A7C15) % 2**64
+        product = t % 2**32 * (t >> 32)
+        b = t ^ (product % 2**32 << 32 | product >> 32)
+        total += b + b % 2**32 * (b >> 32)
     x = total + len(data) * 0xD6E8FEB86659FD93 + (DTYPES.index(w.dtype) + 1) * 0xA0761D6478BD642F
     x %= 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -296,6 +298,40 @@ def test_fingerprints_do_not_depend_on_layout_or_backend(backend: str) -> None:
     }
     assert len(marks) == 198
     assert fingerprint_of(some[3:50]) == fingerprint_of(some[3:50].clone())
+
+
+@pytest.mark.parametrize("kind", ["identity", "permutation", "one-hot", "mask", "differences"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+def test_fingerprints_tell_structured_matrices_apart(dtype: torch.dtype, kind: str, backend: str) -> None:
+    """Small numbers, whose changes add up to nothing: a sum linear in words and places would not see them."""
+    generator = torch.Generator().manual_seed(1)
+    for n in (16, 40, 64):
+        order = torch.arange(n) if kind == "identity" else torch.randperm(n, generator=generator)
+        if kind == "one-hot":
+            order = torch.randint(0, 5, (n,), generator=generator)
+        m = torch.eye(n, dtype=dtype)[order]
+        if kind == "mask":
+            m = torch.randint(0, 2, (n, n), generator=generator).to(dtype)
+        if kind == "differences":
+            m = torch.ones(n * n, dtype=dtype)
+        seen = {bytes(m.view(torch.uint8).flatten().tolist()): fingerprint_of(m)}
+        for _ in range(10):
+            changed = m.clone()
+            if kind == "differences":  # of the first to third order: +1 -1; +1 -2 +1; +1 -3 +3 -1
+                at, step = (int(torch.randint(low, n * n // 5, (1,), generator=generator)) for low in (0, 1))
+                for order_of in ([1, -1], [1, -2, 1], [1, -3, 3, -1]):
+                    changed = 4 * m
+                    for j, by in enumerate(order_of):
+                        changed[at + j * step] += by
+                    seen[bytes(changed.view(torch.uint8).tolist())] = fingerprint_of(changed)
+                continue
+            a, b = torch.randperm(n, generator=generator)[:2].tolist()
+            for dim in (0, 1):
+                places = list(range(n))
+                places[a], places[b] = b, a
+                swapped = m.index_select(dim, torch.tensor(places))
+                seen[bytes(swapped.view(torch.uint8).flatten().tolist())] = fingerprint_of(swapped)
+        assert len(set(seen.values())) == len(seen)
 
 
 # --- mappings
@@ -384,7 +420,11 @@ def test_a_state_dict_on_another_base_stays_as_it_is(backend: str) -> None:
     broken(
         lambda base, of: base.update(new=torch.ones(1)), "old must not have 'new' yet, which the delta adds$"
     )
-    broken(lambda base, of: base.update(new=torch.arange(6.0)), "it already is the result")
+    broken(lambda base, of: base.update(new=torch.arange(6.0)), "which the delta adds$")
+    broken(
+        lambda base, of: base.update(a=next_state(base)["a"]), "with the fingerprint .* but got [0-9a-f]{16}$"
+    )
+    broken(lambda base, of: base.pop("gone"), "which the delta was made from, but got no such name$")
     for key in delta:
         damaged = delta[key].clone()
         damaged[-1] ^= 64

@@ -72,8 +72,7 @@ def encode_pair(op: str, new: Tensor, old: Tensor, small: bool) -> Tensor:
     shift = (bits & -bits).bit_length() - 1  # the lowest of the bits that change somewhere
     found: list[tuple[int, int, bytes | None, list[ClassPart]]] = []
     if changed <= n // 2 and not _far_apart(positions, n):
-        use_xor = _prefers_xor(new_values, old_values, shift)
-        values = pack_numbers(*DELTA_VALUES(new_values, old_values, use_xor, shift))
+        use_xor, values = _coded_values(new_values, old_values, shift)
         parts = [ClassPart(changed, pack_numbers(*DELTA_GAPS(positions)), values)]
         flags = effort | (XOR if use_xor else 0)
         found.append((CHANGED, flags, None, parts))
@@ -118,10 +117,15 @@ def _cost(numbers: tuple[Tensor, Tensor]) -> int:
     return int(facts[4]) + 8 * int(table.numel() + raw.numel())
 
 
-def _prefers_xor(new: Tensor, old: Tensor, shift: int) -> bool:
+def _coded_values(new: Tensor, old: Tensor, shift: int) -> tuple[bool, Numbers]:
+    """Values as XOR or as difference, whichever takes less for a sample."""
     every = max(1, new.numel() // _LOOK)
-    some = sampled(new, every), sampled(old, every)
-    return _cost(DELTA_VALUES(*some, True, shift)) < _cost(DELTA_VALUES(*some, False, shift))
+    some = (sampled(new, every), sampled(old, every)) if every > 1 else (new, old)
+    by_xor, by_step = (DELTA_VALUES(*some, use_xor, shift) for use_xor in (True, False))
+    use_xor = _cost(by_xor) < _cost(by_step)
+    if every > 1:
+        return use_xor, pack_numbers(*DELTA_VALUES(new, old, use_xor, shift))
+    return use_xor, pack_numbers(*(by_xor if use_xor else by_step))
 
 
 def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
@@ -150,9 +154,8 @@ def _may_be_smaller_whole(now: Tensor, cut: Lanes, body: int) -> bool:
 def _dense(
     now: Tensor, then: Tensor, effort: int, shift: int
 ) -> list[tuple[int, int, bytes | None, list[ClassPart]]]:
-    use_xor = _prefers_xor(now, then, shift)
+    use_xor, values = _coded_values(now, then, shift)
     flags = effort | (XOR if use_xor else 0)
-    values = pack_numbers(*DELTA_VALUES(now, then, use_xor, shift))
     found: list[tuple[int, int, bytes | None, list[ClassPart]]] = [
         (DENSE, flags, None, [ClassPart(0, None, values)])
     ]

@@ -19,10 +19,16 @@ _LOW = 2**32 - 1
 _PIECE = 1 << 22
 
 
-def products(words: Tensor, index: Tensor) -> Tensor:
+def terms(words: Tensor, index: Tensor) -> Tensor:
     """What each word adds to the fingerprint's sum."""
-    key = (index + 1) * KEY
-    return ((words + key) & _LOW) * (((words >> 32) + (key >> 32)) & _LOW)
+    first = words + (index + 1) * KEY
+    product = _halves_product(first)
+    second = first ^ (product << 32 | product >> 32 & _LOW)
+    return second + _halves_product(second)
+
+
+def _halves_product(words: Tensor) -> Tensor:
+    return (words & _LOW) * (words >> 32 & _LOW)
 
 
 def to_words(data: Tensor) -> Tensor:
@@ -45,7 +51,7 @@ def fingerprint(data: Tensor) -> Tensor:
     for begin in range(0, data.numel(), 8 * _PIECE):
         words = to_words(data[begin : begin + 8 * _PIECE])
         index = torch.arange(begin // 8, begin // 8 + words.numel(), device=data.device)
-        total += products(words, index).sum()
+        total += terms(words, index).sum()
     return total
 
 
@@ -59,7 +65,7 @@ def shift(old: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     now, before = _unsigned(values), _unsigned(old[positions])
     then = words[index]
     after = then.index_add(0, which, (now - before) << 8 * (positions * size % 8))
-    return (products(after, index) - products(then, index)).sum()
+    return (terms(after, index) - terms(then, index)).sum()
 
 
 def _unsigned(units: Tensor) -> Tensor:
