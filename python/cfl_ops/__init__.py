@@ -27,7 +27,7 @@ from cfl_ops.ops.cholesky.update import (
 )
 from cfl_ops.ops.codec.blob import compress, decompress
 from cfl_ops.ops.codec.delta import apply_delta, apply_delta_, compress_delta
-from cfl_ops.ops.codec.files import load_file, save_file, save_safetensors
+from cfl_ops.ops.codec.files import load_file, open_file, save_file, save_safetensors
 from cfl_ops.ops.codec.huffman import huffman_decode, huffman_encode
 from cfl_ops.ops.codec.load_model import load_model
 from cfl_ops.ops.codec.quantize import (
@@ -126,6 +126,7 @@ __all__ = [
     "load_model",
     "lstsq",
     "lstsq_ex",
+    "open_file",
     "pinv",
     "pinv_ex",
     "proximal_step",

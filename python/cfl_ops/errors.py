@@ -13,3 +13,6 @@ class CorruptDataError(ValueError):
 
 class WrongBaseError(ValueError):
     """A delta was to be applied to something else than what it was made from."""
+
+    already_applied = False
+    """Whether what it was to be applied to is its result: it was delivered twice."""

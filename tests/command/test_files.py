@@ -11,6 +11,7 @@ import resource
 import subprocess
 from pathlib import Path
 
+import cfl_ops
 import pytest
 
 for _module in ("typer", "rich", "safetensors"):
@@ -272,6 +273,18 @@ def test_patched_safetensors_are_compressed_where_the_base_is(here: Path) -> Non
     ok("patch", "c.safetensors", "d.cflz", "n.safetensors")
     assert b"lossless" in ok("inspect", "n.safetensors").out
     ok("verify", "n.safetensors", "b.safetensors")
+
+
+@pytest.mark.parametrize("kept", ["k.cflz", "k.safetensors", "k.pt"])
+def test_deltas_of_a_python_program(here: Path, kept: str) -> None:
+    deltas = cfl_ops.compress_delta(load_file("b.safetensors"), load_file("a.safetensors"))
+    if kept.endswith("pt"):
+        torch.save(deltas, kept)
+    else:
+        (cfl_ops.save_file if kept.endswith("cflz") else cfl_ops.save_safetensors)(deltas, kept)
+    ok("patch", "a.safetensors", kept, "made.safetensors")
+    assert_equal(load_file("made.safetensors"), load_file("b.safetensors"))
+    assert_one_line(cfl("patch", "b.safetensors", kept, "m.safetensors"), 3, "is not the base of")
 
 
 def test_deltas_of_tied_tensors(here: Path) -> None:

@@ -248,6 +248,7 @@ CANNOT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "save_file": ("it writes a file", lambda: cfl_ops.save_file({"w": weights}, "/dev/null")),
     "load_file": ("it reads a file", lambda: cfl_ops.load_file("/dev/null")),
+    "open_file": ("it reads a file", lambda: cfl_ops.open_file("/dev/null")),
     "save_safetensors": (
         "it writes files",
         lambda: cfl_ops.save_safetensors({"w": weights}, "/dev/null"),

@@ -279,6 +279,7 @@ CALLS: dict[str, list[Call]] = {
     "save_file": [Call(save_file, lossless=True)],
     "save_safetensors": [Call(save_safetensors, lossless=False, max_shard_size=500)],
     "load_file": [],
+    "open_file": [],
     "load_model": [Call(load_model, strict=False)],
     "quantize": [Call(cfl_ops.quantize, **row) for row in _QUANTIZE],
     "quantize_ex": [Call(cfl_ops.quantize_ex, **row) for row in _QUANTIZE],

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec.delta import apply_delta, compress_delta
+from cfl_ops.ops.codec.delta_format import is_whole_delta
 
 from .failures import UsageError, plain
 from .report import Bar, Report, Row, progress
@@ -74,6 +76,8 @@ def patch(old: str, delta: str, out: str, *, to: str | None, force: bool, showin
     showing.check(target, old, delta)
     with ExitStack() as stack:
         change = open_source(delta, stack)
+        if not change.is_delta and _keeps_deltas(change):
+            change = KeptDeltas(change)
         if not change.is_delta:
             raise UsageError(f"{change.shown} is no delta: `cfl-ops diff OLD NEW DELTA` makes one")
         before = weights_of("patch", old, stack)
@@ -85,6 +89,34 @@ def patch(old: str, delta: str, out: str, *, to: str | None, force: bool, showin
             else:
                 size = store_plain(patched, target, report, bar)
         finish(report, showing, started, size)
+
+
+def _keeps_deltas(source: Source) -> bool:
+    """Whether tensors are deltas, as a Python program saves those that compress_delta gave it."""
+    first = next(iter(source.stored()), None)
+    if first is None:
+        return False
+    facts = source.facts(first)
+    return facts.dtype == torch.uint8 and len(facts.shape) == 1 and is_whole_delta(source.tensor(first))
+
+
+class KeptDeltas(Source):
+    """Deltas that were saved as tensors are, as those of ``diff`` are."""
+
+    is_delta = True
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.shown, self.format = source, source.shown, source.format
+        self.names, self.aliases, self.metadata = source.names, source.aliases, source.metadata
+
+    def facts(self, name: str) -> Facts:
+        return facts_of_blob(self.blob(name))
+
+    def blob(self, name: str) -> Tensor:
+        tensor = self._source.tensor(self.aliases.get(name, name))
+        if not is_whole_delta(tensor):
+            raise CorruptDataError(f"{name!r} of {self.shown} is no delta, as others are")
+        return tensor
 
 
 class Patched(Source):

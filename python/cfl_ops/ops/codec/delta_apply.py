@@ -108,20 +108,21 @@ def check_mappings(op: str, old: Mapping[Any, Any], delta: Mapping[Any, Any]) ->
             raise WrongBaseError(f"cfl_ops.{op}: old must not have {key!r}, which the delta does not know")
     for pair in pairs:
         if pair.delta.kind == JOINED and pair.old is not None:
-            raise WrongBaseError(
-                f"cfl_ops.{op}: old must not have {pair.key!r} yet, which the delta adds{_already(pairs)}"
-            )
+            raise _wrong(pairs, f"cfl_ops.{op}: old must not have {pair.key!r} yet, which the delta adds")
         if pair.delta.kind != JOINED and pair.old is None:
-            raise WrongBaseError(
-                f"cfl_ops.{op}: old must have {pair.key!r}, which the delta was made from, but got no such "
-                f"name{_already(pairs)}"
+            raise _wrong(
+                pairs,
+                f"cfl_ops.{op}: old must have {pair.key!r}, which the delta was made from, but got no such name",
             )
     return pairs
 
 
-def _already(pairs: list[Pair]) -> str:
-    """What a message says where every delta's result is there."""
-    return "; it already is the result" if all(map(_is_result, pairs)) else ""
+def _wrong(pairs: list[Pair], message: str) -> WrongBaseError:
+    """The error, which says so where every delta's result is there already."""
+    already = all(map(_is_result, pairs))
+    error = WrongBaseError(message + "; it already is the result" * already)
+    error.already_applied = already
+    return error
 
 
 def _is_result(pair: Pair) -> bool:
@@ -138,16 +139,18 @@ def check_base(op: str, pair: Pair, pairs: list[Pair]) -> int:
     if old is None:
         return 0
     if old.dtype != delta.base_dtype or tuple(old.shape) != delta.base_shape:
-        raise WrongBaseError(
+        raise _wrong(
+            pairs,
             f"cfl_ops.{op}: {pair.name} must be what the delta was made from, {delta.base_dtype} of shape "
-            f"{delta.base_shape}, but got {old.dtype} of shape {tuple(old.shape)}{_already(pairs)}"
+            f"{delta.base_shape}, but got {old.dtype} of shape {tuple(old.shape)}",
         )
     total = byte_sum(old)
     mark = finish(total, old.numel() * old.element_size(), old.dtype)
     if mark != delta.base:
-        raise WrongBaseError(
+        raise _wrong(
+            pairs,
             f"cfl_ops.{op}: {pair.name} must be what the delta was made from, with the fingerprint {delta.base:016x}, "
-            f"but got {mark:016x}{_already(pairs)}"
+            f"but got {mark:016x}",
         )
     return total
 

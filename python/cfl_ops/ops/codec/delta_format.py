@@ -246,6 +246,19 @@ def parse_delta(op: str, delta: Tensor) -> Delta:
     return parsed
 
 
+def is_whole_delta(value: Tensor) -> bool:
+    """Whether a tensor is the bytes of a delta, by its header."""
+    if value.dtype != torch.uint8 or value.ndim != 1 or value.numel() < HEAD_BYTES:
+        return False
+    if as_bytes(value[:4]) != MAGIC:
+        return False
+    try:
+        _parse("save_file", value)
+    except CorruptDataError:
+        return False
+    return True
+
+
 def describe(op: str, delta: Tensor) -> Description:
     """What the header says, whose checksum is checked, and nothing behind it."""
     parsed, _ = _parse(op, delta)

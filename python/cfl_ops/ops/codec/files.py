@@ -21,7 +21,7 @@ from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 from cfl_ops.ops.codec.tied import Distinct
 from cfl_ops.ops.codec.weights import Mapped, Weights
 
-__all__ = ["load_file", "save_file", "save_safetensors"]
+__all__ = ["load_file", "open_file", "save_file", "save_safetensors"]
 
 
 def save_file(
@@ -32,7 +32,7 @@ def save_file(
     metadata: Mapping[str, str] | None = None,
     **options: Any,
 ) -> int:
-    """Compress a state dict into a ``.cflz`` file; returns its size in bytes.
+    """Compress a state dict into a ``.cflz`` file; returns its size in bytes. **Lossy unless** ``lossless=True``.
 
     Tensors are compressed and written one by one, so that besides the state dict one of them is in memory. The bytes go
     to a temporary file beside ``path``, which is renamed when it is complete and on disk: whatever happens, the old
@@ -40,7 +40,8 @@ def save_file(
     replaced. Names that stand for the same tensor (tied weights) are stored once.
 
     Args:
-        state_dict: names to tensors.
+        state_dict: names to tensors; or to deltas, as :func:`compress_delta` makes them of state dicts: the file then
+            serves ``cfl-ops patch``, and :func:`load_file` gives them back.
         path: where to write.
         lossless: every bit comes back; else floating-point weights are quantised.
         metadata: strings to keep beside.
@@ -207,6 +208,35 @@ def load_file(
                 stacklevel=2,
             )
         return made
+
+
+def open_file(path: str | os.PathLike[str]) -> Weights:
+    """Open what :func:`load_file` reads, without reading a tensor: names, metadata, and any slice of any tensor.
+
+    The object has ``names`` and ``metadata``; ``header(name)``, dtype and shape; ``tensor(name, start=None, stop=None,
+    out=None)``, a tensor or the elements from start to stop of the flattened one, as a 1-d tensor (only the chunks that
+    hold them are read and decoded); ``blob(name)``, the bytes that :func:`decompress` takes; and ``close()``, which
+    ``with`` calls.
+
+    Args:
+        path: as of :func:`load_file`.
+
+    Raises:
+        CorruptDataError: the file is none of those, or its index is damaged; later of a damaged tensor.
+        OSError: the file cannot be read, or a shard is not there.
+
+    Not under ``fullgraph=True`` nor ``torch.export``: it reads a file.
+
+    Example:
+        >>> import os, tempfile, torch, cfl_ops
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.cflz")
+        ...     size = cfl_ops.save_file({"w": torch.arange(6).view(2, 3)}, path, metadata={"step": "7"})
+        ...     with cfl_ops.open_file(path) as file:
+        ...         file.names, file.metadata["step"], file.header("w"), file.tensor("w", 3, 6)
+        (('w',), '7', (torch.int64, (2, 3)), tensor([3, 4, 5]))
+    """
+    return open_weights(path)
 
 
 def open_weights(path: str | os.PathLike[str], op: str = "load_file") -> Weights:

@@ -203,7 +203,10 @@ class Weights(ABC):
         """Dtype and shape, from the first bytes."""
         name = self.stored_name(name)
         with self._naming(name):
-            found = describe(self._blob(name), "load_file")
+            blob = self._blob(name)
+            if is_delta(blob):
+                return torch.uint8, tuple(blob.shape)
+            found = describe(blob, "load_file")
         return found.dtype, found.shape
 
     def tensor(
@@ -217,10 +220,11 @@ class Weights(ABC):
     ) -> Tensor:
         with self._naming(name):
             blob = self._blob(name)
-            if bytes(blob[:4].tolist()) == DELTA_MAGIC:
-                raise ValueError(
-                    f"cfl_ops.load_file: {self.path} must hold weights, but got a delta: apply it to its base"
-                )
+            if is_delta(blob):  # weights that are changed by it are not here: its own bytes
+                part = blob[start:stop].clone()
+                if out is not None:
+                    return out.copy_(part)
+                return part if device is None else part.to(device)
             if out is not None:
                 device = out.device
             elif start is stop is None and (device is None or device.type == "cpu"):
@@ -270,6 +274,11 @@ class Weights(ABC):
                 self.soon(sources[i + 1])
             yield source, self._decode(source, None, None, None, device)
             self.done(source)
+
+
+def is_delta(blob: Tensor) -> bool:
+    """Whether a blob's bytes are those of a delta, by their mark."""
+    return bytes(blob[:4].tolist()) == DELTA_MAGIC
 
 
 def place_of(op: str, device: Any) -> torch.device:
