@@ -63,8 +63,10 @@ def _signed(value: int, bits: int = 64) -> int:
 def _sum(data: bytes) -> int:
     total = 0
     for i in range(0, len(data), 8):
-        word, key = int.from_bytes(data[i : i + 8], "little"), (i // 8 + 1) * KEY % 2**64
-        total += (word + key) % 2**32 * (((word >> 32) + (key >> 32)) % 2**32)
+        t = (int.from_bytes(data[i : i + 8], "little") + (i // 8 + 1) * KEY) % 2**64
+        product = t % 2**32 * (t >> 32)
+        b = t ^ (product % 2**32 << 32 | product >> 32)
+        total += b + b % 2**32 * (b >> 32)
     return total
 
 
