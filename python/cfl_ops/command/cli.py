@@ -163,7 +163,7 @@ def compress(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Quantise, so that the coded tensors take at most so much: 100MB, 1.5GiB, or 40% of the weights' bytes.",
+            help="Quantise, so that the tensors take at most so much: 100MB, 1.5GiB, or 40% of their bytes.",
             metavar="SIZE",
             show_default=False,
         ),
