@@ -535,3 +535,15 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=message):
             call()  # type: ignore[no-untyped-call]
+
+
+def test_the_example_of_the_page(backend: str) -> None:
+    """Of docs/format.md: bytes that were written stay readable, and are written on."""
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    example = page[page.index("Example: the bfloat16 1, -2, 0.5") :]
+    raw = bytes.fromhex(example[example.index("```text") + 7 :].split("```")[0])
+    old = torch.tensor([1.0, -2.0, 0.5]).bfloat16()
+    new = torch.tensor([1.0, -2.015625, 0.5]).bfloat16()
+    assert f"{fingerprint_of(old):#x}" in example[:200]
+    assert bytes(cfl_ops.compress_delta(new, old).tolist()) == raw
+    assert same(cfl_ops.apply_delta(old, torch.tensor(list(raw), dtype=torch.uint8)), new)
