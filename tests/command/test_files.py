@@ -152,7 +152,7 @@ def test_pipes(here: Path) -> None:
     patched = ok("patch", "-", "d", "-", stdin=source).out
     assert_equal(_loaded(here, patched), load_file("b.safetensors"))
     assert b"parameters" in ok("inspect", "-", stdin=packed).out
-    assert b"good" in ok("verify", "-", stdin=packed).out
+    assert b"readable, " in ok("verify", "-", stdin=packed).out
 
 
 def _loaded(folder: Path, data: bytes) -> dict[str, Tensor]:
@@ -273,6 +273,19 @@ def test_patched_safetensors_are_compressed_where_the_base_is(here: Path) -> Non
     ok("patch", "c.safetensors", "d.cflz", "n.safetensors")
     assert b"lossless" in ok("inspect", "n.safetensors").out
     ok("verify", "n.safetensors", "b.safetensors")
+
+
+def test_another_file_keeps_what_was_quantised(here: Path) -> None:
+    """It does not grow on the way, and decodes to the same."""
+    ok("compress", "a.safetensors", "q.cflz", "--bits", "5")
+    ok("compress", "q.cflz", "again.safetensors")
+    ok("compress", "again.safetensors", "third.cflz")
+    sizes = [Path(name).stat().st_size for name in ("q.cflz", "again.safetensors", "third.cflz")]
+    assert sizes[2] == sizes[0]
+    assert sizes[1] < sizes[0] + 3000  # its header of JSON
+    ok("verify", "third.cflz", "q.cflz")
+    assert b"bit for bit" in ok("verify", "again.safetensors", "q.cflz").out
+    assert b"without checksums" in ok("verify", "a.safetensors").out
 
 
 @pytest.mark.parametrize("kept", ["k.cflz", "k.safetensors", "k.pt"])

@@ -124,6 +124,10 @@ class Source:
         """The coded bytes; of a delta file only these."""
         raise NotImplementedError
 
+    def coded(self, name: str) -> Tensor | None:
+        """The blob of a tensor that was made smaller: what was quantised would only grow, coded anew without a loss."""
+        return None
+
     def check_delta(self, name: str) -> None:
         """Look at every byte of a delta, as far as that can be done without its base."""
         raise NotImplementedError
@@ -177,6 +181,13 @@ class Coded(Source):
 
     def blob(self, name: str) -> Tensor:
         return self._weights.blob(name)
+
+    def coded(self, name: str) -> Tensor | None:
+        name = self.aliases.get(name, name)
+        if self._weights.native(name):
+            return None
+        blob = self._weights.blob(name)
+        return None if facts_of_blob(blob).kind == "raw" else blob
 
     def check_delta(self, name: str) -> None:
         _check_delta(self._weights.blob(name))

@@ -238,7 +238,11 @@ def verify(argument: str, original: str | None, *, showing: Showing) -> None:
 def _verdict(report: Report, other: Source | None, inexact: int) -> str:
     count = f"{len(report.rows):,} tensor{'s' if len(report.rows) != 1 else ''}"
     if other is None:
-        return f"good, {count}"
+        plain_ones = sum(row.kind == "plain" for row in report.rows)
+        if plain_ones == 0:
+            return f"good, {count}"
+        which = "" if plain_ones == len(report.rows) else f"{plain_ones:,} of them "
+        return f"readable, {count}, {which}without checksums of their own: give ORIGINAL to compare with"
     if not inexact:
         return f"equal to {other.shown} bit for bit, {count}"
     return f"good, {count}, of which {inexact:,} differ from {other.shown} by the errors above (lossy)"
@@ -330,7 +334,9 @@ def _pairs(
     if options.get("lossless"):
         for name in source.stored():
             bar.at(name)
-            yield name, store_lossless("compress", name, lazy[name])
+            value, coded = lazy[name], source.coded(name)  # decoded in any case, which finds damage
+            yield name, store_lossless("compress", name, value) if coded is None else coded
+            del value, coded
         return
     patterns = options.get("exact", ())
     for pattern in patterns:
