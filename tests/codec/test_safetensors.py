@@ -315,3 +315,14 @@ def test_the_writer_refuses(tmp_path: Path) -> None:
     assert cfl_ops.load_file(path).keys() == {"w"}
     for text, size in (("5GB", 5 * 10**9), ("1.5 kib", 1536), ("300", 300), ("2MB", 2 * 10**6), (7, 7)):
         assert safetensors_writer.bytes_of("op", "max_shard_size", text) == size
+
+
+def test_endings_tell_what_a_file_is(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"save_file: path must not end in \.safetensors"):
+        cfl_ops.save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"save_safetensors: path must not end in \.cflz, which save_file writes"
+    ):
+        cfl_ops.save_safetensors(state, tmp_path / "x.cflz")
+    assert not list(tmp_path.iterdir())

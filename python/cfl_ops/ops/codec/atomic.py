@@ -25,13 +25,20 @@ PIECE = 1 << 25
 """Bytes of a write; the disk is told to begin with each, so that little is left when the file is complete."""
 
 
-def checked_path(op: str, path: Any) -> Path:
-    """A path that names something: the empty one would be the folder where the process happens to be."""
+def checked_path(op: str, path: Any, not_ending: str | None = None, but_by: str = "") -> Path:
+    """A path that names something: the empty one would be the folder where the process happens to be.
+
+    An ending that is another function's is refused: files would not be what they are called.
+    """
     if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(f"cfl_ops.{op}: path must be a path, but got {type(path).__name__}")
     text = os.fsdecode(path)
     if not text or "\0" in text:
         raise ValueError(f"cfl_ops.{op}: path must name a file, but got {text!r}")
+    if not_ending is not None and text.endswith(not_ending):
+        raise ValueError(
+            f"cfl_ops.{op}: path must not end in {not_ending}, which {but_by} writes, but got {text!r}"
+        )
     return Path(text)
 
 

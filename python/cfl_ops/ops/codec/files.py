@@ -66,9 +66,10 @@ def save_file(
     """
     op = "save_file"
     lossless = checks.flag(op, "lossless", lossless)
+    target = checked_path(op, path, ".safetensors", "save_safetensors")
     distinct, metadata = Distinct(op, state_dict), checked_metadata(op, metadata)
     order = {name: i for i, name in enumerate(state_dict)}
-    with replacing(checked_path(op, path)) as sink:
+    with replacing(target) as sink:
         writer, told = Writer(op, sink), 0
         for name, blob in blobs_of(op, distinct, lossless, options, 4):
             told = _tell(writer, distinct, told, order, order[name])
@@ -135,6 +136,7 @@ def save_safetensors(
     """
     op = "save_safetensors"
     lossless = checks.flag(op, "lossless", lossless)
+    checked_path(op, path, ".cflz", "save_file")
     distinct = Distinct(op, state_dict)
     made = blobs_of(op, distinct, lossless, options, 5)
     return write_safetensors(op, distinct, made, path, metadata, max_shard_size)
