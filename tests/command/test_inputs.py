@@ -216,7 +216,8 @@ def test_names_do_not_reach_the_terminal(here: Path) -> None:
         assert "[31mred\x1b" not in text
         for line in own.sub("", text).split("\n"):
             assert line.isprintable(), (done, line)
-            assert not line.startswith("forged")
+            # A long name goes on in the next line of its cell, beside which there is nothing.
+            assert not line.startswith("forged") or len(line.split()) == 1
     assert json.loads(runs[3].out)["tensors"][0]["name"] in weights
     assert r"\x1b[31mred" in runs[2].out.decode()
 
