@@ -98,6 +98,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
         "huffman_encode": {"symbols": symbols},
         "linear_gram": {"x": x, "weight": weight, "bias": bias, "y": y, "sample_weight": per_row},
         "load_file": {"path": path},
+        "open_file": {"path": path},
         "load_model": {"model": model, "path": path.with_suffix(".model")},
         **{key: {"a": x, "b": y} for key in ("lstsq", "lstsq_ex")},
         **{key: {"a": x} for key in ("pinv", "pinv_ex")},
@@ -129,7 +130,7 @@ def calls(path: Path) -> dict[str, dict[str, Any]]:
             key: {"a": gram} for key in ("safe_cholesky", "safe_cholesky_ex", "spd_inverse", "spd_inverse_ex")
         },
         "save_file": {"state_dict": {"w": x, "v": y}, "path": path},
-        "save_safetensors": {"state_dict": {"w": x, "v": y}, "path": path},
+        "save_safetensors": {"state_dict": {"w": x, "v": y}, "path": path.with_suffix(".safetensors")},
     }
     return {name: copied(arguments) for name, arguments in made.items()}
 
@@ -142,6 +143,8 @@ def same(a: Any, b: Any) -> bool:
     """Equal bits and types, in nests; of an object, its solutions."""
     if hasattr(a, "solve"):
         a, b = [a.solve(np.ones((12, 1))), a.rank], [b.solve(np.ones((12, 1))), b.rank]
+    if hasattr(a, "header"):  # an open file
+        a, b = [{name: one.tensor(name).numpy() for name in one.names} for one in (a, b)]
     first, second = pytree.tree_leaves(a), pytree.tree_leaves(b)
     return len(first) == len(second) and all(
         type(p) is type(q) and (np.asarray(p).tobytes() == np.asarray(q).tobytes())

@@ -326,6 +326,8 @@ def decompress(
             raise ValueError(
                 f"cfl_ops.{op}: out must hold {count} elements, but got shape {tuple(out.shape)}"
             )
+        if out.is_conj() or out.is_neg():  # its memory holds other bits than it shows
+            return out.copy_(decompress(blob, start=start, stop=stop).view(out.shape))
     if parsed.lossless:
         flat = out.detach().view(-1).view(torch.uint8)
         check_info("lossless_decode_", LOSSLESS_DECODE(blob, flat, first), [flat], [])

@@ -186,9 +186,6 @@ def check_out(op: str, out: Any, payload: Tensor, dtypes: tuple[torch.dtype, ...
         raise TypeError(f"cfl_ops.{op}: out must be {' or '.join(map(str, dtypes))}, but got {out.dtype}")
     if not out.is_contiguous():
         raise ValueError(f"cfl_ops.{op}: out must be contiguous, but got strides {out.stride()}")
-    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
-        lazy = "conj" if out.is_conj() else "neg"
-        raise ValueError(f"cfl_ops.{op}: out must hold its elements as they are (torch.resolve_{lazy})")
     checks.same_device(op, "the encoded bytes", payload, out=out)
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
