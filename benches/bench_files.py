@@ -215,7 +215,7 @@ def bench_many_small(benchmark, folder: Path, kind: str) -> None:
     benchmark.extra_info.update(ratio=size / ideal, ideal=ideal, size=size)
     ROWS.append({
         "group": benchmark.group, "title": f"{kind}: {size / 1e6:.1f} MB of {raw / 1e6:.1f}, ideal {ideal / 1e6:.1f}",
-        "ours_ms": seconds * 1e3, "size_ms": seconds * 1e3, "peer": "size", "speedup": size / ideal, "asked": 1.03,
+        "ours_ms": seconds * 1e3, "size_ms": seconds * 1e3, "peer": "size", "speedup": size / ideal, "asked": None,
         "gflops": None, "gbytes": raw / seconds / 1e9, "note": f"{len(state)} names",
     })  # fmt: skip
     assert size <= 1.03 * ideal
