@@ -92,7 +92,7 @@ def test_other_dtypes_are_converted(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    source, path = Small(), tmp_path / "a.safetensors"
+    source, path = Small(), tmp_path / "a.cflz"
     state = dict(source.state_dict())
     for message, change in {
         r"other shapes: 'table' of \(11,\) \(the file: \(12,\)\)": lambda s: s.update(table=torch.ones(12)),
