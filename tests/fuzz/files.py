@@ -285,7 +285,9 @@ def judge(start: Seed, path: Path, mended: bool) -> str:
             return "refused"
         raise
     assert all(isinstance(value, Tensor) for value in got.values())
-    if not mended and not equal_states(got, start.want):
+    # Without any metadata compressed tensors are another tool's bytes, and come back as these, with a warning.
+    foreign = path.suffix == ".safetensors" and b'"__metadata__"' not in path.read_bytes()
+    if not mended and not foreign and not equal_states(got, start.want):
         raise AssertionError("tensors that nobody wrote, and no checksum was repaired")
     return "read"
 
