@@ -11,8 +11,9 @@ import cfl_ops
 import pytest
 import torch
 from cfl_ops import CorruptDataError, WrongBaseError
+from cfl_ops.ops.codec.bits import copyable
 from cfl_ops.ops.codec.delta import describe_delta
-from cfl_ops.ops.codec.fingerprint import copyable, fingerprint_of
+from cfl_ops.ops.codec.fingerprint import fingerprint_of
 from cfl_ops.ops.codec.layout import DTYPES
 from torch import Tensor
 

@@ -571,3 +571,32 @@ def test_large_tensors_and_every_length_around_a_chunk(backend: str, dtype: torc
     for n in (*range(CHUNK - 3, CHUNK + 4), *range(1, 140), 3_000_001):
         w = lossless_sample(dtype, n)
         assert same(cfl_ops.decompress(cfl_ops.compress(w, lossless=True)), w)
+
+
+def test_views_that_are_yet_to_be_conjugated_or_negated_keep_payloads(backend: str, tmp_path: Path) -> None:
+    """torch does these through floats, where a signalling NaN becomes a quiet one."""
+    z = torch.zeros(40, dtype=torch.complex32)
+    z.view(torch.int16)[1::2] = 0x7C01
+    half = torch.zeros(40, dtype=torch.half)
+    half.view(torch.int16)[:] = 0x7C01
+    state = {"conj": z.conj(), "neg": torch._neg_view(half)}
+    cfl_ops.save_file(state, tmp_path / "a.cflz", lossless=True)
+    files = cfl_ops.load_file(tmp_path / "a.cflz")
+    for name, parts in (("conj", slice(1, None, 2)), ("neg", slice(None))):
+        blob = cfl_ops.compress(state[name], lossless=True)
+        out = torch._neg_view(torch.zeros_like(state[name]).resolve_conj().resolve_neg())
+        assert cfl_ops.decompress(blob, out) is out
+        for back in (cfl_ops.decompress(blob), files[name]):
+            assert bool((back.view(torch.int16)[parts] == 0x7C01 - 0x8000).all())
+        assert bool((torch._neg_view(out).view(torch.int16)[parts] == 0x7C01).all())
+
+
+def test_bools_that_are_neither_are_refused(backend: str, tmp_path: Path) -> None:
+    """Their bytes would be kept, and no reader takes them."""
+    odd = torch.tensor([0, 1, 2] * 100, dtype=torch.uint8).view(torch.bool)
+    for value in (odd, odd[::2], odd.view(30, 10).t()):
+        with pytest.raises(ValueError, match="w must have the byte 0 or 1 in each bool"):
+            cfl_ops.compress(value, lossless=True)
+        with pytest.raises(ValueError, match=r"state_dict\['m'\] must have the byte 0 or 1"):
+            cfl_ops.save_safetensors({"m": value}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

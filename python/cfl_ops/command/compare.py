@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cfl_ops.ops.codec.fingerprint import as_uint8, flat_bits
+from cfl_ops.ops.codec.bits import as_uint8, flat_bits
 
 __all__ = ["Difference", "difference", "same_bits"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cfl_ops.errors import CorruptDataError
+from cfl_ops.ops.codec.bits import flat_bits
 from cfl_ops.ops.codec.blob import decompress as decoded
 from cfl_ops.ops.codec.blob import store_lossless
-from cfl_ops.ops.codec.fingerprint import flat_bits
 from cfl_ops.ops.codec.safetensors_file import NAMES
 from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 

@@ -26,6 +26,7 @@ from cfl_ops.ops.codec.arguments import (
     check_data,
     check_encoded,
 )
+from cfl_ops.ops.codec.bits import as_uint8, flat_bits, refuse_odd_bools, write_bits
 from cfl_ops.ops.codec.blob_reader import contradiction, describe, parse_blob
 from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import (
@@ -48,7 +49,6 @@ from cfl_ops.ops.codec.layout import (
     DTYPES,
     MAGIC,
     MOST_RAW_DIMS,
-    NOT_COPIED,
     PALETTE,
     QUANTIZED,
     RAW,
@@ -56,7 +56,7 @@ from cfl_ops.ops.codec.layout import (
     pack_shape,
 )
 from cfl_ops.ops.codec.lossless import LOSSLESS_DECODE, LOSSLESS_ENCODE
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, dense, find_grid, stretched
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, find_grid, stretched
 from cfl_ops.ops.codec.quantize import (
     check_bits,
     check_fraction,
@@ -327,7 +327,8 @@ def decompress(
                 f"cfl_ops.{op}: out must hold {count} elements, but got shape {tuple(out.shape)}"
             )
         if out.is_conj() or out.is_neg():  # its memory holds other bits than it shows
-            return out.copy_(decompress(blob, start=start, stop=stop).view(out.shape))
+            write_bits(out.detach(), decompress(blob, start=start, stop=stop))
+            return out
     if parsed.lossless:
         flat = out.detach().view(-1).view(torch.uint8)
         check_info("lossless_decode_", LOSSLESS_DECODE(blob, flat, first), [flat], [])
@@ -376,9 +377,10 @@ def _zero_bins(flat: Tensor, centre: Tensor, first: int, group_size: int) -> Non
 
 def store_raw(op: str, name: str, w: Tensor) -> Tensor:
     """A blob that keeps every bit of the tensor, as it is."""
-    _check_dtype(op, name, w)
-    check_shape(op, name, w, 2**63 - 1)
-    data = _raw_bytes(w)
+    return _raw_blob(_checked_bytes(op, name, w), w)
+
+
+def _raw_blob(data: Tensor, w: Tensor) -> Tensor:
     host = memory_of(data)
     if w.ndim <= MOST_RAW_DIMS:
         version, shape, table_bytes = 1, struct.pack(f"<{w.ndim}Q", *w.shape), 0
@@ -400,10 +402,17 @@ def store_raw(op: str, name: str, w: Tensor) -> Tensor:
 def store_lossless(op: str, name: str, w: Tensor) -> Tensor:
     """A blob that keeps every bit of the tensor, at most 160 bytes larger than it."""
     check_data(op, name, w)
+    data = _checked_bytes(op, name, w)
+    blob: Tensor = LOSSLESS_ENCODE(data, DTYPES.index(w.dtype), list(w.shape))
+    return blob if blob.numel() else _raw_blob(data, w)
+
+
+def _checked_bytes(op: str, name: str, w: Tensor) -> Tensor:
+    """What is to be kept of a tensor that the format can hold."""
     _check_dtype(op, name, w)
     check_shape(op, name, w, 2**63 - 1)
-    blob: Tensor = LOSSLESS_ENCODE(_raw_bytes(w), DTYPES.index(w.dtype), list(w.shape))
-    return blob if blob.numel() else store_raw(op, name, w)
+    refuse_odd_bools(op, name, w)
+    return _raw_bytes(w)
 
 
 def _check_dtype(op: str, name: str, w: Tensor) -> None:
@@ -413,12 +422,7 @@ def _check_dtype(op: str, name: str, w: Tensor) -> None:
 
 def _raw_bytes(w: Tensor) -> Tensor:
     """The memory of a tensor as 1-d uint8."""
-    if w.numel() == 0:
-        return torch.empty(0, dtype=torch.uint8, device=w.device)
-    w = w.detach().resolve_conj().resolve_neg()
-    if w.dtype in NOT_COPIED:
-        w = w.view(torch.uint8 if w.itemsize == 1 else torch.int16)
-    return dense(w).view(torch.uint8)
+    return as_uint8(flat_bits(w))
 
 
 def _quantize_encode_python(args: QuantizeEncodeArguments) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cfl_ops.ops.codec.bits import dense
 from cfl_ops.ops.codec.blob import (
     checked_options,
     quantised_bits,
@@ -22,7 +23,7 @@ from cfl_ops.ops.codec.blob import (
     store_planned,
 )
 from cfl_ops.ops.codec.measure import deviation_of, errors_of
-from cfl_ops.ops.codec.plan import Grid, Options, Palette, as_rows, dense, find_grid, ranges_of
+from cfl_ops.ops.codec.plan import Grid, Options, Palette, as_rows, find_grid, ranges_of
 from cfl_ops.ops.codec.policy import OP, Decision, told
 from cfl_ops.ops.codec.quantize import WEIGHT_RANGE, to_bins
 from cfl_ops.ops.codec.sample import sample_index

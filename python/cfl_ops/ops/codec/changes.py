@@ -12,10 +12,10 @@ from cfl_ops._core.arguments import within
 from cfl_ops._core.op import define_op
 from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.arguments import check_bytes, check_contiguous
+from cfl_ops.ops.codec.bits import INTS
 from cfl_ops.ops.codec.huffman import DATA_DEPENDENT, NO_VMAP
 from cfl_ops.ops.codec.reference import changes as reference
 
-INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the units of so many bytes are seen as."""
 MOST_APART = 2**34
 """Two changes, so that a gap has a symbol."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core import checks
+from cfl_ops.ops.codec.bits import refuse_odd_bools, resolved
 from cfl_ops.ops.codec.blob import store_lossless
 from cfl_ops.ops.codec.delta_apply import (
     Pair,
@@ -40,7 +41,7 @@ from cfl_ops.ops.codec.delta_format import (
     pack_delta,
     parse_delta,
 )
-from cfl_ops.ops.codec.fingerprint import as_uint8, fingerprint_of, flat_bits, resolved
+from cfl_ops.ops.codec.fingerprint import fingerprint_of
 from cfl_ops.ops.codec.huffman import check_payload
 
 __all__ = ["apply_delta", "apply_delta_", "compress_delta", "describe_delta"]
@@ -246,8 +247,7 @@ def _compress_pair(op: str, name: str, new: Tensor, old_name: str, old: Tensor, 
 def _right(op: str, name: str, new: Tensor) -> Tensor:
     """The tensor, without conjugation or negation that is still to be done; raises for bools that no reader takes."""
     new = resolved(new)
-    if new.dtype == torch.bool and new.numel() and int(as_uint8(flat_bits(new)).max()) > 1:
-        raise ValueError(f"cfl_ops.{op}: {name} must have the byte 0 or 1 in each bool, but got another")
+    refuse_odd_bools(op, name, new)
     return new
 
 

@@ -15,6 +15,7 @@ from cfl_ops._core import checks
 from cfl_ops._core.arguments import extent, shares_memory, shares_within
 from cfl_ops.errors import CorruptDataError, WrongBaseError
 from cfl_ops.ops.codec import codes
+from cfl_ops.ops.codec.bits import as_uint8, copyable, flat_bits, write_bits
 from cfl_ops.ops.codec.blob import decompress
 from cfl_ops.ops.codec.changes import (
     DELTA_COPY,
@@ -40,15 +41,7 @@ from cfl_ops.ops.codec.delta_format import (
     parse_delta,
     unpack_symbols,
 )
-from cfl_ops.ops.codec.fingerprint import (
-    as_uint8,
-    byte_sum,
-    copyable,
-    fingerprint_of,
-    finish,
-    flat_bits,
-    write_bits,
-)
+from cfl_ops.ops.codec.fingerprint import byte_sum, fingerprint_of, finish
 from cfl_ops.ops.codec.huffman import check_payload, check_shape, corrupt
 from cfl_ops.ops.codec.layout import DTYPES
 from cfl_ops.ops.codec.reference.header import from_bytes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops.ops.codec import host as _host  # noqa: F401  (defines host_code)
+from cfl_ops.ops.codec.bits import flat_bits
 from cfl_ops.ops.codec.blob import store_lossless
 from cfl_ops.ops.codec.changes import (
     DELTA_GAPS,
@@ -38,7 +39,7 @@ from cfl_ops.ops.codec.delta_format import (
     pack_delta,
     pack_numbers,
 )
-from cfl_ops.ops.codec.fingerprint import finish, flat_bits
+from cfl_ops.ops.codec.fingerprint import finish
 from cfl_ops.ops.codec.layout import DTYPES, Lanes, lanes
 from cfl_ops.ops.codec.planes import split as planes_of
 from cfl_ops.ops.codec.reference.changes import MAX_CLASSES, contexts

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cfl_ops.ops.codec.bits import dense
 from cfl_ops.ops.codec.blob import decompress
-from cfl_ops.ops.codec.plan import dense
 from cfl_ops.ops.codec.sample import sample_index
 
 _ROW = 1 << 16

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfl_ops._core.failures import check_info
+from cfl_ops.ops.codec.bits import INTS, dense
 from cfl_ops.ops.codec.quantize import WEIGHT_RANGE, allocate_bits, entropy_of, from_bins, probe, to_bins
 from cfl_ops.ops.codec.sample import LEAST_SAMPLE, sample_index
 
@@ -25,7 +26,6 @@ FAR = 10.0
 """So many ranges of the middle half away from it, a weight is an outlier."""
 _FEW = 64
 _GRAIN = 2.0**20
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_plain(counts: Tensor, bits: int, max_error: float, zero_bins: bool) -> bool:
@@ -45,15 +45,9 @@ def is_plain(counts: Tensor, bits: int, max_error: float, zero_bins: bool) -> bo
     return 2.0 ** (8 - bits) * math.sqrt(1 / 12 + share) <= max_error * deviation
 
 
-def dense(w: Tensor) -> Tensor:
-    """In one dimension with a stride of 1, which a single element need not have to count as contiguous."""
-    flat = w.reshape(-1)
-    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
-
-
 def palette_of(flat: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
     """The different values of a 1-d tensor, bit for bit, and the number of each weight's; None if they are many."""
-    bits = flat.view(_INTEGERS[flat.element_size()])
+    bits = flat.view(INTS[flat.element_size()])
     found = bits[sample_index(len(bits), max(1, len(bits) // LOOK), bits.device)].unique()
     for _ in range(2):  # the second time with what the sample had not met
         if len(found) > limit:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from cfl_ops._core import checks
+from cfl_ops.ops.codec.bits import resolved
 
 __all__: list[str] = []
 
@@ -83,8 +84,7 @@ class Distinct(Mapping[str, Tensor]):
                 f"cfl_ops.{self._op}: state_dict[{name!r}] must be a plain tensor, but got {type(value).__name__}, "
                 "whose data are others' (full_tensor(), to_local() or dequantize() may make one of it)"
             )
-        out: Tensor = value.detach().resolve_conj().resolve_neg()
-        return out
+        return resolved(value.detach())
 
     def _pairs(self) -> Iterator[tuple[str, Tensor]]:
         seen: dict[Any, tuple[str, weakref.ref[Tensor]]] = {}
