@@ -20,6 +20,7 @@
 
 #include "cpu/codec_lossless.h"
 #include "cpu/codec_payload.h"
+#include "cpu/codec_work.h"
 
 namespace {
 
@@ -28,17 +29,6 @@ using namespace cfl::codec;
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "codec_fuzz: %s\n", what);
   std::abort();
-}
-
-template <class T>
-T load(const uint8_t* p) {
-  T v;
-  std::memcpy(&v, p, sizeof(T));
-  return v;
-}
-template <class T>
-void store(uint8_t* p, T v) {
-  std::memcpy(p, &v, sizeof(T));
 }
 
 std::vector<uint8_t> encode(const void* symbols, int symbol_size, int64_t n, int chunk_log2,

@@ -19,7 +19,7 @@ from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import blob as blobs
 from cfl_ops.ops.codec import files
 from cfl_ops.ops.codec.delta import describe_delta
-from cfl_ops.ops.codec.delta_format import CODED, parse_delta, unpack_symbols
+from cfl_ops.ops.codec.delta_format import CODED, is_delta, parse_delta, unpack_symbols
 from cfl_ops.ops.codec.huffman import read_header
 from cfl_ops.ops.codec.tied import Distinct
 
@@ -33,7 +33,6 @@ LEFT = "left"
 """A delta's kind of a tensor that the new checkpoint has not."""
 DELTA_NOTE = "cfl_ops.delta"
 """What a delta file has in its metadata, lest one of empty checkpoints is taken for weights."""
-_DELTA_MARK = b"CFLD"
 
 
 class Facts(NamedTuple):
@@ -62,7 +61,7 @@ class Facts(NamedTuple):
 
 def facts_of_blob(blob: Tensor) -> Facts:
     """Of a coded tensor, or of a delta."""
-    if _is_delta(blob):
+    if is_delta(blob):
         found = describe_delta(blob)
         numel = math.prod(found.shape)
         numbers = numel * (2 if found.dtype.is_complex else 1)
@@ -81,10 +80,6 @@ def _check_delta(delta: Tensor) -> None:
         for numbers in (part.gaps, part.values):
             if numbers is not None and numbers.coding == CODED:
                 unpack_symbols(op, numbers, read_header(op, numbers.symbols).numel)
-
-
-def _is_delta(blob: Tensor) -> bool:
-    return bytes(blob[:4].tolist()) == _DELTA_MARK
 
 
 class Source:
@@ -155,7 +150,7 @@ class Coded(Source):
         self.is_delta = DELTA_NOTE in self.metadata
         with suppress(CorruptDataError):
             if first is not None:
-                self.is_delta = _is_delta(self._weights.blob(first))
+                self.is_delta = is_delta(self._weights.blob(first))
         if self.is_delta:
             self.metadata.pop(DELTA_NOTE, None)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cfl_ops.ops.codec.archive import encoded_name, write_archive
 from cfl_ops.ops.codec.atomic import Sink, Staged, permissions, replacing
-from cfl_ops.ops.codec.fingerprint import as_uint8, flat_bits
+from cfl_ops.ops.codec.bits import as_uint8, flat_bits
 from cfl_ops.ops.codec.safetensors_file import KEY, NAMES
-from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
+from cfl_ops.ops.codec.safetensors_writer import index_of, write_safetensors
 
 from . import pickled
 from .failures import UsageError
@@ -313,11 +313,6 @@ def _write_safetensors(
 
 def _contents(tensor: Tensor) -> Tensor:
     return as_uint8(flat_bits(tensor))
-
-
-def index_of(target: Path) -> Path:
-    """Of shards that are called as this file is."""
-    return target.with_name(target.name + INDEX_SUFFIX)
 
 
 def _size(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cfl_ops.ops.codec.reference.header import memory_of
+
 __all__: list[str] = []
 
 PIECE = 1 << 25
@@ -42,13 +44,6 @@ def checked_path(op: str, path: Any, not_ending: str | None = None, but_by: str 
     return Path(text)
 
 
-def view_of(data: Tensor) -> memoryview:
-    """The bytes of a 1-d uint8 tensor on a CPU, where they are. The caller keeps the tensor."""
-    if data.numel() == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
-
-
 class Sink:
     """Where bytes go, one after the other: a file descriptor, or an object with ``write``."""
 
@@ -62,11 +57,7 @@ class Sink:
 
     def write(self, data: bytes | Tensor) -> None:
         """All of ``data``: bytes or 1-d uint8, of any device."""
-        if isinstance(data, Tensor):
-            data = data.detach().cpu().contiguous()
-            left = view_of(data)
-        else:
-            left = memoryview(data)
+        left = memory_of(data) if isinstance(data, Tensor) else memoryview(data)
         while len(left):
             done = self._write(left[:PIECE])
             done = min(len(left), PIECE) if done is None else done

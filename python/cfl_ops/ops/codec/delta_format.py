@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 import zlib
@@ -18,7 +17,7 @@ from cfl_ops.ops.codec.codes import Corrupt
 from cfl_ops.ops.codec.huffman import CHUNK_LOG2, HUFFMAN_DECODE, HUFFMAN_ENCODE, corrupt, read_header
 from cfl_ops.ops.codec.layout import DTYPES, pack_shape, unpack_shape
 from cfl_ops.ops.codec.reference.changes import MAX_CLASSES
-from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes
+from cfl_ops.ops.codec.reference.header import as_bytes, from_bytes, memory_of
 
 MAGIC, VERSION = b"CFLD", 1
 _HEAD = struct.Struct("<4s4BQQQQII")  # then a checksum: 52 bytes
@@ -168,7 +167,7 @@ def pack_delta(delta: Delta, device: torch.device) -> Tensor:
     total = HEAD_BYTES + len(table) + body.numel() + sum(part.numel() for part in coded)
     head = _HEAD.pack(
         *(MAGIC, VERSION, delta.kind, DTYPES.index(delta.dtype), delta.flags, total, delta.base),
-        *(delta.result, delta.changed, len(table), checksum(body)),
+        *(delta.result, delta.changed, len(table), zlib.crc32(memory_of(body))),
     )
     head += struct.pack("<I", zlib.crc32(table, zlib.crc32(head)))
     return torch.cat([from_bytes(head + table, device), body, *coded])
@@ -188,14 +187,6 @@ def _pack_runs(classes: bytes) -> bytes:
         out += bytes([classes[at], end - at - 1])
         at = end
     return bytes(out)
-
-
-def checksum(data: Tensor) -> int:
-    """CRC-32 of bytes."""
-    data = data.detach().cpu().contiguous()
-    if data.numel() == 0:
-        return 0
-    return zlib.crc32((ctypes.c_char * data.numel()).from_address(data.data_ptr()))
 
 
 class _Reader:
@@ -241,16 +232,19 @@ def parse_delta(op: str, delta: Tensor) -> Delta:
     """Check the header and what stands behind it uncoded, and take the delta apart; raises CorruptDataError."""
     parsed, stored = _parse(op, delta)
     begin, end, expected = stored
-    if checksum(delta[begin:end]) != expected:
+    if zlib.crc32(memory_of(delta[begin:end])) != expected:
         raise corrupt(op, "the data of the delta are damaged (checksum)")
     return parsed
 
 
+def is_delta(blob: Tensor) -> bool:
+    """Whether bytes are those of a delta, by their mark."""
+    return as_bytes(blob[:4]) == MAGIC
+
+
 def is_whole_delta(value: Tensor) -> bool:
     """Whether a tensor is the bytes of a delta, by its header."""
-    if value.dtype != torch.uint8 or value.ndim != 1 or value.numel() < HEAD_BYTES:
-        return False
-    if as_bytes(value[:4]) != MAGIC:
+    if value.dtype != torch.uint8 or value.ndim != 1 or not is_delta(value):
         return False
     try:
         _parse("save_file", value)

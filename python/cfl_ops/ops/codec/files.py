@@ -16,7 +16,7 @@ from cfl_ops.ops.codec.archive import Archive, Writer, checked_metadata
 from cfl_ops.ops.codec.atomic import checked_path, replacing
 from cfl_ops.ops.codec.reference.header import as_bytes
 from cfl_ops.ops.codec.safetensors_file import SafetensorsFile, ShardedSafetensors
-from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, write_safetensors
+from cfl_ops.ops.codec.safetensors_writer import INDEX_SUFFIX, index_of, write_safetensors
 from cfl_ops.ops.codec.state_dict import MIN_NUMEL, named_blobs
 from cfl_ops.ops.codec.tied import Distinct
 from cfl_ops.ops.codec.weights import Mapped, Weights
@@ -247,7 +247,7 @@ def open_weights(path: str | os.PathLike[str], op: str = "load_file") -> Weights
     if where.is_dir():
         where = _in_folder(where)
     elif not os.path.lexists(where):  # what was to be saved there may have been split into shards
-        index = where.with_name(where.name + INDEX_SUFFIX)
+        index = index_of(where)
         where = index if os.path.lexists(index) else where
     mapped = Mapped(where)
     kind = mapped.check_kind(as_bytes(mapped.data[:16]))

@@ -19,12 +19,11 @@ from torch import Tensor
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec import codes
 from cfl_ops.ops.codec.archive import first_checksum
-from cfl_ops.ops.codec.atomic import view_of
 from cfl_ops.ops.codec.blob import store_raw
 from cfl_ops.ops.codec.blob_reader import describe
 from cfl_ops.ops.codec.huffman import corrupt, span
 from cfl_ops.ops.codec.layout import BLOB_BYTES, MAGIC
-from cfl_ops.ops.codec.reference.header import as_bytes
+from cfl_ops.ops.codec.reference.header import as_bytes, memory_of
 from cfl_ops.ops.codec.weights import Mapped, Weights
 
 __all__: list[str] = []
@@ -194,7 +193,7 @@ class SafetensorsFile(Weights):
         """In the file's own bytes, if they are aligned."""
         dtype, shape = self.header(name)
         data, note = self._bytes(name), self._note(name)
-        if note is not None and zlib.crc32(view_of(data)) != note.checksum:
+        if note is not None and zlib.crc32(memory_of(data)) != note.checksum:
             raise corrupt("load_file", "the data are damaged (checksum)")
         if dtype == torch.bool and bool((data > 1).any()):
             raise corrupt("load_file", "the data are neither true nor false")

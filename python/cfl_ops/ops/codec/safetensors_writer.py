@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cfl_ops._core import checks
 from cfl_ops.ops.codec.archive import checked_metadata, encoded_name, first_checksum
-from cfl_ops.ops.codec.atomic import Staged, checked_path, mode_of, permissions, view_of
+from cfl_ops.ops.codec.atomic import Staged, checked_path, mode_of, permissions
 from cfl_ops.ops.codec.blob import _raw_bytes as raw_bytes
+from cfl_ops.ops.codec.reference.header import memory_of
 from cfl_ops.ops.codec.safetensors_file import (
     KEY,
     MARK,
@@ -113,7 +114,7 @@ class _Shard:
             start = sink.position - self.body
             sink.write(data)
             found[name] = NAMES[value.dtype], tuple(value.shape), start, start + data.numel()
-            notes[name] = _note(value.dtype, tuple(value.shape), zlib.crc32(view_of(data)), None)
+            notes[name] = _note(value.dtype, tuple(value.shape), zlib.crc32(memory_of(data)), None)
             del value, data
         order = [name for name in order if name in found]
         notes = {name: notes[name] for name in order}
@@ -187,7 +188,7 @@ def write_safetensors(
     room = _room(op, state_dict, user)
     mode = permissions(target)
     if mode is None:
-        mode = permissions(_index_of(named))
+        mode = permissions(index_of(named))
     staged: list[Staged] = []
     shards: list[_Shard] = []
 
@@ -255,10 +256,10 @@ def _commit(target: Path, shards: list[_Shard], order: list[str], mode: int | No
         index.sink.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         for file, shard in zip(files, shards, strict=True):
             shard.staged.commit(target.parent / file)
-        index.commit(_index_of(target))
+        index.commit(index_of(target))
     except BaseException:
         index.discard()
-        _remove(target.parent, set(files) - _named_by(_index_of(target)))
+        _remove(target.parent, set(files) - _named_by(index_of(target)))
         raise
     target.unlink(missing_ok=True)  # readers look for it first; of a link, what it points to stays
     _remove(target.parent, old - set(files))
@@ -271,7 +272,7 @@ def _remove(folder: Path, files: set[str]) -> None:
 
 def _names_of_shards(target: Path, count: int) -> list[str]:
     """As Hugging Face's, with eight more digits where the old index names files of those names."""
-    stem, kept = target.name.removesuffix(".safetensors"), _named_by(_index_of(target))
+    stem, kept = target.name.removesuffix(".safetensors"), _named_by(index_of(target))
     tail = ""
     while True:
         files = [f"{stem}-{i:05}-of-{count:05}{tail}.safetensors" for i in range(1, count + 1)]
@@ -280,7 +281,8 @@ def _names_of_shards(target: Path, count: int) -> list[str]:
         tail = f"-{secrets.token_hex(4)}"
 
 
-def _index_of(target: Path) -> Path:
+def index_of(target: Path) -> Path:
+    """Of shards that are called as this file is."""
     return target.with_name(target.name + INDEX_SUFFIX)
 
 
@@ -298,12 +300,12 @@ def _old_shards(target: Path) -> set[str]:
     shape = (
         re.escape(target.name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}(-[0-9a-f]{8})?\.safetensors"
     )
-    return {file for file in _named_by(_index_of(target)) if re.fullmatch(shape, file)}
+    return {file for file in _named_by(index_of(target)) if re.fullmatch(shape, file)}
 
 
 def _remove_shards(target: Path) -> None:
     """An index and its shards that a single file replaces: readers look for that first."""
     old = _old_shards(target)
     if old:
-        _index_of(target).unlink(missing_ok=True)
+        index_of(target).unlink(missing_ok=True)
     _remove(target.parent, old)

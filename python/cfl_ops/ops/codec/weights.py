@@ -22,11 +22,11 @@ from torch import Tensor
 from cfl_ops.errors import CorruptDataError
 from cfl_ops.ops.codec.blob import decompress
 from cfl_ops.ops.codec.blob_reader import describe
+from cfl_ops.ops.codec.delta_format import is_delta
 from cfl_ops.ops.codec.huffman import corrupt
 
 __all__: list[str] = []
 
-DELTA_MAGIC = b"CFLD"
 _FIRST = 16
 """Bytes of a file that tell its kind."""
 _HUGE = 1 << 22
@@ -274,11 +274,6 @@ class Weights(ABC):
                 self.soon(sources[i + 1])
             yield source, self._decode(source, None, None, None, device)
             self.done(source)
-
-
-def is_delta(blob: Tensor) -> bool:
-    """Whether a blob's bytes are those of a delta, by their mark."""
-    return bytes(blob[:4].tolist()) == DELTA_MAGIC
 
 
 def place_of(op: str, device: Any) -> torch.device:
