@@ -1,5 +1,7 @@
 // The inner loops of deltas, included once per instruction set by codec_delta_*.cpp, under the
 // rules of codec_kernel_impl.h: no C++ library, all but the entry point in an unnamed namespace.
+// One file of more than 600 lines, since all of it is one translation unit an instruction set, and
+// comparing, fingerprints and numbers share their vectors.
 #include <string.h>
 
 #if CFL_CODEC_ISA > 0

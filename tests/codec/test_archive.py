@@ -263,32 +263,6 @@ def test_entries_are_written_as_they_are_made(tmp_path: Path) -> None:
     assert write_archive(stream, ()) == len(stream.getvalue())
 
 
-def test_deltas_are_kept_and_come_back(tmp_path: Path) -> None:
-    """Those of the command, which are entries of their own, and those that were saved as tensors are."""
-    old = {"w": torch.randn(300, 40).bfloat16(), "tied": torch.zeros(300)}
-    old["again"] = old["tied"]
-    new = {name: value + 0.001 for name, value in old.items()}
-    new["again"] = new["tied"]
-    deltas = cfl_ops.compress_delta(new, old)
-    path, other = tmp_path / "d.cflz", tmp_path / "e.cflz"
-    write_archive(path, [("w", deltas["w"]), ("tied", deltas["tied"])], aliases={"again": "tied"})
-    cfl_ops.save_file(deltas, other)
-    for file in (path, other):
-        back = cfl_ops.load_file(file)
-        assert equal_states(back, deltas)
-        assert equal_states(cfl_ops.apply_delta(old, back), new)
-    with cfl_ops.open_file(path) as weights:
-        assert same(weights.blob("w"), deltas["w"])
-        assert same(weights.tensor("w", 3, 20), deltas["w"][3:20])
-        assert weights.header("w") == (torch.uint8, (len(deltas["w"]),))
-    with pytest.raises(cfl_ops.WrongBaseError) as caught:
-        cfl_ops.apply_delta_(new, cfl_ops.load_file(path))
-    assert caught.value.already_applied
-    with pytest.raises(cfl_ops.WrongBaseError) as caught:
-        cfl_ops.apply_delta_({name: value + 1 for name, value in old.items()}, deltas)
-    assert not caught.value.already_applied
-
-
 def test_pipes_and_devices_are_written_and_read(tmp_path: Path) -> None:
     state, fifo = {"a": torch.randn(60_000)}, tmp_path / "fifo"
     os.mkfifo(fifo)
